@@ -1,0 +1,36 @@
+# `make quickstart` runs the main job, `make test` the tests; both set up .venv first.
+# Overrides for the run: make quickstart ARGS="run.dir=runs/other budget.steps=40"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORLD := experiments/world/data
+# Tiny models: a second OpenMP thread costs more than it gives, and on a busy machine far more.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test setup clean
+
+quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
+	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/test.ok
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: $(VENV)/run.ok
+
+$(VENV)/run.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/test.ok: $(VENV)/run.ok
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
+	touch $@
+
+$(WORLD)/train.jsonl: $(VENV)/run.ok experiments/world/make_world.py
+	rm -rf $(WORLD)
+	$(BIN)/python experiments/world/make_world.py --out $(WORLD)
+
+clean:
+	rm -rf $(VENV) $(WORLD)

@@ -1,0 +1,76 @@
+"""Token log-probabilities, entropy and argmax by definition: one [N, V] tensor of logits, plain autograd.
+
+These functions are the yardstick for every other form in this package. They are written
+to be read, and hold several [N, V] tensors at once.
+
+Dimensions
+    N  rows, one per predicted token
+    D  width of the hidden state
+    V  vocabulary
+
+Logits, log-probabilities and entropies are in nats and are float32, or float64 where the
+inputs are float64. Inputs narrower than float32 are widened before they are multiplied, so
+no logit is ever rounded to bf16: that rounding puts 0.0136 nat rms into each log-probability,
+three times the reward that a 1e-3 change of the weights makes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Log-probability of each row's target, with the row's excluded token out of the softmax.
+
+        z       = softcap(hidden . head^T)              softcap(z) = c tanh(z / c)
+        logprob = log softmax(z * inverse_temperature)[target],    logit of excluded = -inf
+
+    Arguments and result are those of `rlp_kernels.token_logprobs`, which checks them.
+    """
+    logits = token_logits(hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap)
+    return logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+
+
+def token_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Entropy of each row's softmax, [N], nats: -sum_v p_v log p_v over the tokens that are not excluded."""
+    logits = token_logits(hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap)
+    return torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+
+
+def token_argmax(hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0) -> Tensor:
+    """Most probable token of each row, [N] int64; the lowest index wins ties."""
+    one = torch.ones(hidden.shape[0], device=hidden.device)
+    logits = token_logits(hidden, head, inverse_temperature=one, excluded=excluded, softcap=softcap)
+    return logits.argmax(dim=1)
+
+
+def token_logits(
+    hidden: Tensor, head: Tensor, *, inverse_temperature: Tensor, excluded: Tensor, softcap: float
+) -> Tensor:
+    """Capped and tempered logits, [N, V], -inf at each row's excluded token."""
+    # Autocast would turn the float32 product back into a bf16 one.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = widened(hidden) @ widened(head).T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    token = torch.arange(head.shape[0], device=head.device)
+    return (logits * inverse_temperature[:, None]).masked_fill(token == excluded[:, None], float("-inf"))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that logits are computed in: float64 stays, everything else becomes float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,1 @@
+"""RLP: reinforcement as a pretraining objective (arXiv 2510.01265)."""

@@ -1,0 +1,458 @@
+"""Every knob of a run: what it means, its unit, where its value comes from, and what it may be.
+
+A config is one YAML file plus dotted overrides (`thought.group_size=8`), read strictly: an
+unknown key is refused with the nearest known one, an impossible value is refused by the section
+that defines it. "Paper" is arXiv 2510.01265, version 2. Nothing here imports torch.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names the field, its value and the rule."""
+
+
+def require(holds: bool, key: str, value: object, rule: str) -> None:
+    """Refuse `value` of the config key `key` unless `holds`, saying the rule."""
+    if not holds:
+        raise ConfigError(f"{key} {rule}, got {value!r}.")
+
+
+def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives, and what makes it repeatable."""
+
+    dir: str = "???"
+    """The run folder. It is created; one that exists is never written over."""
+    seed: int = 0
+    """Seeds the order of documents, the positions, the thoughts and a random initialization."""
+    resume: str = "never"
+    """`never`: the run folder must not exist. `auto`: continue it from its newest good checkpoint.
+    A PATH: start this new run folder from that checkpoint (`.../checkpoints/step_40`)."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "run.seed", self.seed, "must be at least 0")
+        require(bool(self.resume), "run.resume", self.resume, "must be never, auto or the path of a checkpoint")
+
+
+@dataclass
+class ModelConfig:
+    """The causal language model that thinks and predicts (the policy, pi_theta)."""
+
+    path: str = "???"
+    """A Hugging Face folder or Hub name. With `init: random`, a folder or file that holds a config only."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the tokenizer; by default that of `path`."""
+    init: str = "pretrained"
+    """`pretrained` reads weights; `random` draws them from the model's own initializer with `run.seed`."""
+    attention: str = "auto"
+    """Attention implementation of transformers: auto, sdpa, eager, flash_attention_2. `auto` is
+    flash_attention_2 on a GPU where it is installed and the compute dtype is bfloat16, else sdpa
+    (else eager, where the architecture has no sdpa). The choice is logged."""
+
+    def __post_init__(self) -> None:
+        require_one_of("model.init", self.init, ("pretrained", "random"))
+        require_one_of("model.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from and how one row becomes a document."""
+
+    train: list[str] = field(default_factory=list)
+    """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:NAME` or `hub:NAME@CONFIG`)."""
+    held_out: list[str] = field(default_factory=list)
+    """The same, for the held-out panel. Empty: no evaluation."""
+    format: str = "auto"
+    """auto (by file ending), jsonl, parquet or text (one document a line). gz and zst are unpacked."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    held_out_split: str = "test"
+    """Split of a Hub data set for the held-out panel."""
+    template: str = "{text}"
+    """How a row becomes text, naming its fields: `{text}`, `{question}\\n{answer}`."""
+    append_eos: bool = False
+    """End every document with the tokenizer's end-of-sequence token."""
+    max_document_tokens: int = 2048
+    """Longer documents are cut to their first tokens. Paper, section 9: sequence length 8192 for the 12B, 2048 ours."""
+    shuffle: bool = True
+    """Read each epoch in a seeded order; False reads the files as they are."""
+    max_bad_fraction: float = 0.01
+    """The run stops when more than this fraction of the documents read is bad (unreadable row,
+    missing field, empty or too short for a position); up to it they are skipped and counted."""
+
+    def __post_init__(self) -> None:
+        require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "text"))
+        require(self.max_document_tokens >= 2, "data.max_document_tokens", self.max_document_tokens, "must be at least 2 (a prefix and a target)")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "is a fraction from 0 to 1")
+        require("{" in self.template, "data.template", self.template, "must name at least one field of a row in braces, as in {text}")
+
+
+@dataclass
+class PositionConfig:
+    """Which tokens of a document are predicted after a thought (the index t)."""
+
+    per_document: int | str = 1
+    """K positions per document, or `all`. Paper, section 3: one random token per document."""
+    selector: str = "uniform"
+    """uniform at random (paper); `marker`: right after `marker`; `entropy` or `surprisal`: the K positions
+    with the largest no-think entropy, or the largest -log p of the target, under the policy."""
+    marker: str | None = None
+    """Text whose end is a position, for the selector `marker`."""
+    min_prefix_tokens: int = 1
+    """Tokens of context that a position must have before it."""
+
+    def __post_init__(self) -> None:
+        require(self.per_document == "all" or (isinstance(self.per_document, int) and self.per_document >= 1),
+                "position.per_document", self.per_document, "must be a whole number of at least 1, or all")
+        require_one_of("position.selector", self.selector, ("uniform", "marker", "entropy", "surprisal"))
+        require((self.selector == "marker") == bool(self.marker), "position.marker", self.marker, f"goes with position.selector: marker and only with it (selector is {self.selector})")
+        require(self.min_prefix_tokens >= 1, "position.min_prefix_tokens", self.min_prefix_tokens, "must be at least 1 (the first token has no context)")
+
+
+@dataclass
+class ThoughtConfig:
+    """The thought c_t, sampled between an open and a close marker after the prefix."""
+
+    group_size: int = 16
+    """G thoughts per position. "Performing 16 rollouts" (paper, section 9)."""
+    max_thought_tokens: int = 2048
+    """Sampled tokens at most, the close marker included. "Completion length" 2048 (paper, section 9)."""
+    temperature: float = 0.7
+    """Thought tokens are sampled, and their log-probabilities taken, at this temperature (paper, section 9: 0.7)."""
+    open_marker: str = "<think>"
+    """Text before a thought; one or several tokens."""
+    close_marker: str = "</think>"
+    """Text after a thought; sampled and trained. A thought that reaches the budget gets it by force, without gradient."""
+    instruction_file: str | None = None
+    """Text put before the prefix when thinking, never in the no-think context. None: no instruction."""
+    sampling_rows: int = 1024
+    """Thoughts decoded side by side on one rank. Changes memory and speed, never the thoughts."""
+    top_p: float = 1.0
+    """Here to be refused: a truncated distribution is not the policy whose log-probability is trained."""
+    top_k: int = 0
+    """Here to be refused, as top_p."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 2, "thought.group_size", self.group_size, "must be at least 2 (eq. 7 divides by G - 1)")
+        require(self.max_thought_tokens >= 1, "thought.max_thought_tokens", self.max_thought_tokens, "must be at least 1")
+        require(self.temperature > 0, "thought.temperature", self.temperature, "must be above 0 (a greedy thought has no log-probability to train)")
+        require(bool(self.open_marker), "thought.open_marker", self.open_marker, "must not be empty")
+        require(bool(self.close_marker), "thought.close_marker", self.close_marker, "must not be empty")
+        require(self.sampling_rows >= 1, "thought.sampling_rows", self.sampling_rows, "must be at least 1")
+        same_policy = "would sample from another distribution than the policy whose log-probability is trained, so the ratio of eq. 8 would not be 1 on-policy; write"
+        require(self.top_p == 1.0, "thought.top_p", self.top_p, f"{same_policy} thought.top_p=1.0")
+        require(self.top_k == 0, "thought.top_k", self.top_k, f"{same_policy} thought.top_k=0")
+
+
+@dataclass
+class TargetConfig:
+    """What is scored after the thought (x_t)."""
+
+    horizon: int = 1
+    """H target tokens; the log-evidence is their mean log-probability. Paper: the next token."""
+    temperature: float = 1.0
+    """Targets are scored at temperature 1; anything else makes Proposition 1 false, and is for ablations."""
+
+    def __post_init__(self) -> None:
+        require(self.horizon >= 1, "target.horizon", self.horizon, "must be at least 1")
+        require(self.temperature > 0, "target.temperature", self.temperature, "must be above 0")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the loss. With `policy_weight`, `predictor_weight` and `kl_weight` 0 no thought is
+    sampled: that is continued pretraining (CPT)."""
+
+    policy_weight: float = 1.0
+    """Weight of the clipped surrogate, eq. 8."""
+    lm_weight: float = 0.1
+    """Weight of the next-token loss on the documents. 0 in the paper; 0.1 is ours, to be settled by experiment."""
+    predictor_weight: float = 0.0
+    """Weight of -log p(x_t | x_<t, c), the gradient through the predictor that the paper drops."""
+    kl_weight: float = 0.0
+    """beta: KL to the starting checkpoint on thought tokens. 0 in the paper; its ablation finds no help."""
+    clip_low: float = 0.2
+    """epsilon_l of eq. 8. The paper gives no value; 0.2 is PPO's."""
+    clip_high: float = 0.2
+    """epsilon_h of eq. 8. The paper gives no value; 0.2 is PPO's."""
+
+    def __post_init__(self) -> None:
+        weights = ("policy_weight", "lm_weight", "predictor_weight", "kl_weight")
+        for name in weights:
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "must be at least 0")
+        require(any(getattr(self, name) > 0 for name in weights), "objective", [getattr(self, name) for name in weights], f"needs a weight above 0 among {', '.join(weights)}")
+        require(0 <= self.clip_low < 1, "objective.clip_low", self.clip_low, "must be at least 0 and below 1 (the lower bound is 1 - clip_low)")
+        require(self.clip_high >= 0, "objective.clip_high", self.clip_high, "must be at least 0")
+
+    @property
+    def thinks(self) -> bool:
+        """Whether any term of the loss needs thoughts."""
+        return self.policy_weight > 0 or self.predictor_weight > 0 or self.kl_weight > 0
+
+
+@dataclass
+class BaselineConfig:
+    """The no-think prediction S_ema that the reward is measured against (eq. 4).
+
+    It is one number for all thoughts of a position, so it cancels in eq. 7: it changes what is
+    reported, never the update. Hence it may be scored on some steps only.
+    """
+
+    kind: str = "ema"
+    """ema (paper), frozen (the starting checkpoint), self (the policy, no thought) or none (0)."""
+    ema_decay: float = 0.999
+    """Weight of the old average per optimizer step (the paper's tau, 0.999)."""
+    every_n_steps: int = 1
+    """Score the baseline on every n-th step; between, rewards are reported without it."""
+
+    def __post_init__(self) -> None:
+        require_one_of("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
+        require(0 <= self.ema_decay < 1, "baseline.ema_decay", self.ema_decay, "must be at least 0 and below 1")
+        require(self.every_n_steps >= 1, "baseline.every_n_steps", self.every_n_steps, "must be at least 1")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    batch_size: int = 512
+    """B documents per optimizer step, over all ranks (paper, section 9: 512)."""
+    micro_batch_size: int = 1
+    """Documents per forward on one rank; changes memory and speed, never the gradient."""
+    learning_rate: float = 1e-6
+    """"A constant learning rate of 1e-6" (paper, section 9)."""
+    schedule: str = "constant"
+    """constant (paper), cosine or linear, over the budget, after the warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0, in optimizer steps."""
+    final_fraction: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule, as a fraction of its peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; the paper gives no value."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip. The paper gives no value; 1.0 is ours."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "must be at least 1")
+        require(self.micro_batch_size >= 1, "optim.micro_batch_size", self.micro_batch_size, "must be at least 1")
+        require(self.learning_rate >= 0 and math.isfinite(self.learning_rate), "optim.learning_rate", self.learning_rate, "must be finite and at least 0")
+        require_one_of("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
+        require(0 <= self.final_fraction <= 1, "optim.final_fraction", self.final_fraction, "is a fraction from 0 to 1")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must be at least 0 and below 1")
+        require(self.epsilon > 0, "optim.epsilon", self.epsilon, "must be above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
+        require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must be at least 0")
+
+
+@dataclass
+class EngineConfig:
+    """How the model is trained on the machine: DeepSpeed ZeRO and precision."""
+
+    zero_stage: int = 1
+    """0 (no sharding, float32 only), 1 (optimizer), 2 (and gradients), 3 (and parameters)."""
+    dtype: str = "auto"
+    """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, float32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (DeepSpeed's CPU offload; stages 1 to 3)."""
+    generation: str = "gathered"
+    """Sampling under stage 3: `gathered` holds all weights on each rank while it samples; `synced` gathers
+    layer by layer and keeps the ranks in step, slower and with less memory."""
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "must be 0, 1, 2 or 3")
+        require_one_of("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_one_of("engine.generation", self.generation, ("gathered", "synced"))
+        require(not (self.zero_stage == 0 and self.dtype == "bfloat16"), "engine.zero_stage", self.zero_stage,
+                "must be at least 1 with engine.dtype bfloat16 (stage 0 has no float32 master weights, and at small learning rates bfloat16 weights do not move); write engine.zero_stage=1")
+        require(not (self.zero_stage == 0 and self.offload_optimizer), "engine.offload_optimizer", True, "needs engine.zero_stage of at least 1")
+
+
+@dataclass
+class BudgetConfig:
+    """When the run ends: at the first limit reached. At least one is needed."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    tokens: int | None = None
+    """Document tokens read (input tokens), over all ranks."""
+    flops: float | None = None
+    """FLOPs spent by the ledger's own count, over all ranks."""
+
+    def __post_init__(self) -> None:
+        limits = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops}
+        for name, limit in limits.items():
+            require(limit is None or limit > 0, f"budget.{name}", limit, "must be above 0")
+
+
+@dataclass
+class EvaluationConfig:
+    """The held-out panel: fixed positions, scored with and without a thought, before, during and after."""
+
+    panel_positions: int = 256
+    """Positions in the panel."""
+    thoughts_per_position: int = 4
+    """Thoughts sampled for each."""
+    every_n_steps: int = 0
+    """Evaluate during the run every n steps; 0: before and after only."""
+    batch_size: int = 32
+    """Documents per forward on one rank."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("panel_positions", 1), ("thoughts_per_position", 1), ("every_n_steps", 0), ("batch_size", 1)):
+            require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"must be at least {least}")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept to resume from."""
+
+    every_n_steps: int = 100
+    """Save a checkpoint every n steps; 0: at the end only."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every_n_steps >= 0, "checkpoint.every_n_steps", self.every_n_steps, "must be at least 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass
+class LoggingConfig:
+    """What is told while the run goes on. `metrics.jsonl` always gets every step."""
+
+    every_n_steps: int = 10
+    """A console line and a sample of thoughts every n steps."""
+    thoughts: int = 16
+    """Thoughts written to `thoughts.jsonl` each time: the most and least helpful ones."""
+    wandb: str = "disabled"
+    """Weights & Biases: disabled, offline or online."""
+    wandb_project: str = "rlp"
+
+    def __post_init__(self) -> None:
+        require(self.every_n_steps >= 1, "logging.every_n_steps", self.every_n_steps, "must be at least 1")
+        require(self.thoughts >= 0, "logging.thoughts", self.thoughts, "must be at least 0")
+        require_one_of("logging.wandb", self.wandb, ("disabled", "offline", "online"))
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:NAME")
+        limits = dataclasses.asdict(self.budget)
+        require(any(limit is not None for limit in limits.values()), "budget", limits, "needs at least one of steps, tokens or flops")
+        shortest = self.position.min_prefix_tokens + self.target.horizon
+        require(shortest <= self.data.max_document_tokens, "data.max_document_tokens", self.data.max_document_tokens,
+                f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens")
+
+
+def known_keys(section: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key a config may have, in the order of the sections."""
+    keys = []
+    for item in dataclasses.fields(section):
+        if dataclasses.is_dataclass(item.type):
+            keys += [f"{prefix}{item.name}", *known_keys(item.type, f"{prefix}{item.name}.")]
+        else:
+            keys.append(f"{prefix}{item.name}")
+    return keys
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and value
+        keys += _leaves(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def _refuse_unknown_keys(tree: dict, where: str) -> None:
+    known = known_keys()
+    for key in _leaves(tree):
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]}?" if nearest else f" The sections are {', '.join(k for k in known if '.' not in k)}."
+            raise ConfigError(f"{where}: unknown config key {key}.{hint}")
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ConfigError(f"no config file at {path}. Write the path of a YAML file, such as configs/quickstart.yaml.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML config: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}.")
+    return tree
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply dotted overrides, and check every value.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`, each value in YAML syntax.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a value that its section refuses.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    _refuse_unknown_keys(tree, str(path))
+    overrides = overrides or []
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator:
+            raise ConfigError(f"{override!r} is no override. Write section.key=value, such as thought.group_size=8.")
+        _refuse_unknown_keys({key: None}, "command line")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        key = error.full_key or "a key"
+        raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every key written out, as `load_config` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,322 @@
+"""DeepSpeed: build, forward, backward, step, gather; the float32 shards; generation under ZeRO-3.
+
+No DeepSpeed name leaves this module, and importing it does not import DeepSpeed. A loss given to
+`backward` is a sum over the whole step with global divisors in it, so gradients add up over
+micro-batches and ranks; the average that DeepSpeed takes over ranks is undone here.
+
+Where the float32 master weights live (DeepSpeed 0.19):
+    stage 0        the parameters themselves
+    stage 1, 2     one flat partition per parameter group and rank
+    stage 3        one flat partition per sub-group and rank
+The EMA of the weights (the teacher, phi) stands beside Adam's moments on those same shards.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlp.config import Config
+from rlp.distributed import Ranks
+
+
+class AdamWithEMA(torch.optim.AdamW):
+    """AdamW that keeps an exponential moving average of the weights beside its moments.
+
+        phi <- decay * phi + (1 - decay) * theta,   phi = theta before the first step
+
+    It sees the float32 shards that ZeRO gives it, so the average is float32 and sharded, costs no
+    communication, and does not move on a skipped step. In bfloat16 it would not move at all.
+    """
+
+    def __init__(self, params: list[dict], *, ema_decay: float | None, **options: object) -> None:
+        super().__init__(params, **options)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        if self.ema_decay is None:
+            return super().step()
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        first = {p: p.detach().clone() for p in weights if "ema" not in self.state[p]}
+        super().step()
+        for p in weights:
+            self.state[p].setdefault("ema", first.get(p)).lerp_(p, 1 - self.ema_decay)
+
+
+STATES = ("exp_avg", "exp_avg_sq", "ema")
+"""Optimizer state that has an entry per weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of one parameter whose float32 master this rank owns."""
+
+    name: str
+    start: int
+    """Index of its first element in the flattened parameter."""
+    numel: int
+    flat: Tensor
+    """The flat master tensor that holds it."""
+    offset: int
+    """Index of its first element in `flat`."""
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """[numel], this fragment's part of `flat` or of a state tensor shaped like it."""
+        return tensor.detach().flatten().narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf or nan where the step was skipped."""
+    applied: bool
+    """False where a non-finite gradient on any rank made all ranks skip it."""
+
+
+def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
+    """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
+    documents = config.optim.batch_size // ranks.world_size
+    optim, engine = config.optim, config.engine
+    settings = {
+        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
+        "gradient_accumulation_steps": -(-documents // optim.micro_batch_size),
+        "gradient_clipping": optim.grad_clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10 ** 9,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        if engine.zero_stage == 1:
+            # Stage 1 with float32 accumulation matches a plain loop to 7e-9; stages 2 and 3 accumulate in bfloat16.
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if engine.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    if engine.zero_stage == 3:
+        # Every parameter is sharded: with DeepSpeed's default, small ones are kept whole and a small model is not sharded at all.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def start_deepspeed(ranks: Ranks) -> None:
+    """Import DeepSpeed quietly and let it find the process group."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        # A shared-memory collective, used by DeepSpeed's inference alone; building it needs a C++ compiler and 46 s.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> object | None:
+    """Under stage 3, make transformers build models already sharded, for as long as the result is kept."""
+    if config.engine.zero_stage < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))
+
+
+def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+    """A module that is only run forward, sharded as stage 3 shards the policy; whole below stage 3."""
+    module.eval().requires_grad_(False)
+    if config.engine.zero_stage < 3:
+        return module.to(ranks.device)
+    import deepspeed
+
+    settings = deepspeed_config(config, ranks, dtype)
+    settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    deepspeed.zero.register_external_parameter(module, module.head)
+    return engine.module
+
+
+class Engine:
+    """The policy under DeepSpeed."""
+
+    def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> None:
+        import deepspeed
+
+        self._config = config
+        self._ranks = ranks
+        self._stage = config.engine.zero_stage
+        optim = config.optim
+        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
+        if config.engine.offload_optimizer:
+            options["foreach"] = False
+        optimizer = AdamWithEMA(_decay_groups(policy, optim.weight_decay), ema_decay=config.baseline.ema_decay if keeps_ema(config) else None, **options)
+        policy.to(ranks.device)
+        self._deepspeed, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
+        self._optimizer = optimizer
+        self.policy = policy
+        if self._stage == 3:
+            deepspeed.zero.register_external_parameter(policy, policy.head)
+
+    def __call__(self, *arguments: object) -> object:
+        """Forward of the policy with gradient, as `Policy.forward`."""
+        return self._deepspeed(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's loss."""
+        self._deepspeed.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
+        if self._deepspeed.is_gradient_accumulation_boundary() is False:
+            self._deepspeed.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update the weights and the EMA, and clear the gradient.
+
+        A non-finite gradient on any rank skips the update on all.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            return self._step_unsharded()
+        self._deepspeed.step()
+        norm = float(self._deepspeed.get_global_grad_norm())
+        return StepResult(grad_norm=norm, applied=self._deepspeed.was_step_applied())
+
+    def _step_unsharded(self) -> StepResult:
+        """Stage 0 has neither a gradient norm nor a guard of its own."""
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        applied = bool(torch.isfinite(torch.tensor(norm)))
+        if not applied:
+            # DeepSpeed steps whatever it is given, and it has no other way to end an accumulation.
+            for p in self.policy.parameters():
+                p.grad = None
+        self._deepspeed.step()
+        return StepResult(grad_norm=norm, applied=applied)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds all master weights (stage 0)."""
+        return self._stage == 0
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether the optimizer keeps the EMA."""
+        return self._optimizer.ema_decay is not None
+
+    @property
+    def _decodes_together(self) -> bool:
+        """Whether a forward during sampling is a collective, so that ranks must decode in step."""
+        return self._stage == 3 and self._config.engine.generation == "synced"
+
+    def generation(self) -> AbstractContextManager:
+        """Around sampling. Under stage 3 with `engine.generation: gathered`, every rank holds all weights
+        here and ranks may decode different numbers of tokens."""
+        if self._stage < 3 or self._decodes_together:
+            return nullcontext()
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        return unwrap_model_for_generation(self._deepspeed)
+
+    def agree(self, claim: bool) -> bool:
+        """`agree` of `sample_thoughts`: all ranks together where they decode in step, else this rank alone."""
+        return self._ranks.any(claim) if self._decodes_together else claim
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
+        """Whole parameters on every rank, to read."""
+        if self._stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names as in the Hugging Face model; tied parameters once."""
+        return list(self.policy.lm.named_parameters())
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of a parameter, sharded or not."""
+        return parameter.ds_shape if self._stage == 3 else parameter.shape
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the float32 master weights, parameter by parameter."""
+        named = ((name, self._fragment(name, p)) for name, p in self.parameters())
+        return [fragment for _, fragment in named if fragment is not None]
+
+    def _fragment(self, name: str, p: nn.Parameter) -> Fragment | None:
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 0:
+            return Fragment(name, 0, p.numel(), p, 0)
+        if self._stage == 3:
+            group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = self._ranks.rank * p.partition_numel()
+            numel = min(numel, p.ds_numel - start)
+            return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset) if numel > 0 else None
+        if p._hp_mapping is None:
+            return None
+        flats = optimizer.fp32_groups_flat_partition if hasattr(optimizer, "fp32_groups_flat_partition") else optimizer.single_partition_of_fp32_groups
+        hp, lp = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+        return Fragment(name, lp.start, lp.numel, flats[p._hp_mapping.param_group_index], hp.start)
+
+    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """Optimizer state of a flat master tensor; empty before the first step."""
+        return self._optimizer.state[flat]
+
+    def restore_state(self, flat: Tensor, applied_steps: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Zero state for a flat master tensor as after `applied_steps` steps, to be filled."""
+        self._optimizer.state[flat] = {"step": torch.tensor(float(applied_steps)), **{name: torch.zeros_like(flat.detach()) for name in names}}
+        return self._optimizer.state[flat]
+
+    def write_weights(self, module: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
+        """Set the weights of the policy, or of a module sharded like it, from whole or sliced values.
+
+        Args:
+            read: (name, start, numel) -> [numel] values of the flattened parameter.
+        """
+        for name, p in module.lm.named_parameters():
+            if self._stage == 3:
+                start = self._ranks.rank * p.partition_numel()
+                numel = min(p.partition_numel(), p.ds_numel - start)
+                if numel > 0:
+                    p.ds_tensor.detach()[:numel].copy_(read(name, start, numel))
+            else:
+                p.detach().copy_(read(name, 0, p.numel()).reshape(p.shape))
+
+    def refresh_from_state(self, module: nn.Module, state: str) -> None:
+        """Set a frozen twin of the policy to a float32 state (the EMA), cast once to its dtype.
+
+        Before the first step there is no state, and the twin stays as it is. Stage 3 copies shard to shard;
+        below it each rank puts its fragments into zeros and the ranks add up, which is exact.
+        """
+        mine = {fragment.name: fragment for fragment in self.fragments() if state in self.state_of(fragment.flat)}
+        if not self._ranks.any(bool(mine)):
+            return
+        if self._stage == 3:
+            self.write_weights(module, lambda name, start, numel: mine[name].view(self.state_of(mine[name].flat)[state]))
+            return
+        for name, p in module.lm.named_parameters():
+            whole = torch.zeros(p.numel(), dtype=torch.float32, device=self._ranks.device)
+            if name in mine:
+                fragment = mine[name]
+                whole[fragment.start : fragment.start + fragment.numel] = fragment.view(self.state_of(fragment.flat)[state]).to(whole)
+            if self._stage > 0:
+                dist.all_reduce(whole)
+            p.detach().copy_(whole.reshape(p.shape))
+
+
+def keeps_ema(config: Config) -> bool:
+    """Whether the run needs the EMA: it thinks, and measures its thoughts against it."""
+    return config.objective.thinks and config.baseline.kind == "ema"
+
+
+def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices; none on vectors (norms, biases)."""
+    matrices = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,452 @@
+"""The ledger: tokens, FLOPs and seconds of a run, by phase, counted from the model's shapes.
+
+FLOPs are those of matrix products, two per multiply-add, in closed form. Norms, activations,
+softmaxes and rotary embeddings are left out, as everybody leaves them out; so is the second
+forward of activation checkpointing, which is a price of memory and no progress. Attention counts
+causal pairs only. Two runs whose ledgers agree have done the same work, whatever their hardware.
+
+The oracle in the tests is `torch.utils.flop_counter`. It counts the full square of query-key
+pairs, and on a CPU it misses scaled_dot_product_attention: compare with T * T pairs and eager
+attention.
+"""
+
+import copy
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlp.distributed import Ranks
+from rlp.layout import Work
+
+NORM_COPIES = 3
+"""Numbers that a norm keeps for its backward pass, per number it reads: a float32 copy and one to scale."""
+
+PHASES = ("prefill", "decode", "score", "teacher", "train", "lm")
+"""What a step spends its work on: the prefix of each thought; sampling; the target after each
+thought; the no-think baseline; the update; the next-token loss on documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """The numbers of a causal LM that its cost in FLOPs and memory follows from."""
+
+    parameters: int
+    """Trained numbers in total; tied weights once."""
+    matmul_parameters: int
+    """Multiply-adds per token position in the body: weights used in matrix products and convolutions,
+    without embeddings and head. Of the routed experts only the share that one token visits."""
+    scan_multiply_adds: int
+    """Multiply-adds per token position in state-space scans: one to update each number of the
+    recurrent state, one to read it out."""
+    attention_layers: int
+    query_key_width: int
+    """Heads x head dimension of the product of queries and keys, per attention layer."""
+    value_width: int
+    """Heads x head dimension of the product of attention weights and values."""
+    key_value_elements: int
+    """Numbers kept per token position while sampling, over all attention layers."""
+    state_elements: int
+    """Numbers kept per row while sampling, of any length: convolution windows and recurrent states."""
+    layers: int
+    activation_elements: int
+    """Numbers kept per token position for the backward pass, over all layers and the last norm: an estimate
+    from above (see `_activation_elements`)."""
+    layer_activation_elements: int
+    """The same for the largest layer."""
+    width: int
+    """D, the width that the LM head reads."""
+    vocabulary: int
+    """V, rows of the LM head."""
+    tied: bool
+    """The LM head is the input embedding."""
+
+
+def causal_pairs(new_tokens: int, cached_tokens: int = 0) -> int:
+    """Query-key pairs of one row: each token sees the cached ones, the earlier ones and itself."""
+    return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+
+
+def forward_flops(shapes: ModelShapes, work: Work) -> float:
+    """FLOPs of one forward pass; a backward pass costs twice that, one product per operand.
+
+        2 (matmul + scan) tokens + 2 (query_key_width + value_width) pairs per attention layer
+        + 2 D V head_rows
+
+    Every attention layer is charged the same pairs, one with a sliding window too: an upper bound.
+    With equal widths the attention term is the usual 4 x heads x head dimension x pairs.
+    """
+    body = 2 * (shapes.matmul_parameters + shapes.scan_multiply_adds) * work.tokens
+    attention = 2 * shapes.attention_layers * (shapes.query_key_width + shapes.value_width) * work.pairs
+    head = 2 * shapes.width * shapes.vocabulary * work.head_rows
+    return float(body + attention + head)
+
+
+def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
+    """Shapes of any causal LM, read off the model built on the meta device (no memory, no weights).
+
+    Raises:
+        ValueError: the model has a weight or an attention layer whose cost is not known here.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
+    config = model.config.get_text_config()
+    head = _head_weight(model)
+    blocks = _blocks(model, config)
+    attention = [module for module in model.modules() if _is_attention(module)]
+    query_key_width, value_width, key_value_width = _attention_widths(config) if attention else (0, 0, 0)
+    for module in attention:
+        _check_attention(model, module, query_key_width, value_width)
+    scans = [_scan_elements(module) for module in model.modules() if _is_scan(module)]
+    windows = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv1d))
+    matmul_parameters = _matmul_parameters(model, config, head)
+    per_block = [_activation_elements(block, config, query_key_width) for block in blocks]
+    return ModelShapes(
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        matmul_parameters=matmul_parameters,
+        scan_multiply_adds=2 * sum(scans),
+        attention_layers=len(attention),
+        query_key_width=query_key_width,
+        value_width=value_width,
+        key_value_elements=len(attention) * key_value_width,
+        state_elements=sum(scans) + windows,
+        layers=len(blocks),
+        activation_elements=sum(per_block) + NORM_COPIES * head.shape[1],
+        layer_activation_elements=max(per_block),
+        width=head.shape[1],
+        vocabulary=head.shape[0],
+        tied=any(head is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
+    )
+
+
+def _unknown(model: nn.Module, what: str, expected: str) -> ValueError:
+    return ValueError(f"model_shapes: {type(model).__name__} has {what}; expected {expected}. "
+                      "Its FLOPs cannot be counted; teach rlp/ledger.py this kind of layer.")
+
+
+def _head_weight(model: PreTrainedModel) -> nn.Parameter:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise _unknown(model, "no output embedding", "a linear LM head")
+    return head.weight
+
+
+def _blocks(model: nn.Module, config: PretrainedConfig) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return list(module)
+    raise _unknown(model, f"no module list of {config.num_hidden_layers} layers", "config.num_hidden_layers decoder layers in one list")
+
+
+# Parameters that are added or multiplied element by element, not by a matrix product.
+_ELEMENTWISE = re.compile(r"(A_log|bias)$")
+_EXPERT_IN_A_LIST = re.compile(r"\bexperts\.\d+\.")
+
+
+def _matmul_parameters(model: nn.Module, config: PretrainedConfig, head: nn.Parameter) -> int:
+    """Weights of the body times the number of products that each takes part in per token position."""
+    total, seen = 0, set()
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight is head or weight.dim() < 2 or isinstance(module, nn.Embedding):
+                continue
+            if weight in seen:
+                raise _unknown(model, f"the weight {path}.{name}, which another layer uses too", "each weight of the body in one layer")
+            seen.add(weight)
+            total += _products(module, f"{path}.{name}", weight, config)
+    return total
+
+
+def _products(module: nn.Module, path: str, weight: nn.Parameter, config: PretrainedConfig) -> int:
+    """Multiply-adds per token position of one weight of at least two dimensions."""
+    if _ELEMENTWISE.search(path):
+        return 0
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return _visited(weight.numel(), config, path) if _EXPERT_IN_A_LIST.search(path) else weight.numel()
+    if isinstance(module, nn.Conv1d):
+        return weight.numel()
+    experts = _expert_counts(config)
+    if experts and weight.shape[0] == experts[0]:
+        # [experts, in, out] holds the experts themselves, [experts, width] their router.
+        return _visited(weight.numel(), config, path) if weight.dim() == 3 else weight.numel()
+    raise _unknown(module, f"the weight {path} of shape {list(weight.shape)}", "linear, convolution, embedding or expert weights")
+
+
+def _expert_counts(config: PretrainedConfig) -> tuple[int, int] | None:
+    """(experts per layer, experts that one token visits), or None for a dense model."""
+    values = config.to_dict()
+    experts = [values[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if values.get(name)]
+    return (experts[0], values["num_experts_per_tok"]) if experts and values.get("num_experts_per_tok") else None
+
+
+def _visited(elements: int, config: PretrainedConfig, path: str) -> int:
+    experts = _expert_counts(config)
+    if experts is None:
+        raise ValueError(f"model_shapes: {path} looks like the weight of an expert, but the config of {config.model_type} names no num_experts "
+                         "(or num_local_experts, n_routed_experts) with num_experts_per_tok. Name them in the model's config.json.")
+    return elements * experts[1] // experts[0]
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if isinstance(child, (nn.Linear, Conv1D))]
+
+
+def _in_out(linear: nn.Module) -> tuple[int, int]:
+    """(features read, features written); GPT-2's Conv1D stores its weight transposed."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention") and bool(_linears(module))
+
+
+def _attention_widths(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query-key width, value width, numbers kept per token) of one attention layer."""
+    values = config.to_dict()
+    heads = config.num_attention_heads
+    if values.get("qk_nope_head_dim"):
+        # Multi-head latent attention: the latent and the rotary key are cached, not the keys and values of every head.
+        query_key_dim = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+        return heads * query_key_dim, heads * values["v_head_dim"], values["kv_lora_rank"] + values["qk_rope_head_dim"]
+    # Some configs give head_dim another name, which only the attribute knows.
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = 1 if values.get("multi_query") else values.get("num_key_value_heads") or heads
+    return heads * head_dim, heads * head_dim, 2 * key_value_heads * head_dim
+
+
+def _check_attention(model: nn.Module, module: nn.Module, query_key_width: int, value_width: int) -> None:
+    """The widths come from the config: refuse a layer whose weights say otherwise."""
+    sizes = [_in_out(linear) for linear in _linears(module)]
+    if not any(read == value_width for read, _ in sizes) or not any(written >= query_key_width for _, written in sizes):
+        raise _unknown(model, f"a {type(module).__name__} with projections (in, out) {sizes}",
+                       f"one that writes {query_key_width} and one that reads {value_width}, as its config says")
+
+
+def _is_scan(module: nn.Module) -> bool:
+    return "A_log" in dict(module.named_parameters(recurse=False))
+
+
+def _scan_elements(module: nn.Module) -> int:
+    """Numbers in the recurrent state of one state-space or linear-attention layer."""
+    if module.A_log.dim() == 2:
+        return module.A_log.numel()
+    attributes = vars(module)
+    for names in (("num_heads", "head_dim", "ssm_state_size"), ("num_v_heads", "head_k_dim", "head_v_dim")):
+        if all(name in attributes for name in names):
+            return attributes[names[0]] * attributes[names[1]] * attributes[names[2]]
+    raise _unknown(module, f"a recurrent state of unknown size (A_log of shape {list(module.A_log.shape)})", "Mamba, Mamba-2 or gated delta layers")
+
+
+def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_width: int) -> int:
+    """Numbers that the backward pass of one layer needs, per token position: an estimate from above.
+
+    Each linear map keeps what it reads, and what it writes is kept by the norm, product or attention
+    after it. A norm in bfloat16 keeps a float32 copy of what it reads (two numbers' worth) and what it
+    scales. Autograd saves 0.75 to 1 times this for Qwen3, Llama and GPT-NeoX with sdpa (test_plan.py).
+    It is too little where a model multiplies out its nonlinearities (GPT-2's gelu_new and dropout: 2.5
+    times this) and for state-space layers without their fused scan, which keep every state.
+    """
+    of_heads = {child for module in block.modules() if _is_attention(module) for child in module.children()}
+    total = 0
+    for path, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            elements = sum(_in_out(module))
+            total += _visited(elements, config, path) if _EXPERT_IN_A_LIST.search(path) else elements
+        elif isinstance(module, nn.Conv1d):
+            total += 2 * module.out_channels
+        elif "Norm" in type(module).__name__:
+            # A norm inside attention is applied to each head.
+            total += NORM_COPIES * (query_key_width if module in of_heads else sum(weight.numel() for weight in module.parameters() if weight.dim() == 1))
+        else:
+            experts = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
+            total += sum(_expert_counts(config)[1] * sum(weight.shape[1:]) for weight in experts)
+    return total
+
+
+@dataclass(slots=True)
+class PhaseCount:
+    """What one phase has cost."""
+
+    tokens_in: int = 0
+    """Tokens read as given: documents, prefixes, markers."""
+    tokens_generated: int = 0
+    """Tokens sampled."""
+    tokens_trained: int = 0
+    """Tokens whose log-probability received a gradient."""
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def _phase_counts() -> dict[str, PhaseCount]:
+    return {phase: PhaseCount() for phase in PHASES}
+
+
+@dataclass(slots=True)
+class Account:
+    """The counts of one step on one rank, or of a whole run over all ranks."""
+
+    phases: dict[str, PhaseCount] = field(default_factory=_phase_counts)
+    input_tokens: int = 0
+    """Document tokens read (T_inp)."""
+    paper_flops: float = 0.0
+    """The paper's T_flop = n l bs iters + T_inp, in tokens: thoughts x thought budget + input tokens."""
+    paper_flops_sampled: float = 0.0
+    """The same with the thought tokens that were really sampled in place of the budget."""
+    steps: int = 0
+
+
+_COUNTS = ("tokens_in", "tokens_generated", "tokens_trained", "flops")
+_TOTALS = ("input_tokens", "paper_flops", "paper_flops_sampled", "steps")
+
+
+class Ledger:
+    """Adds up a run. Counts are local to the rank until `close_step` sums them over the ranks."""
+
+    def __init__(self, shapes: ModelShapes) -> None:
+        self.shapes = shapes
+        self._step = Account()
+        self._total = Account()
+
+    @property
+    def steps(self) -> int:
+        """Steps closed."""
+        return self._total.steps
+
+    @property
+    def input_tokens(self) -> int:
+        """Document tokens read in closed steps, over all ranks."""
+        return self._total.input_tokens
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of closed steps, over all ranks and phases."""
+        return _sum_of(self._total, "flops")
+
+    def add(self, phase: str, work: Work, *, passes: int, tokens_in: int = 0, tokens_generated: int = 0, tokens_trained: int = 0) -> None:
+        """Count work of this rank.
+
+        Args:
+            passes: 1 for a forward pass, 3 for a forward and a backward pass. The forward that
+                activation checkpointing repeats is not counted.
+        """
+        if passes not in (1, 3):
+            raise ValueError(f"Ledger.add: passes must be 1 (forward) or 3 (forward and backward), got {passes}.")
+        count = self._phase(phase)
+        count.flops += passes * forward_flops(self.shapes, work)
+        count.tokens_in += tokens_in
+        count.tokens_generated += tokens_generated
+        count.tokens_trained += tokens_trained
+
+    def add_documents(self, input_tokens: int) -> None:
+        """Count document tokens that this rank read, once per document whatever is done with them."""
+        self._step.input_tokens += input_tokens
+        self._step.paper_flops += input_tokens
+        self._step.paper_flops_sampled += input_tokens
+
+    def add_thoughts(self, thoughts: int, *, max_thought_tokens: int, sampled_tokens: int) -> None:
+        """Count thoughts of this rank in the paper's accounting, which charges each its whole budget."""
+        self._step.paper_flops += thoughts * max_thought_tokens
+        self._step.paper_flops_sampled += sampled_tokens
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to the phase; waits for the GPU at both ends."""
+        count = self._phase(phase)
+        _wait_for_device()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for_device()
+            count.seconds += time.perf_counter() - start
+
+    def close_step(self, ranks: Ranks) -> dict:
+        """Sum the step over the ranks, add it to the run, and start the next one. Every rank calls it.
+
+        Seconds are the largest over the ranks, phase by phase: a phase lasts as long as its slowest
+        rank.
+
+        Returns:
+            The step's totals, in the form of `to_json`.
+        """
+        self._step.steps = 1
+        step = _over_ranks(self._step, ranks)
+        _add_to(self._total, step)
+        self._step = Account()
+        return _as_json(step)
+
+    def state(self) -> dict:
+        """All that a resumed run needs; plain numbers. Only between steps."""
+        assert self._step == Account(), "Ledger.state: the step is open; call close_step first"
+        return dataclasses.asdict(self._total)
+
+    def load_state(self, state: dict) -> None:
+        """Continue from what `state` returned."""
+        expected = {item.name for item in dataclasses.fields(Account)}
+        if set(state) != expected or set(state["phases"]) != set(PHASES):
+            raise ValueError(f"Ledger.load_state: expected the keys {sorted(expected)} with phases {list(PHASES)}, got {sorted(state)}. "
+                             "The checkpoint was written by another version; resume with that one.")
+        phases = {phase: PhaseCount(**state["phases"][phase]) for phase in PHASES}
+        self._total = Account(**{**state, "phases": phases})
+
+    def to_json(self) -> dict:
+        """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers."""
+        return _as_json(self._total)
+
+    def _phase(self, phase: str) -> PhaseCount:
+        if phase not in PHASES:
+            raise ValueError(f"Ledger: unknown phase {phase!r}; the phases are {', '.join(PHASES)}.")
+        return self._step.phases[phase]
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _sum_of(account: Account, name: str) -> float:
+    return sum(getattr(count, name) for count in account.phases.values())
+
+
+def _over_ranks(step: Account, ranks: Ranks) -> Account:
+    """Counts summed over the ranks, seconds the largest; one step, however many ranks."""
+    counts = [getattr(step.phases[phase], name) for phase in PHASES for name in _COUNTS]
+    totals = [step.input_tokens, step.paper_flops, step.paper_flops_sampled]
+    summed = iter(ranks.sum(counts + totals))
+    slowest = [max(column) for column in zip(*ranks.gather([step.phases[phase].seconds for phase in PHASES]))]
+    over_ranks = Account(steps=step.steps)
+    for phase, seconds in zip(PHASES, slowest, strict=True):
+        tokens_in, generated, trained, flops = (next(summed) for _ in _COUNTS)
+        over_ranks.phases[phase] = PhaseCount(int(tokens_in), int(generated), int(trained), flops, seconds)
+    over_ranks.input_tokens = int(next(summed))
+    over_ranks.paper_flops, over_ranks.paper_flops_sampled = summed
+    return over_ranks
+
+
+def _add_to(total: Account, step: Account) -> None:
+    for phase in PHASES:
+        for name in (*_COUNTS, "seconds"):
+            setattr(total.phases[phase], name, getattr(total.phases[phase], name) + getattr(step.phases[phase], name))
+    for name in _TOTALS:
+        setattr(total, name, getattr(total, name) + getattr(step, name))
+
+
+def _as_json(account: Account) -> dict:
+    return {
+        "phases": {phase: dataclasses.asdict(account.phases[phase]) for phase in PHASES},
+        "input_tokens": account.input_tokens,
+        "flops": _sum_of(account, "flops"),
+        "paper_flops": account.paper_flops,
+        "paper_flops_sampled": account.paper_flops_sampled,
+        "seconds": _sum_of(account, "seconds"),
+        "steps": account.steps,
+    }

@@ -1,0 +1,279 @@
+"""The numbers of a run: what each one means, and where they are told.
+
+`METRICS` (of a step) and `EVALUATION` (of the held-out panel) are where a number has its name, unit and
+definition; a name that is in neither can not be logged.
+`metrics.jsonl` is the record; the console and Weights & Biases are copies, and a copy that fails
+never fails the run. What the clock and the memory counter say (`perf/*`) goes to `timing.jsonl`,
+so that `metrics.jsonl` of a resumed run equals that of an unbroken one byte for byte.
+
+Averages are over all ranks: means of a step are sums over all its thoughts (or positions, or
+tokens) divided by their number.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import math
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from rlp.config import Config, ConfigError
+from rlp.distributed import Ranks
+from rlp.run_folder import RunFolder, append_json_line
+
+
+class Metric(NamedTuple):
+    """What a number is."""
+
+    unit: str
+    """Empty for a pure number; `fraction` is from 0 to 1."""
+    definition: str
+
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("nats", "Mean information gain r(c) = S_pred(c) - S_ema of the step's thoughts (eq. 5)."),
+    "reward/positive_frac": Metric("fraction", "Thoughts with r(c) > 0: the target became more probable."),
+    "reward/group_std": Metric("nats", "Mean over positions of the standard deviation of r within the group. Zero means nothing to learn."),
+    "reward/length_correlation": Metric("", "Correlation of thought length and reward within groups, over the step's thoughts; left out where one of them does not vary."),
+    "thought/tokens_mean": Metric("tokens", "Mean length of a thought, its close marker not counted."),
+    "thought/truncated_frac": Metric("fraction", "Thoughts that the budget ended before they sampled a close marker."),
+    "policy/entropy": Metric("nats per token", "Mean entropy of the distributions that the thought tokens were sampled from."),
+    "policy/ratio_max_deviation": Metric("", "Largest |rho_u - 1| over thought tokens (eq. 8). Zero on-policy; anything else is a mismatch of sampler and trainer."),
+    "policy/behavior_mismatch_kl": Metric("nats per token", "KL of the behavior policy to the policy on sampled tokens, mean of rho - 1 - log rho. Zero on-policy."),
+    "policy/clip_frac": Metric("fraction", "Thought tokens whose ratio lies outside 1 - clip_low .. 1 + clip_high."),
+    "policy/open_marker_mass": Metric("probability", "Mean probability that the policy gives the open marker's first token where a thought may start; it is left out of target softmaxes."),
+    "policy/reasoned_logprob": Metric("nats", "Mean S_pred: log-probability of the target after a thought (eq. 3)."),
+    "baseline/logprob": Metric("nats", "Mean S_ema: log-probability of the target without a thought, under the baseline (eq. 4)."),
+    "kl/start": Metric("nats per token", "KL of the policy to the starting checkpoint on thought tokens (k3 estimator); where objective.kl_weight is above 0."),
+    "lm/loss": Metric("nats per token", "Next-token loss of the policy on the step's documents, without thoughts."),
+    "teacher/distance": Metric("relative", "||phi - theta|| / ||theta||: how far the EMA lags behind the policy."),
+    "optim/grad_norm": Metric("", "Global norm of the gradient before clipping."),
+    "optim/learning_rate": Metric("", "Learning rate of the step."),
+    "optim/skipped": Metric("steps", "Optimizer steps skipped so far because the gradient was not finite."),
+    "data/bad_documents": Metric("documents", "Documents skipped so far as unreadable, empty or too short."),
+    "budget/tokens": Metric("tokens", "Document tokens read so far, over all ranks."),
+    "budget/flops": Metric("FLOPs", "FLOPs spent so far by the ledger's count, over all ranks."),
+    "perf/thought_tokens_per_s": Metric("tokens per second", "Sampled thought tokens per second of sampling, over all ranks."),
+    "perf/step_s": Metric("seconds", "Duration of the step."),
+    "perf/peak_memory_bytes": Metric("bytes", "Largest memory allocated on a device during the step, over all ranks; on a CPU, the largest resident set so far."),
+}
+
+EVALUATION: dict[str, Metric] = {
+    "gain_over_start_nats": Metric("nats", "Mean S_pred minus the log-probability that the starting checkpoint gave the same targets without a thought. It can not be raised by getting worse without thoughts."),
+    "gain_over_ema_nats": Metric("nats", "Mean S_pred minus S_ema, the reward's own baseline."),
+    "gain_over_no_think_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability without a thought."),
+    "positive_gain_frac": Metric("fraction", "Positions whose mean gain over the starting checkpoint is above 0."),
+    "accuracy_with_thought": Metric("fraction", "The most probable token is the target, after a thought; mean over thoughts."),
+    "accuracy_without_thought": Metric("fraction", "The most probable token is the target, without a thought."),
+    "thought_tokens_mean": Metric("tokens", "Mean length of a thought, its close marker not counted."),
+    "thought_truncated_frac": Metric("fraction", "Thoughts that the budget ended."),
+    "reasoned_logprob_nats": Metric("nats", "Mean S_pred: log-probability of the target after a thought."),
+    "no_think_logprob_nats": Metric("nats", "Log-probability of the target without a thought, under the policy."),
+    "open_marker_mass": Metric("probability", "Mean probability of the open marker where a thought may start."),
+    "panel_positions": Metric("positions", "Size of the held-out panel."),
+}
+"""What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and `after` of `summary.json`."""
+
+TIMING_PREFIX = "perf/"
+"""Metrics of the machine and not of the run: two runs of the same config differ in them."""
+
+_CONSOLE = (
+    ("reward/mean", "reward", "{:+.4f} nats"),
+    ("thought/tokens_mean", "thought", "{:.0f} tokens"),
+    ("lm/loss", "lm", "{:.4f} nats"),
+    ("optim/grad_norm", "grad", "{:.3g}"),
+    ("perf/step_s", "step", "{:.2f} s"),
+)
+
+
+class MetricsLog:
+    """Tells what happens: rank 0 writes the files and speaks, the other ranks only check."""
+
+    def __init__(self, folder: RunFolder, config: Config, ranks: Ranks, total_hint: int | None) -> None:
+        """
+        Args:
+            total_hint: optimizer steps expected, for the bar; None where the budget is not in steps.
+        """
+        self._folder = folder
+        self._every_n_steps = config.logging.every_n_steps
+        self._first_rank = ranks.is_first
+        self._total = total_hint
+        self._bar: tqdm | None = None
+        self._said_a_step = False
+        require_wandb(config.logging.wandb)
+        self._wandb = WandbAdapter(folder, config, self.say) if ranks.is_first else None
+
+    def step(self, step: int, values: dict[str, float | None]) -> None:
+        """Record one optimizer step. Every rank calls it with the same values.
+
+        Args:
+            step: 1 for the first step.
+            values: by name in `METRICS`; None is for a metric that this step did not measure.
+
+        Raises:
+            ValueError: a name that is not in `METRICS`, or a value that is no finite number.
+        """
+        measured = in_table_order(values, METRICS)
+        if not self._first_rank:
+            return
+        timing = {name: value for name, value in measured.items() if name.startswith(TIMING_PREFIX)}
+        append_json_line(self._folder.metrics_jsonl, {"step": step, **{name: value for name, value in measured.items() if name not in timing}})
+        if timing:
+            append_json_line(self._folder.timing_jsonl, {"step": step, **timing})
+        self._wandb.log(step, measured)
+        self._show(step, measured)
+
+    def evaluation(self, step: int, values: dict[str, float | None]) -> None:
+        """Record one evaluation of the held-out panel, by name in `EVALUATION`; `step` 0 is before the first update."""
+        measured = in_table_order(values, EVALUATION)
+        if not self._first_rank:
+            return
+        append_json_line(self._folder.evaluation_jsonl, {"step": step, **measured})
+        self._wandb.log(step, {f"evaluation/{name}": value for name, value in measured.items()})
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0, above the bar where there is one."""
+        if self._first_rank:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bar and hand the last values to Weights & Biases."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _show(self, step: int, measured: dict[str, float]) -> None:
+        words = {word: form.format(measured[name]) for name, word, form in _CONSOLE if name in measured}
+        if sys.stderr.isatty():
+            self._move_bar(step, words)
+        elif step % self._every_n_steps == 0 or not self._said_a_step:
+            of_total = f"/{self._total}" if self._total else ""
+            self.say("  ".join([f"step {step}{of_total}", *(f"{word} {value}" for word, value in words.items())]))
+        self._said_a_step = True
+
+    def _move_bar(self, step: int, words: dict[str, str]) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=self._total, initial=step - 1, unit="step", dynamic_ncols=True)
+        # The bar times the steps itself.
+        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word != "step"), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+
+def in_table_order(values: dict[str, float | None], table: dict[str, Metric]) -> dict[str, float]:
+    """The measured values in the order of the table, each name and number checked."""
+    for name, value in values.items():
+        if name not in table:
+            nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown metric {name!r}. Did you mean {nearest!r}? Names, units and definitions are in rlp/metrics.py.")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value)):
+            raise ValueError(f"metric {name} must be a finite number, or None where it was not measured, got {value!r}.")
+    return {name: values[name] for name in table if values.get(name) is not None}
+
+
+def require_wandb(mode: str) -> None:
+    """Refuse a run that asks for Weights & Biases where it is not installed. Nothing is imported."""
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"logging.wandb is {mode}, but the package wandb is not installed. Run pip install wandb, or write logging.wandb=disabled.")
+
+
+class WandbAdapter:
+    """A copy of the metrics for Weights & Biases. It may fail; the run may not.
+
+    Its failures come from a service process, a network and a file system that are not ours, and in
+    as many types: all are caught here, each is said in one line, and the first one after the start
+    switches the adapter off.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._run = None
+        mode = config.logging.wandb
+        if mode == "online":
+            self._run = self._start(folder, config, "online", "continuing offline")
+            mode = "offline" if self._run is None else mode
+        if mode == "offline":
+            self._run = self._start(folder, config, "offline", "continuing without it")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send numbers of one step. A step may come in several calls, and again after a resume."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({"step": step, **values})
+        except Exception as error:
+            self._switch_off("could not log", error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._switch_off("could not finish", error)
+        self._run = None
+
+    def _start(self, folder: RunFolder, config: Config, mode: str, otherwise: str) -> object | None:
+        try:
+            import wandb
+
+            # A network that went away must hold up neither the first step nor the end of the run.
+            settings = wandb.Settings(init_timeout=60, finish_timeout=120, console="off", silent=True)
+            run = wandb.init(project=config.logging.wandb_project, name=folder.name, group=folder.name, dir=str(folder.logs),
+                             mode=mode, config=dataclasses.asdict(config), settings=settings)
+            # Steps as a value of our own: W&B's counter refuses the steps that a resumed run repeats.
+            run.define_metric("*", step_metric="step")
+        except Exception as error:
+            self._say(f"Weights & Biases could not start {mode} ({_one_line(error)}); {otherwise}.")
+            return None
+        return run
+
+    def _switch_off(self, what: str, error: Exception) -> None:
+        self._run = None
+        self._say(f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl is complete.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+_LIBRARIES = ("transformers", "datasets", "torch", "py.warnings", "DeepSpeed")
+
+
+class _OnlyTo(logging.Filter):
+    """Hands a logger's records to one handler and to nobody else."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self.handler = handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.handler.handle(record)
+        return False
+
+
+def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
+    """Send what libraries log, and Python's warnings, to `logs/rank_N.log`, and take their progress bars away.
+
+    A library gives its logger a console handler when it is imported, so this goes after the imports.
+    DeepSpeed may come later: it is imported by the engine, and logs while it is.
+    """
+    import transformers.utils.logging as transformers_logging
+
+    handler = logging.FileHandler(folder.logs / f"rank_{ranks.rank}.log", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for library in _LIBRARIES:
+        logger = logging.getLogger(library)
+        logger.handlers = [handler]
+        logger.propagate = False
+    # DeepSpeed logs through one logger, whose filter outlives the handler that its import adds.
+    logging.getLogger("DeepSpeed").filters = [_OnlyTo(handler)]
+    logging.captureWarnings(True)
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,295 @@
+"""The policy: a causal language model that thinks and predicts, its tokenizer and thought markers.
+
+Any `AutoModelForCausalLM` whose logits are a matrix product of its last hidden state (with an
+optional scale and soft cap) works: the loader checks that identity on a few tokens and refuses
+a model that breaks it. Training state, layouts and rewards are not known here.
+
+Dimensions
+    R  rows of tokens, padded on the right (scoring) or on the left (prefill)
+    T  tokens in a row
+    Q  queries: places where a log-probability is wanted
+    D  width;  V  vocabulary
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+from rlp_kernels import token_argmax, token_entropy, token_logprobs
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """Token ids of the thought markers."""
+
+    open: tuple[int, ...]
+    """Put after the prefix, before the thought."""
+    close: tuple[int, ...]
+    """Sampled at the end of a thought, or forced when the budget ends it."""
+
+    @property
+    def excluded(self) -> int:
+        """The first token of the open marker: removed from every target softmax. A policy that has learned
+        to think holds mass there, which its no-think prediction would otherwise lack."""
+        return self.open[0]
+
+
+class Policy(nn.Module):
+    """pi_theta and p_theta, one network: log-probabilities of given tokens, and cached decoding."""
+
+    def __init__(self, lm: nn.Module, markers: Markers) -> None:
+        super().__init__()
+        self.lm = lm
+        self.markers = markers
+        signature = inspect.signature(lm.base_model.forward).parameters
+        self._cache_name = "past_key_values" if "past_key_values" in signature else "cache_params"
+        self._takes_positions = "position_ids" in signature
+        self.logit_scale, self.softcap = _logit_transform(lm.config)
+
+    @property
+    def head(self) -> nn.Parameter:
+        """[V, D], the matrix that turns hidden states into logits."""
+        return self.lm.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def forward(self, task: str, *arguments: object) -> object:
+        """Every pass goes through here, because an engine that shards weights gathers them around `forward`.
+
+        Args:
+            task: `logprob`, `greedy`, `entropy` (arguments of `_answer`), `next_logits` (of `_next_logits`),
+                or `check` (of `_check`).
+        """
+        if task in ("next_logits", "check"):
+            return getattr(self, f"_{task}")(*arguments)
+        return self._answer(task, *arguments)
+
+    def _check(self, tokens: Tensor) -> tuple[float, float]:
+        """Largest difference between the model's own logits and ours, and the largest logit."""
+        own = self.lm(input_ids=tokens).logits.float()[0]
+        ours = self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0]).float()
+        return (own - ours).abs().max().item(), own.abs().max().item()
+
+    def _answer(self, statistic: str, tokens: Tensor, row: Tensor, column: Tensor, target: Tensor, inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
+        """One pass over rows, and a number for each query: log p(target | tokens[row, : column + 1]).
+
+        A causal model never looks to the right, so padding on the right needs no mask: it is not queried.
+
+        Args:
+            statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most probable
+                token) or `entropy` (nats, of the whole softmax).
+            tokens: [R, T] int64, padded on the right.
+            row, column: [Q] int64, the hidden state that predicts.
+            target: [Q] int64, the predicted token.
+            inverse_temperature: [Q] float32.
+            excluded: [Q] int64, a token left out of the softmax, or -1.
+
+        Returns:
+            [Q] float32, or bool for `greedy`.
+        """
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        queried = hidden[row, column] * self.logit_scale
+        if statistic == "greedy":
+            return token_argmax(queried, self.head, excluded=excluded, softcap=self.softcap) == target
+        if statistic == "entropy":
+            return token_entropy(queried, self.head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
+        return token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Evaluation mode without gradients, for prefill and decoding."""
+        mode = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(mode)
+
+    def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, object]:
+        """Run prefixes once and keep their cache.
+
+        Args:
+            tokens: [R, T] int64, padded on the left.
+            mask: [R, T] bool, True on tokens.
+
+        Returns:
+            logits [R, V] float32 after the last token, and the cache.
+        """
+        return self("next_logits", tokens, mask, (mask.long().cumsum(1) - 1).clamp(min=0), None)
+
+    def fork(self, cache: object, index: Tensor) -> None:
+        """Rearrange a cache in place: its new row r is the old row index[r], state-space states included."""
+        cache.reorder_cache(index)
+
+    def decode(self, token: Tensor, mask: Tensor, position: Tensor, cache: object) -> Tensor:
+        """Append one token to every row of a cache.
+
+        Args:
+            token: [R] int64.
+            mask: [R, T] bool over all columns of the cache, the appended one included.
+            position: [R] int64, index of the token in its own row.
+
+        Returns:
+            logits [R, V] float32 after the token.
+        """
+        # A recurrent state holds no padding: these models take a mask over the tokens of the call only.
+        mask = mask if self._cache_name == "past_key_values" else None
+        return self("next_logits", token[:, None], mask, position[:, None], cache)[0]
+
+    def _next_logits(self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: object | None) -> tuple[Tensor, object]:
+        """Logits [R, V] after the last column, and the cache with these tokens in it."""
+        optional = {"position_ids": position} if self._takes_positions else {}
+        if mask is not None:
+            optional["attention_mask"] = mask.long()
+        output = self.lm.base_model(input_ids=tokens, use_cache=True, **{self._cache_name: cache}, **optional)
+        return self._logits(output.last_hidden_state[:, -1]), getattr(output, self._cache_name)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden * self.logit_scale
+        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        if hidden.is_cuda and hidden.dtype != wide:
+            logits = torch.mm(hidden, self.head.t(), out_dtype=wide)
+        else:
+            logits = hidden.to(wide) @ self.head.to(wide).t()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
+    """(scale, soft cap) that this architecture applies to its logits, by the names transformers uses."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale /= config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale *= config.logit_scale
+    if getattr(config, "lm_head_multiplier", None):  # Falcon-H1 multiplies
+        scale *= config.lm_head_multiplier
+    return scale, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, from `model.tokenizer` or `model.path`."""
+    source = config.tokenizer or config.path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {_first_line(error)}. {_where_models_live}") from error
+
+
+_where_models_live = "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> Markers:
+    """Token ids of the two markers; a tokenizer that can not write them is refused."""
+    return Markers(open=_marker_ids(tokenizer, "thought.open_marker", config.open_marker),
+                   close=_marker_ids(tokenizer, "thought.close_marker", config.close_marker))
+
+
+def _marker_ids(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> tuple[int, ...]:
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ConfigError(f"{key}: the tokenizer can not write {text!r} (token ids {list(ids)}, unknown token {tokenizer.unk_token_id}). "
+                          f"Write a marker that it knows, such as one of its special tokens {tokenizer.all_special_tokens}.")
+    return ids
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward: `engine.dtype`, where auto is bfloat16 on a GPU and float32 on a CPU."""
+    if config.engine.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and config.engine.zero_stage > 0 else torch.float32
+    return getattr(torch, config.engine.dtype)
+
+
+def read_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The architecture, with every dropout off: a dropped unit would make the ratio of eq. 8 differ from 1 on-policy."""
+    try:
+        architecture = AutoConfig.from_pretrained(config.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no model config at {config.path!r}: {_first_line(error)}. {_where_models_live}") from error
+    for name, value in list(vars(architecture).items()):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(architecture, name, 0.0)
+    return architecture
+
+
+def _choose_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The attention to ask transformers for; None lets it take sdpa, or eager where a model has no sdpa."""
+    if config.attention != "auto":
+        return config.attention
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash and device.type == "cuda" and dtype == torch.bfloat16 else None
+
+
+def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> Policy:
+    """Load or initialize the model, and check that this program can score it.
+
+    Raises:
+        ConfigError: no such model, weights missing, a vocabulary larger than the embedding, or logits
+            that are not a product of hidden state and head.
+    """
+    architecture = read_model_config(config.model)
+    vocabulary = architecture.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {config.model.path} has {vocabulary} rows. "
+                          "Write the tokenizer that belongs to the model, or resize the model's embedding first.")
+    markers = find_markers(tokenizer, config.thought)
+    attention = _choose_attention(config.model, dtype, device)
+    try:
+        lm = _build(config, architecture, attention, dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: {_first_line(error)}. {_where_models_live}") from error
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if config.engine.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(lm, markers)
+
+
+def _build(config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> nn.Module:
+    if config.model.init == "random":
+        torch.manual_seed(config.run.seed)
+        return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
+    lm, loading = AutoModelForCausalLM.from_pretrained(
+        config.model.path, config=architecture, attn_implementation=attention, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ConfigError(f"model.path: {config.model.path!r} lacks {len(missing)} weights that the architecture has, such as {missing[0]}. "
+                          "Write the folder of a complete checkpoint.")
+    return lm
+
+
+def check_logits(policy: Policy) -> None:
+    """Refuse a model whose own logits are not `softcap(scale * hidden @ head.T)`, on four tokens.
+
+    Raises:
+        ConfigError: the identity does not hold, so every log-probability here would be another model's.
+    """
+    head = policy.lm.get_output_embeddings()
+    has_bias = getattr(head, "bias", None) is not None
+    with policy.sampling():
+        error, size = policy("check", torch.arange(4, device=policy.device)[None])
+    # bfloat16 logits carry 8 bits: 2 ** -7 of the largest is their own rounding.
+    if has_bias or error > 2 ** -7 * max(size, 1.0):
+        raise ConfigError(f"model.path: the logits of {type(policy.lm).__name__} differ from head @ hidden by {error:.3g} (bias: {has_bias}). "
+                          "This architecture transforms its logits in a way that is not known here; add it to `_logit_transform` in rlp/model.py.")
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from writing to the console."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,114 @@
+"""The RLP objective: reward, advantage and clipped surrogate, equation by equation.
+
+Pure tensor functions. Nothing here knows about models, tokenizers, devices or ranks, so every line
+can be checked against the paper (arXiv 2510.01265, version 2) with a pencil.
+
+Dimensions
+    M  positions;  G  thoughts per position (the group);  N = M * G
+    L  thought tokens, padded to the longest;  H  target tokens
+
+Log-probabilities, rewards and advantages are in nats.
+"""
+
+import torch
+from torch import Tensor
+
+
+def log_evidence(target_logprob: Tensor) -> Tensor:
+    """Mean log-probability of the H target tokens.
+
+        S = 1/H sum_h log p(x_{t+h} | context, x_t .. x_{t+h-1})                 (eqs. 3 and 4; H = 1)
+
+    Args:
+        target_logprob: [..., H].
+
+    Returns:
+        [...], nats per token.
+    """
+    return target_logprob.mean(dim=-1)
+
+
+def information_gain(reasoned_logprob: Tensor, baseline_logprob: Tensor) -> Tensor:
+    """Reward of each thought: how much it raised the log-probability of what came next.
+
+        r(c) = S_pred(c) - S_ema                                                 (eq. 5)
+
+    Args:
+        reasoned_logprob: [M, G], S_pred.
+        baseline_logprob: [M], S_ema, one number for all thoughts of a position.
+
+    Returns:
+        [M, G].
+    """
+    return reasoned_logprob - baseline_logprob[:, None]
+
+
+def group_relative_advantage(reward: Tensor) -> Tensor:
+    """Advantage of each thought over the other thoughts for the same position.
+
+        A_i = G / (G - 1) * (r_i - mean_j r_j)                                   (eq. 7)
+
+    The factor undoes the shrinkage of a mean that includes r_i itself; the result equals the
+    leave-one-out advantage r_i - mean_{j != i} r_j, so it is unbiased. There is no division by the
+    group's standard deviation: rewards stay in nats, and a group whose thoughts all help equally
+    contributes nothing. Whatever is the same for the whole group, the baseline above all, cancels.
+
+    Args:
+        reward: [M, G], with G >= 2.
+
+    Returns:
+        [M, G]. Each row sums to zero.
+    """
+    group_size = reward.shape[1]
+    if group_size < 2:
+        raise ValueError(f"group_relative_advantage compares siblings: G must be >= 2, got {group_size}.")
+    return (reward - reward.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
+
+
+def clipped_surrogate(logprob: Tensor, behavior_logprob: Tensor, mask: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """Loss of each thought: the clipped policy-gradient surrogate, averaged over its tokens.
+
+        rho_u = exp(log pi(l_u) - log pi_old(l_u))
+        loss  = -1/|c| sum_u min(rho_u * A, clip(rho_u, 1 - eps_l, 1 + eps_h) * A)     (eq. 8)
+
+    On-policy every rho is 1, so the value is -A and sums to zero over a group; its gradient does not.
+    Only `logprob` carries a gradient: the paper's stop-gradient is the detach of the advantage.
+
+    Args:
+        logprob: [N, L], log pi of the sampled tokens at the sampling temperature.
+        behavior_logprob: [N, L], the same when they were sampled.
+        mask: [N, L] bool, True on sampled tokens, at least one per thought.
+        advantage: [N].
+
+    Returns:
+        [N].
+    """
+    advantage = advantage.detach()
+    log_ratio = (logprob - behavior_logprob).masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
+    return -mean_over_tokens(gain, mask)
+
+
+def kl_to_start(logprob: Tensor, start_logprob: Tensor, mask: Tensor) -> Tensor:
+    """KL of the policy to the starting checkpoint on the sampled tokens, averaged over each thought's tokens.
+
+        exp(d) - d - 1,  d = log p_start(l_u) - log pi(l_u)
+
+    Never negative, unbiased for KL(pi || p_start) under samples of pi (Schulman's k3 estimator).
+
+    Args:
+        logprob, start_logprob: [N, L], at the sampling temperature.
+        mask: [N, L] bool.
+
+    Returns:
+        [N], nats.
+    """
+    difference = (start_logprob - logprob).masked_fill(~mask, 0.0)
+    return mean_over_tokens(difference.exp() - difference - 1, mask)
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """[N, L] -> [N], the mean over each thought's sampled tokens."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)

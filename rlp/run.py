@@ -1,0 +1,344 @@
+"""A run: its parts put together from a config, and everything around the algorithm.
+
+`train.py` holds the algorithm; this module loads, resumes, evaluates, saves, tells and exports for it.
+"""
+
+import math
+import resource
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlp.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
+from rlp.config import BudgetConfig, Config, ConfigError, OptimConfig
+from rlp.data import Document, DocumentStream, Positions, Rows, candidate_positions, choose_positions, marker_ids, open_rows, share_of_rank
+from rlp.distributed import Ranks
+from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
+from rlp.export import export_model, model_card
+from rlp.layout import Thoughts, Work, thought_format
+from rlp.ledger import Ledger, model_shapes
+from rlp.metrics import MetricsLog, quiet_libraries
+from rlp.model import Policy, check_logits, compute_dtype, find_markers, load_policy, load_tokenizer, quiet_transformers, read_model_config
+from rlp.monitor import Tally, length_correlation
+from rlp.objective import information_gain
+from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
+from rlp.rollout import Rollout
+from rlp.run_folder import RunFolder, append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
+from rlp.scoring import difficulty
+from rlp.teacher import Teacher
+
+MAX_SKIPPED_IN_A_ROW = 3
+"""Steps with a non-finite gradient, one after another, that stop a run."""
+
+
+class NumericsError(Exception):
+    """The run stopped because its numbers are no longer finite."""
+
+
+class Run:
+    """Everything a run holds. Its parts are built in the order of the design: config, data, model, engine, teacher."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.share = share_of_rank(config.optim.batch_size, ranks.rank, ranks.world_size)
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped = self.skipped_in_a_row = 0
+        self.start_logprob: list[float] = []
+        self.stop_requested = False
+        quiet_transformers()
+        self._read_inputs()
+        resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
+        self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
+        self._build_model()
+        self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
+        self._resume(resumes)
+
+    def _read_inputs(self) -> None:
+        """Tokenizer, documents and architecture: what a user may have got wrong, read before anything is written."""
+        config = self.config
+        self.tokenizer = load_tokenizer(config.model)
+        self.markers = find_markers(self.tokenizer, config.thought)
+        self._marker = marker_ids(self.tokenizer, config.position)
+        self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
+        self.shapes = model_shapes(read_model_config(config.model))
+        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
+        self.stream = self._document_stream(rows, config.run.seed)
+        self._held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
+
+    def _build_model(self) -> None:
+        """Policy, engine and teacher, sharded as they are built under stage 3."""
+        config, ranks = self.config, self.ranks
+        start_deepspeed(ranks)
+        quiet_libraries(self.folder, ranks)
+        dtype = compute_dtype(config, ranks.device)
+        self._sharding = sharded_construction(config, ranks, dtype)
+        self.engine = Engine(load_policy(config, self.tokenizer, dtype, ranks.device), config, ranks, dtype)
+        check_logits(self.engine.policy)
+        thinks, kind = config.objective.thinks, config.baseline.kind if config.objective.thinks else "none"
+
+        def starting_checkpoint() -> Policy:
+            return shard_frozen(load_policy(config, self.tokenizer, dtype, ranks.device), config, ranks, dtype)
+
+        self.teacher = Teacher(kind, starting_checkpoint() if kind in ("ema", "frozen") else None, self.engine, ranks)
+        self.start = starting_checkpoint() if thinks and config.objective.kl_weight > 0 else None
+        self.ledger = Ledger(self.shapes)
+
+    def _instruction(self) -> tuple[int, ...]:
+        path = self.config.thought.instruction_file
+        if path is None:
+            return ()
+        if not Path(path).is_file():
+            raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
+        return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+
+    def candidates(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of a document that may be chosen."""
+        return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._marker)
+
+    def _document_stream(self, rows: Rows, seed: int) -> DocumentStream:
+        return DocumentStream(rows, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn)
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_first:
+            log = getattr(self, "log", None)
+            (log.say if log else print)(f"data: {text}")
+
+    # The data of a step
+
+    def next_documents(self) -> list[Document]:
+        """This rank's share of the next batch."""
+        documents = self.stream.next_documents(self.config.optim.batch_size)[self.share]
+        self.ledger.add_documents(sum(len(document.tokens) for document in documents))
+        return documents
+
+    def choose_positions(self, documents: list[Document]) -> Positions:
+        """The positions of this step."""
+        return choose_positions(documents, self.candidates, self.config.position, horizon=self.config.target.horizon,
+                                seed=self.config.run.seed, step=self.step, scores=self._difficulty(documents))
+
+    def _difficulty(self, documents: list[Document]) -> list | None:
+        if self.config.position.selector not in ("entropy", "surprisal"):
+            return None
+        with self.ledger.time("score"):
+            return difficulty(self.engine.policy, documents, self.form, self.config.position.selector, self.ranks.device)
+
+    # Budget
+
+    def progress(self) -> float:
+        """Largest fraction spent of any limit of the budget; the run ends at 1."""
+        spent = {"steps": self.step, "tokens": self.ledger.input_tokens, "flops": self.ledger.flops}
+        limits = asdict(self.config.budget)
+        return max(spent[name] / limit for name, limit in limits.items() if limit is not None)
+
+    def learning_rate(self) -> float:
+        """Learning rate of this step."""
+        return learning_rate_at(self.config.optim, self.step, self.progress_before)
+
+    def begin_step(self) -> None:
+        self.progress_before = self.progress()
+        self.step += 1
+        self._step_started = time.perf_counter()
+        self._told_thoughts = 0
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    # Telling
+
+    def end_step(self, tally: Tally, result: StepResult, documents: list[Document]) -> None:
+        """Close the ledger's step, record its metrics, and stop a run whose gradients are no longer finite."""
+        cost = self.ledger.close_step(self.ranks)
+        seconds = time.perf_counter() - self._step_started
+        self.seconds += seconds
+        self.skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        values = tally.reduce(self.ranks)
+        if "length_covariance" in values:
+            length_correlation(values)
+        sampling = cost["phases"]["prefill"]["seconds"] + cost["phases"]["decode"]["seconds"]
+        sampled = cost["phases"]["decode"]["tokens_generated"]
+        values |= {
+            "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.skipped,
+            "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.stream.bad.values()),
+            "budget/tokens": self.ledger.input_tokens, "budget/flops": self.ledger.flops,
+            "perf/step_s": seconds, "perf/thought_tokens_per_s": sampled / sampling if sampled else None, "perf/peak_memory_bytes": self._peak_memory(),
+        }
+        unusable = sorted(name for name, value in values.items() if value is not None and not math.isfinite(value))
+        self.log.step(self.step, {name: value for name, value in values.items() if name not in unusable})
+        if unusable:
+            ids = [document.id for part in self.ranks.gather(documents) for document in part]
+            self.log.say(f"step {self.step}: not finite: {', '.join(unusable)}; the update was {'applied' if result.applied else 'skipped'}; documents {ids}")
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.save()
+            raise NumericsError(f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite (the last is step {self.step}). "
+                                f"A checkpoint is in {self.folder.checkpoints}. Lower optim.learning_rate, or look at the documents named above.")
+
+    def _peak_memory(self) -> float:
+        local = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return float(max(self.ranks.gather(local)))
+
+    def due(self, every_n_steps: int) -> bool:
+        """Whether something done every n steps is done at this step; never for 0."""
+        return every_n_steps > 0 and self.step % every_n_steps == 0
+
+    def tell_thoughts(self, documents: list[Document], positions: Positions, thoughts: Thoughts, reasoned_logprob: Tensor, baseline_logprob: Tensor, advantage: Tensor) -> None:
+        """Write the most and the least helpful thoughts of a micro-batch, on the first rank, at logging intervals.
+
+        Args:
+            reasoned_logprob, advantage: [M, G].
+            baseline_logprob: [M].
+        """
+        if not (self.ranks.is_first and (self.step == 1 or self.due(self.config.logging.every_n_steps))):
+            return
+        reward = information_gain(reasoned_logprob, baseline_logprob)
+        group_size = reward.shape[1]
+        order = reward.flatten().argsort(descending=True, stable=True).tolist()
+        half = min(self.config.logging.thoughts - self._told_thoughts, len(order)) // 2
+        self._told_thoughts += 2 * half
+        for index in [*order[:half], *order[len(order) - half:]]:
+            m, g = divmod(index, group_size)
+            document, position = documents[positions.document[m]], int(positions.position[m])
+            tokens = thoughts.tokens[m, g][thoughts.mask[m, g]].tolist()
+            kept = tokens if thoughts.truncated[m, g] else tokens[: len(tokens) - len(self.markers.close)]
+            append_json_line(self.folder.thoughts_jsonl, {
+                "step": self.step, "document": document.id, "position": position,
+                "prefix_tail": self.tokenizer.decode(document.tokens[max(0, position - 64) : position]),
+                "thought": self.tokenizer.decode(kept), "target": self.tokenizer.decode(positions.target[m]),
+                "reasoned_logprob": float(reasoned_logprob[m, g]), "baseline_logprob": float(baseline_logprob[m]),
+                "reward": float(reward[m, g]), "advantage": float(advantage[m, g]),
+                "thought_tokens": len(kept), "truncated": bool(thoughts.truncated[m, g])})
+
+    # Counting
+
+    def scores_baseline(self) -> bool:
+        """Whether this step scores the baseline (`baseline.every_n_steps`)."""
+        return (self.step - 1) % self.config.baseline.every_n_steps == 0
+
+    def count(self, phase: str, work: Work, *, passes: int) -> None:
+        """Count a pass over given tokens."""
+        self.ledger.add(phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=work.tokens if passes == 3 else 0)
+
+    def count_rollout(self, rollout: Rollout) -> None:
+        """Count the prefill and the decoding of a step's thoughts."""
+        sampled = int(rollout.thoughts.mask.sum())
+        self.count("prefill", rollout.prefill_work, passes=1)
+        self.ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
+        self.ledger.add_thoughts(rollout.thoughts.truncated.numel(), max_thought_tokens=self.config.thought.max_thought_tokens, sampled_tokens=sampled)
+
+    # Evaluation
+
+    def evaluate(self) -> dict | None:
+        """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
+        if self._held_out is None:
+            return None
+        if not hasattr(self, "panel"):
+            self.panel = self._panel()
+        if not self.start_logprob:
+            self.start_logprob = no_think_logprob(self.engine.policy, self.panel, self.form, self.config, self.ranks)
+        values = evaluate_panel(self.panel, self.engine, self.teacher.model, self.start_logprob, self.form, self.config, self.ranks)
+        self.log.evaluation(self.step, values)
+        self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{name} {values[name]:.3f}" for name in HEADLINE))
+        return values
+
+    def _panel(self) -> Panel:
+        stream = self._document_stream(self._held_out, PANEL_SEED)
+        return build_panel(stream, len(self._held_out), self.candidates, self.config, self._difficulty)
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of all that changes."""
+        state = {"config": asdict(self.config), "data": self.stream.state(), "ledger": self.ledger.state(), "seconds": self.seconds,
+                 "skipped": self.skipped, "start_logprob": self.start_logprob}
+        saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep)
+        if saved is None:
+            self.log.say(f"step {self.step}: the checkpoint could not be written (is the disk full?); training goes on, the older checkpoints stand")
+
+    def _resume(self, resumes: bool) -> None:
+        """Continue this run (`auto`), or start from another run's checkpoint (a path)."""
+        if resumes:
+            checkpoint = newest_checkpoint(self.folder.checkpoints, self.ranks, self.log.say)
+            if checkpoint is None:
+                raise ConfigError(f"run.resume: {self.folder.checkpoints} holds no checkpoint to continue from. Write run.dir=OTHER run.resume=never for a new run.")
+        elif self.config.run.resume not in ("auto", "never"):
+            checkpoint = open_checkpoint(Path(self.config.run.resume))
+        else:
+            return
+        self._load(checkpoint)
+        if resumes and self.ranks.is_first:
+            for path in (self.folder.metrics_jsonl, self.folder.timing_jsonl, self.folder.thoughts_jsonl, self.folder.evaluation_jsonl):
+                if path.exists():
+                    truncate_after_step(path, self.step)
+        self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
+        restore(checkpoint, self.engine, self.ranks)
+        self.teacher.refresh()
+        self.stream.load_state(state["data"])
+        self.ledger.load_state(state["ledger"])
+        self.step, self.seconds, self.skipped = checkpoint.step, state["seconds"], state["skipped"]
+        self.start_logprob = state["start_logprob"]
+
+    def is_complete(self) -> bool:
+        """Whether this run folder already holds the end of its run."""
+        return self.ranks.broadcast(self.folder.summary_json.exists())
+
+    # The end
+
+    def finish(self, after: dict | None) -> None:
+        """Export the model and write `ledger.json` and `summary.json`."""
+        before = self._first_evaluation()
+        card = model_card(self.config, before, after, self.step)
+        export_model(self.folder.export, self.engine, self.tokenizer, self.ranks, self.config, self.form, card)
+        if self.ranks.is_first:
+            write_json(self.folder.ledger_json, self.ledger.to_json())
+            write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops})
+
+    def _first_evaluation(self) -> dict | None:
+        if not (self.ranks.is_first and self.folder.evaluation_jsonl.exists()):
+            return None
+        first = read_json_lines(self.folder.evaluation_jsonl)[0]
+        return {name: value for name, value in first.items() if name != "step"}
+
+    def watch_signals(self) -> None:
+        """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT is a KeyboardInterrupt."""
+        def request_stop(number: int, frame: object) -> None:
+            self.stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, request_stop)
+
+    def preempted(self) -> bool:
+        """Whether any rank was asked to stop. A collective."""
+        return self.ranks.any(self.stop_requested)
+
+
+HEADLINE = ("gain_over_start_nats", "positive_gain_frac", "accuracy_with_thought", "accuracy_without_thought", "thought_tokens_mean")
+"""The numbers that a run is told by."""
+
+
+def learning_rate_at(config: OptimConfig, step: int, progress: float) -> float:
+    """Learning rate of a step: linear warm-up, then the schedule over the budget.
+
+    Args:
+        step: 1 for the first.
+        progress: fraction of the budget that is spent before the step.
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * min(progress, 1.0))) / 2}[config.schedule]
+    if config.schedule == "constant":
+        return config.learning_rate * warmup
+    return config.learning_rate * warmup * (config.final_fraction + (1 - config.final_fraction) * shape)
+
+
+def dry_run(config: Config, ranks: Ranks) -> int:
+    """Show what a run would do."""
+    raise NotImplementedError

@@ -1,0 +1,303 @@
+"""What a run leaves: one folder, its files, and how they are written.
+
+    config.yaml        the resolved config, as `load_config` reads it
+    environment.json   commit, versions, hardware, date, command line
+    metrics.jsonl      one object per step, the same bytes for a resumed run as for an unbroken one
+    timing.jsonl       one object per step, what the clock and the memory counter said
+    thoughts.jsonl     a sample of thoughts each logging interval
+    evaluation.jsonl   one object per evaluation of the held-out panel
+    ledger.json        tokens, FLOPs and seconds by phase
+    summary.json       the numbers that a README quotes; written at the end
+    report.html        the page made from all of these
+    checkpoints/  export/  logs/
+
+Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an infinity.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from rlp.config import Config, ConfigError, to_yaml
+from rlp.distributed import Ranks
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
+"""Distributions whose versions `environment.json` records."""
+
+
+class DamagedFileError(ValueError):
+    """A file of a run folder that can not be read back. The message names the file and the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run. Holding one says nothing about which files exist."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_yaml(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment_json(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing_jsonl(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def thoughts_jsonl(self) -> Path:
+        return self.path / "thoughts.jsonl"
+
+    @property
+    def evaluation_jsonl(self) -> Path:
+        return self.path / "evaluation.jsonl"
+
+    @property
+    def ledger_json(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
+    def summary_json(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+
+def create_run_folder(config: Config, ranks: Ranks) -> RunFolder:
+    """Make the folder of a new run and write `config.yaml` and `environment.json`. Every rank calls it.
+
+    Raises:
+        ConfigError: on every rank, where rank 0 could not make the folder; above all where it exists.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    devices = ranks.gather(_device_name(ranks.device))
+    refusal = ranks.broadcast(_make(folder, config, devices) if ranks.is_first else None)
+    if refusal:
+        raise ConfigError(refusal)
+    return folder
+
+
+def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
+    """Rank 0's part: the reason why it can not be done, or None."""
+    try:
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkdir(folder.path)
+        for inner in (folder.checkpoints, folder.logs):
+            inner.mkdir()
+        write_atomically(folder.config_yaml, to_yaml(config).encode())
+        write_json(folder.environment_json, environment(devices))
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.path.exists():
+            return (f"run.dir {folder.path} exists and is never written over. "
+                    "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
+        return f"run.dir {folder.path} can not be created: {error}. Write run.dir=OTHER, a folder that you may write to."
+    return None
+
+
+def open_run_folder(path: str | Path) -> RunFolder:
+    """The folder of a run that exists, finished or not.
+
+    Raises:
+        ConfigError: there is nothing there, or something that no run has left.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.exists():
+        raise ConfigError(f"no run folder at {path}. Write the run.dir of a run, such as runs/quickstart.")
+    if not folder.config_yaml.is_file():
+        raise ConfigError(f"{path} is no run folder: it has no config.yaml. Write the run.dir of a run, such as runs/quickstart.")
+    return folder
+
+
+def environment(devices: list[str]) -> dict:
+    """Where a run happens, as `environment.json` holds it. No environment variable is recorded: they hold secrets.
+
+    Args:
+        devices: the device name of each rank, in rank order.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        **_git_state(Path(__file__).resolve().parent.parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "world_size": len(devices),
+        "devices": devices,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(project: Path) -> dict:
+    """Commit of the project and whether tracked files differ from it; None where it is not its own checkout."""
+    # Installed into a virtual environment, the package may lie inside somebody else's checkout.
+    top = _git(project, "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != project:
+        return {"commit": None, "dirty": None}
+    changes = _git(project, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git(project, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _git(project: Path, *arguments: str) -> str | None:
+    """What git says, or None where there is no git, no repository or no answer."""
+    try:
+        done = subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by its next version: a reader, or a crash, meets the old one or the new one, whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON value to a file of its own, atomically.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    _refuse_non_finite(value, path.name)
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> object:
+    """What `write_json` wrote."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is not JSON: {error}. It is written whole or not at all, so something else has changed it.") from error
+
+
+def append_json_line(path: Path, value: dict) -> None:
+    """Add one object to a JSONL file, in one write; a crash can tear the last line and no other.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    _refuse_non_finite(value, path.name)
+    line = json.dumps(value, allow_nan=False) + "\n"
+    with open(path, "ab") as file:
+        file.write(line.encode())
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Every whole line of a JSONL file, in order. A torn last line, of a run that was killed, is left out.
+
+    Raises:
+        DamagedFileError: a line before the last is no JSON object.
+    """
+    return [value for _, value in _whole_lines(path)]
+
+
+def truncate_after_step(path: Path, step: int) -> None:
+    """Drop what a JSONL file says of steps after `step`, so that a resumed run says it once.
+
+    Kept lines keep their bytes; a torn last line goes. A file that is not there has nothing to drop.
+
+    Args:
+        step: the last step that the checkpoint has applied.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line, value in _whole_lines(path):
+        if not isinstance(value.get("step"), int):
+            raise DamagedFileError(f'{path}: a line has no whole number "step", so its place in the run is not known: {line[:80]!r}.')
+        if value["step"] <= step:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    write_atomically(path, b"".join(kept))
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = []
+    for number, line in enumerate(lines, start=1):
+        value = _object(line)
+        if value is not None:
+            whole.append((line, value))
+        elif number < len(lines) or line.endswith(b"\n"):
+            raise DamagedFileError(f"{path}, line {number} of {len(lines)}: expected a JSON object, got {line[:80]!r}. "
+                                   "Only a last line can be torn by a crash, so something else has changed the file.")
+    return whole
+
+
+def _object(line: bytes) -> dict | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _refuse_non_finite(value: object, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_non_finite(inner, f"{where}: {key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _refuse_non_finite(inner, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, and JSON has finite numbers only. Leave the key out where there is nothing to say.")

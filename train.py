@@ -1,0 +1,183 @@
+"""RLP, from config to exported model (arXiv 2510.01265, version 2, Algorithm 1).
+
+    deepspeed train.py configs/quickstart.yaml [section.key=value ...]
+    python train.py configs/quickstart.yaml --dry-run
+
+Each step: think (sample G thoughts before a token of ordinary text), score (how probable was the token
+that came next, with the thought and without), compare (each thought with its siblings), learn (raise the
+probability of the thoughts that helped, and of the text itself).
+
+Dimensions
+    B  documents of a step, all ranks;  M  positions on this rank;  G  thoughts per position;  N = M * G
+    L  thought tokens;  H  target tokens
+"""
+
+import argparse
+import sys
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from rlp.checkpoint import CheckpointError
+from rlp.config import Config, ConfigError, load_config
+from rlp.data import DataError, Document, Positions
+from rlp.distributed import Ranks, start_ranks, stop_ranks
+from rlp.layout import Thoughts, Work, repeated
+from rlp.monitor import Tally, thought_lengths, watch_ratio, watch_rewards, watch_thoughts
+from rlp.objective import clipped_surrogate, group_relative_advantage, information_gain, kl_to_start, log_evidence
+from rlp.rollout import NoiseKey, sample_thoughts
+from rlp.run import NumericsError, Run, dry_run
+from rlp.scoring import score
+
+DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, PREEMPTED = 0, 2, 3, 4, 75
+
+
+def train(config: Config, ranks: Ranks) -> int:
+    """Run to the end of the budget; returns the exit code."""
+    run = Run(config, ranks)
+    if run.is_complete():
+        run.log.say(f"{run.folder.path} is complete: nothing to do. Write run.dir=OTHER for a new run, or a larger budget and run.resume={run.folder.checkpoints}/step_{run.step}.")
+        return DONE
+    run.watch_signals()
+    if run.step == 0:
+        run.evaluate()
+
+    while run.progress() < 1:
+        run.begin_step()
+        train_step(run)
+        if run.due(config.checkpoint.every_n_steps):
+            run.save()
+        if run.preempted():
+            run.save()
+            run.log.say(f"asked to stop: saved step {run.step}; continue with run.resume=auto")
+            return PREEMPTED
+        if run.due(config.evaluation.every_n_steps) and run.progress() < 1:
+            run.evaluate()
+
+    if not run.due(config.checkpoint.every_n_steps):
+        run.save()
+    run.finish(run.evaluate())
+    return DONE
+
+
+def train_step(run: Run) -> None:
+    """Algorithm 1, lines 5 to 15. A micro-batch holds whole groups; divisors are those of the whole step."""
+    config, tally = run.config, Tally()
+    documents = run.next_documents()                                              # x_0 .. x_T
+    positions, thoughts = think(run, documents, tally) if config.objective.thinks else (None, None)
+    divisors = run.ranks.sum([thoughts.truncated.numel() if thoughts else 0, sum(len(document.tokens) - 1 for document in documents)])
+
+    for start in range(0, len(documents), config.optim.micro_batch_size):
+        stop = min(start + config.optim.micro_batch_size, len(documents))
+        mine = positions and positions.of_documents(start, stop)
+        baseline_logprob = compare_with(run, documents[start:stop], mine) if thoughts else None
+        with run.ledger.time("train" if thoughts else "lm"):
+            loss = micro_batch_loss(run, documents[start:stop], mine, thoughts and thoughts[positions.slice_of_documents(start, stop)], baseline_logprob, divisors, tally)
+            run.engine.backward(loss)
+
+    result = run.engine.step(run.learning_rate())                                 # theta and phi
+    run.teacher.refresh()
+    run.end_step(tally, result, documents)
+
+
+def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions, Thoughts]:
+    """Choose positions and sample a group of thoughts at each."""
+    config = run.config.thought
+    positions = run.choose_positions(documents)                                   # t        [M]
+    with run.ledger.time("decode"), run.engine.generation():
+        rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
+            run.engine.policy, documents, positions, run.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
+            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, agree=run.engine.agree)
+    run.count_rollout(rollout)
+    watch_thoughts(tally, rollout.thoughts, len(run.markers.close))
+    return positions, rollout.thoughts
+
+
+def compare_with(run: Run, documents: list[Document], positions: Positions) -> Tensor | None:
+    """The no-think prediction of the same targets; None on a step that does not score it."""
+    if not run.scores_baseline():
+        return None
+    layout = repeated(documents, positions, None, run.form, lm=False, no_think=True, device=run.ranks.device)
+    with run.ledger.time("teacher"):
+        baseline_logprob = run.teacher.baseline_logprob(layout, len(positions.position))   # S_ema    [M]      eq. 4
+    run.count("teacher", layout.document_work if run.teacher.model else Work(), passes=1)
+    return baseline_logprob
+
+
+def micro_batch_loss(run: Run, documents: list[Document], positions: Positions | None, thoughts: Thoughts | None,
+                     baseline_logprob: Tensor | None, divisors: list[float], tally: Tally) -> Tensor:
+    """One forward, and from it reward, advantage and every term of the loss."""
+    weights, (num_thoughts, num_lm_tokens) = run.config.objective, divisors
+    lm = weights.lm_weight > 0
+    layout = repeated(documents, positions, thoughts, run.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
+    run.count("train", layout.thought_work, passes=3)
+    run.count("lm", layout.document_work, passes=3)
+    scores = score(run.engine, layout)
+    loss = torch.zeros((), device=run.ranks.device)
+    if lm:
+        loss = loss - weights.lm_weight * scores.document.sum() / num_lm_tokens
+        tally.add("lm/loss", -scores.document[layout.document_mask])
+    if thoughts is None:
+        return loss
+
+    group_size = thoughts.tokens.shape[1]
+    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)      # S_pred   [M, G]   eq. 3
+    reward = reasoned_logprob if baseline_logprob is None else information_gain(reasoned_logprob, baseline_logprob)   # r(c)   eq. 5
+    advantage = group_relative_advantage(reward)                                  # A        [M, G]   eq. 7
+    mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
+    surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"),   # [N]   eq. 8
+                                  clip_low=weights.clip_low, clip_high=weights.clip_high)
+    loss = loss + weights.policy_weight * surrogate.sum() / num_thoughts
+    if weights.predictor_weight > 0:
+        loss = loss - weights.predictor_weight * reasoned_logprob.sum() / num_thoughts
+    if weights.kl_weight > 0:
+        with torch.no_grad():
+            start_logprob = score(run.start, layout).thought
+        kl = kl_to_start(scores.thought, start_logprob, mask)
+        loss = loss + weights.kl_weight * kl.sum() / num_thoughts
+        tally.add("kl/start", kl)
+
+    tally.add("policy/reasoned_logprob", reasoned_logprob)
+    watch_ratio(tally, scores.thought, thoughts, weights.clip_low, weights.clip_high)
+    if lm:
+        tally.add("policy/open_marker_mass", scores.open_marker.exp())
+    if baseline_logprob is not None:
+        tally.add("baseline/logprob", baseline_logprob)
+        watch_rewards(tally, reward.detach(), thought_lengths(thoughts, len(run.markers.close)))
+        run.tell_thoughts(documents, positions, thoughts, reasoned_logprob.detach(), baseline_logprob, advantage.detach())
+    return loss
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run, and turn errors into one clear message and an exit code."""
+    parser = argparse.ArgumentParser(description="Pretrain a causal language model with RLP.", epilog="Overrides: section.key=value, as in thought.group_size=8.")
+    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="resolve the config, show one example, memory, FLOPs and disk, and exit")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    options = parser.parse_args(arguments)
+    ranks = None
+    try:
+        config = load_config(options.config, options.overrides)
+        ranks = start_ranks()
+        return dry_run(config, ranks) if options.dry_run else train(config, ranks)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error, BAD_CONFIG, ranks)
+    except DataError as error:
+        return fail(error, BAD_DATA, ranks)
+    except NumericsError as error:
+        return fail(error, BAD_NUMERICS, ranks)
+    finally:
+        stop_ranks()
+
+
+def fail(error: Exception, code: int, ranks: Ranks | None) -> int:
+    """Say an error once, on the first rank."""
+    if ranks is None or ranks.is_first:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
