@@ -39,14 +39,19 @@ def train(config: Config, ranks: Ranks) -> int:
     if run.is_complete():
         run.log.say(f"{run.folder.path} is complete: nothing to do. Write run.dir=OTHER for a new run, or a larger budget and run.resume={run.folder.checkpoints}/step_{run.step}.")
         return DONE
-    run.watch_signals()
+    with run.watching_signals():
+        return loop(run)
+
+
+def loop(run: Run) -> int:
+    """Evaluate, take steps until the budget is spent, evaluate again, export."""
+    config = run.config
     if run.step == 0:
         run.evaluate()
-
     while run.progress() < 1:
         run.begin_step()
         train_step(run)
-        if run.due(config.checkpoint.every_n_steps):
+        if run.due(config.checkpoint.every_n_steps) or run.progress() >= 1:
             run.save()
         if run.preempted():
             run.save()
@@ -54,9 +59,6 @@ def train(config: Config, ranks: Ranks) -> int:
             return PREEMPTED
         if run.due(config.evaluation.every_n_steps) and run.progress() < 1:
             run.evaluate()
-
-    if not run.due(config.checkpoint.every_n_steps):
-        run.save()
     run.finish(run.evaluate())
     return DONE
 
@@ -87,10 +89,10 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
     positions = run.choose_positions(documents)                                   # t        [M]
     with run.ledger.time("decode"), run.engine.generation():
         rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
-            run.engine.policy, documents, positions, run.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
+            run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
             max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, agree=run.engine.agree)
     run.count_rollout(rollout)
-    watch_thoughts(tally, rollout.thoughts, len(run.markers.close))
+    watch_thoughts(tally, rollout.thoughts, len(run.inputs.markers.close))
     return positions, rollout.thoughts
 
 
@@ -98,7 +100,7 @@ def compare_with(run: Run, documents: list[Document], positions: Positions) -> T
     """The no-think prediction of the same targets; None on a step that does not score it."""
     if not run.scores_baseline():
         return None
-    layout = repeated(documents, positions, None, run.form, lm=False, no_think=True, device=run.ranks.device)
+    layout = repeated(documents, positions, None, run.inputs.form, lm=False, no_think=True, device=run.ranks.device)
     with run.ledger.time("teacher"):
         baseline_logprob = run.teacher.baseline_logprob(layout, len(positions.position))   # S_ema    [M]      eq. 4
     run.count("teacher", layout.document_work if run.teacher.model else Work(), passes=1)
@@ -110,7 +112,7 @@ def micro_batch_loss(run: Run, documents: list[Document], positions: Positions |
     """One forward, and from it reward, advantage and every term of the loss."""
     weights, (num_thoughts, num_lm_tokens) = run.config.objective, divisors
     lm = weights.lm_weight > 0
-    layout = repeated(documents, positions, thoughts, run.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
+    layout = repeated(documents, positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
     run.count("train", layout.thought_work, passes=3)
     run.count("lm", layout.document_work, passes=3)
     scores = score(run.engine, layout)
@@ -144,7 +146,7 @@ def micro_batch_loss(run: Run, documents: list[Document], positions: Positions |
         tally.add("policy/open_marker_mass", scores.open_marker.exp())
     if baseline_logprob is not None:
         tally.add("baseline/logprob", baseline_logprob)
-        watch_rewards(tally, reward.detach(), thought_lengths(thoughts, len(run.markers.close)))
+        watch_rewards(tally, reward.detach(), thought_lengths(thoughts, len(run.inputs.markers.close)))
         run.tell_thoughts(documents, positions, thoughts, reasoned_logprob.detach(), baseline_logprob, advantage.detach())
     return loss
 
@@ -154,14 +156,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pretrain a causal language model with RLP.", epilog="Overrides: section.key=value, as in thought.group_size=8.")
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="resolve the config, show one example, memory, FLOPs and disk, and exit")
+    parser.add_argument("--dry-run", nargs="?", const="", metavar="8x80", help="show the resolved config, one example, memory, FLOPs and disk (for 8 devices of 80 GB, or this machine), and exit")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     options = parser.parse_args(arguments)
     ranks = None
     try:
         config = load_config(options.config, options.overrides)
         ranks = start_ranks()
-        return dry_run(config, ranks) if options.dry_run else train(config, ranks)
+        if options.dry_run is not None:
+            print(dry_run(config, options.dry_run, ranks))
+            return DONE
+        return train(config, ranks)
     except (ConfigError, CheckpointError) as error:
         return fail(error, BAD_CONFIG, ranks)
     except DataError as error:

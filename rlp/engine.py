@@ -12,8 +12,8 @@ The EMA of the weights (the teacher, phi) stands beside Adam's moments on those 
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -120,13 +120,23 @@ def start_deepspeed(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> object | None:
-    """Under stage 3, make transformers build models already sharded, for as long as the result is kept."""
-    if config.engine.zero_stage < 3:
-        return None
-    from transformers.integrations import HfDeepSpeedConfig
+@contextmanager
+def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> Iterator[None]:
+    """Under stage 3, models that transformers loads inside are sharded as they are read.
 
-    return HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))
+    A random model is built whole and sharded after: its weights then do not depend on the stage.
+    """
+    if config.engine.zero_stage < 3 or config.model.init == "random":
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))  # transformers holds a weak reference
+    try:
+        yield
+    finally:
+        del kept
+        unset_hf_deepspeed_config()
 
 
 def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:

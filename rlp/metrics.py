@@ -86,7 +86,7 @@ _CONSOLE = (
     ("thought/tokens_mean", "thought", "{:.0f} tokens"),
     ("lm/loss", "lm", "{:.4f} nats"),
     ("optim/grad_norm", "grad", "{:.3g}"),
-    ("perf/step_s", "step", "{:.2f} s"),
+    ("perf/step_s", "took", "{:.2f} s"),
 )
 
 
@@ -162,7 +162,7 @@ class MetricsLog:
         if self._bar is None:
             self._bar = tqdm(total=self._total, initial=step - 1, unit="step", dynamic_ncols=True)
         # The bar times the steps itself.
-        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word != "step"), refresh=False)
+        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word != "took"), refresh=False)
         self._bar.update(step - self._bar.n)
 
 
@@ -270,6 +270,10 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     handler = logging.FileHandler(folder.logs / f"rank_{ranks.rank}.log", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for library in _LIBRARIES:
+        # Torch gives some of its inner loggers handlers of their own.
+        for inner in [name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.")]:
+            logging.getLogger(inner).handlers = []
+            logging.getLogger(inner).propagate = True
         logger = logging.getLogger(library)
         logger.handlers = [handler]
         logger.propagate = False

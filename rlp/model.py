@@ -13,6 +13,7 @@ Dimensions
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Policy(nn.Module):
         self._cache_name = "past_key_values" if "past_key_values" in signature else "cache_params"
         self._takes_positions = "position_ids" in signature
         self.logit_scale, self.softcap = _logit_transform(lm.config)
+        _scan_as_decoded(lm)
 
     @property
     def head(self) -> nn.Parameter:
@@ -175,6 +177,18 @@ def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
     if getattr(config, "lm_head_multiplier", None):  # Falcon-H1 multiplies
         scale *= config.lm_head_multiplier
     return scale, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
+def _scan_as_decoded(lm: nn.Module) -> None:
+    """Clamp the time steps of state-space scans as the config says, which is not at all in published models.
+
+    transformers clamps Nemotron-H and Zamba2 at `time_step_min`, a bound of the initializer, in the scan (prefill, scoring)
+    and not in decoding (huggingface/transformers, pull request 48989): sampler and scorer would be two policies.
+    """
+    limit = tuple(getattr(lm.config, "time_step_limit", None) or (0.0, math.inf))
+    for module in lm.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = limit
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

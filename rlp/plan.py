@@ -164,7 +164,7 @@ class _StepSizes:
             positions=config.optim.batch_size * per_document, thoughts=config.optim.batch_size * per_document * group,
             prefix_tokens=prefix, row_tokens=prefix + thought + horizon - 1,
             micro_batch_rows=documents * (per_document * group + lm),
-            micro_batch_queries=documents * (per_document * group * (thought + horizon) + lm * (document - 1)),
+            micro_batch_queries=documents * (per_document * group * (thought + horizon) + lm * (document - 1 + per_document * (horizon + 1))),
             sampling_rows=groups_at_once * group)
 
 
@@ -289,6 +289,8 @@ def step_flops(config: Config, shapes: ModelShapes, *, format_tokens: int = FORM
     baseline = config.objective.thinks and config.baseline.kind != "none"
     no_think = _rows(documents, document, head_rows=sizes.positions * (horizon + 1))
     document_pass = _rows(documents, document, head_rows=documents * (document - 1))
+    # Beside a thought, the LM loss's own pass also gives the policy's no-think log-probabilities.
+    lm_pass = document_pass + Work(head_rows=no_think.head_rows)
     return {
         "prefill": forward_flops(shapes, _rows(sizes.positions, sizes.prefix_tokens - 1, head_rows=sizes.positions)),
         "decode": forward_flops(shapes, decode),
@@ -296,7 +298,7 @@ def step_flops(config: Config, shapes: ModelShapes, *, format_tokens: int = FORM
         "teacher": (forward_flops(shapes, no_think) / config.baseline.every_n_steps if baseline else 0.0)
                    + (forward_flops(shapes, rows) if config.objective.kl_weight > 0 else 0.0),
         "train": 3 * forward_flops(shapes, rows) if config.objective.thinks else 0.0,
-        "lm": 3 * forward_flops(shapes, document_pass) if config.objective.lm_weight > 0 else 0.0,
+        "lm": 3 * forward_flops(shapes, lm_pass) if config.objective.lm_weight > 0 else 0.0,
     }
 
 

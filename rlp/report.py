@@ -15,13 +15,15 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
+import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from omegaconf import DictConfig, OmegaConf
 
 from rlp.metrics import EVALUATION, METRICS
-from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, write_atomically
+from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines, write_atomically
 
 GENERATOR = '<meta name="generator" content="rlp report">'
 """In the head of every report, so that a report can be told from a file that somebody wrote."""
@@ -30,8 +32,16 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 """Okabe and Ito's palette, told apart by colour-blind readers too."""
 LINES = ("-", "--", ":")
 
-BEFORE_AFTER = ("gain_over_start_nats", "gain_over_ema_nats", "gain_over_no_think_nats", "positive_gain_frac",
-                "accuracy_with_thought", "accuracy_without_thought", "thought_tokens_mean", "panel_positions")
+BEFORE_AFTER = {
+    "gain_over_start_nats": "Gain over the start",
+    "gain_over_ema_nats": "Gain over the EMA",
+    "gain_over_no_think_nats": "Gain over its own no-think",
+    "positive_gain_frac": "Positions with a positive gain",
+    "accuracy_with_thought": "Accuracy with a thought",
+    "accuracy_without_thought": "Accuracy without",
+    "thought_tokens_mean": "Thought length",
+    "panel_positions": "Positions",
+}
 
 THOUGHTS_SHOWN = 3
 """Most helpful thoughts of a step, and as many least helpful ones."""
@@ -122,21 +132,31 @@ def _read_run(folder: RunFolder, label: str, color: str) -> Run:
         label=label,
         color=color,
         config_text=config_text,
-        config=OmegaConf.create(config_text),
-        environment=_json_or_none(folder.environment_json),
-        metrics=_lines_or_none(folder.metrics_jsonl),
-        evaluation=_lines_or_none(folder.evaluation_jsonl),
-        thoughts=_lines_or_none(folder.thoughts_jsonl),
-        ledger=_json_or_none(folder.ledger_json),
-        summary=_json_or_none(folder.summary_json),
+        config=_parsed(config_text, folder.config_yaml),
+        environment=_json_if_any(folder.environment_json),
+        metrics=_lines_if_any(folder.metrics_jsonl),
+        evaluation=_lines_if_any(folder.evaluation_jsonl),
+        thoughts=_lines_if_any(folder.thoughts_jsonl),
+        ledger=_json_if_any(folder.ledger_json),
+        summary=_json_if_any(folder.summary_json),
     )
 
 
-def _json_or_none(path: Path) -> dict | None:
+def _parsed(config_text: str, path: Path) -> DictConfig:
+    try:
+        config = OmegaConf.create(config_text)
+    except yaml.YAMLError as error:
+        raise DamagedFileError(f"{path} is not YAML: {error}") from error
+    if not OmegaConf.is_dict(config):
+        raise DamagedFileError(f"{path} must hold sections such as `model:` and `data:`, got {config_text[:80]!r}.")
+    return config
+
+
+def _json_if_any(path: Path) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-def _lines_or_none(path: Path) -> list[dict]:
+def _lines_if_any(path: Path) -> list[dict]:
     return read_json_lines(path) if path.exists() else []
 
 
@@ -178,7 +198,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Loss weights": ", ".join(f"{term} {setting(f'objective.{term}_weight')}" for term in ("policy", "lm", "predictor", "kl")),
         "Thoughts": f"{setting('thought.group_size')} per position, up to {setting('thought.max_thought_tokens')} tokens, temperature {setting('thought.temperature')}",
         "Baseline": setting("baseline.kind") + (f", decay {setting('baseline.ema_decay')}" if setting("baseline.kind") == "ema" else ""),
-        "Step": f"{setting('optim.batch_size')} documents, {setting('position.per_document')} positions each, learning rate {setting('optim.learning_rate')}",
+        "Batch": f"{setting('optim.batch_size')} documents, positions in each: {setting('position.per_document')}, learning rate {setting('optim.learning_rate')}",
         "Seed": setting("run.seed"),
         "Cost": _cost(run),
         "Started": machine.get("date", "-").replace("T", " ").replace("+00:00", " UTC"),
@@ -194,7 +214,9 @@ def _status(run: Run) -> str:
 
 
 def _cost(run: Run) -> str:
-    totals = run.summary or run.ledger or {}
+    totals = run.summary or run.ledger
+    if totals is None:
+        return "-"
     return f"{duration(totals.get('seconds'))}, {number(totals.get('flops'), '.3g')} FLOPs"
 
 
@@ -246,8 +268,7 @@ def _before_after_row(name: str, before: float | None, after: float | None) -> t
     unit, definition = EVALUATION[name]
     sign = "+" if name.startswith("gain") else ""
     change = "" if before is None or after is None or name == "panel_positions" else number(after - before, "+" + _FORMS[unit])
-    what = name.removesuffix("_nats").removesuffix("_frac").replace("_", " ").capitalize().replace("ema", "EMA")
-    return what, unit, definition, number(before, sign + _FORMS[unit]), number(after, sign + _FORMS[unit]), change
+    return BEFORE_AFTER[name], unit, definition, number(before, sign + _FORMS[unit]), number(after, sign + _FORMS[unit]), change
 
 
 def _plots(runs: list[Run]) -> list[dict]:
@@ -256,7 +277,7 @@ def _plots(runs: list[Run]) -> list[dict]:
     for plot in PLOTS:
         curves = {(i, j): _curve(run, name) for i, run in enumerate(runs) for j, name in enumerate(plot.names)}
         if any(len(steps) for steps, _ in curves.values()):
-            drawn.append({"title": plot.title, "source": _draw(plot, runs, curves)})
+            drawn.append({"title": plot.title, "unit": plot.unit, "source": _draw(plot, runs, curves)})
     return drawn
 
 
@@ -276,29 +297,31 @@ _RC = {"font.size": 9, "font.family": "sans-serif", "axes.spines.top": False, "a
 def _draw(plot: Plot, runs: list[Run], curves: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]) -> str:
     """The plot as a data URL. One run has a color per quantity; several have a color per run and a dash per quantity."""
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(4.4, 2.6))
+        # One frame for all plots, so that their axes line up on the page; a fitted layout draws everything twice.
+        axes = figure.add_axes((0.13, 0.17, 0.84, 0.79))
         for (i, j), (steps, values) in curves.items():
             color = runs[i].color if len(runs) > 1 else COLORS[j]
-            _draw_curve(axes, steps, values, color=color, line=LINES[j], label=plot.labels[j] if i == 0 else "", markers=plot.names[j] in EVALUATION)
+            _draw_curve(axes, steps, values, color=color, line=LINES[j], markers=plot.names[j] in EVALUATION)
         if plot.unit.startswith("nats") and axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="step", ylabel=plot.unit)
+        axes.set_xlabel("step", color="#555555")
         if len(plot.names) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="best")
+            keys = [Line2D([], [], linestyle=LINES[j], color=COLORS[j] if len(runs) == 1 else "#555555") for j in range(len(plot.names))]
+            axes.legend(keys, plot.labels, frameon=False, fontsize=8, loc="best")
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, *, color: str, line: str, label: str, markers: bool) -> None:
+def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, *, color: str, line: str, markers: bool) -> None:
     """Evaluations as they are; steps thin, with the mean of their neighbours over them."""
     if markers or len(steps) < 20:
-        axes.plot(steps, values, line, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
+        axes.plot(steps, values, line, color=color, marker="o", markersize=3, linewidth=1.6)
         return
     axes.plot(steps, values, line, color=color, linewidth=0.7, alpha=0.35)
-    axes.plot(steps, neighbour_mean(values), line, color=color, linewidth=1.8, label=label)
+    axes.plot(steps, neighbour_mean(values), line, color=color, linewidth=1.8)
 
 
 def neighbour_mean(values: np.ndarray) -> np.ndarray:

@@ -4,28 +4,33 @@
 """
 
 import math
+import re
 import resource
+import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlp.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
-from rlp.config import BudgetConfig, Config, ConfigError, OptimConfig
-from rlp.data import Document, DocumentStream, Positions, Rows, candidate_positions, choose_positions, marker_ids, open_rows, share_of_rank
+from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
+from rlp.config import Config, ConfigError, OptimConfig, to_yaml
+from rlp.data import Document, Positions, choose_positions, share_of_rank
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
-from rlp.layout import Thoughts, Work, thought_format
-from rlp.ledger import Ledger, model_shapes
+from rlp.inputs import Inputs
+from rlp.layout import Thoughts, Work
+from rlp.ledger import Ledger
 from rlp.metrics import MetricsLog, quiet_libraries
-from rlp.model import Policy, check_logits, compute_dtype, find_markers, load_policy, load_tokenizer, quiet_transformers, read_model_config
+from rlp.model import check_logits, compute_dtype, load_policy
 from rlp.monitor import Tally, length_correlation
 from rlp.objective import information_gain
+from rlp.plan import plan_run, render_plan
 from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
 from rlp.rollout import Rollout
 from rlp.run_folder import RunFolder, append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
@@ -51,25 +56,17 @@ class Run:
         self.skipped = self.skipped_in_a_row = 0
         self.start_logprob: list[float] = []
         self.stop_requested = False
-        quiet_transformers()
-        self._read_inputs()
+        self.inputs = Inputs(config, self._warn)
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
-        self._build_model()
-        self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
-        self._resume(resumes)
-
-    def _read_inputs(self) -> None:
-        """Tokenizer, documents and architecture: what a user may have got wrong, read before anything is written."""
-        config = self.config
-        self.tokenizer = load_tokenizer(config.model)
-        self.markers = find_markers(self.tokenizer, config.thought)
-        self._marker = marker_ids(self.tokenizer, config.position)
-        self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
-        self.shapes = model_shapes(read_model_config(config.model))
-        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
-        self.stream = self._document_stream(rows, config.run.seed)
-        self._held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
+        try:
+            self._build_model()
+            self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
+            self._resume(resumes)
+        except (ConfigError, CheckpointError):
+            if not resumes and ranks.is_first:
+                shutil.rmtree(self.folder.path)  # made a moment ago; without it the corrected command works as it stands
+            raise
 
     def _build_model(self) -> None:
         """Policy, engine and teacher, sharded as they are built under stage 3."""
@@ -77,32 +74,18 @@ class Run:
         start_deepspeed(ranks)
         quiet_libraries(self.folder, ranks)
         dtype = compute_dtype(config, ranks.device)
-        self._sharding = sharded_construction(config, ranks, dtype)
-        self.engine = Engine(load_policy(config, self.tokenizer, dtype, ranks.device), config, ranks, dtype)
-        check_logits(self.engine.policy)
-        thinks, kind = config.objective.thinks, config.baseline.kind if config.objective.thinks else "none"
+        with sharded_construction(config, ranks, dtype):
+            policy, twin, start = (load_policy(config, self.inputs.tokenizer, dtype, ranks.device) if needed else None for needed in (True, *self._needs_copies()))
+        self.engine = Engine(policy, config, ranks, dtype)
+        check_logits(policy)
+        twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
+        self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
+        self.ledger = Ledger(self.inputs.shapes)
 
-        def starting_checkpoint() -> Policy:
-            return shard_frozen(load_policy(config, self.tokenizer, dtype, ranks.device), config, ranks, dtype)
-
-        self.teacher = Teacher(kind, starting_checkpoint() if kind in ("ema", "frozen") else None, self.engine, ranks)
-        self.start = starting_checkpoint() if thinks and config.objective.kl_weight > 0 else None
-        self.ledger = Ledger(self.shapes)
-
-    def _instruction(self) -> tuple[int, ...]:
-        path = self.config.thought.instruction_file
-        if path is None:
-            return ()
-        if not Path(path).is_file():
-            raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
-        return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
-
-    def candidates(self, tokens: np.ndarray) -> np.ndarray:
-        """Positions of a document that may be chosen."""
-        return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._marker)
-
-    def _document_stream(self, rows: Rows, seed: int) -> DocumentStream:
-        return DocumentStream(rows, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn)
+    def _needs_copies(self) -> tuple[bool, bool]:
+        """Whether the run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
+        thinks = self.config.objective.thinks
+        return thinks and self.config.baseline.kind in ("ema", "frozen"), thinks and self.config.objective.kl_weight > 0
 
     def _warn(self, text: str) -> None:
         if self.ranks.is_first:
@@ -113,20 +96,20 @@ class Run:
 
     def next_documents(self) -> list[Document]:
         """This rank's share of the next batch."""
-        documents = self.stream.next_documents(self.config.optim.batch_size)[self.share]
+        documents = self.inputs.stream.next_documents(self.config.optim.batch_size)[self.share]
         self.ledger.add_documents(sum(len(document.tokens) for document in documents))
         return documents
 
     def choose_positions(self, documents: list[Document]) -> Positions:
         """The positions of this step."""
-        return choose_positions(documents, self.candidates, self.config.position, horizon=self.config.target.horizon,
+        return choose_positions(documents, self.inputs.candidates, self.config.position, horizon=self.config.target.horizon,
                                 seed=self.config.run.seed, step=self.step, scores=self._difficulty(documents))
 
     def _difficulty(self, documents: list[Document]) -> list | None:
         if self.config.position.selector not in ("entropy", "surprisal"):
             return None
         with self.ledger.time("score"):
-            return difficulty(self.engine.policy, documents, self.form, self.config.position.selector, self.ranks.device)
+            return difficulty(self.engine.policy, documents, self.inputs.form, self.config.position.selector, self.ranks.device)
 
     # Budget
 
@@ -164,7 +147,7 @@ class Run:
         sampled = cost["phases"]["decode"]["tokens_generated"]
         values |= {
             "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.skipped,
-            "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.stream.bad.values()),
+            "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.inputs.stream.bad.values()),
             "budget/tokens": self.ledger.input_tokens, "budget/flops": self.ledger.flops,
             "perf/step_s": seconds, "perf/thought_tokens_per_s": sampled / sampling if sampled else None, "perf/peak_memory_bytes": self._peak_memory(),
         }
@@ -204,11 +187,11 @@ class Run:
             m, g = divmod(index, group_size)
             document, position = documents[positions.document[m]], int(positions.position[m])
             tokens = thoughts.tokens[m, g][thoughts.mask[m, g]].tolist()
-            kept = tokens if thoughts.truncated[m, g] else tokens[: len(tokens) - len(self.markers.close)]
+            kept = tokens if thoughts.truncated[m, g] else tokens[: len(tokens) - len(self.inputs.markers.close)]
             append_json_line(self.folder.thoughts_jsonl, {
                 "step": self.step, "document": document.id, "position": position,
-                "prefix_tail": self.tokenizer.decode(document.tokens[max(0, position - 64) : position]),
-                "thought": self.tokenizer.decode(kept), "target": self.tokenizer.decode(positions.target[m]),
+                "prefix_tail": self.inputs.tokenizer.decode(document.tokens[max(0, position - 64) : position]),
+                "thought": self.inputs.tokenizer.decode(kept), "target": self.inputs.tokenizer.decode(positions.target[m]),
                 "reasoned_logprob": float(reasoned_logprob[m, g]), "baseline_logprob": float(baseline_logprob[m]),
                 "reward": float(reward[m, g]), "advantage": float(advantage[m, g]),
                 "thought_tokens": len(kept), "truncated": bool(thoughts.truncated[m, g])})
@@ -234,26 +217,26 @@ class Run:
 
     def evaluate(self) -> dict | None:
         """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
-        if self._held_out is None:
+        if self.inputs.held_out is None:
             return None
         if not hasattr(self, "panel"):
             self.panel = self._panel()
         if not self.start_logprob:
-            self.start_logprob = no_think_logprob(self.engine.policy, self.panel, self.form, self.config, self.ranks)
-        values = evaluate_panel(self.panel, self.engine, self.teacher.model, self.start_logprob, self.form, self.config, self.ranks)
+            self.start_logprob = no_think_logprob(self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
+        values = evaluate_panel(self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
         self.log.evaluation(self.step, values)
         self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{name} {values[name]:.3f}" for name in HEADLINE))
         return values
 
     def _panel(self) -> Panel:
-        stream = self._document_stream(self._held_out, PANEL_SEED)
-        return build_panel(stream, len(self._held_out), self.candidates, self.config, self._difficulty)
+        stream = self.inputs.documents(self.inputs.held_out, PANEL_SEED)
+        return build_panel(stream, len(self.inputs.held_out), self.inputs.candidates, self.config, self._difficulty)
 
     # Checkpoints
 
     def save(self) -> None:
         """Write a checkpoint of all that changes."""
-        state = {"config": asdict(self.config), "data": self.stream.state(), "ledger": self.ledger.state(), "seconds": self.seconds,
+        state = {"config": asdict(self.config), "data": self.inputs.stream.state(), "ledger": self.ledger.state(), "seconds": self.seconds,
                  "skipped": self.skipped, "start_logprob": self.start_logprob}
         saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep)
         if saved is None:
@@ -281,7 +264,7 @@ class Run:
         refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
-        self.stream.load_state(state["data"])
+        self.inputs.stream.load_state(state["data"])
         self.ledger.load_state(state["ledger"])
         self.step, self.seconds, self.skipped = checkpoint.step, state["seconds"], state["skipped"]
         self.start_logprob = state["start_logprob"]
@@ -296,7 +279,7 @@ class Run:
         """Export the model and write `ledger.json` and `summary.json`."""
         before = self._first_evaluation()
         card = model_card(self.config, before, after, self.step)
-        export_model(self.folder.export, self.engine, self.tokenizer, self.ranks, self.config, self.form, card)
+        export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
         if self.ranks.is_first:
             write_json(self.folder.ledger_json, self.ledger.to_json())
             write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops})
@@ -307,14 +290,19 @@ class Run:
         first = read_json_lines(self.folder.evaluation_jsonl)[0]
         return {name: value for name, value in first.items() if name != "step"}
 
-    def watch_signals(self) -> None:
-        """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT is a KeyboardInterrupt."""
+    @contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT interrupts at once."""
         def request_stop(number: int, frame: object) -> None:
             self.stop_requested = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, request_stop)
+        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def preempted(self) -> bool:
         """Whether any rank was asked to stop. A collective."""
@@ -339,6 +327,21 @@ def learning_rate_at(config: OptimConfig, step: int, progress: float) -> float:
     return config.learning_rate * warmup * (config.final_fraction + (1 - config.final_fraction) * shape)
 
 
-def dry_run(config: Config, ranks: Ranks) -> int:
-    """Show what a run would do."""
-    raise NotImplementedError
+def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
+    """What a run would read, hold and cost.
+
+    Args:
+        machine: `8x80` plans for 8 devices of 80 GB; empty, for the ranks and devices of this process.
+    """
+    if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
+        raise ConfigError(f"--dry-run {machine!r}: expected RANKSxGIGABYTES, such as 8x80, or nothing for this machine.")
+    inputs = Inputs(config, warn=lambda text: None)
+    form_tokens = len(inputs.form.instruction) + len(inputs.markers.open) + len(inputs.markers.close)
+    on_gpu = ranks.device.type == "cuda"
+    world_size, device_bytes = ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
+    if machine:
+        world_size, gigabytes = map(int, machine.split("x"))
+        device_bytes = gigabytes * 10 ** 9
+    share_of_rank(config.optim.batch_size, 0, world_size)
+    plan = plan_run(config, inputs.shapes, world_size, device_bytes, format_tokens=form_tokens)
+    return "\n\n".join([to_yaml(config), inputs.show_example(), render_plan(plan)])

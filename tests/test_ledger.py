@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     GPT2Config,
@@ -20,10 +22,11 @@ from transformers import (
     RecurrentGemmaConfig,
     Zamba2Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlp.distributed import Ranks
 from rlp.layout import Work
-from rlp.ledger import PHASES, Ledger, ModelShapes, causal_pairs, forward_flops, model_shapes
+from rlp.ledger import PHASES, Ledger, ModelShapes, _check_attention, _in_out, causal_pairs, forward_flops, model_shapes
 
 SMALL = {"hidden_size": 64, "vocab_size": 97, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 STATE_SPACE = {"ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16}
@@ -42,6 +45,11 @@ CONFIGS = {
 }
 HAND = ModelShapes(parameters=1000, matmul_parameters=100, scan_multiply_adds=10, attention_layers=2, query_key_width=8, value_width=4,
                    key_value_elements=32, state_elements=0, layers=2, activation_elements=300, layer_activation_elements=140, width=5, vocabulary=7, tied=False)
+
+
+def published(name: str) -> PretrainedConfig:
+    """The architecture of a published model, its numbers copied from its config.json."""
+    return AutoConfig.for_model(**json.loads((Path(__file__).parent / "shapes" / f"{name}.json").read_text()))
 
 
 def build(config: PretrainedConfig) -> torch.nn.Module:
@@ -116,11 +124,21 @@ def cached_elements(model: torch.nn.Module, tokens: torch.Tensor) -> int:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() > 1)
 
 
-def test_published_models_have_their_published_size(shape_config) -> None:
+def test_a_scan_updates_and_reads_each_number_of_its_state() -> None:
+    """Mamba: 3 layers of 128 channels x 4. Mamba-2: 2 layers of 8 heads x 16 x 8."""
+    assert model_shapes(CONFIGS["mamba"]).scan_multiply_adds == 2 * 3 * 128 * 4
+    assert model_shapes(CONFIGS["nemotron_h"]).scan_multiply_adds == 2 * 2 * 8 * 16 * 8
+
+
+def test_the_transposed_weights_of_gpt2_are_read_the_right_way() -> None:
+    assert _in_out(Conv1D(nf=3, nx=5)) == _in_out(torch.nn.Linear(5, 3)) == (5, 3)
+
+
+def test_published_models_have_their_published_size() -> None:
     """Qwen3-1.7B: 1.7 B, 1.4 B without embeddings, tied. Nemotron-Nano-12B-v2: 12.31 B (its model card)."""
-    qwen = model_shapes(shape_config("qwen3_1p7b"))
+    qwen = model_shapes(published("qwen3_1p7b"))
     assert (round(qwen.parameters / 1e9, 2), round(qwen.matmul_parameters / 1e9, 2), qwen.tied) == (1.72, 1.41, True)
-    nemotron = model_shapes(shape_config("nemotron_nano_12b_v2"))
+    nemotron = model_shapes(published("nemotron_nano_12b_v2"))
     assert (round(nemotron.parameters / 1e9, 2), nemotron.attention_layers, nemotron.tied) == (12.31, 6, False)
 
 
@@ -138,9 +156,7 @@ def test_an_attention_layer_that_its_config_does_not_describe_is_refused() -> No
     config = LlamaConfig(**SMALL)
     model = build(config)
     model.model.layers[1].self_attn.o_proj = torch.nn.Linear(48, 64, bias=False)
-    from rlp.ledger import _check_attention
-
-    with pytest.raises(ValueError, match="one that reads 64"):
+    with pytest.raises(ValueError, match="a last one that reads 64"):
         _check_attention(model, model.model.layers[1].self_attn, 64, 64)
 
 

@@ -1,0 +1,72 @@
+"""What a config names, opened: tokenizer, thought format, documents, model shapes. Nothing is written.
+
+Whatever a user may have got wrong in files and names is refused here, before a run folder exists.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rlp.config import Config, ConfigError
+from rlp.data import Document, DocumentStream, Rows, candidate_positions, choose_positions, marker_ids, open_rows
+from rlp.layout import thought_format
+from rlp.ledger import model_shapes
+from rlp.model import find_markers, load_tokenizer, quiet_transformers, read_model_config
+
+
+class Inputs:
+    """The inputs of a run."""
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        """
+        Args:
+            warn: told about skipped documents.
+        """
+        quiet_transformers()
+        self.config = config
+        self._warn = warn
+        self.tokenizer = load_tokenizer(config.model)
+        self.markers = find_markers(self.tokenizer, config.thought)
+        self._position_marker = marker_ids(self.tokenizer, config.position)
+        self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
+        self.shapes = model_shapes(read_model_config(config.model))
+        self.stream = self.documents(open_rows(config.data.train, config.data, config.data.split, "data.train"), config.run.seed)
+        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
+
+    def _instruction(self) -> tuple[int, ...]:
+        path = self.config.thought.instruction_file
+        if path is None:
+            return ()
+        if not Path(path).is_file():
+            raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
+        return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+
+    def documents(self, rows: Rows, seed: int) -> DocumentStream:
+        """A stream over rows in the order of a seed."""
+        return DocumentStream(rows, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn)
+
+    def candidates(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of a document that may be chosen."""
+        return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._position_marker)
+
+    def show_example(self) -> str:
+        """The first document and where a thought would stand in it, token by token."""
+        document = self.stream.next_documents(1)[0]
+        lines = [f"document {document.id}: {len(document.tokens)} tokens, {len(self.candidates(document.tokens))} positions may be chosen", self._pieces(document.tokens)]
+        if self.config.objective.thinks:
+            lines += self._show_thought(document)
+        return "\n".join(lines)
+
+    def _show_thought(self, document: Document) -> list[str]:
+        chosen = self.candidates(document.tokens)
+        if self.config.position.selector in ("uniform", "marker"):
+            chosen = choose_positions([document], self.candidates, self.config.position, horizon=self.config.target.horizon, seed=self.config.run.seed, step=1).position
+        position = int(chosen[0])
+        prefix = self.form.prefix(document.tokens, position)
+        budget = self.config.thought.max_thought_tokens
+        return [f"position {position}: {len(prefix)} tokens of instruction, prefix and open marker, then up to {budget} sampled tokens, the close marker, and the target",
+                f"{self._pieces(prefix[-24:])} ... {self._pieces(np.array(self.markers.close))} -> {self._pieces(document.tokens[position : position + self.config.target.horizon])}"]
+
+    def _pieces(self, tokens: np.ndarray) -> str:
+        return "|" + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n") for token in tokens) + "|"

@@ -1,0 +1,308 @@
+"""What a run writes down: once per step, whole lines, finite numbers, and never at the price of the run."""
+
+import importlib.machinery
+import json
+import logging
+import subprocess
+import sys
+import types
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, LoggingConfig, ModelConfig, RunConfig, load_config
+from rlp.metrics import EVALUATION, METRICS, MetricsLog, quiet_libraries
+from rlp.run_folder import (DamagedFileError, RunFolder, append_json_line, create_run_folder, open_run_folder, read_json, read_json_lines,
+                            truncate_after_step, write_json)
+
+
+@dataclass
+class FakeRanks:
+    """One of several ranks, without a process group; `told` is what rank 0 broadcasts."""
+
+    rank: int = 0
+    told: object = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def gather(self, value):
+        return [value, value]
+
+    def broadcast(self, value):
+        return value if self.is_first else self.told
+
+
+def make_config(path, **logging_settings):
+    return Config(run=RunConfig(dir=str(path)), model=ModelConfig(path="tiny"), data=DataConfig(train=["corpus.jsonl"]),
+                  budget=BudgetConfig(steps=4), logging=LoggingConfig(every_n_steps=2, **logging_settings))
+
+
+def start_log(tmp_path, rank=0, **logging_settings):
+    config = make_config(tmp_path / "run", **logging_settings)
+    folder = create_run_folder(config, FakeRanks()) if rank == 0 else RunFolder(tmp_path / "run")
+    return folder, MetricsLog(folder, config, FakeRanks(rank), total_hint=4)
+
+
+def test_a_new_run_folder_holds_its_config_and_its_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    config = make_config(tmp_path / "runs" / "first")
+    folder = create_run_folder(config, FakeRanks())
+    assert load_config(folder.config_yaml) == config
+    environment = read_json(folder.environment_json)
+    assert environment["packages"]["torch"] == torch.__version__ and environment["world_size"] == 2
+    assert "hf_secret" not in folder.environment_json.read_text()
+
+
+def test_an_existing_run_folder_is_refused_and_left_as_it_is(tmp_path):
+    config = make_config(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="exists and is never written over.*run.dir=OTHER.*run.resume=auto"):
+        create_run_folder(config, FakeRanks())
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_refusal_of_rank_0_is_raised_on_every_rank(tmp_path):
+    with pytest.raises(ConfigError, match="exists"):
+        create_run_folder(make_config(tmp_path / "run"), FakeRanks(rank=1, told="run.dir exists"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_below_a_file_is_refused_as_such(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can not be created"):
+        create_run_folder(make_config(tmp_path / "file" / "run"), FakeRanks())
+
+
+def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no run folder at"):
+        open_run_folder(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="has no config.yaml"):
+        open_run_folder(tmp_path)
+
+
+def test_numbers_that_json_does_not_have_are_refused(tmp_path):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"summary.json: after: gain\[1\] is (nan|inf)"):
+            write_json(tmp_path / "summary.json", {"after": {"gain": [0.0, value]}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "ledger.json"
+    write_json(path, {"flops": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"flops": object()})
+    assert read_json(path) == {"flops": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_json_line(path, {"step": 1})
+    with open(path, "ab") as file:
+        file.write(b'{"step": 2, "reward/me')
+    assert read_json_lines(path) == [{"step": 1}]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(DamagedFileError, match="metrics.jsonl, line 2 of 3"):
+        read_json_lines(path)
+
+
+def test_truncation_keeps_the_bytes_of_the_steps_before_it(tmp_path):
+    """Odd spacing, and a step whose line was torn off just before its newline."""
+    path = tmp_path / "thoughts.jsonl"
+    kept = b'{"step":1,  "thought": "\\u00e9"}\n{"step": 2}\n{"step": 2, "document": 7}\n'
+    path.write_bytes(kept + b'{"step": 3}\n{"step": 4, "tho')
+    truncate_after_step(path, 2)
+    assert path.read_bytes() == kept
+    path.write_bytes(kept[:-1])
+    truncate_after_step(path, 2)
+    assert path.read_bytes() == kept
+    truncate_after_step(tmp_path / "absent.jsonl", 2)
+
+
+def test_a_line_without_a_step_can_not_be_truncated(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"loss": 1}\n')
+    with pytest.raises(DamagedFileError, match='no whole number "step"'):
+        truncate_after_step(path, 1)
+
+
+def test_a_step_is_one_line_in_table_order_with_the_clock_apart(tmp_path):
+    folder, log = start_log(tmp_path)
+    log.step(1, {"perf/step_s": 2.5, "lm/loss": 3.0, "baseline/logprob": None, "reward/mean": -0.25})
+    assert folder.metrics_jsonl.read_text() == '{"step": 1, "reward/mean": -0.25, "lm/loss": 3.0}\n'
+    assert folder.timing_jsonl.read_text() == '{"step": 1, "perf/step_s": 2.5}\n'
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_name(tmp_path):
+    _, log = start_log(tmp_path)
+    with pytest.raises(ValueError, match="unknown metric 'rewards/mean'. Did you mean 'reward/mean'"):
+        log.step(1, {"rewards/mean": 0.0})
+    with pytest.raises(ValueError, match="Did you mean 'gain_over_start_nats'"):
+        log.evaluation(0, {"gain_over_start": 0.0})
+
+
+def test_a_metric_that_is_no_finite_number_is_refused_on_every_rank(tmp_path):
+    start_log(tmp_path)
+    _, log = start_log(tmp_path, rank=1)
+    for value in (float("nan"), True, "0.5", torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="reward/mean must be a finite number"):
+            log.step(1, {"reward/mean": value})
+
+
+def test_only_rank_0_writes_and_speaks(tmp_path, capfd):
+    folder, _ = start_log(tmp_path)
+    _, log = start_log(tmp_path, rank=1)
+    log.step(1, {"reward/mean": 0.5})
+    log.evaluation(1, {"panel_positions": 4})
+    log.say("hello")
+    log.close()
+    assert not folder.metrics_jsonl.exists() and not folder.evaluation_jsonl.exists()
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_without_a_terminal_there_is_a_line_at_the_first_step_and_every_n(tmp_path, capsys):
+    _, log = start_log(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.step(step, {"reward/mean": 0.5, "optim/grad_norm": 2.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "4/4"]
+    assert lines[0] == "step 1/4  reward +0.5000 nats  grad 2"
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it(tmp_path, capsys, monkeypatch):
+    _, log = start_log(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log.step(3, {"reward/mean": 0.5, "thought/tokens_mean": 12.0, "perf/step_s": 1.0})
+    log.say("saved")
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "saved\n" and "3/4" in err and "reward +0.5000 nats, thought 12 tokens" in err
+
+
+def test_every_metric_has_a_definition_and_a_unit_where_it_needs_one():
+    assert all(metric.definition.endswith(".") for metric in (METRICS | EVALUATION).values())
+    assert {name for name, metric in METRICS.items() if metric.unit == "fraction"} == {name for name in METRICS if name.endswith("_frac")}
+
+
+class FakeWandb(types.ModuleType):
+    """Weights & Biases that fails where it is told to."""
+
+    def __init__(self, fails=()):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.fails, self.inits, self.logged, self.finished = fails, [], [], False
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, *, mode, dir, **settings):
+        self.inits.append(mode)
+        self._break("online" if mode == "online" else "offline")
+        assert dir.endswith("run/logs")
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values):
+        self._break("log")
+        self.logged.append(values)
+
+    def finish(self):
+        self._break("finish")
+        self.finished = True
+
+    def _break(self, part):
+        if part in self.fails:
+            raise OSError(f"{part} is down")
+
+
+def run_with_wandb(tmp_path, monkeypatch, mode, fails=()):
+    wandb = FakeWandb(fails)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder, log = start_log(tmp_path, wandb=mode)
+    for step in (1, 2):
+        log.step(step, {"reward/mean": 0.5, "perf/step_s": 1.0})
+    log.evaluation(2, {"panel_positions": 4})
+    log.close()
+    assert [line["step"] for line in read_json_lines(folder.metrics_jsonl)] == [1, 2]
+    return wandb
+
+
+def test_wandb_gets_steps_and_evaluations(tmp_path, monkeypatch):
+    wandb = run_with_wandb(tmp_path, monkeypatch, "offline")
+    assert wandb.logged == [{"step": 1, "reward/mean": 0.5, "perf/step_s": 1.0}, {"step": 2, "reward/mean": 0.5, "perf/step_s": 1.0},
+                            {"step": 2, "evaluation/panel_positions": 4}]
+    assert wandb.finished
+
+
+def test_wandb_goes_offline_where_its_server_can_not_be_reached(tmp_path, monkeypatch, capsys):
+    wandb = run_with_wandb(tmp_path, monkeypatch, "online", fails=("online",))
+    assert wandb.inits == ["online", "offline"] and len(wandb.logged) == 3
+    assert capsys.readouterr().out.count("could not start online (OSError: online is down); continuing offline.") == 1
+
+
+@pytest.mark.parametrize("fails", [("online", "offline"), ("log",), ("finish",), ("log", "finish")])
+def test_a_run_goes_on_without_wandb(tmp_path, monkeypatch, capsys, fails):
+    run_with_wandb(tmp_path, monkeypatch, "online", fails=fails)
+    said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
+    assert len(said) == (2 if "offline" in fails else 1)
+
+
+def test_wandb_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="the package wandb is not installed"):
+        start_log(tmp_path, wandb="offline")
+
+
+@pytest.fixture
+def restored_logging():
+    """Loggers as they were."""
+    names = ["transformers", "datasets", "torch", "torch.inner", "py.warnings", "DeepSpeed"]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.handlers, logger.filters, logger.propagate) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, (handlers, filters, propagate) in zip(loggers, before):
+        logger.handlers, logger.filters, logger.propagate = handlers, filters, propagate
+
+
+def test_libraries_speak_to_the_log_file_only(tmp_path, capfd, restored_logging):
+    """An inner logger with a handler of its own, as torch has; one whose handler comes later, as DeepSpeed's does; a warning."""
+    folder, _ = start_log(tmp_path)
+    logging.getLogger("torch.inner").addHandler(logging.StreamHandler())
+    quiet_libraries(folder, FakeRanks(rank=1))
+    logging.getLogger("DeepSpeed").addHandler(logging.StreamHandler(sys.stdout))
+    for name in ("torch.inner", "transformers.models", "DeepSpeed"):
+        logging.getLogger(name).error("chatter of %s", name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.warn("chatter of python")
+    written = (folder.logs / "rank_1.log").read_text()
+    assert all(written.count(f"chatter of {name}") >= 1 for name in ("torch.inner", "transformers.models", "DeepSpeed", "python"))
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_importing_these_modules_imports_neither_deepspeed_nor_wandb():
+    code = "import sys, rlp.cli; print([name for name in ('deepspeed', 'wandb') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_lines_are_plain_json_that_other_programs_read(tmp_path):
+    """ASCII, one object a line, whatever characters a model writes, unpaired surrogates too."""
+    thought = "\u00e9 \u2028 \ud800 \n \x00"
+    append_json_line(tmp_path / "thoughts.jsonl", {"thought": thought})
+    content = (tmp_path / "thoughts.jsonl").read_bytes()
+    assert content.isascii() and content.count(b"\n") == 1 and json.loads(content) == {"thought": thought}

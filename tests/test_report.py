@@ -1,0 +1,216 @@
+"""Pages and lists about runs: they hold what the folder holds, and what a model wrote does nothing there."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from rlp.cli import main
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, RunConfig, to_yaml
+from rlp.report import duration, neighbour_mean, visible_text, write_report
+from rlp.run_folder import RunFolder, append_json_line, write_json
+
+HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> [bold red]x[/bold red] [/] {{ 7 * 7 }} \x1b[31mred\x1b[0m \x1b]0;title\x07 \u202e \x00 :smile:"
+
+PANEL = {"gain_over_start_nats": -0.5, "gain_over_ema_nats": -0.5, "gain_over_no_think_nats": -0.5, "positive_gain_frac": 0.25,
+         "accuracy_with_thought": 0.125, "accuracy_without_thought": 0.5, "thought_tokens_mean": 12.0, "panel_positions": 64}
+
+
+def make_thought(step, reward, **changes):
+    thought = {"step": step, "document": 3, "position": 5, "prefix_tail": "two plus two is", "thought": f"thinking {reward}", "target": " four",
+               "reasoned_logprob": -1.0, "baseline_logprob": -1.5, "reward": reward, "advantage": reward, "thought_tokens": 4, "truncated": False}
+    return thought | changes
+
+
+def make_run(path, steps=30, finished=True, thoughts=()):
+    """A folder as a run leaves it; unfinished, as one leaves it that was killed. Without steps there is nothing to plot, which is quick."""
+    path.mkdir(parents=True)
+    folder = RunFolder(path)
+    config = Config(run=RunConfig(dir=str(path)), model=ModelConfig(path="tiny"), data=DataConfig(train=["corpus.jsonl"]), budget=BudgetConfig(steps=30))
+    folder.config_yaml.write_text(to_yaml(config))
+    for step in range(1, steps + 1):
+        append_json_line(folder.metrics_jsonl, {"step": step, "reward/mean": step / 10, "optim/grad_norm": 1.0})
+    for thought in thoughts:
+        append_json_line(folder.thoughts_jsonl, thought)
+    for step, gain in ((0, -0.5), (steps, 0.75)) if steps else ():
+        append_json_line(folder.evaluation_jsonl, {"step": step, **PANEL, "gain_over_start_nats": gain})
+    if finished:
+        count = {"tokens_in": 1234, "tokens_generated": 56, "tokens_trained": 7, "flops": 2.5e12, "seconds": 3.0}
+        write_json(folder.ledger_json, {"phases": {"decode": count}, "flops": 2.5e12, "paper_flops": 99000.0, "seconds": 3.0})
+        write_json(folder.summary_json, {"before": PANEL, "after": PANEL | {"gain_over_start_nats": 0.75}, "steps": steps, "seconds": 3.0, "flops": 2.5e12})
+    return path
+
+
+def page_of(*paths, out):
+    write_report(list(paths), out)
+    return out.read_text()
+
+
+class Tags(HTMLParser):
+    """Every tag of a page, its attributes, and the text outside style."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_report_holds_the_numbers_of_the_run(tmp_path):
+    thoughts = [make_thought(1, -0.5), make_thought(30, 1.5)]
+    text = Tags(page_of(make_run(tmp_path / "first", thoughts=thoughts), out=tmp_path / "page.html")).text
+    for said in ("RLP: first", "finished, 30 steps", "-0.5000", "+0.7500", "+1.2500", "1,234", "2.5e+12", "+1.500 nats", "thinking -0.5", "group_size: 16"):
+        assert said in text
+
+
+def test_a_report_needs_nothing_from_outside(tmp_path):
+    """Pictures travel as data; nothing is linked, loaded or run."""
+    tags = Tags(page_of(make_run(tmp_path / "first"), out=tmp_path / "page.html"))
+    sources = [value for name, value in tags.attributes if name in ("src", "href")]
+    assert sources and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not {"script", "link", "iframe", "object"} & set(tags.tags)
+
+
+def test_hostile_text_does_nothing_in_a_report(tmp_path):
+    thoughts = [make_thought(1, 0.5, prefix_tail=HOSTILE, thought=HOSTILE, target=HOSTILE), make_thought(1, 0.1, thought="\ud800")]
+    run = make_run(tmp_path / "<b>run</b> $x_{", steps=1, thoughts=thoughts)
+    page = page_of(run, out=tmp_path / "page.html")
+    tags = Tags(page)
+    assert not {"script", "bold"} & set(tags.tags) and not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert "<b>run</b>" not in page and "<b>run</b> $x_{" in tags.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
+    assert "{{ 7 * 7 }}" in tags.text and r"\x1b[31mred\x1b[0m" in tags.text and r"\u202e" in tags.text
+
+
+def test_an_unfinished_run_has_a_report(tmp_path):
+    """A torn line at the end, no summary and no ledger; and a run that was killed before its first step."""
+    run = make_run(tmp_path / "killed", finished=False)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 31, "rew')
+    text = Tags(page_of(run, out=tmp_path / "page.html")).text
+    assert "unfinished, at step 30" in text and "step 30" in text and "+0.7500" in text and "No ledger yet" in text
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    text = Tags(page_of(bare, out=tmp_path / "bare.html")).text
+    assert "No step has been taken yet" in text and "No evaluation yet" in text and "No thoughts were logged" in text
+
+
+def test_several_runs_share_one_page(tmp_path):
+    """Two of them have the same name, and are told apart by their paths."""
+    runs = [make_run(tmp_path / "a" / "seed"), make_run(tmp_path / "b" / "seed", steps=10, finished=False)]
+    text = Tags(page_of(*runs, out=tmp_path / "page.html")).text
+    assert "RLP: 2 runs" in text and str(runs[0]) in text and str(runs[1]) in text
+    assert "finished, 30 steps" in text and "unfinished, at step 10" in text
+
+
+def test_a_report_of_the_same_runs_is_the_same_file(tmp_path):
+    run = make_run(tmp_path / "first", steps=2, thoughts=[make_thought(1, 0.5)])
+    assert page_of(run, out=tmp_path / "one.html") == page_of(run, out=tmp_path / "two.html")
+
+
+def test_no_thought_is_both_most_and_least_helpful(tmp_path):
+    thoughts = [make_thought(1, reward) for reward in (0.25, -0.25, 0.5)] + [make_thought(1, None, thought="unmeasured")]
+    page = page_of(make_run(tmp_path / "first", steps=0, thoughts=thoughts), out=tmp_path / "page.html")
+    assert [page.count(f"thinking {reward}") for reward in (0.25, -0.25, 0.5)] == [1, 1, 1]
+    best, worst = page.index("Most helpful"), page.index("Least helpful")
+    assert best < page.index("thinking 0.5") < page.index("thinking 0.25") < worst < page.index("thinking -0.25")
+    assert "unmeasured" not in page
+
+
+def test_the_thick_curve_is_the_mean_of_neighbours():
+    """Forty values reach one neighbour; at the ends there are fewer."""
+    values = np.arange(40.0) ** 2
+    expected = [values[max(0, i - 1) : i + 2].mean() for i in range(40)]
+    np.testing.assert_allclose(neighbour_mean(values), expected)
+
+
+def test_durations_read_as_people_say_them():
+    assert [duration(seconds) for seconds in (None, 3.24, 59.94, 61, 3599, 5400)] == ["-", "3.2 s", "59.9 s", "1 min 01 s", "1 h 00 min", "1 h 30 min"]
+
+
+def test_control_characters_are_spelled_out_and_the_rest_is_kept():
+    assert visible_text("a\tb\nc \x1b[1m\r\u200b\u202e\ud800 caf\u00e9") == "a\tb\nc \\x1b[1m\\r\\u200b\\u202e\\ud800 caf\u00e9"
+
+
+def test_view_prints_thoughts_as_they_are(tmp_path, capsys):
+    """Markup stays text and escapes stay visible, on a page of their own color too."""
+    run = make_run(tmp_path / "first", thoughts=[make_thought(1, 0.5, prefix_tail=HOSTILE, thought=HOSTILE, target=HOSTILE, truncated=True)])
+    assert main(["view", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and "\x00" not in out and "\u202e" not in out
+    unwrapped = " ".join(out.split())
+    assert "[bold red]x[/bold red] [/]" in unwrapped and ":smile:" in unwrapped and "reward +0.5000 nats" in unwrapped and "truncated" in unwrapped
+
+
+def test_view_sorts_searches_and_limits(tmp_path, capsys):
+    thoughts = [make_thought(1, -0.5), make_thought(1, None, thought="thinking unmeasured"), make_thought(2, 2.0), make_thought(2, 1.0, target=" FOUR apples")]
+    run = str(make_run(tmp_path / "first", thoughts=thoughts))
+
+    def shown(*options):
+        assert main(["view", run, *options]) == 0
+        return re.findall(r"thinking (\S+)", capsys.readouterr().out)
+
+    assert shown() == ["-0.5", "unmeasured", "2.0", "1.0"]
+    assert shown("--sort", "best") == ["2.0", "1.0", "-0.5", "unmeasured"]
+    assert shown("--sort", "worst", "--limit", "2") == ["-0.5", "1.0"]
+    assert shown("--step", "2") == ["2.0", "1.0"]
+    assert shown("--search", "four Apples") == ["1.0"]
+
+
+@pytest.mark.parametrize("command", ["view", "report"])
+def test_a_missing_run_is_one_message_and_exit_code_2(tmp_path, capsys, command):
+    (tmp_path / "empty").mkdir()
+    for name, message in (("absent", "no run folder at"), ("empty", "has no config.yaml")):
+        assert main([command, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_step_without_logged_thoughts_names_the_nearest(tmp_path, capsys):
+    run = make_run(tmp_path / "first", thoughts=[make_thought(10, 0.5), make_thought(20, 0.5)])
+    assert main(["view", str(run), "--step", "12"]) == 2
+    assert "such as 10, 20" in capsys.readouterr().err
+    assert main(["view", str(make_run(tmp_path / "silent"))]) == 2
+    assert "logged no thoughts" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_one_message_and_exit_code_3(tmp_path, capsys):
+    run = make_run(tmp_path / "first")
+    (run / "summary.json").write_text("{")
+    assert main(["report", str(run)]) == 3
+    assert "summary.json is not JSON" in capsys.readouterr().err
+
+
+def test_report_writes_into_the_run_and_over_reports_only(tmp_path, capsys):
+    run = make_run(tmp_path / "first", steps=0)
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>my own page</p>")
+    assert main(["report", str(run)]) == 0 and (run / "report.html").exists()
+    assert main(["report", str(run)]) == 0
+    assert main(["report", str(run), "--out", str(mine)]) == 2
+    assert "is no report" in capsys.readouterr().err and mine.read_text() == "<p>my own page</p>"
+    other = tmp_path / "other.html"
+    assert main(["report", str(run), "--out", str(other)]) == 0 and main(["report", str(run), "--out", str(other)]) == 0
+
+
+def test_a_report_on_several_runs_needs_a_place(tmp_path, capsys):
+    runs = [str(make_run(tmp_path / name, steps=0)) for name in ("first", "second")]
+    assert main(["report", *runs]) == 2
+    assert "Write --out FILE" in capsys.readouterr().err
+    assert main(["report", *runs, "--out", str(tmp_path / "absent" / "page.html")]) == 2
+    assert main(["report", *runs, "--out", str(tmp_path)]) == 2
+    assert main(["report", *runs, "--out", str(tmp_path / "page.html")]) == 0
+
+
+def test_write_report_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="no run folder"):
+        write_report([tmp_path / "absent"], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="at least one run folder"):
+        write_report([], tmp_path / "page.html")
