@@ -8,6 +8,7 @@ that defines it. "Paper" is arXiv 2510.01265, version 2. Nothing here imports to
 import dataclasses
 import difflib
 import math
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +98,16 @@ class DataConfig:
         require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "text"))
         require(self.max_document_tokens >= 2, "data.max_document_tokens", self.max_document_tokens, "must be at least 2 (a prefix and a target)")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "is a fraction from 0 to 1")
-        require("{" in self.template, "data.template", self.template, "must name at least one field of a row in braces, as in {text}")
+        require(_names_fields(self.template), "data.template", self.template,
+                "must name at least one field of a row in braces, and nothing else in them, as in {text}; a brace of the text is written twice")
+
+
+def _names_fields(template: str) -> bool:
+    try:
+        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        return False
+    return len(parts) > 0 and all(name and not spec and conversion is None for name, spec, conversion in parts)
 
 
 @dataclass

@@ -81,11 +81,14 @@ class Positions:
 class Rows:
     """Rows of one or more files (or of a Hub data set), memory-mapped, with random access."""
 
-    def __init__(self, names: list[str], tables: list, parse_json: bool) -> None:
+    def __init__(self, names: list[str], tables: list, formats: list[str]) -> None:
+        """
+        Args:
+            names, tables, formats: of each file; a row of the format jsonl or text is one line in the column `text`.
+        """
         self._names = names
         self._tables = tables
-        self._is_text = all(table.column_names == ["text"] for table in tables)
-        self._parse_json = parse_json
+        self._formats = formats
         self._starts = np.cumsum([0, *(len(table) for table in tables)])
 
     def __len__(self) -> int:
@@ -100,21 +103,26 @@ class Rows:
         """A row as a mapping from field to value."""
         table, line = self._locate(index)
         row = self._tables[table][line]
-        if self._is_text and not row["text"].strip():
-            raise BadDocument("empty line", "")
-        if not self._parse_json:
+        if self._formats[table] not in ("jsonl", "text"):
             return row
-        try:
-            value = json.loads(row["text"].removeprefix("\ufeff"))
-        except ValueError as error:
-            raise BadDocument("broken JSON", f"{error}; expected one JSON object on the line") from error
-        if not isinstance(value, dict):
-            raise BadDocument("not a JSON object", f"got {type(value).__name__}; expected an object such as {{\"text\": ...}}")
-        return value
+        text = row["text"].removeprefix("\ufeff")
+        if not text.strip():
+            raise BadDocument("empty line", "expected a document on each line")
+        return _parse_json(text) if self._formats[table] == "jsonl" else {"text": text}
 
     def _locate(self, index: int) -> tuple[int, int]:
         table = int(np.searchsorted(self._starts, index, side="right")) - 1
         return table, index - int(self._starts[table])
+
+
+def _parse_json(line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument("broken JSON", f"{error}; expected one JSON object on the line") from error
+    if not isinstance(value, dict):
+        raise BadDocument("not a JSON object", f"got {type(value).__name__}; expected an object such as {{\"text\": ...}}")
+    return value
 
 
 def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> Rows:
@@ -128,22 +136,19 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> R
     Raises:
         DataError: nothing there, unreadable, or no row at all.
     """
-    names, tables, parse_json = [], [], False
+    names, tables, formats = [], [], []
     for source in sources:
         if source.startswith("hub:"):
             name, _, subset = source.removeprefix("hub:").partition("@")
             names.append(source)
+            formats.append("hub")
             tables.append(_load(key, source, name, *filter(None, [subset]), split=split))
             continue
         for path in _expand(source, key):
-            kind = _format_of(path, config.format, key)
-            parse_json |= kind == "jsonl"
             names.append(path)
-            tables.append(_load(key, path, "parquet" if kind == "parquet" else "text", data_files=[path], split="train"))
-    kinds = {tuple(table.column_names) for table in tables}
-    if parse_json and kinds != {("text",)}:
-        raise DataError(f"{key}: JSON lines can not be mixed with other formats in one corpus, got {names}. Write files of one format.")
-    rows = Rows(names, tables, parse_json)
+            formats.append(_format_of(path, config.format, key))
+            tables.append(_load(key, path, "parquet" if formats[-1] == "parquet" else "text", data_files=[path], split="train"))
+    rows = Rows(names, tables, formats)
     if len(rows) == 0:
         raise DataError(f"{key}: {', '.join(names)} holds no row. Expected at least one document.")
     return rows
@@ -180,7 +185,7 @@ def _load(key: str, source: str, *names: str, **arguments: object):
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()
-        raise DataError(f"{key}: {source!r} can not be read: {reason[0] if reason else type(cause).__name__}. Expected a readable .jsonl, .parquet or .txt file, or a Hub data set that this machine can reach.") from error
+        raise DataError(f"{key}: {source!r} can not be read: {reason[0].rstrip('.') if reason else type(cause).__name__}. Expected a readable .jsonl, .parquet or .txt file, or a Hub data set that this machine can reach.") from error
 
 
 
@@ -203,13 +208,14 @@ def fill_template(template: str, row: dict) -> str:
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> np.ndarray:
     """Token ids of a document's text, cut to `data.max_document_tokens`."""
     if not text.strip():
-        raise BadDocument("empty text", "")
+        raise BadDocument("empty text", "nothing but white space; expected text")
     if "\ufffd" in text:
         raise BadDocument("not UTF-8", "the text holds U+FFFD, the mark of bytes that are not UTF-8")
     try:
-        ids = tokenizer(text, truncation=False)["input_ids"]
+        text.encode()
     except UnicodeEncodeError as error:
-        raise BadDocument("not Unicode", str(error)) from error
+        raise BadDocument("not Unicode", f"{error}; expected no lone half of a surrogate pair") from error
+    ids = tokenizer(text, truncation=False)["input_ids"]
     ids = ids + [tokenizer.eos_token_id] if config.append_eos else ids
     return np.array(ids[: config.max_document_tokens], dtype=np.int64)
 
@@ -228,6 +234,7 @@ class DocumentStream:
             candidates: token ids -> the positions that may be chosen; a document without one is bad.
             warn: called once for each reason, with the first row that it was met in.
         """
+        require(tokenizer.eos_token_id is not None or not config.append_eos, "data.append_eos", config.append_eos, "needs a tokenizer that has an end-of-sequence token")
         self._rows = rows
         self._tokenizer = tokenizer
         self._config = config
@@ -243,16 +250,21 @@ class DocumentStream:
         """The next `count` good documents.
 
         Raises:
-            DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad.
+            DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad, or all rows are.
         """
-        documents = []
+        documents, num_barren = [], 0
         while len(documents) < count:
             index = self._row_at(self.cursor)
             self.cursor += 1
             try:
                 documents.append(Document(index, self._tokens(index)))
+                num_barren = 0
             except BadDocument as error:
                 self._count_bad(index, *error.args)
+                num_barren += 1
+                if num_barren == len(self._rows):
+                    raise DataError(f"{self._rows.where(index)}: {error.args[0]} ({error.args[1]}). None of the {num_barren} rows is a document ({self._counts()}). "
+                                    "Write files with documents in them, and a data.template and a `position` section that suit them.") from error
         return documents
 
     def state(self) -> dict:
@@ -281,11 +293,13 @@ class DocumentStream:
         # A blank line between documents is no fault of the data.
         num_bad, where = sum(self.bad.values()) - self.bad.get("empty line", 0), self._rows.where(index)
         if num_bad > self._config.max_bad_fraction * max(self.cursor, 100):
-            counts = ", ".join(f"{name}: {count}" for name, count in self.bad.items())
-            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {self.cursor} rows read are bad ({counts}), "
+            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {self.cursor} rows read are bad ({self._counts()}), "
                             f"more than data.max_bad_fraction = {self._config.max_bad_fraction:g} allows. Mend the data, or raise data.max_bad_fraction to skip such rows.")
         if self.bad[reason] == 1:
             self._warn(f"skipped {where}: {reason} ({detail}); further such rows are counted silently")
+
+    def _counts(self) -> str:
+        return ", ".join(f"{reason}: {count}" for reason, count in self.bad.items())
 
 
 

@@ -31,7 +31,9 @@ class Inputs:
         self._position_marker = marker_ids(self.tokenizer, config.position)
         self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
         self.shapes = model_shapes(read_model_config(config.model))
-        self.stream = self.documents(open_rows(config.data.train, config.data, config.data.split, "data.train"), config.run.seed)
+        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
+        self.stream = self._train_stream(rows, warn)
+        self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here
         self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
 
     def _instruction(self) -> tuple[int, ...]:
@@ -42,9 +44,14 @@ class Inputs:
             raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
         return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
 
-    def documents(self, rows: Rows, seed: int) -> DocumentStream:
-        """A stream over rows in the order of a seed."""
-        return DocumentStream(rows, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn)
+    def _train_stream(self, rows: Rows, warn: Callable[[str], None]) -> DocumentStream:
+        """Training documents; without thoughts any document of two tokens is good."""
+        candidates = self.candidates if self.config.objective.thinks else lambda tokens: np.arange(1, len(tokens))
+        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed, candidates=candidates, warn=warn)
+
+    def panel_stream(self, seed: int) -> DocumentStream:
+        """Held-out documents with a position, in the order of a seed."""
+        return DocumentStream(self.held_out, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn)
 
     def candidates(self, tokens: np.ndarray) -> np.ndarray:
         """Positions of a document that may be chosen."""
@@ -53,19 +60,17 @@ class Inputs:
     def show_example(self) -> str:
         """The first document and where a thought would stand in it, token by token."""
         document = self.stream.next_documents(1)[0]
-        lines = [f"document {document.id}: {len(document.tokens)} tokens, {len(self.candidates(document.tokens))} positions may be chosen", self._pieces(document.tokens)]
-        if self.config.objective.thinks:
-            lines += self._show_thought(document)
-        return "\n".join(lines)
+        lines = [f"document {document.id}: {len(document.tokens)} tokens", self._pieces(document.tokens)]
+        return "\n".join(lines + (self._show_thought(document) if self.config.objective.thinks else []))
 
     def _show_thought(self, document: Document) -> list[str]:
-        chosen = self.candidates(document.tokens)
+        chosen = candidates = self.candidates(document.tokens)
         if self.config.position.selector in ("uniform", "marker"):
             chosen = choose_positions([document], self.candidates, self.config.position, horizon=self.config.target.horizon, seed=self.config.run.seed, step=1).position
         position = int(chosen[0])
         prefix = self.form.prefix(document.tokens, position)
         budget = self.config.thought.max_thought_tokens
-        return [f"position {position}: {len(prefix)} tokens of instruction, prefix and open marker, then up to {budget} sampled tokens, the close marker, and the target",
+        return [f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens of instruction, prefix and open marker, then up to {budget} sampled tokens, the close marker, and the target",
                 f"{self._pieces(prefix[-24:])} ... {self._pieces(np.array(self.markers.close))} -> {self._pieces(document.tokens[position : position + self.config.target.horizon])}"]
 
     def _pieces(self, tokens: np.ndarray) -> str:

@@ -104,7 +104,7 @@ def write_report(run_folders: list[Path], out: Path) -> None:
     names = [folder.name for folder in folders]
     labels = names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
     runs = [_read_run(folder, label, COLORS[i % len(COLORS)]) for i, (folder, label) in enumerate(zip(folders, labels))]
-    write_atomically(Path(out), _render(runs).encode("utf-8", errors="backslashreplace"))
+    write_atomically(Path(out), _render(runs).encode())
 
 
 def is_report(path: Path) -> bool:

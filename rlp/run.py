@@ -229,7 +229,7 @@ class Run:
         return values
 
     def _panel(self) -> Panel:
-        stream = self.inputs.documents(self.inputs.held_out, PANEL_SEED)
+        stream = self.inputs.panel_stream(PANEL_SEED)
         return build_panel(stream, len(self.inputs.held_out), self.inputs.candidates, self.config, self._difficulty)
 
     # Checkpoints

@@ -97,7 +97,10 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     write_json(path, {"flops": 1})
     with pytest.raises(TypeError):
         write_json(path, {"flops": object()})
-    assert read_json(path) == {"flops": 1} and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "folder", {"flops": 2})
+    assert read_json(path) == {"flops": 1} and sorted(tmp_path.iterdir()) == [tmp_path / "folder", path]
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
