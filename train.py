@@ -113,8 +113,8 @@ def micro_batch_loss(run: Run, documents: list[Document], positions: Positions |
     weights, (num_thoughts, num_lm_tokens) = run.config.objective, divisors
     lm = weights.lm_weight > 0
     layout = repeated(documents, positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
-    run.count("train", layout.thought_work, passes=3)
-    run.count("lm", layout.document_work, passes=3)
+    run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
+    run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
     scores = score(run.engine, layout)
     loss = torch.zeros((), device=run.ranks.device)
     if lm:

@@ -2,6 +2,7 @@
 
     rlp view RUN        its logged thoughts, in the terminal
     rlp report RUN...   one HTML page about one or several runs
+    rlp export STEP     a checkpoint as a Hugging Face folder
 
 Exit codes: 0 done, 2 something that the command line names is not there, 3 a file that can not be read back.
 """
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_view(commands)
     _add_report(commands)
+    _add_export(commands)
     return parser
 
 
@@ -54,6 +56,26 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run folder; needed for several runs")
     report.set_defaults(command=report_runs)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder, with float32 weights")
+    export.add_argument("checkpoint", type=Path, metavar="STEP", help="a checkpoint, such as runs/NAME/checkpoints/step_100")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    export.set_defaults(command=export_step)
+
+
+def export_step(arguments: argparse.Namespace) -> int:
+    """`rlp export`."""
+    from rlp.checkpoint import CheckpointError, open_checkpoint  # they load transformers, which the other commands do without
+    from rlp.export import export_checkpoint
+
+    try:
+        export_checkpoint(open_checkpoint(arguments.checkpoint), arguments.out)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    print(arguments.out)
+    return 0
 
 
 def view_thoughts(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -44,7 +44,7 @@ class RunConfig:
     A PATH: start this new run folder from that checkpoint (`.../checkpoints/step_40`)."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "run.seed", self.seed, "must be at least 0")
+        require(0 <= self.seed < 2 ** 63, "run.seed", self.seed, "must be at least 0 and below 2 ** 63")
         require(bool(self.resume), "run.resume", self.resume, "must be never, auto or the path of a checkpoint")
 
 
@@ -148,7 +148,7 @@ class ThoughtConfig:
     """Text after a thought; sampled and trained. A thought that reaches the budget gets it by force, without gradient."""
     instruction_file: str | None = None
     """Text put before the prefix when thinking, never in the no-think context. None: no instruction."""
-    sampling_rows: int = 1024
+    sampling_rows: int = 128
     """Thoughts decoded side by side on one rank. Changes memory and speed, never the thoughts."""
     top_p: float = 1.0
     """Here to be refused: a truncated distribution is not the policy whose log-probability is trained."""
@@ -384,6 +384,9 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            for name, value in vars(getattr(self, section.name)).items():
+                require(not isinstance(value, float) or math.isfinite(value), f"{section.name}.{name}", value, "must be finite")
         require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:NAME")
         limits = dataclasses.asdict(self.budget)
         require(any(limit is not None for limit in limits.values()), "budget", limits, "needs at least one of steps, tokens or flops")
@@ -403,21 +406,28 @@ def known_keys(section: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in tree.items():
-        nested = isinstance(value, dict) and value
-        keys += _leaves(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
-    return keys
-
-
 def _refuse_unknown_keys(tree: dict, where: str) -> None:
     known = known_keys()
-    for key in _leaves(tree):
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]}?" if nearest else f" The sections are {', '.join(k for k in known if '.' not in k)}."
-            raise ConfigError(f"{where}: unknown config key {key}.{hint}")
+    for section, content in tree.items():
+        if section in known and "." not in section and not isinstance(content, dict):
+            example = next(key for key in known if key.startswith(f"{section}."))
+            raise ConfigError(f"{where}: {section} is a section, got {content!r}. Write its keys, such as {example}.")
+        given = [f"{section}.{name}" for name in content] if isinstance(content, dict) and content else [str(section)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{where}: unknown config key {key}. {_suggest(key, known)}")
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    """What an unknown key may have meant: the same name in another section, else the nearest key, else what there is."""
+    section, _, name = key.rpartition(".")
+    same_name = [other for other in known if "." in other and other.rpartition(".")[2] == name]
+    nearest = same_name or difflib.get_close_matches(key, [other for other in known if "." in other or not section], n=1, cutoff=0.7)
+    if nearest:
+        return f"Did you mean {' or '.join(nearest)}?"
+    if section in known:
+        return f"The section has {', '.join(other for other in known if other.startswith(f'{section}.'))}."
+    return f"The sections are {', '.join(other for other in known if '.' not in other)}."
 
 
 def _read_yaml(path: Path) -> dict:
@@ -447,15 +457,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     _refuse_unknown_keys(tree, str(path))
     overrides = overrides or []
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator:
+        if "=" not in override:
             raise ConfigError(f"{override!r} is no override. Write section.key=value, such as thought.group_size=8.")
-        _refuse_unknown_keys({key: None}, "command line")
+        try:
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"command line: {override!r} has no YAML value: {str(error).splitlines()[0]}. Put text with signs in it in quotes, such as 'data.template=\"{{text}}\"'.") from error
+        _refuse_unknown_keys(given, "command line")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides))
         return OmegaConf.to_object(merged)
     except ConfigError:
         raise
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{path}: {error.full_key} has no value. Write {error.full_key}=VALUE on the command line, or the key in the file.") from error
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
@@ -466,3 +481,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved config, every key written out, as `load_config` reads it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_from_dict(tree: dict) -> Config:
+    """The config that `dataclasses.asdict` turned into nested mappings."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))

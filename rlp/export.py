@@ -9,14 +9,17 @@ import os
 import secrets
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlp.checkpoint import CheckpointError
-from rlp.config import Config
+from rlp.checkpoint import Checkpoint, CheckpointError
+from rlp.config import Config, ConfigError, config_from_dict
 from rlp.distributed import Ranks
 from rlp.engine import Engine
+from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
+from rlp.model import load_policy
 
 
 def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, config: Config, form: ThoughtFormat, card: str) -> None:
@@ -32,7 +35,7 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
     failure = None
     if ranks.is_first:
         try:
-            _write_export(folder, engine, tokenizer, tensors, config, form, card)
+            _write(folder, engine.policy.lm, tensors, tokenizer, config, form, card)
         except OSError as error:
             failure = str(error)
     failure = ranks.broadcast(failure)
@@ -40,9 +43,23 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
         raise CheckpointError(f"{folder}: the export could not be written: {failure}.")
 
 
-def _write_export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, Tensor], config: Config, form: ThoughtFormat, card: str) -> None:
+def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder, in float32 as its master weights are.
+
+    Raises:
+        ConfigError: the folder exists, or the model and tokenizer that the run started from are gone.
+    """
+    if folder.exists():
+        raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
+    config = config_from_dict(checkpoint.state["config"])
+    inputs = ModelInputs(config)
+    policy = load_policy(config, inputs.tokenizer, torch.float32, torch.device("cpu"))
+    tensors = {name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape) for name, p in policy.lm.named_parameters()}
+    _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step))
+
+
+def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, config: Config, form: ThoughtFormat, card: str) -> None:
     temporary = folder.with_name(f".tmp.{folder.name}.{secrets.token_hex(4)}")
-    lm = engine.policy.lm
     lm.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
     tokenizer.save_pretrained(temporary)
     manifest = {

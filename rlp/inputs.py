@@ -15,26 +15,15 @@ from rlp.ledger import model_shapes
 from rlp.model import find_markers, load_tokenizer, quiet_transformers, read_model_config
 
 
-class Inputs:
-    """The inputs of a run."""
+class ModelInputs:
+    """Tokenizer, markers and thought format."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
-        """
-        Args:
-            warn: told about skipped documents.
-        """
+    def __init__(self, config: Config) -> None:
         quiet_transformers()
         self.config = config
-        self._warn = warn
         self.tokenizer = load_tokenizer(config.model)
         self.markers = find_markers(self.tokenizer, config.thought)
-        self._position_marker = marker_ids(self.tokenizer, config.position)
         self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
-        self.shapes = model_shapes(read_model_config(config.model))
-        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
-        self.stream = self._train_stream(rows, warn)
-        self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here
-        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
 
     def _instruction(self) -> tuple[int, ...]:
         path = self.config.thought.instruction_file
@@ -43,6 +32,24 @@ class Inputs:
         if not Path(path).is_file():
             raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
         return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+
+
+class Inputs(ModelInputs):
+    """All inputs of a run: the documents too."""
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        """
+        Args:
+            warn: told about skipped documents.
+        """
+        super().__init__(config)
+        self._warn = warn
+        self._position_marker = marker_ids(self.tokenizer, config.position)
+        self.shapes = model_shapes(read_model_config(config.model))
+        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
+        self.stream = self._train_stream(rows, warn)
+        self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here
+        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
 
     def _train_stream(self, rows: Rows, warn: Callable[[str], None]) -> DocumentStream:
         """Training documents; without thoughts any document of two tokens is good."""

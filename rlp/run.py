@@ -24,7 +24,7 @@ from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.inputs import Inputs
-from rlp.layout import Thoughts, Work
+from rlp.layout import Thoughts, Work, repeated
 from rlp.ledger import Ledger
 from rlp.metrics import MetricsLog, quiet_libraries
 from rlp.model import check_logits, compute_dtype, load_policy
@@ -32,6 +32,7 @@ from rlp.monitor import Tally, length_correlation
 from rlp.objective import information_gain
 from rlp.plan import plan_run, render_plan
 from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
+from rlp.report import write_report
 from rlp.rollout import Rollout
 from rlp.run_folder import RunFolder, append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
 from rlp.scoring import difficulty
@@ -109,7 +110,10 @@ class Run:
         if self.config.position.selector not in ("entropy", "surprisal"):
             return None
         with self.ledger.time("score"):
-            return difficulty(self.engine.policy, documents, self.inputs.form, self.config.position.selector, self.ranks.device)
+            layout = repeated(documents, None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
+            scores = difficulty(self.engine.policy, layout, self.config.position.selector)
+        self.count("score", layout.document_work, passes=1)
+        return scores
 
     # Budget
 
@@ -202,9 +206,9 @@ class Run:
         """Whether this step scores the baseline (`baseline.every_n_steps`)."""
         return (self.step - 1) % self.config.baseline.every_n_steps == 0
 
-    def count(self, phase: str, work: Work, *, passes: int) -> None:
-        """Count a pass over given tokens."""
-        self.ledger.add(phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=work.tokens if passes == 3 else 0)
+    def count(self, phase: str, work: Work, *, passes: int, tokens_trained: int = 0) -> None:
+        """Count a pass over given tokens; `tokens_trained` of them have a gradient through their log-probability."""
+        self.ledger.add(phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=tokens_trained)
 
     def count_rollout(self, rollout: Rollout) -> None:
         """Count the prefill and the decoding of a step's thoughts."""
@@ -225,7 +229,7 @@ class Run:
             self.start_logprob = no_think_logprob(self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
         values = evaluate_panel(self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
         self.log.evaluation(self.step, values)
-        self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{name} {values[name]:.3f}" for name in HEADLINE))
+        self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
         return values
 
     def _panel(self) -> Panel:
@@ -276,13 +280,24 @@ class Run:
     # The end
 
     def finish(self, after: dict | None) -> None:
-        """Export the model and write `ledger.json` and `summary.json`."""
+        """Export the model, write ledger, summary and report, and tell where everything is."""
         before = self._first_evaluation()
         card = model_card(self.config, before, after, self.step)
         export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
         if self.ranks.is_first:
             write_json(self.folder.ledger_json, self.ledger.to_json())
             write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops})
+            write_report([self.folder.path], self.folder.report_html)
+        self.log.say(self._closing_words(before, after))
+        self.log.close()
+
+    def _closing_words(self, before: dict | None, after: dict | None) -> str:
+        lines = ["", f"{self.step} steps in {self.seconds:.0f} s, {self.ledger.flops:.3g} FLOPs"]
+        if before and after:
+            lines += [f"held-out panel of {after['panel_positions']} positions      before    after"]
+            lines += [f"  {HEADLINE[name]:<34}{before[name]:>8.3f} {after[name]:>8.3f}" for name in HEADLINE]
+        places = {"run folder": self.folder.path, "report": self.folder.report_html, "model": self.folder.export}
+        return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
 
     def _first_evaluation(self) -> dict | None:
         if not (self.ranks.is_first and self.folder.evaluation_jsonl.exists()):
@@ -309,7 +324,10 @@ class Run:
         return self.ranks.any(self.stop_requested)
 
 
-HEADLINE = ("gain_over_start_nats", "positive_gain_frac", "accuracy_with_thought", "accuracy_without_thought", "thought_tokens_mean")
+HEADLINE = {
+    "gain_over_start_nats": "gain over start (nats)", "positive_gain_frac": "positions with positive gain", "accuracy_with_thought": "accuracy with a thought",
+    "accuracy_without_thought": "accuracy without a thought", "thought_tokens_mean": "thought length (tokens)",
+}
 """The numbers that a run is told by."""
 
 

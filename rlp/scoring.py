@@ -12,8 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rlp.data import Document
-from rlp.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout, ThoughtFormat, repeated
+from rlp.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +69,17 @@ def greedy_targets(model: Callable, layout: Layout) -> Scores:
 
 
 @torch.no_grad()
-def difficulty(model: Callable, documents: list[Document], form: ThoughtFormat, selector: str, device: torch.device) -> list[np.ndarray]:
+def difficulty(model: Callable, layout: Layout, selector: str) -> list[np.ndarray]:
     """Per-position scores for the selectors `entropy` and `surprisal`, without thinking.
+
+    Args:
+        layout: document rows that ask for every token (`lm`).
 
     Returns:
         one [P] float32 array per document: at index t the entropy before token t, or -log p(x_t | x_<t), nats;
         index 0, which has no context, is 0.
     """
-    layout = repeated(documents, None, None, form, lm=True, no_think=False, device=device)
     answers = ask(model, "entropy", layout) if selector == "entropy" else -ask(model, "logprob", layout)
     padded = torch.nn.functional.pad(unpack(layout, answers).document, (1, 0)).cpu().numpy()
-    return [row[: len(document.tokens)] for row, document in zip(padded, documents)]
+    lengths = layout.document_mask.sum(dim=1).tolist()
+    return [row[: length + 1] for row, length in zip(padded, lengths)]

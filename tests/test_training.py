@@ -55,7 +55,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
-    """Curves and final weights agree; Adam turns rounding of near-zero gradients into steps, hence a loose bound on those weights."""
+    """The numbers of every step agree."""
     torch.testing.assert_close(torch.tensor(curve(one)), torch.tensor(curve(other)), rtol=tolerance, atol=tolerance)
 
 
@@ -132,7 +132,7 @@ def test_a_continued_pretraining_step_equals_a_plain_loop(trained, tmp_path, mod
     run = Run(tiny_config(tmp_path / "again", model_folder, corpus, **settings), ranks)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-2)
     for step, line in enumerate(read_lines(folder / "metrics.jsonl"), start=1):
         documents = run.inputs.stream.next_documents(4)
         total = sum(next_token_loss(model, document) for document in documents)
@@ -146,7 +146,7 @@ def test_a_continued_pretraining_step_equals_a_plain_loop(trained, tmp_path, mod
         assert line["lm/loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert line["optim/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for name, value in exported(folder).items():
-        torch.testing.assert_close(value, dict(model.named_parameters())[name].detach(), rtol=0, atol=2e-4)
+        torch.testing.assert_close(value, dict(model.named_parameters())[name].detach(), rtol=0, atol=1e-5)
 
 
 def next_token_loss(model: torch.nn.Module, document: Document) -> torch.Tensor:

@@ -12,10 +12,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 TINY = {
     "position.per_document": 2, "thought.group_size": 4, "thought.max_thought_tokens": 5, "thought.temperature": 0.7,
-    "objective.lm_weight": 0.1, "optim.batch_size": 4, "optim.micro_batch_size": 2, "optim.learning_rate": 1e-2, "budget.steps": 3,
+    "objective.lm_weight": 0.1, "optim.batch_size": 4, "optim.micro_batch_size": 2, "optim.learning_rate": 1e-2, "optim.epsilon": 1e-2, "budget.steps": 3,
     "baseline.ema_decay": 0.9, "engine.dtype": "float32", "evaluation.panel_positions": 6, "evaluation.thoughts_per_position": 2, "logging.every_n_steps": 1,
 }
-"""A run that takes a second: large learning rate and fast EMA, so that mistakes show in three steps."""
+"""A run that takes a second. Large learning rate and fast EMA, so that mistakes show in three steps; a large
+epsilon, because Adam otherwise turns the rounding of near-zero gradients into whole steps."""
 
 
 def write_corpus(path: Path, documents: list[str]) -> Path:

@@ -1,0 +1,49 @@
+"""What is handed on: a plain Hugging Face folder that other trainers take."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import corpus, ranks, trained  # noqa: F401  (fixtures)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.mark.parametrize("settings", [{}, {"engine__zero_stage": 3, "engine__dtype": "bfloat16"}])
+def test_the_export_is_the_trained_policy(trained, settings):  # noqa: F811
+    """It loads with transformers alone, tied weights tied, equal to the checkpoint's master weights."""
+    folder = trained(**settings)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder / "export", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    master = load_file(folder / "checkpoints" / "step_3" / "shard_00000.safetensors")
+    for name, parameter in model.named_parameters():
+        expected = master[f"master/{name}"].to(parameter.dtype).reshape(parameter.shape)
+        assert torch.equal(parameter.detach(), expected), name
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_the_export_says_how_to_think(trained):  # noqa: F811
+    """Manifest and card: markers with their ids, temperature, budget; the tokenizer comes along."""
+    folder = trained() / "export"
+    manifest = json.loads((folder / "thought_format.json").read_text())
+    assert manifest["open_marker_ids"] == [2] and manifest["close_marker_ids"] == [3]
+    assert (manifest["temperature"], manifest["max_thought_tokens"], manifest["excluded_from_targets"]) == (0.7, 5, 2)
+    assert AutoTokenizer.from_pretrained(folder).encode("<think>", add_special_tokens=False) == [2]
+    assert "<think>" in (folder / "README.md").read_text()
+
+
+def test_the_export_trains_on_in_trl(trained, tmp_path):  # noqa: F811
+    """One step of supervised fine-tuning, then one of GRPO, from the exported folder alone."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed (the extra `post`)")
+    from datasets import Dataset
+
+    folder = tmp_path / "export"
+    shutil.copytree(trained() / "export", folder)
+    texts = ["w1 w2 w3 w4 w5 w6", "w7 w8 w9 w10 w11 w12"] * 2
+    common = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "gradient_checkpointing": False}
+    sft = trl.SFTTrainer(model=str(folder), args=trl.SFTConfig(output_dir=str(tmp_path / "sft"), max_length=16, **common), train_dataset=Dataset.from_dict({"text": texts}))
+    assert sft.train().training_loss > 0
+    grpo = trl.GRPOTrainer(model=str(folder), reward_funcs=lambda completions, **_: [float(len(text) % 3) for text in completions],
+                           args=trl.GRPOConfig(output_dir=str(tmp_path / "grpo"), max_completion_length=4, num_generations=2, **common), train_dataset=Dataset.from_dict({"prompt": texts}))
+    assert grpo.train().global_step == 1

@@ -1,0 +1,111 @@
+"""The program as a user meets it: launchers, messages, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import corpus  # noqa: F401  (fixture)
+from training import REPOSITORY, TINY, rank_environment
+
+import train as program
+
+GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+@pytest.fixture
+def arguments(tmp_path, model_folder, corpus) -> list[str]:  # noqa: F811
+    """Command-line arguments of a tiny run in tmp_path/run."""
+    (tmp_path / "tiny.yaml").write_text(f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
+    return [str(tmp_path / "tiny.yaml"), *(f"{key}={value}" for key, value in TINY.items())]
+
+
+def test_the_deepspeed_launcher_runs_two_ranks_under_zero_3(arguments, tmp_path):
+    """`deepspeed train.py CONFIG a.b=c`: the launcher's own argument is accepted, and both ranks finish."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    environment = {key: value for key, value in os.environ.items() if key not in rank_environment(0, 1, 0).keys() - os.environ.keys()}
+    result = subprocess.run([launcher, "--num_accelerators", "2", "--master_port", "29581", "train.py", *arguments, "engine.zero_stage=3"],
+                            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+MISTAKES = {
+    "an unknown key": (["thought.group_sise=8"], program.BAD_CONFIG, "Did you mean thought.group_size?"),
+    "an impossible value": (["thought.group_size=1"], program.BAD_CONFIG, "thought.group_size must be at least 2"),
+    "bfloat16 at stage 0": (["engine.dtype=bfloat16", "engine.zero_stage=0"], program.BAD_CONFIG, "write engine.zero_stage=1"),
+    "top-p": (["thought.top_p=0.9"], program.BAD_CONFIG, "write thought.top_p=1.0"),
+    "no such model": (["model.path=/nowhere/model"], program.BAD_CONFIG, "/nowhere/model"),
+    "no such data": (["data.train=[/nowhere/*.jsonl]"], program.BAD_DATA, "no file at '/nowhere/*.jsonl'"),
+    "a field that no document has": (["data.template='{body}'"], program.BAD_DATA, "no field 'body'; the row has text"),
+    "a marker that the tokenizer can not write": (["thought.open_marker=[[think]]"], program.BAD_CONFIG, "thought.open_marker: the tokenizer can not write"),
+    "a position marker that is in no document": (["position.selector=marker", "position.marker=w41 w41 w41 w41"], program.BAD_DATA, "no position"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_clear_message_and_its_exit_code(arguments, tmp_path, capsys, name):
+    """Where, what came, what was expected, what to write; and no run folder is left behind."""
+    overrides, code, message = MISTAKES[name]
+    assert program.main([*arguments, *overrides]) == code
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and message in output.err
+    assert "Traceback" not in output.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(arguments, tmp_path, model_folder, capsys):
+    """Token ids beyond the embedding would be read as garbage or crash a GPU."""
+    from transformers import AutoTokenizer
+
+    larger = AutoTokenizer.from_pretrained(model_folder)
+    larger.add_tokens(["w99"])
+    larger.save_pretrained(tmp_path / "larger")
+    assert program.main([*arguments, f"model.tokenizer={tmp_path / 'larger'}"]) == program.BAD_CONFIG
+    assert "49 tokens, but the embedding" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_shows_an_example_and_the_costs_and_writes_nothing(arguments, tmp_path, capsys):
+    """Config, one rendered document with its token boundaries, memory, FLOPs, tokens and disk."""
+    assert program.main([*arguments, "--dry-run", "8x80", "optim.batch_size=8"]) == program.DONE
+    output = capsys.readouterr().out
+    for part in ("group_size: 4", "|<think>| ... |</think>| ->", "Memory per device", "(8 ranks", "FLOPs per step", "one checkpoint"):
+        assert part in output, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
+    """Preempted in step 2: a checkpoint of that step, exit code 75; continued, the run ends as it would have."""
+    import signal
+
+    step = program.train_step
+
+    def interrupted(run):
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        step(run)
+
+    monkeypatch.setattr(program, "train_step", interrupted)
+    assert program.main(arguments) == program.PREEMPTED
+    assert "run.resume=auto" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").exists()
+    monkeypatch.setattr(program, "train_step", step)
+    assert program.main([*arguments, "run.resume=auto"]) == program.DONE
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K is not at {GSM8K}")
+def test_real_text_trains(tmp_path, capsys):
+    """Two steps of `configs/gsm8k_tiny.yaml` on GSM8K, from a BPE tokenizer made here."""
+    model = tmp_path / "model"
+    subprocess.run([sys.executable, "experiments/gsm8k_tiny/make_model.py", "--data", str(GSM8K), "--out", str(model)], cwd=REPOSITORY, check=True)
+    code = program.main([str(REPOSITORY / "configs" / "gsm8k_tiny.yaml"), f"run.dir={tmp_path / 'run'}", f"model.path={model}", f"data.train=[{GSM8K}]", f"data.held_out=[{GSM8K}]",
+                         "budget.steps=2", "optim.batch_size=4", "evaluation.panel_positions=8", "logging.every_n_steps=1"])
+    assert code == program.DONE
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["lm/loss"] > 5
+    thought = json.loads((tmp_path / "run" / "thoughts.jsonl").read_text().splitlines()[0])
+    assert thought["target"] and thought["prefix_tail"]

@@ -1,0 +1,167 @@
+"""What may import what, and what no file may do: read from the source, so that a shortcut fails here before it is a habit."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ORDER = ("config", "distributed", "run_folder", "metrics", "model", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine",
+         "teacher", "ledger", "inputs", "checkpoint", "export", "probe", "plan", "report", "run", "cli")
+"""A module of `rlp` imports only those to its left."""
+
+MUST_NOT_KNOW = {
+    "config": {"torch", "transformers"},
+    "data": {"torch", "rlp.model", "rlp.layout"},                            # that thoughts exist
+    "layout": {"rlp.rollout", "rlp.scoring", "rlp.objective", "rlp.engine"},  # rewards, how it is run
+    "rollout": {"rlp.scoring", "rlp.objective", "rlp.engine"},
+    "scoring": {"rlp.rollout", "rlp.objective", "rlp.engine"},
+    "objective": {"rlp", "transformers", "deepspeed", "numpy"},
+    "metrics": {"rlp.model", "rlp.data", "rlp.objective"},
+    "checkpoint": {"rlp.objective", "rlp.rollout", "rlp.scoring", "rlp.layout"},
+}
+"""Beyond the order: what a module has no business with, with all that lies under each name."""
+
+MODULES = sorted((ROOT / "rlp").glob("*.py"))
+PROGRAM = [*MODULES, *sorted((ROOT / "kernels").rglob("*.py")), ROOT / "train.py"]
+
+
+def imports(source: str) -> set[str]:
+    """Full names of all that a source imports, at any depth, relative to `rlp`: `from rlp.data import Document` gives
+    rlp.data and rlp.data.Document."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            home = ".".join(part for part in ("rlp" if node.level else "", node.module) if part)
+            names |= {home} | {f"{home}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module of `rlp` imports against the order or against `MUST_NOT_KNOW`."""
+    allowed = set(ORDER[: ORDER.index(module)])
+    found = []
+    for name in sorted(imports(source)):
+        parts = name.split(".")
+        if parts[0] == "rlp" and len(parts) > 1 and parts[1] in ORDER and parts[1] not in allowed:
+            found.append(f"{module} imports {name}, which stands below it")
+        if parts[0] == "experiments":
+            found.append(f"{module} imports {name}, an experiment")
+        if any(name == other or name.startswith(f"{other}.") for other in MUST_NOT_KNOW.get(module, ())):
+            found.append(f"{module} must not know {name}")
+    return found
+
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def unsafe(source: str) -> list[str]:
+    """Ways to run code that a file holds: pickle under any name, remote code of a Hub model, eval and exec."""
+    found = [name for name in imports(source) if name.split(".")[0] in UNPICKLERS or name in ("torch.load", "torch.save")]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [f"{node.value.id}.{node.attr}"] if (node.value.id, node.attr) in (("torch", "load"), ("torch", "save"), ("yaml", "load")) else []
+        if isinstance(node, ast.Call):
+            found += [f"{word.arg}=" for word in node.keywords if word.arg in ("allow_pickle", "trust_remote_code")]
+            found += [node.func.id] if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec") else []
+    return found
+
+
+def test_every_module_has_a_place_in_the_order():
+    """A new file of `rlp` is given its place, or this fails; a place without a file is a leftover."""
+    assert sorted(ORDER) == sorted(path.stem for path in MODULES if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_those_above_it(module: str):
+    """So each can be read, and tested, with what came before it."""
+    assert violations(module, (ROOT / "rlp" / f"{module}.py").read_text()) == []
+
+
+@pytest.mark.parametrize("module, source", [
+    ("layout", "from rlp.objective import information_gain"),
+    ("layout", "def f():\n    from rlp.rollout import sample_thoughts"),
+    ("objective", "from rlp.config import Config"),
+    ("objective", "import rlp"),
+    ("data", "import rlp.model as m"),
+    ("data", "from rlp import layout"),
+    ("data", "from . import layout"),
+    ("data", "from .layout import Thoughts"),
+    ("config", "import torch.nn"),
+    ("run", "import experiments.world"),
+    ("scoring", "if True:\n    import rlp.engine"),
+])
+def test_the_checker_sees_a_violation(module: str, source: str):
+    """In each spelling of an import, also inside a function."""
+    assert violations(module, source) != []
+
+
+def test_the_checker_lets_the_order_through():
+    assert violations("run", "from rlp.probe import Panel\nimport rlp.config\nimport torch") == []
+    assert violations("data", "from rlp.config import Config") == []
+
+
+def test_objective_imports_nothing_of_this_project():
+    """It can be checked against the paper with a pencil."""
+    assert {name.split(".")[0] for name in imports((ROOT / "rlp" / "objective.py").read_text())} == {"torch"}
+
+
+def test_no_module_is_a_drawer():
+    """A thing lives where it belongs, not in utils."""
+    drawers = {"utils", "util", "common", "helpers", "helper", "types", "misc", "base", "core"}
+    assert [path for path in PROGRAM if path.stem in drawers or path.parent.name in drawers] == []
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_an_experiment(path: Path):
+    """Experiments import the method, never the reverse."""
+    assert [name for name in imports(path.read_text()) if name.split(".")[0] in ("experiments", "tests")] == []
+
+
+def test_kernels_do_not_know_the_method():
+    """Fast twins of plain functions stand alone."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert [name for name in imports(path.read_text()) if name.split(".")[0] == "rlp"] == []
+
+
+def test_kernels_is_no_package():
+    """An importable `kernels` would shadow the Hugging Face package of that name, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_read_as_code(path: Path):
+    """No pickle, no torch.load, no remote code: a checkpoint or a corpus from a stranger runs nothing."""
+    assert unsafe(path.read_text()) == []
+
+
+@pytest.mark.parametrize("source", ["import pickle", "from torch import load", "torch.load(path)", "import dill as d", "def f():\n    import cloudpickle",
+                                    "np.load(path, allow_pickle=True)", "AutoModel.from_pretrained(path, trust_remote_code=True)", "eval(text)", "yaml.load(text)"])
+def test_the_checker_sees_code_in_files(source: str):
+    assert unsafe(source) != []
+
+
+def test_only_engine_names_deepspeed():
+    """No DeepSpeed name leaves `engine`."""
+    users = [path.name for path in PROGRAM if any(name.split(".")[0] == "deepspeed" for name in imports(path.read_text()))]
+    assert users == ["engine.py"]
+
+
+def test_importing_rlp_imports_no_heavy_library():
+    """deepspeed, wandb and datasets load when a run needs them, so `rlp report` starts on a laptop without them."""
+    code = "import importlib, sys\n" + "".join(f"importlib.import_module('rlp.{module}')\n" for module in ORDER)
+    code += "print([name for name in ('deepspeed', 'wandb', 'datasets', 'trl') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_config_imports_no_torch():
+    """A config is read in the time that YAML takes."""
+    done = subprocess.run([sys.executable, "-c", "import rlp.config, sys; print('torch' in sys.modules)"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,43 @@
+"""What the tests run on two ranks, all in one launch: python two_ranks.py FOLDER MODEL CORPUS
+
+Each job is a run in FOLDER/NAME; the tests read the run folders and compare them with runs on one rank.
+"""
+
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from training import tiny_config  # noqa: E402
+
+import train as program  # noqa: E402
+from rlp.distributed import start_ranks, stop_ranks  # noqa: E402
+
+JOBS = {
+    "stage0": {"engine__zero_stage": 0},
+    "stage1": {"engine__zero_stage": 1, "budget__steps": 4, "checkpoint__every_n_steps": 2, "checkpoint__keep": 3},
+    "stage2": {"engine__zero_stage": 2},
+    # Thoughts end where they end: ranks decode different numbers of tokens, and a forward is a collective.
+    "stage3": {"engine__zero_stage": 3, "data__held_out": "CORPUS", "evaluation__panel_positions": 7},
+    "stage3_synced": {"engine__zero_stage": 3, "engine__generation": "synced", "position__per_document": "all", "thought__sampling_rows": 8},
+    "stage1_bf16": {"engine__zero_stage": 1, "engine__dtype": "bfloat16"},
+}
+
+
+def main(folder: Path, model: Path, corpus: Path) -> None:
+    ranks = start_ranks()
+    for name, settings in JOBS.items():
+        settings = {key: f"[{corpus}]" if value == "CORPUS" else value for key, value in settings.items()}
+        (folder / f"rank{ranks.rank}").mkdir(exist_ok=True)
+        config = tiny_config(folder / f"rank{ranks.rank}" / name, model, corpus, **settings)
+        config.run.dir = str(folder / name)
+        assert program.train(config, ranks) == program.DONE, name
+    resumed = tiny_config(folder / f"rank{ranks.rank}" / "resumed", model, corpus, run__resume=folder / "one_rank" / "checkpoints" / "step_2", engine__zero_stage=2, budget__steps=4)
+    resumed.run.dir = str(folder / "resumed")
+    assert program.train(resumed, ranks) == program.DONE
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
