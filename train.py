@@ -51,14 +51,14 @@ def loop(run: Run) -> int:
     while run.progress() < 1:
         run.begin_step()
         train_step(run)
-        if run.due(config.checkpoint.every_n_steps) or run.progress() >= 1:
-            run.save()
-        if run.preempted():
-            run.save()
-            run.log.say(f"asked to stop: saved step {run.step}; continue with run.resume=auto")
-            return PREEMPTED
         if run.due(config.evaluation.every_n_steps) and run.progress() < 1:
             run.evaluate()
+        preempted = run.preempted()
+        if preempted or run.due(config.checkpoint.every_n_steps) or run.progress() >= 1:
+            run.save()
+        if preempted:
+            run.log.say(f"asked to stop: saved step {run.step}; continue with run.resume=auto")
+            return PREEMPTED
     run.finish(run.evaluate())
     return DONE
 
@@ -156,15 +156,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pretrain a causal language model with RLP.", epilog="Overrides: section.key=value, as in thought.group_size=8.")
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", nargs="?", const="", metavar="8x80", help="show the resolved config, one example, memory, FLOPs and disk (for 8 devices of 80 GB, or this machine), and exit")
+    parser.add_argument("--dry-run", action="store_true", help="show the resolved config, one example, memory, FLOPs and disk, and exit")
+    parser.add_argument("--machine", default="", metavar="8x80", help="with --dry-run: plan for 8 devices of 80 GB instead of this machine")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     ranks = None
     try:
         config = load_config(options.config, options.overrides)
         ranks = start_ranks()
-        if options.dry_run is not None:
-            print(dry_run(config, options.dry_run, ranks))
+        if options.dry_run:
+            print(dry_run(config, options.machine, ranks))
             return DONE
         return train(config, ranks)
     except (ConfigError, CheckpointError) as error:

@@ -352,7 +352,7 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
         machine: `8x80` plans for 8 devices of 80 GB; empty, for the ranks and devices of this process.
     """
     if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
-        raise ConfigError(f"--dry-run {machine!r}: expected RANKSxGIGABYTES, such as 8x80, or nothing for this machine.")
+        raise ConfigError(f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this machine.")
     inputs = Inputs(config, warn=lambda text: None)
     form_tokens = len(inputs.form.instruction) + len(inputs.markers.open) + len(inputs.markers.close)
     on_gpu = ranks.device.type == "cuda"

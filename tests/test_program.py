@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import corpus  # noqa: F401  (fixture)
+from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, rank_environment
 
 import train as program
 
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def keep_the_process_group(monkeypatch, ranks) -> None:  # noqa: F811
+    """The tests of a session share one process group; a program of its own would leave it at the end."""
+    monkeypatch.setattr(program, "stop_ranks", lambda: None)
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ MISTAKES = {
     "no such model": (["model.path=/nowhere/model"], program.BAD_CONFIG, "/nowhere/model"),
     "no such data": (["data.train=[/nowhere/*.jsonl]"], program.BAD_DATA, "no file at '/nowhere/*.jsonl'"),
     "a field that no document has": (["data.template='{body}'"], program.BAD_DATA, "no field 'body'; the row has text"),
-    "a marker that the tokenizer can not write": (["thought.open_marker=[[think]]"], program.BAD_CONFIG, "thought.open_marker: the tokenizer can not write"),
+    "a marker that the tokenizer can not write": (["thought.open_marker=think-here"], program.BAD_CONFIG, "thought.open_marker: the tokenizer can not write"),
     "a position marker that is in no document": (["position.selector=marker", "position.marker=w41 w41 w41 w41"], program.BAD_DATA, "no position"),
 }
 
@@ -70,7 +76,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(arguments, tmp_path, 
 
 def test_the_dry_run_shows_an_example_and_the_costs_and_writes_nothing(arguments, tmp_path, capsys):
     """Config, one rendered document with its token boundaries, memory, FLOPs, tokens and disk."""
-    assert program.main([*arguments, "--dry-run", "8x80", "optim.batch_size=8"]) == program.DONE
+    assert program.main([*arguments, "--dry-run", "--machine", "8x80", "optim.batch_size=8"]) == program.DONE
     output = capsys.readouterr().out
     for part in ("group_size: 4", "|<think>| ... |</think>| ->", "Memory per device", "(8 ranks", "FLOPs per step", "one checkpoint"):
         assert part in output, part
