@@ -117,7 +117,8 @@ def targets(policy: Policy) -> list[int]:
 
 def flat_gradient(value: Tensor, policy: Policy) -> Tensor:
     """The gradient of a number in all weights, as one vector."""
-    return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(policy.parameters()), allow_unused=True, materialize_grads=True, retain_graph=True)])
+    parts = torch.autograd.grad(value, list(policy.parameters()), allow_unused=True, materialize_grads=True, retain_graph=True)
+    return torch.cat([part.flatten() for part in parts])
 
 
 # ---- the same through rlp ----
@@ -171,10 +172,12 @@ def evidence(policy: Policy, teacher: Policy, documents: list[Document], positio
     scores = score(policy, repeated(documents, positions, as_thoughts(groups), form, lm=False, no_think=False, device=CPU))
     layout = repeated(documents, positions, None, form, lm=False, no_think=True, device=CPU)
     shape = (len(groups), len(groups[0]))
-    return Evidence(scores.thought.sum(dim=1).reshape(shape), log_evidence(scores.target).reshape(shape), teacher_of("self", teacher).baseline_logprob(layout, len(groups)))
+    baseline_logprob = teacher_of("self", teacher).baseline_logprob(layout, len(groups))
+    return Evidence(scores.thought.sum(dim=1).reshape(shape), log_evidence(scores.target).reshape(shape), baseline_logprob)
 
 
-def step_loss(engine: Callable, form: ThoughtFormat, documents: list[Document], positions: Positions, thoughts: Thoughts, baseline_logprob: Tensor | None = None, **weights: float) -> Tensor:
+def step_loss(engine: Callable, form: ThoughtFormat, documents: list[Document], positions: Positions, thoughts: Thoughts,
+              baseline_logprob: Tensor | None = None, **weights: float) -> Tensor:
     """`train.micro_batch_loss` on one micro-batch that is the whole step: the run is cut down to what that function reads."""
     run = SimpleNamespace(
         config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights)), engine=engine, ranks=SimpleNamespace(device=CPU),
@@ -253,7 +256,8 @@ def test_each_token_is_drawn_from_an_interval_as_long_as_its_probability(close):
     numbers = {(10 + m, 2 * g + upper): [high - inside if upper else low + inside for low, high in thought.interval]
                for m, group in enumerate(groups) for g, thought in enumerate(group) for upper in (0, 1)}
     documents, positions = one_position_each([prefix + [2] for prefix in PREFIXES], [len(prefix) for prefix in PREFIXES])
-    found = sample_thoughts(policy, documents, positions, toy_format(policy), GivenNoise(numbers), group_size=2 * len(groups[0]), max_thought_tokens=budget, rows=1024).thoughts
+    rollout = sample_thoughts(policy, documents, positions, toy_format(policy), GivenNoise(numbers), group_size=2 * len(groups[0]), max_thought_tokens=budget, rows=1024)
+    found = rollout.thoughts
     expected = as_thoughts([[thought for thought in group for _ in (0, 1)] for group in groups])
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.mask, expected.mask)
@@ -268,8 +272,8 @@ def test_sampled_frequencies_are_the_exact_probabilities():
     documents, positions = one_position_each([prefix + [2]] * 2, [len(prefix)] * 2)
     counts: Counter[tuple[int, ...]] = Counter()
     for seed, step in itertools.product(range(4), range(5)):
-        found = sample_thoughts(policy, documents, positions, toy_format(policy), NoiseKey(seed, step), group_size=group_size, max_thought_tokens=budget, rows=64).thoughts
-        counts.update(tuple(tokens[mask].tolist()) for tokens, mask in zip(found.tokens.flatten(0, 1), found.mask.flatten(0, 1)))
+        rollout = sample_thoughts(policy, documents, positions, toy_format(policy), NoiseKey(seed, step), group_size=group_size, max_thought_tokens=budget, rows=64)
+        counts.update(tuple(tokens[mask].tolist()) for tokens, mask in zip(rollout.thoughts.tokens.flatten(0, 1), rollout.thoughts.mask.flatten(0, 1)))
     num_sampled = 20 * 2 * group_size
     assert counts.total() == num_sampled and set(counts) <= {thought.tokens for thought in thoughts}
     expected = torch.stack([num_sampled * thought.probability for thought in thoughts]).detach()
@@ -343,7 +347,8 @@ def test_mean_reward_over_positions_is_the_improvement_of_the_whole_sequence():
     """
     policy, teacher, start = toy_policy(), toy_policy(seed=1), 3
     documents = [Document(id=index, tokens=np.array([start, *rest])) for index, rest in enumerate(itertools.product(targets(policy), repeat=2))]
-    positions = Positions(document=np.repeat(np.arange(16), 2), position=np.tile([1, 2], 16), target=np.array([[token] for document in documents for token in document.tokens[1:]]))
+    every_token = np.array([[token] for document in documents for token in document.tokens[1:]])
+    positions = Positions(document=np.repeat(np.arange(16), 2), position=np.tile([1, 2], 16), target=every_token)
     prefixes = [[start], *([start, token] for token in targets(policy))]
     thoughts = {tuple(prefix): all_thoughts(policy, prefix, budget=2) for prefix in prefixes}
     groups = [thoughts[tuple(documents[d].tokens[:t])] for d, t in zip(positions.document, positions.position)]
