@@ -11,9 +11,11 @@ Where the float32 master weights live (DeepSpeed 0.19):
 The EMA of the weights (the teacher, phi) stands beside Adam's moments on those same shards.
 """
 
+import io
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +112,8 @@ def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
 def start_deepspeed(ranks: Ranks) -> None:
     """Import DeepSpeed quietly and let it find the process group."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
 
@@ -139,6 +143,16 @@ def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> It
         unset_hf_deepspeed_config()
 
 
+def _initialize(**arguments: object) -> object:
+    """A DeepSpeed engine, with what DeepSpeed prints sent to its log."""
+    import deepspeed
+
+    with redirect_stdout(io.StringIO()) as printed:
+        engine, *_ = deepspeed.initialize(**arguments)
+    logging.getLogger("DeepSpeed").warning("printed by initialize: %s", printed.getvalue())
+    return engine
+
+
 def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
     """A module that is only run forward, sharded as stage 3 shards the policy; whole below stage 3."""
     module.eval().requires_grad_(False)
@@ -148,7 +162,7 @@ def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.d
 
     settings = deepspeed_config(config, ranks, dtype)
     settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    engine = _initialize(model=module, config=settings)
     deepspeed.zero.register_external_parameter(module, module.head)
     return engine.module
 
@@ -157,8 +171,6 @@ class Engine:
     """The policy under DeepSpeed."""
 
     def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> None:
-        import deepspeed
-
         self._config = config
         self._ranks = ranks
         self._stage = config.engine.zero_stage
@@ -168,10 +180,12 @@ class Engine:
             options["foreach"] = False
         optimizer = AdamWithEMA(_decay_groups(policy, optim.weight_decay), ema_decay=config.baseline.ema_decay if keeps_ema(config) else None, **options)
         policy.to(ranks.device)
-        self._deepspeed, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
+        self._deepspeed = _initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
         self._optimizer = optimizer
         self.policy = policy
         if self._stage == 3:
+            import deepspeed
+
             deepspeed.zero.register_external_parameter(policy, policy.head)
 
     def __call__(self, *arguments: object) -> object:

@@ -27,7 +27,7 @@ from rlp.layout import ThoughtFormat, Thoughts, repeated
 from rlp.model import Markers, Policy
 from rlp.monitor import Tally
 from rlp.objective import group_relative_advantage, information_gain, log_evidence
-from rlp.rollout import NoiseKey, sample_thoughts
+from rlp.rollout import NoiseKey, draw, sample_thoughts
 from rlp.scoring import score
 from rlp.teacher import Teacher
 
@@ -263,6 +263,15 @@ def test_each_token_is_drawn_from_an_interval_as_long_as_its_probability(close):
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.truncated, expected.truncated)
     assert_close(found.behavior_logprob, expected.behavior_logprob)
+
+
+def test_impossible_tokens_are_never_drawn():
+    """Intervals are closed below and open above: neither 0 nor an edge nor the number next to 1 falls on a token of probability 0."""
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]], dtype=torch.float64).expand(3, 5)
+    token, logprob, entropy = draw(logits, torch.tensor([0.0, 0.5, math.nextafter(1, 0)], dtype=torch.float64), TEMPERATURE)
+    assert token.tolist() == [1, 3, 3]
+    assert_close(-logprob, torch.full((3,), math.log(2), dtype=torch.float64))
+    assert_close(entropy, -logprob)
 
 
 def test_sampled_frequencies_are_the_exact_probabilities():
@@ -523,6 +532,14 @@ def gains(policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         mass = score(policy, repeated(documents, positions, None, toy_format(policy), lm=False, no_think=True, device=CPU)).open_marker.exp()
     return ours, naive.detach(), mass
+
+
+def test_mass_of_the_open_marker_is_that_right_after_the_prefix():
+    """Where a thought may start, with every token in the softmax."""
+    policy = toy_policy()
+    documents, positions = one_position_each([prefix + [2, 4] for prefix in PREFIXES], [len(prefix) for prefix in PREFIXES])
+    layout = repeated(documents, positions, None, toy_format(policy), lm=False, no_think=True, device=CPU)
+    assert_close(score(policy, layout).open_marker, torch.stack([next_logprobs(policy, prefix)[OPEN] for prefix in PREFIXES]))
 
 
 UNIFORM = {FIRST_WORD + word: 0.0 for word in range(NUM_WORDS)}

@@ -11,7 +11,7 @@ from training import read_lines, tiny_config, write_corpus
 from transformers import AutoModelForCausalLM
 
 import train as program
-from conftest import WORDS
+from conftest import ARCHITECTURES, WORDS, tiny_policy
 from rlp.config import ConfigError
 from rlp.data import Document
 from rlp.distributed import Ranks, start_ranks
@@ -257,6 +257,19 @@ def test_gradients_that_are_not_finite_skip_the_step_and_stop_the_run(tmp_path, 
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert (tmp_path / "run" / "checkpoints" / "step_3" / "COMPLETE").exists()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["optim/skipped"] == 3
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains(tmp_path, corpus, ranks, tokenizer, name, stage):
+    """Attention, state-space and hybrid models take two steps on-policy, whole and sharded, and export."""
+    tiny_policy(name).lm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config(tmp_path / "run", tmp_path / "model", corpus, budget__steps=2, engine__zero_stage=stage)
+    assert program.train(config, ranks) == program.DONE
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert max(line["policy/ratio_max_deviation"] for line in lines) < 1e-3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").num_parameters() > 0
 
 
 @pytest.mark.parametrize("selector", ["entropy", "surprisal"])
