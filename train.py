@@ -14,6 +14,7 @@ Dimensions
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -23,7 +24,7 @@ from rlp.checkpoint import CheckpointError
 from rlp.config import Config, ConfigError, load_config
 from rlp.data import DataError, Document, Positions
 from rlp.distributed import Ranks, start_ranks, stop_ranks
-from rlp.layout import Thoughts, Work, repeated
+from rlp.layout import Thoughts, Work
 from rlp.monitor import Tally, thought_lengths, watch_ratio, watch_rewards, watch_thoughts
 from rlp.objective import clipped_surrogate, group_relative_advantage, information_gain, kl_to_start, log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
@@ -69,18 +70,33 @@ def train_step(run: Run) -> None:
     documents = run.next_documents()                                              # x_0 .. x_T
     positions, thoughts = think(run, documents, tally) if config.objective.thinks else (None, None)
     divisors = run.ranks.sum([thoughts.truncated.numel() if thoughts else 0, sum(len(document.tokens) - 1 for document in documents)])
+    batches = [compare(run, documents, positions, thoughts, start) for start in range(0, len(documents), config.optim.micro_batch_size)]
+    advantages: list[Tensor | None] = [None] * len(batches)
 
-    for start in range(0, len(documents), config.optim.micro_batch_size):
-        stop = min(start + config.optim.micro_batch_size, len(documents))
-        mine = positions and positions.of_documents(start, stop)
-        baseline_logprob = compare_with(run, documents[start:stop], mine) if thoughts else None
-        with run.ledger.time("train" if thoughts else "lm"):
-            loss = micro_batch_loss(run, documents[start:stop], mine, thoughts and thoughts[positions.slice_of_documents(start, stop)], baseline_logprob, divisors, tally)
-            run.engine.backward(loss)
-
-    result = run.engine.step(run.learning_rate())                                 # theta and phi
-    run.teacher.refresh()
+    for _ in range(config.optim.updates_per_rollout):
+        for index, batch in enumerate(batches):
+            with run.ledger.time("train" if batch.thoughts else "lm"):
+                advantages[index] = learn(run, batch, advantages[index], divisors, tally)
+        result = run.engine.step(run.learning_rate())                             # theta and phi
+        run.teacher.refresh()
     run.end_step(tally, result, documents)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some documents of a step with everything that belongs to them."""
+
+    documents: list[Document]
+    positions: Positions | None
+    """[M]; None where the run does not think."""
+    thoughts: Thoughts | None
+    """[M, G, L]."""
+    baseline_logprob: Tensor | None
+    """[M] S_ema; None on a step that does not score it."""
+
+    def siblings(self, group: slice) -> "MicroBatch":
+        """The same with some thoughts of each group only."""
+        return replace(self, thoughts=self.thoughts.siblings(group))
 
 
 def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions, Thoughts]:
@@ -96,23 +112,74 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
     return positions, rollout.thoughts
 
 
-def compare_with(run: Run, documents: list[Document], positions: Positions) -> Tensor | None:
-    """The no-think prediction of the same targets; None on a step that does not score it."""
+def compare(run: Run, documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, start: int) -> MicroBatch:
+    """The micro-batch that begins at a document, with the no-think prediction of its targets."""
+    stop = min(start + run.config.optim.micro_batch_size, len(documents))
+    documents = documents[start:stop]
+    if thoughts is None:
+        return MicroBatch(documents, None, None, None)
+    thoughts, positions = thoughts[positions.slice_of_documents(start, stop)], positions.of_documents(start, stop)
     if not run.scores_baseline():
-        return None
-    layout = repeated(documents, positions, None, run.inputs.form, lm=False, no_think=True, device=run.ranks.device)
+        return MicroBatch(documents, positions, thoughts, None)
+    layout = run.arrange(documents, positions, None, run.inputs.form, lm=False, no_think=True, device=run.ranks.device)
     with run.ledger.time("teacher"):
         baseline_logprob = run.teacher.baseline_logprob(layout, len(positions.position))   # S_ema    [M]      eq. 4
     run.count("teacher", layout.document_work if run.teacher.model else Work(), passes=1)
-    return baseline_logprob
+    return MicroBatch(documents, positions, thoughts, baseline_logprob)
 
 
-def micro_batch_loss(run: Run, documents: list[Document], positions: Positions | None, thoughts: Thoughts | None,
-                     baseline_logprob: Tensor | None, divisors: list[float], tally: Tally) -> Tensor:
-    """One forward, and from it reward, advantage and every term of the loss."""
-    weights, (num_thoughts, num_lm_tokens) = run.config.objective, divisors
-    lm = weights.lm_weight > 0
-    layout = repeated(documents, positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
+def learn(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[float], tally: Tally) -> Tensor | None:
+    """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its groups.
+
+    A group in slices is scored once more, without gradient and before: each thought is compared with all its siblings.
+
+    Args:
+        advantage: [M, G], of an earlier update with the same thoughts; None before the first.
+
+    Returns:
+        the advantage.
+    """
+    group_size = batch.thoughts.tokens.shape[1] if batch.thoughts else 0
+    size = run.config.optim.thoughts_per_forward or group_size
+    if size >= group_size:
+        loss, advantage = micro_batch_loss(run, batch, advantage, divisors, tally, lm=run.config.objective.lm_weight > 0)
+        run.engine.backward(loss)
+        return advantage
+    slices = [slice(first, first + size) for first in range(0, group_size, size)]
+    if advantage is None:
+        reasoned_logprob = torch.cat([score_ahead(run, batch.siblings(group)) for group in slices], dim=1)
+        advantage = judge(run, batch, reasoned_logprob, tally)
+    for group in slices:
+        loss, _ = micro_batch_loss(run, batch.siblings(group), advantage[:, group], divisors, tally, lm=run.config.objective.lm_weight > 0 and group.start == 0)
+        run.engine.backward(loss)
+    return advantage
+
+
+@torch.no_grad()
+def score_ahead(run: Run, batch: MicroBatch) -> Tensor:
+    """[M, G] S_pred without gradient."""
+    layout = run.arrange(batch.documents, batch.positions, batch.thoughts, run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
+    run.count("score", layout.thought_work, passes=1)
+    return rearrange(log_evidence(score(run.engine.policy, layout).target), "(m g) -> m g", g=batch.thoughts.tokens.shape[1])
+
+
+def judge(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, tally: Tally) -> Tensor:
+    """Reward and advantage of whole groups, from S_pred [M, G]. Without a baseline the reward is S_pred: it cancels in eq. 7."""
+    scored = batch.baseline_logprob is not None
+    reward = information_gain(reasoned_logprob, batch.baseline_logprob) if scored else reasoned_logprob    # r(c)     [M, G]   eq. 5
+    advantage = group_relative_advantage(reward)                                                           # A        [M, G]   eq. 7
+    tally.add("policy/reasoned_logprob", reasoned_logprob)
+    if scored:
+        tally.add("baseline/logprob", batch.baseline_logprob)
+        watch_rewards(tally, reward, thought_lengths(batch.thoughts, len(run.inputs.markers.close)))
+        run.tell_thoughts(batch.documents, batch.positions, batch.thoughts, reasoned_logprob, batch.baseline_logprob, advantage)
+    return advantage
+
+
+def micro_batch_loss(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[float], tally: Tally, *, lm: bool) -> tuple[Tensor, Tensor | None]:
+    """One forward, and from it the advantage, where it is not given, and every term of the loss."""
+    weights, thoughts, (num_thoughts, num_lm_tokens) = run.config.objective, batch.thoughts, divisors
+    layout = run.arrange(batch.documents, batch.positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
     run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
     run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
     scores = score(run.engine, layout)
@@ -121,12 +188,11 @@ def micro_batch_loss(run: Run, documents: list[Document], positions: Positions |
         loss = loss - weights.lm_weight * scores.document.sum() / num_lm_tokens
         tally.add("lm/loss", -scores.document[layout.document_mask])
     if thoughts is None:
-        return loss
+        return loss, None
 
-    group_size = thoughts.tokens.shape[1]
-    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)      # S_pred   [M, G]   eq. 3
-    reward = reasoned_logprob if baseline_logprob is None else information_gain(reasoned_logprob, baseline_logprob)   # r(c)   eq. 5
-    advantage = group_relative_advantage(reward)                                  # A        [M, G]   eq. 7
+    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=thoughts.tokens.shape[1])  # S_pred   [M, G]   eq. 3
+    if advantage is None:
+        advantage = judge(run, batch, reasoned_logprob.detach(), tally)
     mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
     surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"),   # [N]   eq. 8
                                   clip_low=weights.clip_low, clip_high=weights.clip_high)
@@ -139,16 +205,10 @@ def micro_batch_loss(run: Run, documents: list[Document], positions: Positions |
         kl = kl_to_start(scores.thought, start_logprob, mask)
         loss = loss + weights.kl_weight * kl.sum() / num_thoughts
         tally.add("kl/start", kl)
-
-    tally.add("policy/reasoned_logprob", reasoned_logprob)
     watch_ratio(tally, scores.thought, thoughts, weights.clip_low, weights.clip_high)
     if lm:
         tally.add("policy/open_marker_mass", scores.open_marker.exp())
-    if baseline_logprob is not None:
-        tally.add("baseline/logprob", baseline_logprob)
-        watch_rewards(tally, reward.detach(), thought_lengths(thoughts, len(run.inputs.markers.close)))
-        run.tell_thoughts(documents, positions, thoughts, reasoned_logprob.detach(), baseline_logprob, advantage.detach())
-    return loss
+    return loss, advantage
 
 
 def main(arguments: list[str] | None = None) -> int:

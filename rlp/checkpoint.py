@@ -249,7 +249,7 @@ def refuse_other_run(saved: dict, config: dict, path: Path) -> None:
     Args:
         saved, config: nested mappings of the two configs.
     """
-    may_change = {"run", "budget", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "thought.sampling_rows", "model.attention"}
+    may_change = {"run", "budget", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
     must_not = {"engine.dtype"}
     differing = []
     for section, values in config.items():

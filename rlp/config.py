@@ -242,6 +242,12 @@ class OptimConfig:
     """B documents per optimizer step, over all ranks (paper, section 9: 512)."""
     micro_batch_size: int = 1
     """Documents per forward on one rank; changes memory and speed, never the gradient."""
+    thoughts_per_forward: int | None = None
+    """Thoughts of each group in one forward, for groups that do not fit in memory; None: whole groups. Groups in
+    slices are scored once more, ahead; the gradient is the same."""
+    updates_per_rollout: int = 1
+    """Optimizer updates with the same thoughts. 1 is on-policy: the ratio is 1 and the clip inert. With more, rewards and
+    behavior log-probabilities are those of the rollout, and the clip is live. The paper's Algorithm 1 has one."""
     learning_rate: float = 1e-6
     """"A constant learning rate of 1e-6" (paper, section 9)."""
     schedule: str = "constant"
@@ -261,6 +267,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "must be at least 1")
         require(self.micro_batch_size >= 1, "optim.micro_batch_size", self.micro_batch_size, "must be at least 1")
+        require(self.thoughts_per_forward is None or self.thoughts_per_forward >= 1, "optim.thoughts_per_forward", self.thoughts_per_forward, "must be at least 1, or null for whole groups")
+        require(self.updates_per_rollout >= 1, "optim.updates_per_rollout", self.updates_per_rollout, "must be at least 1")
         require(self.learning_rate >= 0 and math.isfinite(self.learning_rate), "optim.learning_rate", self.learning_rate, "must be finite and at least 0")
         require_one_of("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
@@ -280,6 +288,9 @@ class EngineConfig:
     """0 (no sharding, float32 only), 1 (optimizer), 2 (and gradients), 3 (and parameters)."""
     dtype: str = "auto"
     """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, float32 on a CPU."""
+    layout: str = "auto"
+    """How thoughts and documents become rows: `repeated` (each thought with its own copy of the prefix; any causal
+    LM), `tree` (each document once, shared by its thoughts; attention-only models), or auto: tree where the model can."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward."""
     offload_optimizer: bool = False
@@ -291,6 +302,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "must be 0, 1, 2 or 3")
         require_one_of("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_one_of("engine.layout", self.layout, ("auto", "repeated", "tree"))
         require_one_of("engine.generation", self.generation, ("gathered", "synced"))
         require(not (self.zero_stage == 0 and self.dtype == "bfloat16"), "engine.zero_stage", self.zero_stage,
                 "must be at least 1 with engine.dtype bfloat16 (stage 0 has no float32 master weights, and at small learning rates bfloat16 weights do not move); write engine.zero_stage=1")

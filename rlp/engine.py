@@ -84,11 +84,12 @@ class StepResult:
 
 def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
     """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
-    documents = config.optim.batch_size // ranks.world_size
     optim, engine = config.optim, config.engine
+    micro_batches = -(-(optim.batch_size // ranks.world_size) // optim.micro_batch_size)
+    slices = -(-config.thought.group_size // (optim.thoughts_per_forward or config.thought.group_size)) if config.objective.thinks else 1
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
-        "gradient_accumulation_steps": -(-documents // optim.micro_batch_size),
+        "gradient_accumulation_steps": micro_batches * slices,
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,

@@ -45,7 +45,8 @@ class Inputs(ModelInputs):
         super().__init__(config)
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
-        self.shapes = model_shapes(read_model_config(config.model))
+        self.architecture = read_model_config(config.model)
+        self.shapes = model_shapes(self.architecture)
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
         self.stream = self._train_stream(rows, warn)
         self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here

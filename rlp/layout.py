@@ -12,11 +12,15 @@ should predict, the temperature, and the token left out of the softmax. Queries 
 `repeated`: one row per thought (instruction, prefix, open marker, thought, close marker, targets) and one
 row per document. Plain, right for every causal LM; the definition for any other arrangement.
 
+`tree`: one packed row without padding: each document once (a trunk), then the thoughts (branches), which attend to
+their prefix of the trunk and to themselves (`attention`). For attention-only models; the same numbers for less work.
+
 Dimensions
     B  documents;  M  positions;  G  thoughts per position;  N = M * G rows of thoughts
     P  document tokens;  L  thought tokens;  H  target tokens;  R  rows;  T  tokens in a row;  Q  queries
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from rlp.attention import Tree
 from rlp.config import Config
 from rlp.data import Document, Positions
 from rlp.model import Markers
@@ -43,10 +48,14 @@ class ThoughtFormat:
     target_temperature: float
     horizon: int
 
+    def context(self, document: np.ndarray, position: int) -> np.ndarray:
+        """Instruction and document before the position."""
+        lead = [self.begin] if len(self.instruction) and len(document) and document[0] == self.begin else []
+        return np.concatenate([lead, self.instruction, document[len(lead):position]]).astype(np.int64)
+
     def prefix(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction, document before the position, open marker: what a thought continues."""
-        lead = [self.begin] if len(self.instruction) and len(document) and document[0] == self.begin else []
-        return np.concatenate([lead, self.instruction, document[len(lead):position], self.markers.open]).astype(np.int64)
+        return np.concatenate([self.context(document, position), self.markers.open]).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +73,14 @@ class Thoughts:
     truncated: Tensor
     """[M, G] bool, True where the budget ended the thought: its close marker is forced, without gradient."""
 
-    def __getitem__(self, positions: slice) -> "Thoughts":
+    def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
         """Those of some positions."""
         return Thoughts(self.tokens[positions], self.mask[positions], self.behavior_logprob[positions],
                         self.entropy[positions], self.truncated[positions])
+
+    def siblings(self, group: slice) -> "Thoughts":
+        """Some thoughts of each position."""
+        return self[:, group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,10 @@ class Layout:
 
     tokens: Tensor
     """[R, T] int64, padded on the right."""
+    position: Tensor | None
+    """[R, T] int64, place of each token in its own sequence; None where that is its column."""
+    tree: Tree | None
+    """Which token attends to which, where rows are no plain sequences."""
     row: Tensor
     """[Q] int64."""
     column: Tensor
@@ -121,26 +138,6 @@ class Layout:
     """Of the document rows."""
 
 
-class _Builder:
-    """Rows and queries while they are collected, as numpy arrays."""
-
-    def __init__(self) -> None:
-        self.rows: list[np.ndarray] = []
-        self.blocks: list[list[tuple[np.ndarray, ...]]] = [[], [], [], [], []]
-
-    def add_row(self, tokens: np.ndarray) -> int:
-        self.rows.append(tokens)
-        return len(self.rows) - 1
-
-    def ask(self, block: int, row: int, columns: np.ndarray, targets: np.ndarray, temperature: float, excluded: int) -> None:
-        """Queries of one row: token targets[i] predicted by the hidden state at columns[i]."""
-        same = np.ones(len(columns), dtype=np.int64)
-        self.blocks[block].append((row * same, columns, targets, same / temperature, excluded * same))
-
-
-THOUGHT, TARGET, DOCUMENT, NO_THINK, OPEN_MARKER = range(5)
-
-
 def repeated(documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, form: ThoughtFormat, *,
              lm: bool, no_think: bool, device: torch.device) -> Layout:
     """One row per thought, and one per document where the LM loss or a no-think log-probability is wanted.
@@ -151,60 +148,176 @@ def repeated(documents: list[Document], positions: Positions | None, thoughts: T
         no_think: ask for the targets and the open marker without a thought.
     """
     builder = _Builder()
-    num_thoughts = 0
-    if thoughts is not None:
-        group_size = thoughts.tokens.shape[1]
-        num_thoughts = len(positions.position) * group_size
-        tokens, mask, truncated = (rearrange(part, "m g ... -> (m g) ...").cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated))
-        for n in range(num_thoughts):
-            m = n // group_size
-            document = documents[positions.document[m]].tokens
-            _add_thought_row(builder, form, form.prefix(document, positions.position[m]), tokens[n][mask[n]], bool(truncated[n]), positions.target[m])
+    for branch in _branches(positions, thoughts, form):
+        prefix = form.prefix(documents[branch.document].tokens, branch.position)
+        row = builder.add_row(np.concatenate([prefix, branch.after_open]))
+        builder.ask_thought(form, row, len(prefix) - 1, branch)
+    num_thoughts = len(builder.rows)
     if lm or no_think:
-        _add_document_rows(builder, documents, positions if no_think else None, form, lm)
-    thought_mask = torch.zeros(0, 0, dtype=torch.bool, device=device) if thoughts is None else rearrange(thoughts.mask, "m g l -> (m g) l")
-    return _finish(builder, num_thoughts, thought_mask, documents, form.horizon, device)
-
-
-def _add_thought_row(builder: _Builder, form: ThoughtFormat, prefix: np.ndarray, thought: np.ndarray, truncated: bool, target: np.ndarray) -> None:
-    forced = np.array(form.markers.close if truncated else (), dtype=np.int64)
-    # The last target is predicted and never read, so it needs no place in the row.
-    row = builder.add_row(np.concatenate([prefix, thought, forced, target[:-1]]))
-    builder.ask(THOUGHT, row, len(prefix) - 1 + np.arange(len(thought)), thought, form.temperature, -1)
-    start = len(prefix) + len(thought) + len(forced) - 1
-    builder.ask(TARGET, row, start + np.arange(len(target)), target, form.target_temperature, form.markers.excluded)
-
-
-def _add_document_rows(builder: _Builder, documents: list[Document], positions: Positions | None, form: ThoughtFormat, lm: bool) -> None:
-    rows = [builder.add_row(document.tokens) for document in documents]
-    if lm:
-        for row, document in zip(rows, documents):
-            builder.ask(DOCUMENT, row, np.arange(len(document.tokens) - 1), document.tokens[1:], 1.0, -1)
-    if positions is None:
-        return
-    for d, t, target in zip(positions.document, positions.position, positions.target):
-        builder.ask(NO_THINK, rows[d], t - 1 + np.arange(len(target)), target, form.target_temperature, form.markers.excluded)
-        builder.ask(OPEN_MARKER, rows[d], np.array([t - 1]), np.array([form.markers.excluded]), 1.0, -1)
-
-
-def _finish(builder: _Builder, num_thoughts: int, thought_mask: Tensor, documents: list[Document], horizon: int, device: torch.device) -> Layout:
+        for d, document in enumerate(documents):
+            builder.ask_document(form, builder.add_row(document.tokens), 0, document.tokens, _of(positions, d, no_think), lm)
     lengths = np.array([len(row) for row in builder.rows])
     tokens = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
     for row, content in zip(tokens, builder.rows):
         row[: len(content)] = content
-    queries = [part for block in builder.blocks for part in block]
-    columns = [np.concatenate(column) for column in zip(*queries)]
-    sizes = tuple(sum(len(part[0]) for part in block) for block in builder.blocks)
-    row, column, target, inverse_temperature, excluded = (torch.from_numpy(part).to(device) for part in columns)
-    document_lengths = torch.tensor([len(document.tokens) - 1 for document in documents], device=device)
-    document_mask = torch.arange(int(document_lengths.max()), device=device) < document_lengths[:, None]
-    thought_queries = sizes[THOUGHT] + sizes[TARGET]
-    return Layout(
-        tokens=torch.from_numpy(tokens).to(device), row=row, column=column, target=target,
-        inverse_temperature=inverse_temperature.float(), excluded=excluded, sizes=sizes,
-        thought_mask=thought_mask, document_mask=document_mask, horizon=horizon,
-        thought_work=row_work(lengths[:num_thoughts], thought_queries),
-        document_work=row_work(lengths[num_thoughts:], sum(sizes) - thought_queries))
+    thought_queries = builder.num_thought_queries()
+    return builder.finish(
+        tokens, None, None, thoughts, documents, form.horizon, device,
+        thought_work=row_work(lengths[:num_thoughts], thought_queries), document_work=row_work(lengths[num_thoughts:], builder.num_queries() - thought_queries))
+
+
+def tree(documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, form: ThoughtFormat, *,
+         lm: bool, no_think: bool, device: torch.device) -> Layout:
+    """All documents and thoughts in one packed row, each document once. Arguments as in `repeated`.
+
+    With an instruction the context of a thought is not the document that the LM loss is about: a document is
+    then a trunk twice, with the instruction for its thoughts and without it for itself.
+    """
+    builder = _Builder()
+    plain = lm or no_think
+    thinking = {}
+    for d in sorted({int(d) for d in positions.document}) if thoughts is not None else []:
+        if len(form.instruction) or not plain:
+            last = int(positions.position[positions.document == d].max())
+            thinking[d] = builder.add_row(form.context(documents[d].tokens, last))
+    if plain:
+        for d, document in enumerate(documents):
+            row = builder.add_row(document.tokens)
+            thinking.setdefault(d, row)
+            builder.ask_document(form, 0, builder.start_of(row), document.tokens, _of(positions, d, no_think), lm)
+    num_trunks = len(builder.rows)
+    prefixes = []
+    for branch in _branches(positions, thoughts, form):
+        prefixes.append(len(form.context(documents[branch.document].tokens, branch.position)))
+        row = builder.add_row(np.concatenate([form.markers.open, branch.after_open]).astype(np.int64))
+        builder.ask_thought(form, 0, builder.start_of(row) + len(form.markers.open) - 1, branch)
+    group = 1 if thoughts is None else thoughts.tokens.shape[1]
+    trunk_of = () if thoughts is None else tuple(thinking[int(d)] for d in positions.document)
+    lengths = np.array([len(row) for row in builder.rows])
+    offset = np.concatenate([np.zeros(num_trunks, dtype=np.int64), np.array(prefixes, dtype=np.int64)])
+    position = np.concatenate([start + np.arange(length) for start, length in zip(offset, lengths)])
+    trunk_work, branch_work = row_work(lengths[:num_trunks], 0), row_work(lengths[num_trunks:], builder.num_thought_queries())
+    branch_work += Work(pairs=int((lengths[num_trunks:] * offset[num_trunks:]).sum()))
+    return builder.finish(
+        np.concatenate(builder.rows)[None], position[None], _tree(lengths, num_trunks, trunk_of, tuple(prefixes[::group]), device), thoughts, documents, form.horizon, device,
+        thought_work=branch_work if plain else branch_work + trunk_work,
+        document_work=trunk_work + Work(head_rows=builder.num_queries() - builder.num_thought_queries()) if plain else Work())
+
+
+def _tree(lengths: np.ndarray, num_trunks: int, trunk_of: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Tree:
+    """The places of packed segments in padded blocks and back."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    blocks, places, before = [], [], 0
+    for first, last in ((0, num_trunks), (num_trunks, len(lengths))):
+        width = int(lengths[first:last].max(initial=0))
+        column = np.arange(width)
+        inside = column < lengths[first:last, None]
+        blocks.append(np.where(inside, starts[first:last, None] + column, 0))
+        places.append((before + np.arange(inside.size)).reshape(inside.shape)[inside])
+        before += inside.size
+    trunk, branch, place = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (*blocks, np.concatenate(places)))
+    return Tree(trunk=trunk, branch=branch, place=place, trunk_of=trunk_of, prefix=prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """One thought with what stands around it."""
+
+    document: int
+    position: int
+    thought: np.ndarray
+    """Sampled tokens."""
+    forced: np.ndarray
+    """The close marker of a truncated thought; else nothing."""
+    target: np.ndarray
+
+    @property
+    def after_open(self) -> np.ndarray:
+        """What follows the open marker. The last target is predicted and never read, so it needs no place."""
+        return np.concatenate([self.thought, self.forced, self.target[:-1]]).astype(np.int64)
+
+
+def _branches(positions: Positions | None, thoughts: Thoughts | None, form: ThoughtFormat) -> Iterator[_Branch]:
+    """The thoughts, position by position."""
+    if thoughts is None:
+        return
+    tokens, mask, truncated = (part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated))
+    close, nothing = np.array(form.markers.close), np.array([], dtype=np.int64)
+    for m, (d, t, target) in enumerate(zip(positions.document, positions.position, positions.target)):
+        for g in range(tokens.shape[1]):
+            yield _Branch(int(d), int(t), tokens[m, g][mask[m, g]], close if truncated[m, g] else nothing, target)
+
+
+def _of(positions: Positions | None, document: int, wanted: bool) -> list[tuple[int, np.ndarray]]:
+    """(position, target) of one document; none where they are not wanted."""
+    if not wanted:
+        return []
+    return [(int(t), target) for d, t, target in zip(positions.document, positions.position, positions.target) if d == document]
+
+
+THOUGHT, TARGET, DOCUMENT, NO_THINK, OPEN_MARKER = range(5)
+
+
+class _Builder:
+    """Rows and queries while they are collected, as numpy arrays."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+        self._starts: list[int] = [0]
+        self._blocks: list[list[tuple[np.ndarray, ...]]] = [[], [], [], [], []]
+
+    def add_row(self, tokens: np.ndarray) -> int:
+        self.rows.append(tokens)
+        self._starts.append(self._starts[-1] + len(tokens))
+        return len(self.rows) - 1
+
+    def start_of(self, row: int) -> int:
+        """First column of a row when all rows are packed into one."""
+        return self._starts[row]
+
+    def ask_thought(self, form: ThoughtFormat, row: int, open_column: int, branch: _Branch) -> None:
+        """Its tokens and targets; `open_column` holds the last token of the open marker."""
+        length = len(branch.thought)
+        self._ask(THOUGHT, row, open_column + np.arange(length), branch.thought, form.temperature, -1)
+        start = open_column + length + len(branch.forced)
+        self._ask(TARGET, row, start + np.arange(len(branch.target)), branch.target, form.target_temperature, form.markers.excluded)
+
+    def ask_document(self, form: ThoughtFormat, row: int, start: int, tokens: np.ndarray, positions: list[tuple[int, np.ndarray]], lm: bool) -> None:
+        """Tokens and no-think targets of a document that begins at column `start`."""
+        if lm:
+            self._ask(DOCUMENT, row, start + np.arange(len(tokens) - 1), tokens[1:], 1.0, -1)
+        for t, target in positions:
+            self._ask(NO_THINK, row, start + t - 1 + np.arange(len(target)), target, form.target_temperature, form.markers.excluded)
+            self._ask(OPEN_MARKER, row, np.array([start + t - 1]), np.array([form.markers.excluded]), 1.0, -1)
+
+    def _ask(self, block: int, row: int, columns: np.ndarray, targets: np.ndarray, temperature: float, excluded: int) -> None:
+        """Queries of one row: token targets[i] predicted by the hidden state at columns[i]."""
+        same = np.ones(len(columns), dtype=np.int64)
+        self._blocks[block].append((row * same, columns, targets, same / temperature, excluded * same))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Queries in each block."""
+        return tuple(sum(len(part[0]) for part in block) for block in self._blocks)
+
+    def num_queries(self) -> int:
+        return sum(self.sizes())
+
+    def num_thought_queries(self) -> int:
+        """Queries whose hidden state belongs to a thought."""
+        sizes = self.sizes()
+        return sizes[THOUGHT] + sizes[TARGET]
+
+    def finish(self, tokens: np.ndarray, position: np.ndarray | None, tree: Tree | None, thoughts: Thoughts | None, documents: list[Document], horizon: int,
+               device: torch.device, *, thought_work: Work, document_work: Work) -> Layout:
+        """The layout of what was collected."""
+        columns = [np.concatenate(column) for column in zip(*(part for block in self._blocks for part in block))]
+        row, column, target, inverse_temperature, excluded = (torch.from_numpy(part).to(device) for part in columns)
+        lengths = torch.tensor([len(document.tokens) - 1 for document in documents], device=device)
+        return Layout(
+            tokens=torch.from_numpy(tokens).to(device), position=None if position is None else torch.from_numpy(position).to(device), tree=tree,
+            row=row, column=column, target=target, inverse_temperature=inverse_temperature.float(), excluded=excluded, sizes=self.sizes(),
+            thought_mask=torch.zeros(0, 0, dtype=torch.bool, device=device) if thoughts is None else rearrange(thoughts.mask, "m g l -> (m g) l"),
+            document_mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None], horizon=horizon, thought_work=thought_work, document_work=document_work)
 
 
 def thought_format(config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None) -> ThoughtFormat:

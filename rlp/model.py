@@ -24,6 +24,7 @@ from rlp_kernels import token_argmax, token_entropy, token_logprobs
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from rlp.attention import Tree, register, why_no_tree
 from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig
 
 
@@ -82,7 +83,8 @@ class Policy(nn.Module):
         ours = self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0]).float()
         return (own - ours).abs().max().item(), own.abs().max().item()
 
-    def _answer(self, statistic: str, tokens: Tensor, row: Tensor, column: Tensor, target: Tensor, inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
+    def _answer(self, statistic: str, tokens: Tensor, position: Tensor | None, tree: Tree | None, row: Tensor, column: Tensor, target: Tensor,
+                inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
         """One pass over rows, and a number for each query: log p(target | tokens[row, : column + 1]).
 
         A causal model never looks to the right, so padding on the right needs no mask: it is not queried.
@@ -91,6 +93,8 @@ class Policy(nn.Module):
             statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most probable
                 token) or `entropy` (nats, of the whole softmax).
             tokens: [R, T] int64, padded on the right.
+            position: [R, T] int64, or None where a token's position is its column.
+            tree: which token attends to which, or None for rows that are plain sequences.
             row, column: [Q] int64, the hidden state that predicts.
             target: [Q] int64, the predicted token.
             inverse_temperature: [Q] float32.
@@ -99,7 +103,9 @@ class Policy(nn.Module):
         Returns:
             [Q] float32, or bool for `greedy`.
         """
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        # A mask of four dimensions is passed through unread: the tree says who attends to whom.
+        packed = {} if tree is None else {"tree": tree, "position_ids": position, "attention_mask": tokens.new_zeros(1, 1, 1, 1)}
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
         if statistic == "greedy":
             return token_argmax(queried, self.head, excluded=excluded, softcap=self.softcap) == target
@@ -240,8 +246,26 @@ def read_model_config(config: ModelConfig) -> PretrainedConfig:
     return architecture
 
 
-def _choose_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def choose_layout(config: Config, architecture: PretrainedConfig) -> tuple[str, str]:
+    """`engine.layout` with auto resolved, and why.
+
+    Raises:
+        ConfigError: a tree is asked for and the model can not run it.
+    """
+    if config.engine.layout == "repeated":
+        return "repeated", "as engine.layout says"
+    obstacle = why_no_tree(architecture, "sdpa" if config.model.attention == "auto" else config.model.attention)
+    if obstacle is None:
+        return "tree", "each document is run once for all its thoughts"
+    if config.engine.layout == "tree":
+        raise ConfigError(f"engine.layout: {architecture.model_type} can not run a tree: {obstacle}. Write engine.layout=repeated.")
+    return "repeated", obstacle
+
+
+def _choose_attention(config: ModelConfig, layout: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """The attention to ask transformers for; None lets it take sdpa, or eager where a model has no sdpa."""
+    if layout == "tree":
+        return register("sdpa")
     if config.attention != "auto":
         return config.attention
     has_flash = importlib.util.find_spec("flash_attn") is not None
@@ -261,7 +285,8 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch
         raise ConfigError(f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {config.model.path} has {vocabulary} rows. "
                           "Write the tokenizer that belongs to the model, or resize the model's embedding first.")
     markers = find_markers(tokenizer, config.thought)
-    attention = _choose_attention(config.model, dtype, device)
+    layout, _ = choose_layout(config, architecture)
+    attention = _choose_attention(config.model, layout, dtype, device)
     try:
         lm = _build(config, architecture, attention, dtype)
     except (OSError, ValueError, ImportError) as error:

@@ -96,7 +96,8 @@ def kl_to_start(logprob: Tensor, start_logprob: Tensor, mask: Tensor) -> Tensor:
 
         exp(d) - d - 1,  d = log p_start(l_u) - log pi(l_u)
 
-    Never negative, unbiased for KL(pi || p_start) under samples of pi (Schulman's k3 estimator).
+    Never negative, unbiased for KL(pi || p_start) under samples of pi (Schulman's k3 estimator). Its gradient on
+    those samples is that of KL(p_start || pi): the sampling itself is not differentiated.
 
     Args:
         logprob, start_logprob: [N, L], at the sampling temperature.

@@ -20,7 +20,7 @@ from rlp.config import Config
 from rlp.data import PANEL_NOISE, Document, DocumentStream, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine
-from rlp.layout import ThoughtFormat, repeated
+from rlp.layout import ThoughtFormat
 from rlp.model import Policy
 from rlp.monitor import thought_lengths
 from rlp.objective import log_evidence
@@ -73,22 +73,27 @@ def build_panel(stream: DocumentStream, num_rows: int, candidates: Callable[[np.
 
 
 @torch.no_grad()
-def no_think_logprob(model: Policy, panel: Panel, form: ThoughtFormat, config: Config, ranks: Ranks) -> list[float]:
-    """[M] nats: log-evidence of every panel position without a thought, on every rank. A collective."""
+def no_think_logprob(arrange: Callable, model: Policy, panel: Panel, form: ThoughtFormat, config: Config, ranks: Ranks) -> list[float]:
+    """[M] nats: log-evidence of every panel position without a thought, on every rank. A collective.
+
+    Args:
+        arrange: `layout.repeated` or `layout.tree`.
+    """
     parts = []
     for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-        layout = repeated(panel.documents[start:stop], panel.positions.of_documents(start, stop), None, form, lm=False, no_think=True, device=model.device)
+        layout = arrange(panel.documents[start:stop], panel.positions.of_documents(start, stop), None, form, lm=False, no_think=True, device=model.device)
         evidence = log_evidence(score(model, layout).no_think)
         parts.append((start, evidence.tolist()) if counts else None)
     gathered = [part for rank_parts in ranks.gather(parts) for part in rank_parts if part is not None]
     return [value for _, values in sorted(gathered) for value in values]
 
 
-def evaluate_panel(panel: Panel, engine: Engine, teacher: Policy | None, start_logprob: list[float], form: ThoughtFormat,
+def evaluate_panel(arrange: Callable, panel: Panel, engine: Engine, teacher: Policy | None, start_logprob: list[float], form: ThoughtFormat,
                    config: Config, ranks: Ranks) -> dict[str, float]:
     """Think at every panel position and measure what that was worth. A collective.
 
     Args:
+        arrange: `layout.repeated` or `layout.tree`.
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
         start_logprob: [M], `no_think_logprob` of the starting checkpoint.
 
@@ -100,7 +105,7 @@ def evaluate_panel(panel: Panel, engine: Engine, teacher: Policy | None, start_l
     with policy.sampling():
         for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
             where = panel.positions.slice_of_documents(start, stop)
-            rows = _evaluate_documents(panel.documents[start:stop], panel.positions.of_documents(start, stop),
+            rows = _evaluate_documents(arrange, panel.documents[start:stop], panel.positions.of_documents(start, stop),
                                        torch.tensor(start_logprob[where], device=policy.device), engine, teacher, form, config)
             parts.append((start, rows.tolist()) if counts else None)
     gathered = [part for rank_parts in ranks.gather(parts) for part in rank_parts if part is not None]
@@ -117,14 +122,14 @@ COLUMNS = ("gain_over_start_nats", "gain_over_ema_nats", "gain_over_no_think_nat
 starting checkpoint; a prediction is accurate when each of the H targets is the most probable token."""
 
 
-def _evaluate_documents(documents: list[Document], positions: Positions, start_logprob: Tensor, engine: Engine, teacher: Policy | None,
+def _evaluate_documents(arrange: Callable, documents: list[Document], positions: Positions, start_logprob: Tensor, engine: Engine, teacher: Policy | None,
                         form: ThoughtFormat, config: Config) -> Tensor:
     """[M, columns] float64, one row per position."""
     policy = engine.policy
     with engine.generation():
         rollout = sample_thoughts(policy, documents, positions, form, NoiseKey(PANEL_SEED, 0, PANEL_NOISE), group_size=config.evaluation.thoughts_per_position,
                                   max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, agree=engine.agree)
-    layout = repeated(documents, positions, rollout.thoughts, form, lm=False, no_think=True, device=policy.device)
+    layout = arrange(documents, positions, rollout.thoughts, form, lm=False, no_think=True, device=policy.device)
     scores, greedy = score(policy, layout), greedy_targets(policy, layout)
     group = {"g": config.evaluation.thoughts_per_position}
     reasoned = rearrange(log_evidence(scores.target), "(m g) -> m g", **group).mean(dim=1)
@@ -132,7 +137,7 @@ def _evaluate_documents(documents: list[Document], positions: Positions, start_l
     if teacher is None:
         baseline = own
     else:
-        without = repeated(documents, positions, None, form, lm=False, no_think=True, device=policy.device)
+        without = arrange(documents, positions, None, form, lm=False, no_think=True, device=policy.device)
         baseline = log_evidence(score(teacher, without).no_think)
     right_with = rearrange(greedy.target.all(dim=1).double(), "(m g) -> m g", **group).mean(dim=1)
     right_without = greedy.no_think.all(dim=1)

@@ -24,10 +24,10 @@ from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.inputs import Inputs
-from rlp.layout import Thoughts, Work, repeated
+from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.ledger import Ledger
 from rlp.metrics import MetricsLog, quiet_libraries
-from rlp.model import check_logits, compute_dtype, load_policy
+from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
 from rlp.monitor import Tally, length_correlation
 from rlp.objective import information_gain
 from rlp.plan import plan_run, render_plan
@@ -59,10 +59,13 @@ class Run:
         self.stop_requested = False
         self.inputs = Inputs(config, self._warn)
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
+        layout, why = choose_layout(config, self.inputs.architecture)
+        self.arrange = {"repeated": repeated, "tree": tree}[layout]
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
         try:
             self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
+            self.log.say(f"layout {layout}: {why}")
             self._resume(resumes)
         except (ConfigError, CheckpointError):
             if not resumes and ranks.is_first:
@@ -110,7 +113,7 @@ class Run:
         if self.config.position.selector not in ("entropy", "surprisal"):
             return None
         with self.ledger.time("score"):
-            layout = repeated(documents, None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
+            layout = self.arrange(documents, None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
             scores = difficulty(self.engine.policy, layout, self.config.position.selector)
         self.count("score", layout.document_work, passes=1)
         return scores
@@ -226,8 +229,8 @@ class Run:
         if not hasattr(self, "panel"):
             self.panel = self._panel()
         if not self.start_logprob:
-            self.start_logprob = no_think_logprob(self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
-        values = evaluate_panel(self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
+            self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
+        values = evaluate_panel(self.arrange, self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
         self.log.evaluation(self.step, values)
         self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
         return values

@@ -43,7 +43,7 @@ def score(model: Callable, layout: Layout) -> Scores:
 
 def ask(model: Callable, statistic: str, layout: Layout) -> Tensor:
     """[Q] the answer to each query of a layout; `statistic` as in `Policy.forward`."""
-    return model(statistic, layout.tokens, layout.row, layout.column, layout.target, layout.inverse_temperature, layout.excluded)
+    return model(statistic, layout.tokens, layout.position, layout.tree, layout.row, layout.column, layout.target, layout.inverse_temperature, layout.excluded)
 
 
 def unpack(layout: Layout, answers: Tensor) -> Scores:

@@ -461,6 +461,7 @@ def test_scored_selectors_take_the_largest_and_the_earlier_of_equals(selector: s
     scores = [np.array([9.0, 1.0, 5.0, 5.0, 0.0, 7.0]), np.array([9.0, 3.0, 3.0, 3.0])]
     assert chosen(documents, scores=scores, per_document=2, selector=selector).position.tolist() == [2, 5, 1, 2]
     assert chosen(documents, scores=scores, per_document=1, selector=selector).position.tolist() == [5, 1]
+    assert chosen(random_documents([500]), scores=[np.arange(500) % 3], per_document=4, selector=selector).position.tolist() == [2, 5, 8, 11]
 
 
 def test_all_takes_every_candidate():

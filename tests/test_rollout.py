@@ -8,6 +8,7 @@ import torch
 from conftest import ARCHITECTURES, WORDS, random_documents, tiny_policy
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from rlp.data import PANEL_NOISE, Document, Positions
 from rlp.layout import ThoughtFormat, Thoughts, Work, repeated
@@ -105,6 +106,19 @@ def test_sampler_and_scorer_agree_on_every_thought_token(policy: Policy, length:
     assert_close(thoughts.behavior_logprob.flatten(0, 1)[mask], scored[mask], **FLOAT32)
     assert_close(thoughts.entropy.flatten(0, 1)[mask], entropy[mask], **FLOAT32)
     assert not thoughts.behavior_logprob.flatten(0, 1)[~mask].any() and not thoughts.entropy.flatten(0, 1)[~mask].any()
+
+
+def test_positions_are_counted_in_each_row_without_its_padding():
+    """Rotary embeddings see differences only; learned absolute ones (GPT-2) show a position that counts the padding on the left."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=None, eos_token_id=1,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    form = thought_format()
+    gpt2 = Policy(AutoModelForCausalLM.from_config(config).float().eval(), form.markers)
+    thoughts = think(gpt2, form).thoughts
+    with torch.no_grad():
+        scored = score(gpt2, repeated(DOCUMENTS, POSITIONS, thoughts, form, lm=False, no_think=False, device=gpt2.device)).thought
+    assert_close(thoughts.behavior_logprob.flatten(0, 1), scored, **FLOAT32)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -148,7 +148,8 @@ def test_other_documents_and_siblings_change_no_score(name: str):
         before = all_scores(policy, documents, positions, thoughts, form())
         after = all_scores(policy, [*documents[:2], other], changed_positions, replace(thoughts, tokens=tokens), form())
     siblings = [n for n in range(12) if n != 1 and n < 9]
-    for block, kept, moved in (("thought", siblings, [1, 9, 10, 11]), ("target", siblings, [1, 9, 10, 11]), ("document", [0, 1], [2]), ("no_think", [0, 1, 2], [3]), ("open_marker", [0, 1, 2], [3])):
+    touched = {"thought": (siblings, [1, 9, 10, 11]), "target": (siblings, [1, 9, 10, 11]), "document": ([0, 1], [2]), "no_think": ([0, 1, 2], [3]), "open_marker": ([0, 1, 2], [3])}
+    for block, (kept, moved) in touched.items():
         mine, other_scores = getattr(before, block), getattr(after, block)
         assert_close(mine[kept], other_scores[kept], rtol=0, atol=1e-6)
         assert all((mine[n] - other_scores[n]).abs().max() > 1e-3 for n in moved), block
@@ -179,7 +180,8 @@ def test_a_forced_close_marker_gets_no_gradient_as_a_token():
     policy = tiny_policy(markers=Markers(open=(2,), close=(3,)))
     documents, positions, thoughts = example()
     for close in ((3,), (4,), (4, 3, 4)):
-        layout = repeated(documents, positions, replace(thoughts, truncated=torch.ones(4, 3, dtype=torch.bool)), form(markers=Markers(open=(2,), close=close)), lm=False, no_think=False, device=CPU)
+        truncated = replace(thoughts, truncated=torch.ones(4, 3, dtype=torch.bool))
+        layout = repeated(documents, positions, truncated, form(markers=Markers(open=(2,), close=close)), lm=False, no_think=False, device=CPU)
         scores = score(policy, layout)
         policy.zero_grad()
         scores.thought.sum().backward()
@@ -281,7 +283,9 @@ def test_greedy_says_whether_the_target_is_the_most_probable_word_but_the_open_m
 # --- Architectures that transform their logits.
 
 SCALED = {
-    "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.0625}, "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.0625},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
     "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8},
 }
 

@@ -180,9 +180,10 @@ def step_loss(engine: Callable, form: ThoughtFormat, documents: list[Document], 
               baseline_logprob: Tensor | None = None, **weights: float) -> Tensor:
     """`train.micro_batch_loss` on one micro-batch that is the whole step: the run is cut down to what that function reads."""
     run = SimpleNamespace(
-        config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights)), engine=engine, ranks=SimpleNamespace(device=CPU),
+        config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights)), engine=engine, arrange=repeated, ranks=SimpleNamespace(device=CPU),
         inputs=SimpleNamespace(form=form, markers=form.markers), count=lambda *work, **passes: None, tell_thoughts=lambda *told: None)
-    return train.micro_batch_loss(run, documents, positions, thoughts, baseline_logprob, [thoughts.truncated.numel(), 1], Tally())
+    batch = train.MicroBatch(documents, positions, thoughts, baseline_logprob)
+    return train.micro_batch_loss(run, batch, None, [thoughts.truncated.numel(), 1], Tally(), lm=False)[0]
 
 
 def expected_step(policy: Policy, prefix: list[int], target: int, budget: int, group_size: int, **weights: float) -> Tensor:

@@ -72,10 +72,23 @@ def test_micro_batches_do_not_change_the_gradient(trained, size):
 
 
 @pytest.mark.parametrize("setting", [{"engine__activation_checkpointing": True}, {"engine__offload_optimizer": True}, {"engine__zero_stage": 3, "engine__generation": "synced"},
-                                     {"thought__sampling_rows": 4}, {"model__attention": "eager"}])
+                                     {"thought__sampling_rows": 4}, {"model__attention": "eager"}, {"engine__layout": "repeated"}, {"optim__thoughts_per_forward": 3}])
 def test_settings_of_memory_and_speed_do_not_change_the_run(trained, setting):
     """Checkpointing, offload, generation and rows side by side are not part of the algorithm."""
     assert_same_run(trained("plain"), trained("other", **setting), 1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"engine__zero_stage": 3}, {"engine__activation_checkpointing": True}, {"engine__zero_stage": 3, "optim__thoughts_per_forward": 2}])
+def test_the_tree_runs_sharded_and_recomputed(trained, setting):
+    """Shared prefixes under stage 3, under activation checkpointing, and with groups in slices: the curve of repeated rows."""
+    assert_same_run(trained("rows", engine__layout="repeated"), trained("tree", engine__layout="tree", **setting), 1e-4)
+
+
+def test_several_updates_per_rollout_make_the_clip_live(trained):
+    """The second update is off-policy: behavior log-probabilities are the rollout's, ratios move, and some are clipped."""
+    lines = read_lines(trained(optim__updates_per_rollout=3, optim__learning_rate=0.1) / "metrics.jsonl")
+    assert max(line["policy/ratio_max_deviation"] for line in lines) > 0.2
+    assert max(line["policy/clip_frac"] for line in lines) > 0
 
 
 @pytest.mark.parametrize("kind", ["frozen", "self", "none"])

@@ -10,6 +10,9 @@ gradient for one vocabulary tile is then complete before the next begins: it acc
 one float32 tile and is cast once. The order of tiles is fixed and nothing is atomic, so
 reruns are equal to the bit.
 
+`gradients` and `gradients_in_forward` are the two orders of that loop; the forms on a GPU use
+them too and bring their own ways to make a tile and to multiply it.
+
 Dimensions
     N  rows, one per predicted token
     D  width of the hidden state
@@ -21,7 +24,7 @@ Logits, log-probabilities and entropies are in nats and are float32, or float64 
 inputs are float64.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +36,10 @@ from rlp_kernels.reference import widened
 # 1024 rows x 4096 words x 4 bytes = 16 MiB; the backward pass holds about five such tiles.
 ROW_TILE = 1024
 VOCABULARY_TILE = 4096
+
+# 3,533 rows of a 151,936-word vocabulary. Each row tile adds to the [V, D] float32 gradient of the
+# head once, 8 D V bytes beside 6 R D V operations: fewer rows would make that traffic the cost.
+MAX_KEPT_BYTES = 2 * 2**30
 
 
 def token_logprobs(
@@ -53,6 +60,53 @@ def token_logprobs(
     """
     return _TokenLogprobs.apply(
         hidden, head, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile
+    )
+
+
+@torch.no_grad()
+def token_logprobs_with_grad(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    wants_head: bool = True,
+    row_tile: int | None = None,
+    vocabulary_tile: int = VOCABULARY_TILE,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities and, in the same pass, the gradients of sum_n coefficient_n * logprob_n.
+
+    Arguments and result are those of `rlp_kernels.token_logprobs_with_grad`. `row_tile` is how
+    many rows keep all their logits at once; by default as many as fit `MAX_KEPT_BYTES`.
+    """
+    logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
+
+    def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maximum, total = (part[rows] for part in logits.empty_softmax())
+        target_logit = torch.zeros_like(total)
+        for columns in tiles(head.shape[0], vocabulary_tile):
+            kept[:, columns] = logits.capped(rows, columns)
+            tile = logits.tempered(kept[:, columns], rows, columns)
+            _fold(tile, target[rows], columns, maximum, total, target_logit)
+        log_total = total.log_()
+        return (target_logit - maximum) - log_total, maximum, log_total
+
+    def logit_grad(kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice) -> Tensor:
+        return _logit_grad(logits, kept, target[rows], maximum, log_total, coefficient[rows], rows, columns)
+
+    return gradients_in_forward(
+        hidden,
+        head,
+        softmax=softmax,
+        logit_grad=logit_grad,
+        accumulate=accumulate,
+        dtype=product_dtype(hidden),
+        wants_head=wants_head,
+        row_tile=row_tile or kept_rows(head.shape[0]),
+        vocabulary_tile=vocabulary_tile,
     )
 
 
@@ -78,8 +132,8 @@ def token_entropy(
     logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
     maximum, total = logits.empty_softmax()
     weighted = torch.zeros_like(total)
-    for columns in _tiles(head.shape[0], vocabulary_tile):
-        for rows in _tiles(hidden.shape[0], row_tile):
+    for columns in tiles(head.shape[0], vocabulary_tile):
+        for rows in tiles(hidden.shape[0], row_tile):
             tile = logits.tempered(logits.capped(rows, columns), rows, columns)
             raised = torch.maximum(maximum[rows], tile.amax(dim=1))
             drop = maximum[rows] - raised
@@ -107,8 +161,8 @@ def token_argmax(
     logits = _Logits(hidden, head, one, excluded, softcap)
     best, _ = logits.empty_softmax()
     token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    for columns in _tiles(head.shape[0], vocabulary_tile):
-        for rows in _tiles(hidden.shape[0], row_tile):
+    for columns in tiles(head.shape[0], vocabulary_tile):
+        for rows in tiles(hidden.shape[0], row_tile):
             tile = logits.tempered(logits.capped(rows, columns), rows, columns)
             tile_best, tile_token = tile.max(dim=1)
             higher = tile_best > best[rows]
@@ -141,14 +195,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
         maximum, total = logits.empty_softmax()
         target_logit = torch.zeros_like(total)
-        for columns in _tiles(head.shape[0], vocabulary_tile):
-            for rows in _tiles(hidden.shape[0], row_tile):
+        for columns in tiles(head.shape[0], vocabulary_tile):
+            for rows in tiles(hidden.shape[0], row_tile):
                 tile = logits.tempered(logits.capped(rows, columns), rows, columns)
-                target_logit[rows] += _pick(tile, target[rows], columns)
-                raised = torch.maximum(maximum[rows], tile.amax(dim=1))
-                weight = tile.sub_(raised[:, None]).exp_()
-                total[rows] = total[rows] * (maximum[rows] - raised).exp() + weight.sum(dim=1)
-                maximum[rows] = raised
+                _fold(tile, target[rows], columns, maximum[rows], total[rows], target_logit[rows])
 
         # The log-sum-exp stays in two parts. Near probability one, the difference of two large
         # numbers would lose the digits of a small log-probability, which log_softmax keeps.
@@ -162,30 +212,148 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
-        if head.shape != ctx.head_shape:
-            raise ValueError(
-                f"token_logprobs backward: head was {list(ctx.head_shape)} in the forward pass and is "
-                f"{list(head.shape)} here. Under ZeRO-3, gather the head before the backward pass reaches it."
-            )
+        refuse_released(head, ctx.head_shape)
         logits = _Logits(hidden, head, inverse_temperature, excluded, ctx.softcap)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(widened(hidden)) if wants_hidden else None
-        head_grad = torch.empty_like(head) if wants_head else None
-        for columns in _tiles(head.shape[0], ctx.vocabulary_tile):
-            head_tile = widened(head[columns])
-            head_tile_grad = torch.zeros_like(head_tile) if wants_head else None
-            for rows in _tiles(hidden.shape[0], ctx.row_tile):
-                logit_grad = _logit_grad(logits, target, maximum, log_total, logprob_grad, rows, columns)
-                # `out=` rather than `addmm_`, which torch.utils.flop_counter does not count.
-                if wants_hidden:
-                    torch.addmm(hidden_grad[rows], logit_grad, head_tile, out=hidden_grad[rows])
-                if wants_head:
-                    torch.addmm(head_tile_grad, logit_grad.T, widened(hidden[rows]), out=head_tile_grad)
-            if wants_head:
-                head_grad[columns] = head_tile_grad
-        if wants_hidden:
-            hidden_grad = hidden_grad.to(hidden.dtype)
+
+        def logit_grad(rows: slice, columns: slice) -> Tensor:
+            capped = logits.capped(rows, columns)
+            row_softmax = (target[rows], maximum[rows], log_total[rows], logprob_grad[rows])
+            return _logit_grad(logits, capped, *row_softmax, rows, columns)
+
+        hidden_grad, head_grad = gradients(
+            hidden,
+            head,
+            logit_grad=logit_grad,
+            accumulate=accumulate,
+            dtype=product_dtype(hidden),
+            wanted=ctx.needs_input_grad[:2],
+            row_tile=ctx.row_tile,
+            vocabulary_tile=ctx.vocabulary_tile,
+        )
         return hidden_grad, head_grad, None, None, None, None, None, None
+
+
+def gradients(
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    logit_grad: Callable[[slice, slice], Tensor],
+    accumulate: Callable[[Tensor, Tensor, Tensor], None],
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+    row_tile: int,
+    vocabulary_tile: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in hidden and head from tiles of the gradient in the logits, which are made and dropped.
+
+    Args:
+        logit_grad: (rows, columns) to the gradient of that tile of logits, [R, W].
+        accumulate: (total, left, right) adds left @ right to the float32 total, in place.
+        dtype: what the two factors of a product are in.
+        wanted: whether hidden and head need a gradient.
+        row_tile, vocabulary_tile: R and W.
+
+    Returns:
+        [N, D] and [V, D] in the inputs' dtype, None where not wanted.
+    """
+    wants_hidden, wants_head = wanted
+    hidden_grad = _zeros(hidden) if wants_hidden else None
+    head_grad = torch.empty_like(head) if wants_head else None
+    for columns in tiles(head.shape[0], vocabulary_tile):
+        head_tile = head[columns].to(dtype)
+        head_tile_grad = _zeros(head_tile) if wants_head else None
+        for rows in tiles(hidden.shape[0], row_tile):
+            grad = logit_grad(rows, columns).to(dtype)
+            if wants_hidden:
+                accumulate(hidden_grad[rows], grad, head_tile)
+            if wants_head:
+                accumulate(head_tile_grad, grad.T, hidden[rows].to(dtype))
+        if wants_head:
+            head_grad[columns] = head_tile_grad
+    if wants_hidden:
+        hidden_grad = hidden_grad.to(hidden.dtype)
+    return hidden_grad, head_grad
+
+
+def gradients_in_forward(
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    softmax: Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]],
+    logit_grad: Callable[[Tensor, Tensor, Tensor, slice, slice], Tensor],
+    accumulate: Callable[[Tensor, Tensor, Tensor], None],
+    dtype: torch.dtype,
+    wants_head: bool,
+    row_tile: int,
+    vocabulary_tile: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities and gradients, with the logits of one row tile kept from the one to the other.
+
+    Two passes over the vocabulary for each tile of rows: the first makes the logits, keeps them
+    and folds up the softmax; the second turns them into their gradient and multiplies it. The
+    rows are the outer loop, so the gradient of the head grows as a whole, [V, D] in float32.
+
+    Args:
+        softmax: (rows, kept) fills kept with the capped logits of those rows, [R, V], and gives the
+            log-probability, the largest tempered logit and the log of the sum, each [R].
+        logit_grad: (a tile of kept, maximum, log_total, rows, columns) to the gradient, [R, W].
+        accumulate, dtype, row_tile, vocabulary_tile: as in `gradients`.
+
+    Returns:
+        [N] float32, [N, D] in hidden's dtype, and [V, D] in head's, or None.
+    """
+    num_rows, vocabulary = hidden.shape[0], head.shape[0]
+    kept = hidden.new_empty(min(row_tile, num_rows), vocabulary, dtype=wide_dtype(hidden))
+    logprob = hidden.new_empty(num_rows, dtype=wide_dtype(hidden))
+    hidden_grad = torch.empty_like(hidden)
+    head_grad = _zeros(head) if wants_head else None
+    for rows in tiles(num_rows, row_tile):
+        row_kept = kept[: rows.stop - rows.start]
+        logprob[rows], maximum, log_total = softmax(rows, row_kept)
+        row_hidden = hidden[rows].to(dtype)
+        row_hidden_grad = _zeros(row_hidden)
+        for columns in tiles(vocabulary, vocabulary_tile):
+            grad = logit_grad(row_kept[:, columns], maximum, log_total, rows, columns).to(dtype)
+            accumulate(row_hidden_grad, grad, head[columns].to(dtype))
+            if wants_head:
+                accumulate(head_grad[columns], grad.T, row_hidden)
+        hidden_grad[rows] = row_hidden_grad
+    return logprob, hidden_grad, head_grad.to(head.dtype) if wants_head else None
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; with bf16 factors, which only a GPU has here, the sum stays float32."""
+    # `out=` rather than `addmm_`, which torch.utils.flop_counter does not count.
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs on a GPU, else float32 (or float64).
+
+    Rounding that gradient to bf16 makes the rms error of the result 1.3 to 1.4 times the plain
+    form's, which is the rounding of its output (emulated on a CPU: N 64 to 2048, V 2048 to 32,768),
+    and keeps the tensor cores. fp16 inputs stay in float32: three more bits in the output would
+    make the same rounding 7 times, and fp16 itself has no room for probabilities below 6e-8.
+    """
+    return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide_dtype(hidden)
+
+
+def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
+    """How many rows of float32 logits fit in `max_bytes`, a multiple of 128 where that many fit."""
+    rows = max(1, max_bytes // (4 * vocabulary))
+    return rows // 128 * 128 or rows
+
+
+def refuse_released(head: Tensor, shape: torch.Size) -> None:
+    """Refuse a head whose storage was released after the forward pass and not gathered again."""
+    if head.shape != shape:
+        raise ValueError(
+            f"token_logprobs backward: head was {list(shape)} in the forward pass and is "
+            f"{list(head.shape)} here. Under ZeRO-3, gather the head before the backward pass reaches it."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +377,7 @@ class _Logits:
         The largest logit starts at the most negative finite number: -inf would make the first
         difference NaN in a tile whose only token is excluded.
         """
-        dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
-        num_rows = self.hidden.shape[0]
+        dtype, num_rows = wide_dtype(self.hidden), self.hidden.shape[0]
         maximum = torch.full((num_rows,), torch.finfo(dtype).min, dtype=dtype, device=self.hidden.device)
         return maximum, torch.zeros_like(maximum)
 
@@ -237,8 +404,20 @@ class _Logits:
         return _is_token(self.excluded[rows], columns)
 
 
+def _fold(
+    tile: Tensor, target: Tensor, columns: slice, maximum: Tensor, total: Tensor, target_logit: Tensor
+) -> None:
+    """Fold one tile of tempered logits, [R, W], into the running softmax of its rows, each [R], in place."""
+    target_logit += _pick(tile, target, columns)
+    raised = torch.maximum(maximum, tile.amax(dim=1))
+    weight = tile.sub_(raised[:, None]).exp_()
+    total.mul_((maximum - raised).exp()).add_(weight.sum(dim=1))
+    maximum.copy_(raised)
+
+
 def _logit_grad(
     logits: _Logits,
+    capped: Tensor,
     target: Tensor,
     maximum: Tensor,
     log_total: Tensor,
@@ -246,28 +425,36 @@ def _logit_grad(
     rows: slice,
     columns: slice,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T of one tile, [R, W].
+    """Gradient with respect to hidden . head^T of one tile, [R, W]; uses up `capped`, the tile's logits.
 
         d logprob / dz_v = ([v = target] - p_v) * inverse_temperature * (1 - (softcap(z_v) / c)^2)
 
     The last factor is the slope of the soft cap, one where there is none.
     """
-    capped = logits.capped(rows, columns)
-    shifted = logits.tempered(capped, rows, columns).sub_(maximum[rows, None])
-    probability = shifted.sub_(log_total[rows, None]).exp_()
-    is_target = _is_token(target[rows], columns)
-    grad = probability.neg_().add_(is_target)
-    grad.mul_((logprob_grad[rows] * logits.inverse_temperature[rows])[:, None])
+    shifted = logits.tempered(capped, rows, columns).sub_(maximum[:, None])
+    probability = shifted.sub_(log_total[:, None]).exp_()
+    grad = probability.neg_().add_(_is_token(target, columns))
+    grad.mul_((logprob_grad * logits.inverse_temperature[rows])[:, None])
     if logits.softcap:
         slope = capped.div_(logits.softcap).square_().neg_().add_(1.0)
         grad.mul_(slope)
     return grad
 
 
-def _tiles(length: int, size: int) -> Iterator[slice]:
+def tiles(length: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover range(length)."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What logits and sums are in: float64 for float64 inputs, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Where gradients of the tensor's shape are summed up."""
+    return torch.zeros_like(tensor, dtype=wide_dtype(tensor))
 
 
 def _is_token(token: Tensor, columns: slice) -> Tensor:

@@ -38,6 +38,57 @@ def token_logprobs(
     return logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
 
 
+def token_logprobs_with_grad(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    wants_head: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities, and what autograd says of the gradients of sum_n coefficient_n * logprob_n.
+
+    Arguments and result are those of `rlp_kernels.token_logprobs_with_grad`, which checks them.
+    """
+    inputs = (hidden.detach().requires_grad_(), head.detach().requires_grad_(wants_head))
+    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    with torch.enable_grad():
+        logprob = token_logprobs(*inputs, target, **settings)
+    grads = torch.autograd.grad(logprob, inputs if wants_head else inputs[:1], coefficient)
+    return logprob.detach(), grads[0], grads[1] if wants_head else None
+
+
+@torch.no_grad()
+def paired_logprobs(
+    policy_hidden: Tensor,
+    policy_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    target: Tensor,
+    *,
+    group_size: int,
+    excluded: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each position's target scored after G thoughts and without one, and the difference.
+
+        reward[m, g] = log p_policy(target_m | thought g) - log p_teacher(target_m)            (eq. 5)
+
+    Arguments and result are those of `rlp_kernels.paired_logprobs`, which checks them.
+    """
+    one = torch.ones(len(policy_hidden), device=target.device)
+    position = torch.arange(len(policy_hidden), device=target.device) // group_size
+    reasoned_logprob = token_logprobs(
+        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position]
+    ).reshape(-1, group_size)
+    baseline_logprob = token_logprobs(
+        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded
+    )
+    return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
+
+
 def token_entropy(
     hidden: Tensor,
     head: Tensor,

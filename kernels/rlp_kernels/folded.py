@@ -1,0 +1,189 @@
+"""Token log-probabilities from the vendor's matrix product and a fold: one tile of float32 logits at a time, in L2.
+
+Twins of `reference.py` and `chunked.py`, same signatures and meaning. `torch.mm` with bf16 inputs
+and a float32 result writes a tile of logits small enough to stay in the L2 cache; a Triton kernel
+reads it from there once and folds it into each row's largest logit, sum of exponentials and
+target's logit. The backward pass is `chunked.gradients` with a kernel that turns the tile into
+its gradient in one pass.
+
+Dimensions
+    N  rows, one per predicted token
+    D  width of the hidden state
+    V  vocabulary
+    R  rows of a tile
+    W  vocabulary of a tile
+
+Logits, log-probabilities and everything summed are float32; log-probabilities are in nats.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from rlp_kernels import chunked
+from rlp_kernels.reference import widened
+from rlp_kernels.triton_form import Rows, capped_logits, check_device, logit_grad_of, lowest_logit, row_settings
+
+# 2048 rows x 4096 words x 4 bytes = 34 MB, which stays in the 50 MB of L2 of an H100 or H200.
+ROW_TILE = 2048
+VOCABULARY_TILE = 4096
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    row_tile: int = ROW_TILE,
+    vocabulary_tile: int = VOCABULARY_TILE,
+) -> Tensor:
+    """Log-probability of each row's target, with the row's excluded token out of the softmax.
+
+    Arguments and result are those of `rlp_kernels.token_logprobs`, which checks them. The tile
+    sizes bound the memory; they change the result by rounding only.
+    """
+    check_device("folded", hidden)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        refuse_narrow_product(hidden.device, hidden.dtype)
+    return _TokenLogprobs.apply(hidden, head, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile)
+
+
+@cache
+def refuse_narrow_product(device: torch.device, dtype: torch.dtype) -> None:
+    """Try once per device whether this torch multiplies 16-bit matrices into a float32 one, and say so if not."""
+    tile = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.mm(tile, tile, out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        raise RuntimeError(
+            f"form='folded' needs torch.mm(..., out_dtype=torch.float32) for {dtype} on {device}, which torch "
+            f"{torch.__version__} refuses: {error}. Write form='triton'."
+        ) from error
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """`token_logprobs` with a backward pass that computes the logits again, tile by tile.
+
+    Kept between the passes: the inputs and two numbers per row, the largest logit and the log of
+    the sum. The head is kept as the parameter itself, as in `chunked.py` and for its reason.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        head: Tensor,
+        target: Tensor,
+        inverse_temperature: Tensor,
+        excluded: Tensor,
+        softcap: float,
+        row_tile: int,
+        vocabulary_tile: int,
+    ) -> Tensor:
+        every_row = Rows(target, inverse_temperature, excluded, softcap)
+        num_rows = hidden.shape[0]
+        maximum = hidden.new_full((num_rows,), lowest_logit(), dtype=torch.float32)
+        total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        buffer = _tile_buffer(hidden, head, row_tile, vocabulary_tile)
+        with torch.cuda.device_of(hidden):
+            for columns in chunked.tiles(head.shape[0], vocabulary_tile):
+                for rows in chunked.tiles(num_rows, row_tile):
+                    product = _product(hidden[rows], head[columns], buffer)
+                    softmax = (maximum[rows], total[rows], target_logit[rows])
+                    _fold(product, every_row.of(rows), columns, *softmax)
+        log_total = total.log_()
+        ctx.save_for_backward(hidden, head, target, inverse_temperature, excluded, maximum, log_total)
+        ctx.softcap, ctx.row_tile, ctx.vocabulary_tile, ctx.head_shape = softcap, row_tile, vocabulary_tile, head.shape
+        return (target_logit - maximum) - log_total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        chunked.refuse_released(head, ctx.head_shape)
+        every_row = Rows(target, inverse_temperature, excluded, ctx.softcap)
+        dtype = chunked.product_dtype(hidden)
+        buffer = _tile_buffer(hidden, head, ctx.row_tile, ctx.vocabulary_tile)
+
+        def logit_grad(rows: slice, columns: slice) -> Tensor:
+            product = _product(hidden[rows], head[columns], buffer)
+            row_softmax = (maximum[rows], log_total[rows], logprob_grad[rows])
+            return logit_grad_of(product, every_row.of(rows), *row_softmax, columns, dtype)
+
+        with torch.cuda.device_of(hidden):
+            hidden_grad, head_grad = chunked.gradients(
+                hidden,
+                head,
+                logit_grad=logit_grad,
+                accumulate=chunked.accumulate,
+                dtype=dtype,
+                wanted=ctx.needs_input_grad[:2],
+                row_tile=ctx.row_tile,
+                vocabulary_tile=ctx.vocabulary_tile,
+            )
+        return hidden_grad, head_grad, None, None, None, None, None, None
+
+
+def _tile_buffer(hidden: Tensor, head: Tensor, row_tile: int, vocabulary_tile: int) -> Tensor:
+    """Memory for the logits of one tile, used for every tile so that it stays in L2."""
+    num_logits = min(row_tile, hidden.shape[0]) * min(vocabulary_tile, head.shape[0])
+    return hidden.new_empty(num_logits, dtype=torch.float32)
+
+
+def _product(hidden: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
+    """hidden . head^T of a tile, [R, W], float32 from the accumulator on, in the buffer's memory."""
+    num_rows, num_words = hidden.shape[0], head.shape[0]
+    product = buffer[: num_rows * num_words].reshape(num_rows, num_words)
+    # `out=` is not autocast, so the float32 product stays one.
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=product)
+    return torch.mm(widened(hidden), widened(head).T, out=product)
+
+
+def _fold(
+    product: Tensor, rows: Rows, columns: slice, maximum: Tensor, total: Tensor, target_logit: Tensor
+) -> None:
+    """Fold one tile into the running softmax of its rows, each [R], in place."""
+    num_rows, num_words = product.shape
+    _fold_kernel[(triton.cdiv(num_rows, 4),)](
+        maximum, total, target_logit, product, *rows.tensors, num_rows, num_words, columns.start, rows.softcap,
+        CAPPED=rows.softcap > 0, ROWS=4, WORDS=1024, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fold_kernel(
+    maximum, total, target_logit, product, target, inverse_temperature, excluded,
+    num_rows, num_words, first_word, softcap,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Walk along a few rows of the tile, left to right."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < num_rows
+    row_target, row_temperature, row_excluded = row_settings(target, inverse_temperature, excluded, row, in_rows)
+    running_maximum = tl.load(maximum + row, mask=in_rows, other=0.0)
+    running_total = tl.load(total + row, mask=in_rows, other=0.0)
+    picked = tl.load(target_logit + row, mask=in_rows, other=0.0)
+    for first in range(0, num_words, WORDS):
+        column = first + tl.arange(0, WORDS)
+        in_tile = in_rows[:, None] & (column < num_words)[None, :]
+        tile = tl.load(product + row[:, None] * num_words + column[None, :], mask=in_tile, other=0.0)
+        word = first_word + column
+        logits = capped_logits(tile, softcap, CAPPED) * row_temperature[:, None]
+        is_left_out = (word[None, :] == row_excluded[:, None]) | (column >= num_words)[None, :]
+        logits = tl.where(is_left_out, float("-inf"), logits)
+        picked += tl.sum(tl.where(word[None, :] == row_target[:, None], logits, 0.0), 1)
+        raised = tl.maximum(running_maximum, tl.max(logits, 1))
+        weight = tl.sum(tl.exp(logits - raised[:, None]), 1)
+        running_total = running_total * tl.exp(running_maximum - raised) + weight
+        running_maximum = raised
+    tl.store(maximum + row, running_maximum, mask=in_rows)
+    tl.store(total + row, running_total, mask=in_rows)
+    tl.store(target_logit + row, picked, mask=in_rows)
