@@ -1,30 +1,51 @@
 """Fast forms of the functions that RLP spends its time in, behind one checked entry each.
 
 The plain form (`reference.py`) is the definition; every other form is its twin, held to it
-by `tests/test_kernels.py`. A form is chosen by `choose_form` from shapes alone, or named by
-the caller; none is a silent fallback for another.
+by `tests/test_kernels.py` and `tests/test_triton.py`. A form is chosen by `choose_form` from shapes
+and device alone, or named by the caller; none is a silent fallback for another, and one that
+breaks raises.
 
 Dimensions
     N  rows, one per predicted token
+    M  positions
+    G  thoughts per position
     D  width of the hidden state
     V  vocabulary
 """
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rlp_kernels import chunked, reference
 
-__all__ = ["MAX_PLAIN_BYTES", "choose_form", "token_argmax", "token_entropy", "token_logprobs"]
+__all__ = [
+    "CUDA_FORMS",
+    "FORMS",
+    "MAX_PLAIN_BYTES",
+    "choose_form",
+    "paired_logprobs",
+    "token_argmax",
+    "token_entropy",
+    "token_logprobs",
+    "token_logprobs_with_grad",
+]
 
 MAX_PLAIN_BYTES = 64 * 2**20
 """Most that the plain form may add to memory before `choose_form` turns to the chunked one: 64 MiB, which
 is 110 rows of a 151,936-word vocabulary. It counts the float32 logits once and the float32 copy of a bf16 head
 once; with autograd's own copies the measured peak is about four times the logits."""
 
-_FORMS = {"plain": reference.token_logprobs, "chunked": chunked.token_logprobs}
+CUDA_FORMS = ((2048, "folded"), (0, "triton"))
+"""On a GPU with bf16 or fp16 inputs: the form from this many rows on. By arithmetic, not by measurement: with many rows the
+vendor's product is the faster one; with few, one launch for all of the vocabulary beats two for each tile of it."""
+
+FORMS = ("plain", "chunked", "triton", "folded")
+"""`plain` is the definition, `chunked` the same in bounded memory on any device; `triton` and `folded` need Triton."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -58,24 +79,131 @@ def token_logprobs(
         inverse_temperature: [N] float32, 1 / temperature of each row, positive. No gradient.
         excluded: [N] int64, the token that cannot occur in this row, -1 for none.
         softcap: c, 0 for none (Gemma 2 uses 30).
-        form: "plain", "chunked", or "auto" to take what `choose_form` says.
+        form: one of `FORMS`, or "auto" to take what `choose_form` says.
 
     Returns:
         [N] float32, nats; float64 for float64 inputs.
 
     Raises:
         ValueError: a shape, dtype or value is not as above; the message names the argument and the row.
+        ImportError: the form needs Triton, which is not installed.
     """
     _check_logits("token_logprobs", hidden, head, excluded, softcap)
     _check_rows("token_logprobs", "target", target, hidden, torch.int64)
     _check_inverse_temperature("token_logprobs", inverse_temperature, hidden)
     _check_values("token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature)
-    if form == "auto":
-        form = choose_form(hidden.shape[0], head.shape[0], width=head.shape[1], dtype=head.dtype)
-    if form not in _FORMS:
-        raise ValueError(f"token_logprobs: form must be one of auto, {', '.join(_FORMS)}, got {form!r}.")
-    return _FORMS[form](
+    module = _module("token_logprobs", form, FORMS, hidden, head)
+    return module.token_logprobs(
         hidden, head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap
+    )
+
+
+def token_logprobs_with_grad(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    wants_head: bool = True,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities together with the gradients of a weighted sum of them whose weights are known before.
+
+        grad_hidden, grad_head = gradients of sum_n coefficient_n * logprob_n
+
+    For thought tokens on-policy the weight is known before the head sees them: the ratio is one and
+    targets are scored first. Forward and backward passes of `token_logprobs` make the logits twice,
+    8 N V D operations with the two gradients; here they are made once, 6 N V D (4 without the head's).
+
+    The price is memory and traffic. The logits of one tile of rows, float32, live from the pass that
+    sums them up to the pass that turns them into gradients: [R, V] of at most `chunked.MAX_KEPT_BYTES`, 2 GiB.
+    The gradient of the head grows in a float32 [V, D]. Both are gone when the call returns,
+    and so is every trace of it: nothing is saved for a backward pass, and the results carry no graph.
+    A caller hands them on with `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient.
+
+    Args:
+        coefficient: [N] float32 (float64 for float64 inputs): what multiplies each log-probability in the loss.
+        wants_head: whether to compute the gradient of the head.
+        form: "plain", "chunked", "triton", or "auto".
+        hidden, head, target, inverse_temperature, excluded, softcap: as in `token_logprobs`.
+
+    Returns:
+        logprob [N] as in `token_logprobs`; grad_hidden [N, D] and grad_head [V, D] in the inputs' dtype, the
+        latter None unless wanted.
+
+    Raises:
+        ValueError, ImportError: as `token_logprobs`.
+    """
+    where = "token_logprobs_with_grad"
+    _check_logits(where, hidden, head, excluded, softcap)
+    _check_rows(where, "target", target, hidden, torch.int64)
+    _check_rows(where, "coefficient", coefficient, hidden, chunked.wide_dtype(hidden))
+    _check_inverse_temperature(where, inverse_temperature, hidden)
+    _check_values(where, head, excluded, target=target, inverse_temperature=inverse_temperature)
+    module = _module(where, form, ("plain", "chunked", "triton"), hidden, head)
+    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    return module.token_logprobs_with_grad(
+        hidden.detach(), head.detach(), target, coefficient.detach(), **settings, wants_head=wants_head
+    )
+
+
+def paired_logprobs(
+    policy_hidden: Tensor,
+    policy_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    target: Tensor,
+    *,
+    group_size: int,
+    excluded: Tensor,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each position's target scored by the policy after each of its G thoughts and by the teacher without one.
+
+        reward = reasoned_logprob - baseline_logprob                                           (eq. 5)
+
+    At temperature 1, without gradient. The Triton form does both models in one launch; each row equals
+    that of `token_logprobs` to the bit. What that buys is memory and exactness: scoring is under 1 % of a step.
+
+    Args:
+        policy_hidden: [M*G, D], the G thoughts of a position one after the other.
+        policy_head: [V, D].
+        teacher_hidden: [M, D], one row per position.
+        teacher_head: [V, D].
+        target: [M] int64.
+        group_size: G.
+        excluded: [M] int64, the token that cannot occur, -1 for none.
+        form: "plain", "chunked", "triton", or "auto".
+
+    Returns:
+        reasoned_logprob [M, G], baseline_logprob [M], reward [M, G], nats, in the dtype of `token_logprobs`.
+
+    Raises:
+        ValueError, ImportError: as `token_logprobs`.
+    """
+    where = "paired_logprobs"
+    _check_logits(f"{where} teacher", teacher_hidden, teacher_head, excluded, 0.0)
+    _check_rows(where, "target", target, teacher_hidden, torch.int64)
+    expected = [group_size * len(target), teacher_head.shape[1]]
+    if group_size < 1 or list(policy_hidden.shape) != expected or policy_head.shape != teacher_head.shape:
+        raise ValueError(
+            f"{where}: policy_hidden must be [M * group_size, D] = {expected} and policy_head the teacher's "
+            f"{list(teacher_head.shape)}, got {list(policy_hidden.shape)} and {list(policy_head.shape)}."
+        )
+    if (policy_hidden.dtype, policy_head.dtype) != (teacher_hidden.dtype, teacher_head.dtype):
+        raise ValueError(
+            f"{where}: policy and teacher must share a dtype, got {policy_hidden.dtype}, {policy_head.dtype} and "
+            f"{teacher_hidden.dtype}, {teacher_head.dtype}."
+        )
+    if {policy_hidden.device, policy_head.device} != {teacher_hidden.device}:
+        raise ValueError(f"{where}: policy and teacher must share a device, got {policy_hidden.device}, {policy_head.device} and {teacher_hidden.device}.")
+    _check_values(where, teacher_head, excluded, target=target)
+    module = _module(where, form, ("plain", "chunked", "triton"), policy_hidden, policy_head)
+    return module.paired_logprobs(
+        policy_hidden, policy_head, teacher_hidden, teacher_head, target, group_size=group_size, excluded=excluded
     )
 
 
@@ -122,16 +250,43 @@ def choose_form(
     width: int,
     dtype: torch.dtype,
     max_plain_bytes: int = MAX_PLAIN_BYTES,
+    device: str = "cpu",
 ) -> str:
-    """The form that `form="auto"` takes: "plain" where it fits in `max_plain_bytes`, else "chunked".
+    """The form that `form="auto"` takes: "plain" where it fits in `max_plain_bytes`; beyond, "chunked", or on a GPU `CUDA_FORMS`.
 
     What counts is the [N, V] logits and, for a head narrower than float32, its widened [V, D]
-    copy. The answer depends on shapes and dtype only, so a caller can log it before a run.
+    copy. float32 and float64 have no product on the tensor cores and stay chunked on a GPU too. The
+    answer depends on shapes, dtype and the type of device only, so a caller can log it before a run.
     """
     bytes_per_logit = 8 if dtype == torch.float64 else 4
     widened_width = 0 if dtype in (torch.float32, torch.float64) else width
     plain_bytes = vocabulary * (num_rows + widened_width) * bytes_per_logit
-    return "plain" if plain_bytes <= max_plain_bytes else "chunked"
+    if plain_bytes <= max_plain_bytes:
+        return "plain"
+    if device != "cuda" or widened_width == 0:
+        return "chunked"
+    return next(form for least_rows, form in CUDA_FORMS if num_rows >= least_rows)
+
+
+def _module(where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head: Tensor) -> ModuleType:
+    """The module of the form that was named or, for "auto", chosen; one without a twin of the function is refused."""
+    if form == "auto":
+        vocabulary, width = head.shape
+        form = choose_form(len(hidden), vocabulary, width=width, dtype=head.dtype, device=hidden.device.type)
+        # The vendor's product has no twin of these: the form beside it does the same in Triton.
+        form = form if form in forms else "triton"
+    if form not in forms:
+        raise ValueError(f"{where}: form must be one of auto, {', '.join(forms)}, got {form!r}.")
+    if form in ("plain", "chunked"):
+        return {"plain": reference, "chunked": chunked}[form]
+    try:
+        return importlib.import_module({"triton": "rlp_kernels.triton_form", "folded": "rlp_kernels.folded"}[form])
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            f"{where}: form={form!r} needs Triton, which is not installed: pip install triton, or write form='chunked'."
+        ) from error
 
 
 def _check_logits(where: str, hidden: Tensor, head: Tensor, excluded: Tensor, softcap: float) -> None:

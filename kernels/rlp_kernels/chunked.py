@@ -111,6 +111,32 @@ def token_logprobs_with_grad(
 
 
 @torch.no_grad()
+def paired_logprobs(
+    policy_hidden: Tensor,
+    policy_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    target: Tensor,
+    *,
+    group_size: int,
+    excluded: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each position's target scored after G thoughts and without one, and the difference.
+
+    Arguments and result are those of `rlp_kernels.paired_logprobs`, which checks them.
+    """
+    one = torch.ones(len(policy_hidden), device=target.device)
+    position = torch.arange(len(policy_hidden), device=target.device) // group_size
+    reasoned_logprob = token_logprobs(
+        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position]
+    ).reshape(-1, group_size)
+    baseline_logprob = token_logprobs(
+        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded
+    )
+    return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
+
+
+@torch.no_grad()
 def token_entropy(
     hidden: Tensor,
     head: Tensor,

@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rlp_kernels import chunked
 from rlp_kernels.reference import widened
-from rlp_kernels.triton_form import Rows, capped_logits, check_device, logit_grad_of, lowest_logit, row_settings
+from rlp_kernels.triton_form import Rows, capped_logits, check_device, logit_grad_of, row_settings
 
 # 2048 rows x 4096 words x 4 bytes = 34 MB, which stays in the 50 MB of L2 of an H100 or H200.
 ROW_TILE = 2048
@@ -60,7 +60,7 @@ def refuse_narrow_product(device: torch.device, dtype: torch.dtype) -> None:
     """Try once per device whether this torch multiplies 16-bit matrices into a float32 one, and say so if not."""
     tile = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        torch.mm(tile, tile, out_dtype=torch.float32)
+        torch.mm(tile, tile, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(
             f"form='folded' needs torch.mm(..., out_dtype=torch.float32) for {dtype} on {device}, which torch "
@@ -89,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         every_row = Rows(target, inverse_temperature, excluded, softcap)
         num_rows = hidden.shape[0]
-        maximum = hidden.new_full((num_rows,), lowest_logit(), dtype=torch.float32)
+        maximum = hidden.new_full((num_rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
         total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
         buffer = _tile_buffer(hidden, head, row_tile, vocabulary_tile)
         with torch.cuda.device_of(hidden):
@@ -179,7 +179,9 @@ def _fold_kernel(
         logits = capped_logits(tile, softcap, CAPPED) * row_temperature[:, None]
         is_left_out = (word[None, :] == row_excluded[:, None]) | (column >= num_words)[None, :]
         logits = tl.where(is_left_out, float("-inf"), logits)
-        picked += tl.sum(tl.where(word[None, :] == row_target[:, None], logits, 0.0), 1)
+        # Beyond the tile's last word come the next tile's words, and the target may be one of them.
+        is_target = in_tile & (word[None, :] == row_target[:, None])
+        picked += tl.sum(tl.where(is_target, logits, 0.0), 1)
         raised = tl.maximum(running_maximum, tl.max(logits, 1))
         weight = tl.sum(tl.exp(logits - raised[:, None]), 1)
         running_total = running_total * tl.exp(running_maximum - raised) + weight

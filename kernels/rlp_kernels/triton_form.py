@@ -322,7 +322,7 @@ def _softmax(
     num_results = num_rows + num_teacher_rows
     num_splits = triton.cdiv(vocabulary, split_words)
     split_maximum, split_total = torch.empty(2, num_splits, num_results, device=hidden.device)
-    target_logit, maximum, log_total, logprob = torch.empty(4, num_results, device=hidden.device)
+    target_logit, maximum, log_total, logprob = (torch.empty(num_results, device=hidden.device) for _ in range(4))
     if num_results == 0:
         return maximum, log_total, logprob
     row_tiles = triton.cdiv(num_rows, sizes.rows) + triton.cdiv(num_teacher_rows, sizes.rows)
@@ -477,9 +477,10 @@ def _split_softmax(
             offset = row.to(tl.int64)[:, None] * vocabulary + word[None, :]
             tl.store(kept + offset, product, mask=in_rows[:, None] & in_words[None, :])
         logits = capped_logits(product, softcap, CAPPED) * row_temperature[:, None]
-        is_left_out = (word[None, :] == row_excluded[:, None]) | (word >= stop)[None, :]
+        is_left_out = (word[None, :] == row_excluded[:, None]) | ~in_words[None, :]
         logits = tl.where(is_left_out, float("-inf"), logits)
-        picked += tl.sum(tl.where(word[None, :] == row_target[:, None], logits, 0.0), 1)
+        is_target = in_words[None, :] & (word[None, :] == row_target[:, None])
+        picked += tl.sum(tl.where(is_target, logits, 0.0), 1)
         raised = tl.maximum(maximum, tl.max(logits, 1))
         total = total * tl.exp(maximum - raised) + tl.sum(tl.exp(logits - raised[:, None]), 1)
         maximum = raised
