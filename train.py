@@ -106,7 +106,7 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
     with run.ledger.time("decode"), run.engine.generation():
         rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
             run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
-            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, agree=run.engine.agree)
+            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.engine.agree)
     run.count_rollout(rollout)
     watch_thoughts(tally, rollout.thoughts, len(run.inputs.markers.close))
     return positions, rollout.thoughts

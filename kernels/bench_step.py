@@ -20,6 +20,7 @@ What is fair
     a thought's tokens, then over thoughts; the open marker is out of the peers' target softmax too. The careful peer is
     given more than TRL offers on a CPU: there TRL's fused head scores the prompt's tokens as well, and only where Triton
     runs does it keep to the completion; here it keeps to it everywhere. Gradient checkpointing, TRL's default, is off.
+    On a CPU, ours and the careful peer take every turn; the others take two of ten.
 What is not
     TRL pads all prompts of a step to the longest, and computes an entropy for its metrics: both are left as they are, and
     both are in its time. Our monitors (a few means per step) are left out of ours. Nobody clips gradients. Nothing is
@@ -85,6 +86,8 @@ NAIVE_MICRO_BATCH = 8
 """TRL's default per_device_train_batch_size."""
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12}
 """Dense bfloat16 of the SXM boards, from the data sheet."""
+OTHERS_EVERY = 5
+"""Turns: two of ten, so that a default run on one core stays under six minutes."""
 CAREFUL, NAIVE, CHECKPOINTED = "TRL careful", "TRL naive", "TRL careful, checkpointing"
 CAVEATS = ("Equal-MFU ratios flatter nobody at L 2048: they are about 2x at most, because long thoughts leave little prefix to share.",
            "Nothing is claimed against a vLLM-backed peer: none is measured here, and nothing is sampled.")
@@ -283,10 +286,6 @@ class Peer:
         self._trainer = make_trainer(network, shape, folder, micro_batch, checkpointing, self._give, self._reward)
         self._trainer.current_gradient_accumulation_steps = self._num_micro_batches
 
-    def on_policy(self, given: Given) -> Given:
-        """TRL takes the policy at hand for the one that sampled, where it takes one optimizer step per batch."""
-        return given
-
     def gradient_of(self, given: Given, watch: Stopwatch) -> Tensor:
         """Leave the gradient in the weights; returns the rewards [M, G]."""
         self._given, self._watch = given, watch
@@ -421,41 +420,60 @@ def timed_step(contender: "Ours | Peer", given: Given, device: torch.device) -> 
     return watch.seconds()
 
 
-def disagreement(bench: Bench, names: list[str]) -> tuple[float, float]:
-    """Largest error of rewards (relative to the largest reward) and of gradients (norms), against the first name, in float32."""
-    bench, given, expected, errors = replace(bench, dtype=torch.float32), bench.given(), None, []
-    for name in names:
-        contender = bench.build(name)
-        reward = contender.gradient_of(contender.on_policy(given), Stopwatch(bench.device)).cpu().float()
-        gradient = contender.network.gradient()
-        expected = expected or (reward, gradient)
-        errors.append((float((reward - expected[0]).abs().max() / expected[0].abs().max()), float((gradient - expected[1]).norm() / expected[1].norm())))
-    return tuple(max(column) for column in zip(*errors))
-
-
 def fastest_micro_batch(bench: Bench) -> int:
-    """Of the careful peer: completions per forward, from half a group to all. One step each, after a short one."""
-    seconds = {}
-    sizes = {size for size in (bench.shape.group_size // 2, bench.shape.group_size, 2 * bench.shape.group_size, bench.shape.num_thoughts) if bench.shape.num_thoughts % size == 0}
-    for size in sorted(sizes - {0}):
+    """Of the careful peer: completions per forward, from half a group upwards until a larger one is slower or does not
+    fit. One step each, after a short one."""
+    group, best, best_seconds = bench.shape.group_size, 1, float("inf")
+    for size in sorted({max(1, group // 2), group, 2 * group, bench.shape.num_thoughts}):
+        if bench.shape.num_thoughts % size:
+            continue
         peer = replace(bench, micro_batch=size).build(CAREFUL)
         try:
             timed_step(peer, bench.tiny(), bench.device)
-            seconds[size] = timed_step(peer, bench.given(), bench.device)["step"]
+            seconds = timed_step(peer, bench.given(), bench.device)["step"]
         except torch.OutOfMemoryError:
             break
-    return min(seconds, key=seconds.get)
+        if seconds > best_seconds:
+            break
+        best, best_seconds = size, seconds
+    return best
 
 
-def take_turns(bench: Bench, names: list[str], warmups: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by contender and part, A B A B; warm-up rounds are not kept."""
-    contenders = {name: bench.build(name) for name in names}
-    given = {name: contender.on_policy(bench.given()) for name, contender in contenders.items()}
-    raw = {name: {"scoring": [], "update": [], "step": []} for name in names}
-    for round_ in range(warmups + repeats):
+def check(bench: Bench, names: list[str]) -> tuple[float, float, dict]:
+    """Whether all contenders compute the same step, in float32.
+
+    Returns:
+        the largest error of rewards (relative to the largest reward) and of gradients (norms), both against the first
+        name; and the contenders, unless they are wanted in another dtype.
+    """
+    contenders, errors = {}, []
+    for name in names:
+        contender = replace(bench, dtype=torch.float32).build(name)
+        if not errors:
+            given = contender.on_policy(bench.given())
+        reward = contender.gradient_of(given, Stopwatch(bench.device)).cpu().float()
+        gradient = contender.network.gradient()
+        if not errors:
+            expected_reward, expected_gradient = reward, gradient
+        errors.append((float((reward - expected_reward).abs().max() / expected_reward.abs().max()), float((gradient - expected_gradient).norm() / expected_gradient.norm())))
+        contender.network.optimizer.zero_grad()
+        if bench.dtype == torch.float32:
+            contenders[name] = contender
+    return *(max(column) for column in zip(*errors)), contenders
+
+
+def take_turns(bench: Bench, contenders: dict, warmups: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by contender and part, A B A B; warm-up rounds are not kept. On a CPU only ours and the careful peer take
+    every turn, the others one in `OTHERS_EVERY`."""
+    ours = next(iter(contenders))
+    given = contenders[ours].on_policy(bench.given())
+    raw = {name: {"scoring": [], "update": [], "step": []} for name in contenders}
+    for turn in range(-warmups, repeats):
         for name, contender in contenders.items():
-            seconds = timed_step(contender, given[name], bench.device)
-            for part, values in raw[name].items() if round_ >= warmups else ():
+            if bench.device.type == "cpu" and name not in (ours, CAREFUL) and (turn < 0 or turn % OTHERS_EVERY):
+                continue
+            seconds = timed_step(contender, given, bench.device)
+            for part, values in raw[name].items() if turn >= 0 else ():
                 values.append(seconds[part])
     return raw
 
@@ -465,7 +483,7 @@ def peak_bytes(bench: Bench, name: str) -> int | None:
     CPU should have done nothing else. None where the system can not forget its high-water mark."""
     contender = bench.build(name)
     timed_step(contender, bench.tiny(), bench.device)
-    given = contender.on_policy(bench.given())
+    given = bench.given()
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -501,15 +519,18 @@ def peak_bytes_alone(bench: Bench, name: str, options: argparse.Namespace) -> in
 def measure(bench: Bench, options: argparse.Namespace) -> dict | None:
     """Everything about one shape; None if the contenders do not compute the same step."""
     names = contender_names(bench, options.checkpointing)
-    reward_error, gradient_error = disagreement(bench, names)
+    bench = replace(bench, micro_batch=fastest_micro_batch(bench))
+    reward_error, gradient_error, contenders = check(bench, names)
     print(f"\nP {bench.shape.document_tokens}  K {bench.shape.positions}  G {bench.shape.group_size}  L {bench.shape.thought_tokens}: "
           f"reward_max_rel_err {reward_error:.1e}, grad_rel_err {gradient_error:.1e} (float32, all {len(names)} contenders)")
     if not max(reward_error, gradient_error) <= LARGEST_ERROR:
         print(f"void: the contenders do not compute the same step (allowed: {LARGEST_ERROR:g})")
         return None
-    bench = replace(bench, micro_batch=fastest_micro_batch(bench))
-    raw = take_turns(bench, names, options.warmups, options.repeats)
-    peak = {name: peak_bytes_alone(bench, name, options) for name in ((names[0], CAREFUL) if options.quick else names)}
+    # In float32 the check was everybody's first warm-up.
+    warmups = options.warmups - 1 if contenders else options.warmups
+    contenders = contenders or {name: bench.build(name) for name in names}
+    raw = take_turns(bench, contenders, warmups, options.repeats)
+    peak = {name: peak_bytes_alone(bench, name, options) for name in ((names[0], CAREFUL) if options.quick else [name for name in names if name != NAIVE])}
     return summary(bench, names, raw, peak, reward_error, gradient_error)
 
 
@@ -611,7 +632,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    # TRL names gradient checkpointing as transformers 5 did before 5.20, with a warning for each trainer.
+    # TRL uses a name of transformers that is deprecated there: a warning for each trainer.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

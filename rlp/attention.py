@@ -184,6 +184,98 @@ def _segment(part: Tensor, index: Tensor) -> Tensor:
     return rearrange(part.index_select(1, index.flatten()), "h (x y) d -> x h y d", x=index.shape[0])
 
 
+class SharedKeys:
+    """Keys and values of trunks, held once, and of branches beside them, while branches grow token by token.
+
+    The softmax of a branch token runs over the keys of its prefix and of its branch together, in float32. Trunk scores
+    are one product per trunk with the queries of all its branches, so prefix keys are read once for all of them.
+    """
+
+    def __init__(self, trunk: Tensor, trunk_of: Tensor, prefix: Tensor) -> None:
+        """
+        Args:
+            trunk: [B, P] int64, place of each trunk token in the packed row of the first forward; padded anywhere.
+            trunk_of, prefix: [N] int64, the trunk of each branch, and how many of its tokens the branch attends to.
+        """
+        self._trunk = trunk
+        self._trunk_of, self._prefix = trunk_of, prefix
+        self._trunk_keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._length = -1
+        """Branch tokens so far; -1 until the trunks have been run."""
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Where each branch stands in the padded block [B, branches of a trunk]."""
+        counts = torch.bincount(self._trunk_of, minlength=self._trunk.shape[0])
+        width = int(counts.max())
+        order = torch.argsort(self._trunk_of, stable=True)
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self._trunk_of[order]]
+        place = torch.empty_like(order)
+        place[order] = self._trunk_of[order] * width + rank
+        self._place, self._width = place, width
+
+    def next_token(self) -> None:
+        """Announce the forward of one more token of every branch."""
+        self._length += 1
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all branches but these, in this order."""
+        self._trunk_of, self._prefix = self._trunk_of[index], self._prefix[index]
+        self._own = {layer: (key[index], value[index]) for layer, (key, value) in self._own.items()}
+        self._arrange()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of one forward: of packed trunks [1, H, T, D] first, then of one token per branch [1, H, N, D].
+
+        Returns:
+            [1, T or N, H, D].
+        """
+        if self._length < 0:
+            return self._attend_trunks(layer, query[0], key[0], value[0], scale)[None]
+        return self._attend_branches(layer, *(rearrange(part, "1 h n d -> n h d") for part in (query, key, value)), scale)[None]
+
+    def _attend_trunks(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        trunk_query, trunk_key, trunk_value = (_segment(part, self._trunk) for part in (query, key, value))
+        self._trunk_keys[layer] = trunk_key, trunk_value
+        out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
+        packed = torch.zeros(query.shape[1], *out.shape[1::2], dtype=out.dtype, device=out.device)
+        # Padding points at token 0: written first, so that the token itself has the last word.
+        real = self._trunk.flatten().flip(0)
+        packed[real] = rearrange(out, "b h p d -> (b p) h d").flip(0)
+        return packed
+
+    def _attend_branches(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        own_key, own_value = self._append(layer, key, value)
+        trunk_key, trunk_value = self._trunk_keys[layer]
+        num_trunks, key_heads = trunk_key.shape[:2]
+        query = rearrange(query, "n (k r) d -> n k r d", k=key_heads)
+        block = query.new_zeros(num_trunks * self._width, *query.shape[1:]).index_copy(0, self._place, query)
+        folded = rearrange(block, "(b w) k r d -> b k (w r) d", b=num_trunks)
+        scores = rearrange(folded @ trunk_key.mT, "b k (w r) p -> (b w) k r p", w=self._width)[self._place]
+        outside = torch.arange(scores.shape[-1], device=scores.device) >= self._prefix[:, None]
+        scores = scores.masked_fill(rearrange(outside, "n p -> n 1 1 p"), float("-inf"))
+        both = torch.cat([scores, query @ own_key.mT], dim=-1).float() * scale
+        weights = both.softmax(dim=-1).to(value.dtype)
+        on_trunk, on_own = weights.split([scores.shape[-1], own_key.shape[2]], dim=-1)
+        block = weights.new_zeros(num_trunks * self._width, *on_trunk.shape[1:]).index_copy(0, self._place, on_trunk)
+        out = rearrange(block, "(b w) k r p -> b k (w r) p", b=num_trunks) @ trunk_value
+        out = rearrange(out, "b k (w r) d -> (b w) k r d", w=self._width)[self._place] + on_own @ own_value
+        return rearrange(out, "n k r d -> n (k r) d")
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, K, tokens so far, D] of the branches, room doubling as they grow."""
+        room = self._own[layer][0].shape[2] if layer in self._own else 0
+        if self._length >= room:
+            larger = tuple(part.new_zeros(*part.shape[:2], max(16, 2 * room), part.shape[2]) for part in (key, value))
+            for new, old in zip(larger, self._own.get(layer, ())):
+                new[:, :, :room] = old
+            self._own[layer] = larger
+        own_key, own_value = self._own[layer]
+        own_key[:, :, self._length], own_value[:, :, self._length] = key, value
+        return own_key[:, :, : self._length + 1], own_value[:, :, : self._length + 1]
+
+
 def register(base: str) -> str:
     """The name of an attention of transformers that is `base` unless a forward is given `tree=`.
 
@@ -193,12 +285,12 @@ def register(base: str) -> str:
     name = f"rlp_tree_{base}"
     plain = ALL_ATTENTION_FUNCTIONS[base]
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, tree: object | None = None, **options: object):
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, tree: Tree | SharedKeys | None = None, **options: object):
         if tree is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **options)
-        if isinstance(tree, Tree):
-            return tree_attention(query[0], key[0], value[0], tree, scaling)[None], None
-        return tree.attend(module.layer_idx, query, key, value, scaling), None
+        if isinstance(tree, SharedKeys):
+            return tree.attend(module.layer_idx, query, key, value, scaling), None
+        return tree_attention(query[0], key[0], value[0], tree, scaling)[None], None
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -24,7 +24,7 @@ from rlp_kernels import token_argmax, token_entropy, token_logprobs
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from rlp.attention import Tree, register, why_no_tree
+from rlp.attention import SharedKeys, Tree, register, why_no_tree
 from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig
 
 
@@ -71,17 +71,17 @@ class Policy(nn.Module):
 
         Args:
             task: `logprob`, `greedy`, `entropy` (arguments of `_answer`), `next_logits` (of `_next_logits`),
-                or `check` (of `_check`).
+                `shared_logits` (of `_shared_logits`) or `check` (of `_check`).
         """
-        if task in ("next_logits", "check"):
+        if task in ("next_logits", "shared_logits", "check"):
             return getattr(self, f"_{task}")(*arguments)
         return self._answer(task, *arguments)
 
-    def _check(self, tokens: Tensor) -> tuple[float, float]:
-        """Largest difference between the model's own logits and ours, and the largest logit."""
+    def _check(self, tokens: Tensor) -> tuple[float, float, Tensor]:
+        """Largest difference between the model's own logits and ours, the largest logit, and its own logits after the last token."""
         own = self.lm(input_ids=tokens).logits.float()[0]
         ours = self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0]).float()
-        return (own - ours).abs().max().item(), own.abs().max().item()
+        return (own - ours).abs().max().item(), own.abs().max().item(), own[-1:]
 
     def _answer(self, statistic: str, tokens: Tensor, position: Tensor | None, tree: Tree | None, row: Tensor, column: Tensor, target: Tensor,
                 inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
@@ -162,6 +162,20 @@ class Policy(nn.Module):
             optional["attention_mask"] = mask.long()
         output = self.lm.base_model(input_ids=tokens, use_cache=True, **{self._cache_name: cache}, **optional)
         return self._logits(output.last_hidden_state[:, -1]), getattr(output, self._cache_name)
+
+    def prefill_trunks(self, tokens: Tensor, position: Tensor, keys: SharedKeys) -> None:
+        """Run packed trunks [1, T] once and keep their keys and values."""
+        self("shared_logits", tokens, position, keys, False)
+
+    def decode_branches(self, token: Tensor, position: Tensor, keys: SharedKeys) -> Tensor:
+        """Append one token [N] at its position [N] to every branch; logits [N, V] float32 after it."""
+        keys.next_token()
+        return self("shared_logits", token[None], position[None], keys, True)
+
+    def _shared_logits(self, tokens: Tensor, position: Tensor, keys: SharedKeys, wanted: bool) -> Tensor | None:
+        # A mask of four dimensions is passed through unread: the keys say who attends to whom.
+        hidden = self.lm.base_model(input_ids=tokens, position_ids=position, use_cache=False, tree=keys, attention_mask=tokens.new_zeros(1, 1, 1, 1)).last_hidden_state[0]
+        return self._logits(hidden) if wanted else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         hidden = hidden * self.logit_scale
@@ -313,19 +327,27 @@ def _build(config: Config, architecture: PretrainedConfig, attention: str | None
 
 
 def check_logits(policy: Policy) -> None:
-    """Refuse a model whose own logits are not `softcap(scale * hidden @ head.T)`, on four tokens.
+    """Refuse a model whose logits are not `softcap(scale * hidden @ head.T)`, or whose cached decoding is another model.
 
     Raises:
-        ConfigError: the identity does not hold, so every log-probability here would be another model's.
+        ConfigError: one of the two does not hold on eight tokens, so sampler, scorer and model would disagree.
     """
-    head = policy.lm.get_output_embeddings()
+    head, name = policy.lm.get_output_embeddings(), type(policy.lm).__name__
     has_bias = getattr(head, "bias", None) is not None
+    tokens = torch.arange(8, device=policy.device)[None]
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
     with policy.sampling():
-        error, size = policy("check", torch.arange(4, device=policy.device)[None])
-    # bfloat16 logits carry 8 bits: 2 ** -7 of the largest is their own rounding.
-    if has_bias or error > 2 ** -7 * max(size, 1.0):
-        raise ConfigError(f"model.path: the logits of {type(policy.lm).__name__} differ from head @ hidden by {error:.3g} (bias: {has_bias}). "
+        error, size, own = policy("check", tokens)
+        _, cache = policy.prefill(tokens[:, :7], everywhere[:, :7])
+        apart = (policy.decode(tokens[:, 7], everywhere, tokens[:, 7], cache) - own).abs().max().item()
+    # bfloat16 logits carry 8 bits: 2 ** -7 of the largest is their own rounding; a pass through many layers adds some of it up.
+    unit = max(size, 1.0) * (2 ** -7 if policy.head.dtype == torch.bfloat16 else 2 ** -13)
+    if has_bias or error > unit:
+        raise ConfigError(f"model.path: the logits of {name} differ from head @ hidden by {error:.3g} (bias: {has_bias}). "
                           "This architecture transforms its logits in a way that is not known here; add it to `_logit_transform` in rlp/model.py.")
+    if apart > 16 * unit:
+        raise ConfigError(f"model.path: {name} decodes with a cache to logits that are {apart:.3g} away from its own without one, so thoughts would be "
+                          "sampled from another policy than the one that is trained. Report it to transformers, or choose another model.")
 
 
 def quiet_transformers() -> None:

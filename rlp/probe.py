@@ -20,7 +20,7 @@ from rlp.config import Config
 from rlp.data import PANEL_NOISE, Document, DocumentStream, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine
-from rlp.layout import ThoughtFormat
+from rlp.layout import ThoughtFormat, tree
 from rlp.model import Policy
 from rlp.monitor import thought_lengths
 from rlp.objective import log_evidence
@@ -128,7 +128,7 @@ def _evaluate_documents(arrange: Callable, documents: list[Document], positions:
     policy = engine.policy
     with engine.generation():
         rollout = sample_thoughts(policy, documents, positions, form, NoiseKey(PANEL_SEED, 0, PANEL_NOISE), group_size=config.evaluation.thoughts_per_position,
-                                  max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, agree=engine.agree)
+                                  max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, shared=arrange is tree, agree=engine.agree)
     layout = arrange(documents, positions, rollout.thoughts, form, lm=False, no_think=True, device=policy.device)
     scores, greedy = score(policy, layout), greedy_targets(policy, layout)
     group = {"g": config.evaluation.thoughts_per_position}

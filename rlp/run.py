@@ -60,7 +60,7 @@ class Run:
         self.inputs = Inputs(config, self._warn)
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         layout, why = choose_layout(config, self.inputs.architecture)
-        self.arrange = {"repeated": repeated, "tree": tree}[layout]
+        self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
         try:
             self._build_model()

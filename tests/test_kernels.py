@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 import rlp_kernels
 import torch
-from rlp_kernels import MAX_PLAIN_BYTES, choose_form, chunked, reference, token_argmax, token_entropy, token_logprobs
+from rlp_kernels import (
+    CUDA_FORMS,
+    FORMS,
+    MAX_PLAIN_BYTES,
+    choose_form,
+    chunked,
+    paired_logprobs,
+    reference,
+    token_argmax,
+    token_entropy,
+    token_logprobs,
+    token_logprobs_with_grad,
+)
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -271,6 +283,133 @@ def test_auto_is_plain_while_the_logits_are_small_and_chunked_beyond():
     assert torch.equal(auto, token_logprobs(hidden, head, target, **rows, form="plain"))
 
 
+@pytest.mark.parametrize("row_tile, vocabulary_tile", TILES)
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("wants_head", [True, False])
+def test_the_gradient_in_the_forward_is_that_of_autograd(softcap, row_tile, vocabulary_tile, wants_head):
+    """Both forms; the coefficients have both signs."""
+    hidden, head, target, rows = make_inputs()
+    settings = rows | {"softcap": softcap}
+    expected = value_and_grads(reference.token_logprobs, hidden, head, target, **settings)
+    coefficient = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64)
+    tiles = {"row_tile": row_tile, "vocabulary_tile": vocabulary_tile}
+    arguments = (hidden, head, target, coefficient)
+    plain = token_logprobs_with_grad(*arguments, **settings, wants_head=wants_head, form="plain")
+    tiled = chunked.token_logprobs_with_grad(*arguments, **settings, wants_head=wants_head, **tiles)
+    for ours in (plain, tiled):
+        assert (ours[2] is not None) == wants_head and not ours[0].requires_grad
+        assert_close(ours[: 2 + wants_head], expected[: 2 + wants_head])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_in_the_forward_errs_at_most_twice_as_much_as_plain(dtype):
+    hidden, head, target, rows = make_inputs(num_rows=65, vocabulary=3001, width=48, dtype=dtype)
+    wide = (hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_())
+    truth = value_and_grads(reference.token_logprobs, *wide, target, **rows)
+    plain = value_and_grads(reference.token_logprobs, hidden, head, target, **rows)
+    coefficient = torch.linspace(-1.0, 1.0, 65)
+    tiled = chunked.token_logprobs_with_grad(hidden, head, target, coefficient, **rows, row_tile=32, vocabulary_tile=512)
+    for name, t, p, c in zip(("logprob", "hidden grad", "head grad"), truth, plain, tiled, strict=True):
+        assert c.dtype == p.dtype
+        allowed = 2 * (p.double() - t).abs().max() + torch.finfo(p.dtype).eps * t.abs().max()
+        assert (c.double() - t).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("wants_head, units", [(True, 6), (False, 4)])
+def test_the_gradient_in_the_forward_makes_the_logits_once(wants_head, units):
+    """6 N V D operations with both gradients; forward and backward passes take 8."""
+    hidden, head, target, rows = make_inputs()
+    coefficient = torch.ones(10, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        chunked.token_logprobs_with_grad(
+            hidden, head, target, coefficient, **rows, wants_head=wants_head, row_tile=4, vocabulary_tile=5
+        )
+    assert counter.get_total_flops() == units * 10 * 23 * 6
+
+
+def test_kept_logits_fit_their_budget_in_multiples_of_a_tile():
+    assert chunked.kept_rows(151_936) == 3456
+    assert 3456 * 151_936 * 4 <= chunked.MAX_KEPT_BYTES < (3456 + 128) * 151_936 * 4
+    assert chunked.kept_rows(151_936, max_bytes=2 * 151_936 * 4) == 2
+    assert chunked.kept_rows(151_936, max_bytes=1) == 1
+
+
+@pytest.mark.parametrize("form", ["plain", "chunked"])
+def test_paired_logprobs_are_both_models_rows_and_the_reward_their_difference(form):
+    """Thoughts of a position lie side by side: row 3 m + g is thought g of position m."""
+    policy_hidden, policy_head, _, _ = make_inputs(num_rows=12)
+    teacher_hidden, teacher_head, target, rows = make_inputs(num_rows=4, seed=1)
+    excluded = rows["excluded"]
+    pair = (policy_hidden, policy_head, teacher_hidden, teacher_head, target)
+    reasoned, baseline, reward = paired_logprobs(*pair, group_size=3, excluded=excluded, form=form)
+    one = torch.ones(4)
+    for thought in range(3):
+        alone = token_logprobs(policy_hidden[thought::3], policy_head, target, inverse_temperature=one, excluded=excluded)
+        assert_close(reasoned[:, thought], alone.detach())
+    alone = token_logprobs(teacher_hidden, teacher_head, target, inverse_temperature=one, excluded=excluded)
+    assert_close(baseline, alone.detach())
+    assert torch.equal(reward, reasoned - baseline[:, None]) and not reward.requires_grad
+
+
+def test_pairs_that_do_not_match_are_refused():
+    policy_hidden, policy_head, _, _ = make_inputs(num_rows=12)
+    teacher_hidden, teacher_head, target, rows = make_inputs(num_rows=4)
+    pair = (policy_hidden, policy_head, teacher_hidden, teacher_head, target)
+    with pytest.raises(ValueError, match=r"policy_hidden must be \[M \* group_size, D\] = \[8, 6\].*got \[12, 6\]"):
+        paired_logprobs(*pair, group_size=2, excluded=rows["excluded"])
+    with pytest.raises(ValueError, match="policy and teacher must share a dtype"):
+        paired_logprobs(policy_hidden.float(), policy_head.float(), *pair[2:], group_size=3, excluded=rows["excluded"])
+    with pytest.raises(ValueError, match="form must be one of auto, plain, chunked, triton, got 'folded'"):
+        paired_logprobs(*pair, group_size=3, excluded=rows["excluded"], form="folded")
+
+
+def test_a_coefficient_that_is_not_one_per_row_is_refused():
+    hidden, head, target, rows = make_inputs(dtype=torch.float32)
+    for coefficient in (torch.ones(9), torch.ones(10, dtype=torch.float64), torch.ones(10, 1)):
+        with pytest.raises(ValueError, match=r"coefficient must be \[10\] torch.float32"):
+            token_logprobs_with_grad(hidden, head, target, coefficient, **rows)
+
+
+def test_on_a_gpu_auto_takes_the_table_and_on_a_cpu_never_triton():
+    """Exact dtypes have no tensor cores to gain from, and stay chunked."""
+    assert [form for _, form in CUDA_FORMS] == ["folded", "triton"] and CUDA_FORMS[-1][0] == 0
+    assert set(FORMS) == {"plain", "chunked", "triton", "folded"}
+    shape = {"vocabulary": 151_936, "width": 2048}
+    for num_rows in (1, 2047, 2048, 65_536):
+        on_gpu = choose_form(num_rows, **shape, dtype=torch.bfloat16, device="cuda")
+        assert on_gpu == ("folded" if num_rows >= 2048 else "triton")
+        assert choose_form(num_rows, **shape, dtype=torch.bfloat16) == "chunked"
+    assert choose_form(65_536, **shape, dtype=torch.float32, device="cuda") == "chunked"
+    assert choose_form(4, 64, width=8, dtype=torch.bfloat16, device="cuda") == "plain"
+
+
+@pytest.mark.parametrize("form", ["triton", "folded"])
+def test_a_form_of_triton_without_triton_says_what_to_write(form, monkeypatch):
+    for module in ("rlp_kernels.triton_form", "rlp_kernels.folded"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    hidden, head, target, rows = make_inputs(dtype=torch.float32)
+    with pytest.raises(ImportError, match="pip install triton, or write form='chunked'"):
+        token_logprobs(hidden, head, target, **rows, form=form)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets, and takes CPU tensors")
+@pytest.mark.parametrize("form", ["triton", "folded"])
+def test_a_form_of_triton_refuses_cpu_tensors_unless_it_interprets(form):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    hidden, head, target, rows = make_inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="runs on CUDA tensors, and hidden is on cpu: write form='chunked'"):
+        token_logprobs(hidden, head, target, **rows, form=form)
+
+
+def test_importing_the_package_imports_no_triton():
+    """It costs a second, and a CPU never takes its forms."""
+    code = "import sys, rlp_kernels; print('triton' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(rlp_kernels.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def refused(match, **changes):
     hidden, head, target, rows = make_inputs(dtype=torch.float32)
     arguments = {"hidden": hidden, "head": head, "target": target} | rows | changes
@@ -305,7 +444,7 @@ def test_wrong_shapes_and_dtypes_are_refused_by_name():
     refused(r"excluded must be \[10\] torch.int64", excluded=torch.full((10,), -1, dtype=torch.int32))
     refused(r"inverse_temperature must be \[10\] torch.float32", inverse_temperature=torch.ones(10).bfloat16())
     refused("softcap must be positive", softcap=-30.0)
-    refused("form must be one of auto, plain, chunked, got 'triton'", form="triton")
+    refused("form must be one of auto, plain, chunked, triton, folded, got 'fused'", form="fused")
 
 
 PEAK_MEMORY = """

@@ -12,6 +12,7 @@ from rlp.config import ConfigError
 from rlp.data import Document, Positions
 from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
 from rlp.model import Markers, Policy
+from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.scoring import Scores, score
 
 CPU = torch.device("cpu")
@@ -148,3 +149,33 @@ def test_two_merged_parts_are_one_attention_on_a_gpu(dtype, tolerance):
     measured = [out, *torch.autograd.grad((out * weight.to(out)).sum(), on_gpu)]
     for ours, theirs in zip(measured, truth):
         assert (ours.double().cpu() - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
+@pytest.mark.parametrize("instruction,open_marker,close_marker,rows", [((), (2,), (3,), 128), ((7, 8, 9), (2, 4), (5, 6), 12)])
+def test_shared_keys_sample_the_thoughts_of_forked_caches(name, instruction, open_marker, close_marker, rows):
+    """Same tokens, ends and truncation for the same noise; log-probabilities and entropies to float32 rounding.
+
+    Thoughts end at different lengths, so that branches are dropped on the way.
+    """
+    documents, positions, _, _ = material(seed=1)
+    form = ThoughtFormat(Markers(open_marker, close_marker), instruction, None, 1.0, 1.0, 1)
+    policy = tiny_policy(name, markers=form.markers)
+    policy.lm.set_attn_implementation(attention.register("sdpa"))
+    forked, shared = (sample_thoughts(policy, documents, positions, form, NoiseKey(0, 1), group_size=4, max_thought_tokens=20, rows=rows, shared=shared) for shared in (False, True))
+    assert len(close_marker) > 1 or len(set(forked.thoughts.mask.sum(dim=2).flatten().tolist())) > 5
+    assert torch.equal(forked.thoughts.tokens, shared.thoughts.tokens)
+    assert torch.equal(forked.thoughts.mask, shared.thoughts.mask)
+    assert torch.equal(forked.thoughts.truncated, shared.thoughts.truncated)
+    torch.testing.assert_close(shared.thoughts.behavior_logprob, forked.thoughts.behavior_logprob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shared.thoughts.entropy, forked.thoughts.entropy, rtol=0, atol=1e-4)
+
+
+def test_shared_keys_run_each_document_once():
+    """Nine positions of three documents: three trunks, up to each one's last position, and a marker for each position."""
+    documents, positions, _, form = material()
+    policy = tiny_policy()
+    policy.lm.set_attn_implementation(attention.register("sdpa"))
+    work = sample_thoughts(policy, documents, positions, form, NoiseKey(0, 1), group_size=4, max_thought_tokens=3, rows=128, shared=True).prefill_work
+    last = [int(positions.position[positions.document == d].max()) for d in range(3)]
+    assert work.tokens == sum(last) + len(positions.position)

@@ -92,12 +92,16 @@ class _TokenLogprobs(torch.autograd.Function):
         maximum = hidden.new_full((num_rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
         total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
         buffer = _tile_buffer(hidden, head, row_tile, vocabulary_tile)
+        # Sliced once: a tile is 43 us of work for an H200 at 790 TFLOP/s, and slices in the loop would take Python as long.
+        row_parts = [
+            (hidden[rows], every_row.of(rows), maximum[rows], total[rows], target_logit[rows])
+            for rows in chunked.tiles(num_rows, row_tile)
+        ]
         with torch.cuda.device_of(hidden):
             for columns in chunked.tiles(head.shape[0], vocabulary_tile):
-                for rows in chunked.tiles(num_rows, row_tile):
-                    product = _product(hidden[rows], head[columns], buffer)
-                    softmax = (maximum[rows], total[rows], target_logit[rows])
-                    _fold(product, every_row.of(rows), columns, *softmax)
+                head_tile = head[columns]
+                for row_hidden, rows, *softmax in row_parts:
+                    _fold(_product(row_hidden, head_tile, buffer), rows, columns, *softmax)
         log_total = total.log_()
         ctx.save_for_backward(hidden, head, target, inverse_temperature, excluded, maximum, log_total)
         ctx.softcap, ctx.row_tile, ctx.vocabulary_tile, ctx.head_shape = softcap, row_tile, vocabulary_tile, head.shape
