@@ -32,7 +32,8 @@ CASES = (
     else [pytest.param("cuda", shape, marks=[pytest.mark.gpu, ON_A_GPU]) for shape in (SMALL, LARGE)]
 )
 every_case = pytest.mark.parametrize("device, shape", CASES)
-every_device = pytest.mark.parametrize("device", [case[0] for case in CASES] if INTERPRETED else [pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])]
+every_device = pytest.mark.parametrize("device", DEVICES)
 
 # Small tiles, so that small inputs have several of everything: 3 parts of the vocabulary with 2 tiles each, 2 tiles of rows.
 SIZES = triton_form.Tiles(rows=32, columns=64, depth=32, warps=4, stages=2)
@@ -200,6 +201,22 @@ def test_a_frozen_input_gets_no_gradient_and_leaves_the_other_unchanged(device, 
     trained = "head" if frozen == "hidden" else "hidden"
     assert inputs[frozen].grad is None
     assert torch.equal(inputs[trained].grad, {"hidden": hidden_grad, "head": head_grad}[trained])
+
+
+@every_device
+@pytest.mark.parametrize("name", ["triton", "folded", "triton, gradient in forward"])
+def test_small_upstream_gradients_lose_no_digit(device, name):
+    """A mean over a million thought tokens scales them by 2^-20; bf16 has the exponents for that, fp16 would not."""
+    hidden, head, target, rows = make_inputs(device, (5, 90, 16), torch.bfloat16)
+    if name == "triton, gradient in forward":
+        blocks = PARTS | BLOCKS if device == "cpu" else {}
+        grads = [triton_form.token_logprobs_with_grad(hidden, head, target, coefficients(hidden) * scale, **rows, **blocks)[1:] for scale in (1.0, 2.0**-20)]
+    else:
+        inputs = (hidden.requires_grad_(), head.requires_grad_())
+        logprob = twin(name, device)(*inputs, target, **rows)
+        grads = [torch.autograd.grad(logprob, inputs, coefficients(hidden) * scale, retain_graph=True) for scale in (1.0, 2.0**-20)]
+    for large, small in zip(*grads, strict=True):
+        assert torch.equal(small * 2.0**20, large)
 
 
 @every_device

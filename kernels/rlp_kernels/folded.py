@@ -52,7 +52,9 @@ def token_logprobs(
     check_device("folded", hidden)
     if hidden.is_cuda and hidden.dtype != torch.float32:
         refuse_narrow_product(hidden.device, hidden.dtype)
-    return _TokenLogprobs.apply(hidden, head, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile)
+    return _TokenLogprobs.apply(
+        hidden, head, target, inverse_temperature, excluded, float(softcap), row_tile, vocabulary_tile
+    )
 
 
 @cache

@@ -99,7 +99,7 @@ def token_logprobs(
     """
     check_device("triton", hidden)
     return _TokenLogprobs.apply(
-        hidden, head, target, inverse_temperature, excluded, softcap, sizes, split_words, row_tile, vocabulary_tile
+        hidden, head, target, inverse_temperature, excluded, float(softcap), sizes, split_words, row_tile, vocabulary_tile
     )
 
 
@@ -125,7 +125,7 @@ def token_logprobs_with_grad(
     the vocabulary stores hidden . head^T, float32, for `row_tile` rows at a time.
     """
     check_device("triton", hidden)
-    every_row = Rows(target, inverse_temperature, excluded, softcap)
+    every_row = Rows(target, inverse_temperature, excluded, float(softcap))
     dtype = product_dtype(hidden.dtype)
 
     def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
