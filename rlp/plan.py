@@ -4,10 +4,15 @@ Arithmetic only: nothing is allocated and no weight is read. Documents are taken
 `data.max_document_tokens`, thoughts at `thought.max_thought_tokens` and every position at the end of
 its document, so each figure is an upper bound for the step it describes. Evaluation is not counted.
 
+Both layouts are planned (`rlp.layout`). A thought is cut in two: its context, C = I + P - H tokens, and what is its
+own, T = O + L + E + H - 1 tokens: open marker, thought, forced close marker, all targets but the last. In `repeated`
+every thought is a row of C + T tokens; in `tree` the context is run once for all thoughts of a document.
+
 Letters
     n  parameters;  W  ranks (one device each);  c  bytes of a number in the compute dtype (2 or 4)
-    B  documents per step;  K  positions per document;  G  thoughts per position
-    P  document tokens;  L  thought tokens;  H  target tokens;  F  tokens of the thought format
+    B  documents per step;  K  positions per document;  G  thoughts per position;  N = B K G;  g  of each group in one forward
+    P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker, close marker, instruction
+    C  context tokens of a thought;  T  its own tokens
 """
 
 import shutil
@@ -22,8 +27,6 @@ from rlp.ledger import NORM_COPIES, ModelShapes, causal_pairs, forward_flops
 from rlp.model import compute_dtype
 
 GB = 1e9
-FORMAT_TOKENS = 2
-"""F: an open and a close marker of one token each, as in Qwen3, and no instruction."""
 LOGITS_TILE_BYTES = 5 * 1024 * 4096 * 4
 """The head's backward pass holds five float32 tiles of 1024 rows x 4096 words (rlp_kernels.chunked)."""
 SAMPLING_BYTES_PER_LOGIT = 32
@@ -35,6 +38,18 @@ LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: what stage 3 may hold gathered while it runs layers."""
 USABLE_FRACTION = 0.94
 """The rest of a device goes to the CUDA context, NCCL and the allocator's gaps. Ours, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormatTokens:
+    """Tokens of the thought format; the values here are those of Qwen3 without an instruction."""
+
+    open: int = 1
+    """O."""
+    close: int = 1
+    """E."""
+    instruction: int = 0
+    """I."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,8 @@ class Plan:
     world_size: int
     zero_stage: int
     dtype: str
+    layout: str
+    """`repeated` or `tree`."""
     activation_checkpointing: bool
     memory: tuple[MemoryPart, ...]
     other_activation_bytes: int
@@ -98,32 +115,32 @@ def fits(plan: Plan, device_bytes: int) -> bool:
     return plan.peak_bytes <= USABLE_FRACTION * device_bytes
 
 
-def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, format_tokens: int = FORMAT_TOKENS) -> Plan:
+def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, layout: str, form: FormatTokens = FormatTokens()) -> Plan:
     """Add up a run.
 
     Args:
         shapes: of the model (`model_shapes`).
         ranks_world_size: W.
         device_bytes: memory of one GPU; None plans for a CPU, where `engine.dtype: auto` is float32.
-        format_tokens: F, tokens of the two markers and of the instruction.
+        layout: `repeated` or `tree` (`choose_layout`).
 
     Raises:
         ConfigError: documents are too short for the positions asked for.
     """
     dtype = compute_dtype(config, torch.device("cpu" if device_bytes is None else "cuda"))
     number_bytes = dtype.itemsize
-    sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
-    activations = [activation_bytes(shapes, sizes.micro_batch_rows * sizes.row_tokens, number_bytes, checkpointing) for checkpointing in (False, True)]
+    sizes = _StepSizes.of(config, ranks_world_size, form)
+    activations = [activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing) for checkpointing in (False, True)]
     checkpointing = config.engine.activation_checkpointing
     state, host_bytes = _state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
-    phase_flops = step_flops(config, shapes, format_tokens=format_tokens)
+    phase_flops = step_flops(config, shapes, ranks_world_size, layout=layout, form=form)
     step_input = config.optim.batch_size * config.data.max_document_tokens
     step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
     steps = _steps(config, step_input, sum(phase_flops.values()))
     one_checkpoint = checkpoint_bytes(config, shapes.parameters)
     return Plan(
-        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), activation_checkpointing=checkpointing,
-        memory=(*state, *_sampling_parts(config, shapes, sizes, number_bytes), *_update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])),
+        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), layout=layout, activation_checkpointing=checkpointing,
+        memory=(*state, *_sampling_parts(config, shapes, sizes, layout, number_bytes), *_update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])),
         other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes,
         phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, steps=steps, paper_flops=steps * (step_thoughts + step_input),
         checkpoint_bytes=one_checkpoint, disk_bytes=one_checkpoint * (config.checkpoint.keep + 1), disk_free_bytes=_disk_free(Path(config.run.dir)))
@@ -131,41 +148,110 @@ def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_
 
 @dataclass(frozen=True, slots=True)
 class _StepSizes:
-    """How large the pieces of one step are."""
+    """How large the pieces of one step are, whatever the layout."""
 
-    positions: int
-    """B K, over all ranks; 0 where the run does not think."""
-    thoughts: int
-    """B K G, over all ranks."""
-    prefix_tokens: int
-    """The longest prefix with its format: document[: P - H], open marker, instruction. The close marker is among F
-    too, so the cache of a thought is this and L, and one more token than is ever run."""
-    row_tokens: int
-    """The longest row of the update: prefix, thought and all targets but the last; or a whole document."""
-    micro_batch_rows: int
-    """Rows of one forward pass: the thoughts of the micro-batch's documents, and the documents for the LM loss."""
-    micro_batch_queries: int
-    """Rows of the LM head in that pass."""
-    sampling_rows: int
-    """Thoughts decoded side by side on one rank: whole groups."""
+    documents: int
+    """B, over all ranks."""
+    document_tokens: int
+    """P."""
+    thought_tokens: int
+    """L."""
+    horizon: int
+    """H."""
+    form: FormatTokens
+    per_document: int
+    """K; 0 where the run does not think."""
+    group_size: int
+    """G."""
+    thoughts_per_forward: int
+    """g, at most G."""
+    lm: bool
+    """Whether the first forward pass of a micro-batch has its documents in it, for the LM loss."""
+    micro_batch_documents: int
+    """Documents of one forward pass on one rank."""
+    sampling_positions: int
+    """Groups decoded side by side on one rank."""
+    sampled_documents: tuple[int, ...]
+    """On one rank: how many documents each such block of positions belongs to."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, format_tokens: int) -> "_StepSizes":
-        per_rank = _ceil_div(config.optim.batch_size, world_size)
-        documents = min(config.optim.micro_batch_size, per_rank)
-        document, thought, horizon = config.data.max_document_tokens, config.thought.max_thought_tokens, config.target.horizon
-        lm = config.objective.lm_weight > 0
-        if not config.objective.thinks:
-            return cls(0, 0, 0, document, documents, documents * (document - 1), 0)
-        group, per_document = config.thought.group_size, positions_per_document(config)
-        prefix = document - horizon + format_tokens
-        groups_at_once = min(max(1, config.thought.sampling_rows // group), per_rank * per_document)
+    def of(cls, config: Config, world_size: int, form: FormatTokens) -> "_StepSizes":
+        group = config.thought.group_size
+        documents = _ceil_div(config.optim.batch_size, world_size)
+        per_document = positions_per_document(config) if config.objective.thinks else 0
+        at_once = min(max(1, config.thought.sampling_rows // group), documents * per_document)
         return cls(
-            positions=config.optim.batch_size * per_document, thoughts=config.optim.batch_size * per_document * group,
-            prefix_tokens=prefix, row_tokens=prefix + thought + horizon - 1,
-            micro_batch_rows=documents * (per_document * group + lm),
-            micro_batch_queries=documents * (per_document * group * (thought + horizon) + lm * (document - 1 + per_document * (horizon + 1))),
-            sampling_rows=groups_at_once * group)
+            documents=config.optim.batch_size, document_tokens=config.data.max_document_tokens, thought_tokens=config.thought.max_thought_tokens,
+            horizon=config.target.horizon, form=form, per_document=per_document, group_size=group,
+            thoughts_per_forward=min(config.optim.thoughts_per_forward or group, group), lm=config.objective.lm_weight > 0,
+            micro_batch_documents=min(config.optim.micro_batch_size, documents), sampling_positions=at_once,
+            sampled_documents=_documents_of_blocks(documents * per_document, per_document, at_once))
+
+    @property
+    def positions(self) -> int:
+        """B K, over all ranks."""
+        return self.documents * self.per_document
+
+    @property
+    def thoughts(self) -> int:
+        """N = B K G, over all ranks."""
+        return self.positions * self.group_size
+
+    @property
+    def context_tokens(self) -> int:
+        """C = I + P - H, what a thought stands behind."""
+        return self.form.instruction + self.document_tokens - self.horizon
+
+    @property
+    def branch_tokens(self) -> int:
+        """T = O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted and never read."""
+        return self.form.open + self.thought_tokens + self.form.close + self.horizon - 1
+
+    @property
+    def decoded_tokens(self) -> int:
+        """O + L - 1, what a thought adds to it while sampling: its last token is drawn and not run."""
+        return self.form.open + self.thought_tokens - 1
+
+    @property
+    def document_queries(self) -> int:
+        """Rows of the LM head in the pass of the LM loss: P - 1, and beside thoughts H targets and an open marker per position."""
+        return self.document_tokens - 1 + self.per_document * (self.horizon + 1)
+
+    @property
+    def slices(self) -> int:
+        """Forward passes that a group takes."""
+        return _ceil_div(self.group_size, self.thoughts_per_forward)
+
+
+def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple[int, ...]:
+    """Positions, document by document, in blocks: how many documents each block belongs to."""
+    return tuple((min(start + block, positions) - 1) // per_document - start // per_document + 1 for start in range(0, positions, max(1, block)))
+
+
+def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
+    """Token positions of the largest forward pass of the update on one rank, padding included, per document of the micro-batch:
+
+        repeated    K g rows, and one for the LM loss, all padded to the longest, C + T
+        tree        K g branches of T, and the trunk: the document where the LM loss runs it, else the context; with an
+                    instruction these are two trunks
+    """
+    branches = sizes.per_document * sizes.thoughts_per_forward
+    if layout == "repeated":
+        row = sizes.context_tokens + sizes.branch_tokens if branches else sizes.document_tokens
+        return sizes.micro_batch_documents * (branches + sizes.lm) * row
+    trunks = sizes.lm * sizes.document_tokens + (_context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens if branches else 0)
+    return sizes.micro_batch_documents * (trunks + branches * sizes.branch_tokens)
+
+
+def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
+    """Trunks that a document's thoughts need beside the one of the LM loss: none where they can share it."""
+    return 0 if lm and sizes.form.instruction == 0 else 1
+
+
+def _forward_queries(sizes: _StepSizes) -> int:
+    """Rows of the LM head in that pass: L + H per thought, and those of the LM loss."""
+    thoughts = sizes.per_document * sizes.thoughts_per_forward
+    return sizes.micro_batch_documents * (thoughts * (sizes.thought_tokens + sizes.horizon) + sizes.lm * sizes.document_queries)
 
 
 def positions_per_document(config: Config) -> int:
@@ -219,6 +305,18 @@ def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) 
     return rows * (tokens * shapes.key_value_elements * number_bytes + shapes.state_elements * 4)
 
 
+def shared_cache_bytes(shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int) -> int:
+    """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside them, in the compute dtype.
+
+        trunk_tokens + 1.5 branches x room(branch_tokens)
+
+    The room of a branch doubles from 16 places until its tokens fit. The half: when half of the thoughts have ended, the
+    keys of the others are copied, for all layers, before the old ones are freed.
+    """
+    room = max(16, 1 << (branch_tokens - 1).bit_length())
+    return (trunk_tokens + branches * room + branches // 2 * room) * shapes.key_value_elements * number_bytes
+
+
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """Float32 master weights, two moments, and the EMA where there is one: 12 or 16 bytes per parameter."""
     return parameters * (16 if config.baseline.kind == "ema" else 12)
@@ -246,23 +344,27 @@ def _gathered_bytes(config: Config, parameters: int, number_bytes: int) -> int:
     return min(parameters, LIVE_ELEMENTS) * number_bytes if config.engine.zero_stage == 3 else 0
 
 
-def _sampling_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, number_bytes: int) -> list[MemoryPart]:
+def _sampling_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int) -> list[MemoryPart]:
     if not config.objective.thinks:
         return []
     gathered = _gathered_bytes(config, shapes.parameters, number_bytes)
     if config.engine.zero_stage == 3 and config.engine.generation == "gathered":
         gathered = shapes.parameters * number_bytes
-    tokens = sizes.prefix_tokens + config.thought.max_thought_tokens
+    rows = sizes.sampling_positions * sizes.group_size
+    if layout == "repeated":
+        cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
+    else:
+        cache = shared_cache_bytes(shapes, max(sizes.sampled_documents) * sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes)
     return [
         MemoryPart("gathered weights", gathered, "sampling"),
-        MemoryPart("keys, values and states", cache_bytes(shapes, sizes.sampling_rows, tokens, number_bytes), "sampling"),
-        MemoryPart("next-token softmax", sizes.sampling_rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT, "sampling"),
+        MemoryPart("keys, values and states", cache, "sampling"),
+        MemoryPart("next-token softmax", rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT, "sampling"),
     ]
 
 
 def _update_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, number_bytes: int, activations: int) -> list[MemoryPart]:
     # Queried hidden states with their float32 gradient, the gradient of the head, and the tiles.
-    head = sizes.micro_batch_queries * shapes.width * (number_bytes + 4) + shapes.vocabulary * shapes.width * number_bytes + LOGITS_TILE_BYTES
+    head = _forward_queries(sizes) * shapes.width * (number_bytes + 4) + shapes.vocabulary * shapes.width * number_bytes + LOGITS_TILE_BYTES
     return [
         MemoryPart("gathered layers", _gathered_bytes(config, shapes.parameters, number_bytes), "update"),
         MemoryPart("activations", activations, "update"),
@@ -270,36 +372,77 @@ def _update_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, number
     ]
 
 
-def step_flops(config: Config, shapes: ModelShapes, *, format_tokens: int = FORMAT_TOKENS) -> dict[str, float]:
+def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, layout: str, form: FormatTokens = FormatTokens()) -> dict[str, float]:
     """FLOPs of one step by ledger phase, over all ranks, as the ledger counts them.
 
-    `score` is the document pass that the selectors entropy and surprisal need: the targets after the
-    thoughts are read off the update's own forward pass and cost the head rows counted there. `teacher`
-    is one document pass for all positions, on the steps that score the baseline, and with a KL term
-    one pass of the starting checkpoint over the thoughts.
+    `score` is the document pass that the selectors entropy and surprisal need, and for groups in slices
+    (`optim.thoughts_per_forward`) one pass over the thoughts ahead of the update: the targets after whole groups are
+    read off the update's own forward pass and cost the head rows counted there. `teacher` is one document pass for
+    all positions, on the steps that score the baseline, and with a KL term one pass of the starting checkpoint over all
+    that the update runs. `train` and `lm` are a forward and a backward pass for each update with the same thoughts.
     """
-    sizes = _StepSizes.of(config, 1, format_tokens)
-    documents, document = config.optim.batch_size, config.data.max_document_tokens
-    thought, horizon = config.thought.max_thought_tokens, config.target.horizon
-    rows = _rows(sizes.thoughts, sizes.row_tokens, head_rows=sizes.thoughts * (thought + horizon))
-    # A thought's last token is sampled and not run.
-    run = thought - 1
-    decode = Work(tokens=sizes.thoughts * run, pairs=sizes.thoughts * causal_pairs(run, sizes.prefix_tokens - 1), head_rows=sizes.thoughts * run)
-    selects = config.objective.thinks and config.position.selector in ("entropy", "surprisal")
-    baseline = config.objective.thinks and config.baseline.kind != "none"
-    no_think = _rows(documents, document, head_rows=sizes.positions * (horizon + 1))
-    document_pass = _rows(documents, document, head_rows=documents * (document - 1))
-    # Beside a thought, the LM loss's own pass also gives the policy's no-think log-probabilities.
-    lm_pass = document_pass + Work(head_rows=no_think.head_rows)
+    sizes = _StepSizes.of(config, ranks_world_size, form)
+    thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
+    selects = thinks and config.position.selector in ("entropy", "surprisal")
+    document_pass = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * (sizes.document_tokens - 1))
+    no_think = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.positions * (sizes.horizon + 1))
+    baseline = forward_flops(shapes, no_think) / config.baseline.every_n_steps if thinks and config.baseline.kind != "none" else 0.0
+    ahead = forward_flops(shapes, _thought_work(sizes, layout, lm=False)) if sizes.slices > 1 else 0.0
+    update = {"train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)), "lm": forward_flops(shapes, _document_work(sizes, layout))}
     return {
-        "prefill": forward_flops(shapes, _rows(sizes.positions, sizes.prefix_tokens - 1, head_rows=sizes.positions)),
-        "decode": forward_flops(shapes, decode),
-        "score": forward_flops(shapes, document_pass) if selects else 0.0,
-        "teacher": (forward_flops(shapes, no_think) / config.baseline.every_n_steps if baseline else 0.0)
-                   + (forward_flops(shapes, rows) if config.objective.kl_weight > 0 else 0.0),
-        "train": 3 * forward_flops(shapes, rows) if config.objective.thinks else 0.0,
-        "lm": 3 * forward_flops(shapes, lm_pass) if config.objective.lm_weight > 0 else 0.0,
+        "prefill": forward_flops(shapes, _prefill_work(sizes, layout, ranks_world_size)),
+        "decode": forward_flops(shapes, _decode_work(sizes)),
+        "score": (forward_flops(shapes, document_pass) if selects else 0.0) + ahead,
+        "teacher": baseline + (updates * sum(update.values()) if config.objective.kl_weight > 0 else 0.0),
+        **{phase: 3 * updates * flops for phase, flops in update.items()},
     }
+
+
+def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
+    """What runs before the first token of a thought is drawn:
+
+        repeated    each position's prefix, C + O tokens
+        tree        the context of each document, once for the positions of it that are sampled side by side, and the
+                    open marker in every branch
+    """
+    if layout == "repeated":
+        return _rows(sizes.positions, sizes.context_tokens + sizes.form.open, head_rows=sizes.positions)
+    markers = sizes.thoughts * sizes.form.open
+    return _rows(world_size * sum(sizes.sampled_documents), sizes.context_tokens, head_rows=0) + Work(
+        tokens=markers, pairs=sizes.thoughts * causal_pairs(sizes.form.open, sizes.context_tokens), head_rows=markers)
+
+
+def _decode_work(sizes: _StepSizes) -> Work:
+    """Each token of a thought but the last, behind its prefix."""
+    run = sizes.thoughts * (sizes.thought_tokens - 1)
+    return Work(tokens=run, pairs=sizes.thoughts * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.form.open), head_rows=run)
+
+
+def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
+    """One forward over all thoughts.
+
+        repeated    N rows of C + T tokens
+        tree        N branches of T that see C tokens before them, and the context of each document in every slice of its
+                    groups; with the LM loss (`lm`) the trunks of the first slice belong to that
+    """
+    head_rows = sizes.thoughts * (sizes.thought_tokens + sizes.horizon)
+    if layout == "repeated":
+        return _rows(sizes.thoughts, sizes.context_tokens + sizes.branch_tokens, head_rows=head_rows)
+    trunks = sizes.documents * (sizes.slices - lm) if sizes.per_document else 0
+    branches = Work(tokens=sizes.thoughts * sizes.branch_tokens, pairs=sizes.thoughts * causal_pairs(sizes.branch_tokens, sizes.context_tokens), head_rows=head_rows)
+    return branches + _rows(trunks, sizes.context_tokens, head_rows=0)
+
+
+def _document_work(sizes: _StepSizes, layout: str) -> Work:
+    """One forward of the LM loss: the documents, where there is such a loss, and in a tree with an instruction their contexts.
+
+    Beside thoughts this pass also gives the policy's no-think log-probabilities.
+    """
+    if not sizes.lm:
+        return Work()
+    documents = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * sizes.document_queries)
+    contexts = sizes.documents * _context_trunks(sizes, lm=True) if layout == "tree" and sizes.per_document else 0
+    return documents + _rows(contexts, sizes.context_tokens, head_rows=0)
 
 
 def _rows(count: int, tokens: int, *, head_rows: int) -> Work:
@@ -322,7 +465,7 @@ def _disk_free(run_dir: Path) -> int:
 
 def render_plan(plan: Plan) -> str:
     """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
-    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, {plan.dtype})"]
+    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, {plan.dtype}, layout {plan.layout})"]
     lines += [_line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}") for part in plan.memory if part.num_bytes]
     lines += [_line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}") for when, verb in (("sampling", "sampling"), ("update", "updating"))]
     lines.append(_line("peak", f"{plan.peak_bytes / GB:.2f}"))

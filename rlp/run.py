@@ -30,7 +30,7 @@ from rlp.metrics import MetricsLog, quiet_libraries
 from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
 from rlp.monitor import Tally, length_correlation
 from rlp.objective import information_gain
-from rlp.plan import plan_run, render_plan
+from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
 from rlp.report import write_report
 from rlp.rollout import Rollout
@@ -357,12 +357,13 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
         raise ConfigError(f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this machine.")
     inputs = Inputs(config, warn=lambda text: None)
-    form_tokens = len(inputs.form.instruction) + len(inputs.markers.open) + len(inputs.markers.close)
+    form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
+    layout, _ = choose_layout(config, inputs.architecture)
     on_gpu = ranks.device.type == "cuda"
     world_size, device_bytes = ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
     if machine:
         world_size, gigabytes = map(int, machine.split("x"))
         device_bytes = gigabytes * 10 ** 9
     share_of_rank(config.optim.batch_size, 0, world_size)
-    plan = plan_run(config, inputs.shapes, world_size, device_bytes, format_tokens=form_tokens)
+    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=layout, form=form)
     return "\n\n".join([to_yaml(config), inputs.show_example(), render_plan(plan)])

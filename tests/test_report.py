@@ -80,11 +80,11 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
 
 def test_hostile_text_does_nothing_in_a_report(tmp_path):
     thoughts = [make_thought(1, 0.5, prefix_tail=HOSTILE, thought=HOSTILE, target=HOSTILE), make_thought(1, 0.1, thought="\ud800")]
-    run = make_run(tmp_path / "<b>run</b> $x_{", steps=1, thoughts=thoughts)
+    run = make_run(tmp_path / "<b>run $x_{", steps=1, thoughts=thoughts)
     page = page_of(run, out=tmp_path / "page.html")
     tags = Tags(page)
     assert not {"script", "bold"} & set(tags.tags) and not [name for name, _ in tags.attributes if name.startswith("on")]
-    assert "<b>run</b>" not in page and "<b>run</b> $x_{" in tags.text
+    assert "<b>run" not in page and "<b>run $x_{" in tags.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
     assert "{{ 7 * 7 }}" in tags.text and r"\x1b[31mred\x1b[0m" in tags.text and r"\u202e" in tags.text
 

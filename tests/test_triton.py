@@ -46,7 +46,7 @@ def test_the_kernels_are_right_when_interpreted():
     """Every test below, on the CPU."""
     path = os.pathsep.join([str(Path(rlp_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--noconftest", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
