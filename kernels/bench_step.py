@@ -143,6 +143,34 @@ class Given:
     def position_of(self, n: int) -> int:
         return n // self.thoughts.tokens.shape[1]
 
+    def at(self, device: torch.device) -> "Given":
+        """The same with the thoughts on a device, where a sampler leaves them."""
+        parts = {name: getattr(self.thoughts, name).to(device) for name in ("tokens", "mask", "behavior_logprob", "entropy", "truncated")}
+        return replace(self, thoughts=replace(self.thoughts, **parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What TRL is given: the same as lists of token ids, one for each of the N thoughts."""
+
+    document: np.ndarray
+    """[P] int64."""
+    position: np.ndarray
+    """[K] int64."""
+    position_of: list[int]
+    target: np.ndarray
+    """[N] int64."""
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    closed: list[list[int]]
+
+    @classmethod
+    def of(cls, given: Given) -> "Rows":
+        every = range(given.thoughts.truncated.numel())
+        position_of = [given.position_of(n) for n in every]
+        return cls(given.documents[0].tokens, given.positions.position, position_of, given.positions.target[position_of, 0],
+                   [given.prompt(n) for n in every], [given.completion(n) for n in every], [given.closed(n) for n in every])
+
 
 def make_given(shape: Shape, vocabulary: int) -> Given:
     """A random document, positions where K uniform draws fall on average, thoughts of L / 4 to L tokens.
@@ -244,8 +272,9 @@ class Ours:
             lm.set_attn_implementation(importlib.import_module("rlp.attention").register("sdpa"))
         self._policy, self._teacher = Policy(network.lm, FORM.markers), Policy(network.teacher, FORM.markers)
 
-    def on_policy(self, given: Given) -> Given:
+    def prepare(self, given: Given) -> Given:
         """The thoughts with the log-probabilities of the policy at hand, as if it had sampled them."""
+        given = given.at(self._policy.device)
         with torch.no_grad():
             logprob = score(self._policy, self._layout(given, given.thoughts, no_think=False)).thought
         logprob = rearrange(logprob, "(m g) l -> m g l", g=given.thoughts.tokens.shape[1])
@@ -262,7 +291,6 @@ class Ours:
         reward = information_gain(reasoned_logprob, baseline_logprob)
         advantage = group_relative_advantage(reward)
         mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
-        mask, behavior_logprob = mask.to(scores.thought.device), behavior_logprob.to(scores.thought.device)
         surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"), clip_low=CLIP, clip_high=CLIP)
         (surrogate.sum() / thoughts.truncated.numel()).backward()
         return reward.detach()
@@ -286,49 +314,51 @@ class Peer:
         self._trainer = make_trainer(network, shape, folder, micro_batch, checkpointing, self._give, self._reward)
         self._trainer.current_gradient_accumulation_steps = self._num_micro_batches
 
-    def gradient_of(self, given: Given, watch: Stopwatch) -> Tensor:
+    def prepare(self, given: Given) -> Rows:
+        """Lists of token ids, as a sampler returns them to TRL, which takes the policy at hand for the one that sampled."""
+        return Rows.of(given)
+
+    def gradient_of(self, rows: Rows, watch: Stopwatch) -> Tensor:
         """Leave the gradient in the weights; returns the rewards [M, G]."""
-        self._given, self._watch = given, watch
-        prompts = [{"prompt": str(given.position_of(n))} for n in range(given.thoughts.truncated.numel())]
+        self._rows, self._watch = rows, watch
+        prompts = [{"prompt": str(m)} for m in rows.position_of]
         # On a CPU, TRL's fused head would score the prompts too: `compact` in trl.trainer.utils.add_fused_lm_head.
         with mock.patch("trl.trainer.utils._use_triton", lambda device: True) if self._careful else nullcontext():
             for _ in range(self._num_micro_batches):
                 self._trainer.training_step(self._trainer.model, prompts, num_items_in_batch=None)
-        return rearrange(torch.tensor(self._rewards), "(m g) -> m g", g=given.thoughts.tokens.shape[1])
+        return rearrange(torch.tensor(self._rewards), "(m g) -> m g", m=len(rows.position))
 
     def _give(self, prompts: list[str], trainer: object) -> dict:
         """TRL's `rollout_func`: the given thoughts in place of sampled ones."""
-        every = range(len(prompts))
-        return {"prompt_ids": [self._given.prompt(n) for n in every], "completion_ids": [self._given.completion(n) for n in every], "logprobs": None, "index": list(every)}
+        return {"prompt_ids": self._rows.prompts, "completion_ids": self._rows.completions, "logprobs": None}
 
-    def _reward(self, completion_ids: list[list[int]], index: list[int], **_: object) -> list[float]:
+    def _reward(self, completion_ids: list[list[int]], **_: object) -> list[float]:
         """TRL's reward function: log p(target | prefix, thought) - log p_teacher(target | prefix)."""
+        assert completion_ids == self._rows.completions, "rewards are asked for in the order in which thoughts were given"
         with self._watch.part("scoring"), torch.no_grad():
-            reasoned_logprob = self._evidence(self.network.lm, [self._given.closed(n) for n in index], index)
-            self._rewards = (reasoned_logprob - self._baseline(index)).tolist()
+            self._rewards = (self._evidence(self.network.lm, self._rows.closed) - self._baseline()).tolist()
         return self._rewards
 
-    def _baseline(self, index: list[int]) -> Tensor:
+    def _baseline(self) -> Tensor:
         """[N] the teacher's log-probability of each completion's target, without the thought."""
-        given = self._given
+        rows, teacher = self._rows, self.network.teacher
         if not self._careful:
-            return self._evidence(self.network.teacher, [given.prompt(n)[: -len(FORM.markers.open)] for n in index], index)
-        document = torch.from_numpy(given.documents[0].tokens).to(self._device)
-        hidden = self.network.teacher.base_model(input_ids=document[None], use_cache=False).last_hidden_state[0, given.positions.position - 1]
-        logprob = target_logprob(self.network.teacher.lm_head(hidden), torch.from_numpy(given.positions.target[:, 0]).to(self._device))
-        return logprob[[given.position_of(n) for n in index]]
+            return self._evidence(teacher, [prompt[: -len(FORM.markers.open)] for prompt in rows.prompts])
+        document = torch.from_numpy(rows.document).to(self._device)
+        hidden = teacher.base_model(input_ids=document[None], use_cache=False).last_hidden_state[0, rows.position - 1]
+        return target_logprob(teacher.lm_head(hidden), document[rows.position])[rows.position_of]
 
-    def _evidence(self, lm: nn.Module, rows: list[list[int]], index: list[int]) -> Tensor:
-        """[N] log p(target | row), micro-batch by micro-batch."""
-        target = torch.from_numpy(self._given.positions.target[[self._given.position_of(n) for n in index], 0]).to(self._device)
-        parts = [slice(start, start + self._micro_batch) for start in range(0, len(rows), self._micro_batch)]
-        return torch.cat([target_logprob(self._last_logits(lm, rows[part]), target[part]) for part in parts])
+    def _evidence(self, lm: nn.Module, contexts: list[list[int]]) -> Tensor:
+        """[N] log p(target | context), micro-batch by micro-batch."""
+        target = torch.from_numpy(self._rows.target).to(self._device)
+        parts = [slice(start, start + self._micro_batch) for start in range(0, len(contexts), self._micro_batch)]
+        return torch.cat([target_logprob(self._last_logits(lm, contexts[part]), target[part]) for part in parts])
 
-    def _last_logits(self, lm: nn.Module, rows: list[list[int]]) -> Tensor:
-        """[R, V] the logits after each row. Causal rows padded on the right need no mask, and SDPA is faster without."""
-        width = max(len(row) for row in rows)
-        tokens = torch.tensor([row + [PAD] * (width - len(row)) for row in rows], device=self._device)
-        last = (torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows]))
+    def _last_logits(self, lm: nn.Module, contexts: list[list[int]]) -> Tensor:
+        """[R, V] the logits after each context. Causal rows padded on the right need no mask, and SDPA is faster without."""
+        width = max(len(context) for context in contexts)
+        tokens = torch.tensor([context + [PAD] * (width - len(context)) for context in contexts], device=self._device)
+        last = (torch.arange(len(contexts)), torch.tensor([len(context) - 1 for context in contexts]))
         if self._careful:
             return lm.lm_head(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[last])
         return lm(input_ids=tokens, use_cache=False).logits[last]
@@ -411,7 +441,7 @@ def log_probability_form(bench: Bench) -> str:
     return choose_form(rows, bench.config.vocab_size, width=bench.config.hidden_size, dtype=bench.dtype)
 
 
-def timed_step(contender: "Ours | Peer", given: Given, device: torch.device) -> dict[str, float]:
+def timed_step(contender: "Ours | Peer", given: Given | Rows, device: torch.device) -> dict[str, float]:
     """Seconds of the parts of one step."""
     watch = Stopwatch(device)
     with watch.part("step"):
@@ -421,16 +451,15 @@ def timed_step(contender: "Ours | Peer", given: Given, device: torch.device) -> 
 
 
 def fastest_micro_batch(bench: Bench) -> int:
-    """Of the careful peer: completions per forward, from half a group upwards until a larger one is slower or does not
+    """Of the careful peer: completions per forward, from one group upwards until a larger one is slower or does not
     fit. One step each, after a short one."""
-    group, best, best_seconds = bench.shape.group_size, 1, float("inf")
-    for size in sorted({max(1, group // 2), group, 2 * group, bench.shape.num_thoughts}):
-        if bench.shape.num_thoughts % size:
-            continue
+    # Half a group was slower than one, at 256,4,8,32 and 256,4,8,128 on a CPU core.
+    group, best, best_seconds = bench.shape.group_size, bench.shape.group_size, float("inf")
+    for size in sorted({size for size in (group, 2 * group, 4 * group, bench.shape.num_thoughts) if bench.shape.num_thoughts % size == 0}):
         peer = replace(bench, micro_batch=size).build(CAREFUL)
         try:
-            timed_step(peer, bench.tiny(), bench.device)
-            seconds = timed_step(peer, bench.given(), bench.device)["step"]
+            timed_step(peer, peer.prepare(bench.tiny()), bench.device)
+            seconds = timed_step(peer, peer.prepare(bench.given()), bench.device)["step"]
         except torch.OutOfMemoryError:
             break
         if seconds > best_seconds:
@@ -449,9 +478,7 @@ def check(bench: Bench, names: list[str]) -> tuple[float, float, dict]:
     contenders, errors = {}, []
     for name in names:
         contender = replace(bench, dtype=torch.float32).build(name)
-        if not errors:
-            given = contender.on_policy(bench.given())
-        reward = contender.gradient_of(given, Stopwatch(bench.device)).cpu().float()
+        reward = contender.gradient_of(contender.prepare(bench.given()), Stopwatch(bench.device)).cpu().float()
         gradient = contender.network.gradient()
         if not errors:
             expected_reward, expected_gradient = reward, gradient
@@ -466,13 +493,13 @@ def take_turns(bench: Bench, contenders: dict, warmups: int, repeats: int) -> di
     """Seconds by contender and part, A B A B; warm-up rounds are not kept. On a CPU only ours and the careful peer take
     every turn, the others one in `OTHERS_EVERY`."""
     ours = next(iter(contenders))
-    given = contenders[ours].on_policy(bench.given())
+    given = {name: contender.prepare(bench.given()) for name, contender in contenders.items()}
     raw = {name: {"scoring": [], "update": [], "step": []} for name in contenders}
     for turn in range(-warmups, repeats):
         for name, contender in contenders.items():
             if bench.device.type == "cpu" and name not in (ours, CAREFUL) and (turn < 0 or turn % OTHERS_EVERY):
                 continue
-            seconds = timed_step(contender, given, bench.device)
+            seconds = timed_step(contender, given[name], bench.device)
             for part, values in raw[name].items() if turn >= 0 else ():
                 values.append(seconds[part])
     return raw
@@ -482,8 +509,8 @@ def peak_bytes(bench: Bench, name: str) -> int | None:
     """Most that a step holds beyond weights, EMA and moments (its gradients are counted), in this process, which on a
     CPU should have done nothing else. None where the system can not forget its high-water mark."""
     contender = bench.build(name)
-    timed_step(contender, bench.tiny(), bench.device)
-    given = bench.given()
+    timed_step(contender, contender.prepare(bench.tiny()), bench.device)
+    given = contender.prepare(bench.given())
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -530,7 +557,9 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict | None:
     warmups = options.warmups - 1 if contenders else options.warmups
     contenders = contenders or {name: bench.build(name) for name in names}
     raw = take_turns(bench, contenders, warmups, options.repeats)
-    peak = {name: peak_bytes_alone(bench, name, options) for name in ((names[0], CAREFUL) if options.quick else [name for name in names if name != NAIVE])}
+    # Each costs a process and its imports.
+    memory_of = {names[0]} if options.quick else {names[0], "repeated", CAREFUL, CHECKPOINTED}
+    peak = {name: peak_bytes_alone(bench, name, options) for name in names if name in memory_of}
     return summary(bench, names, raw, peak, reward_error, gradient_error)
 
 
@@ -545,7 +574,7 @@ def summary(bench: Bench, names: list[str], raw: dict, peak: dict[str, int | Non
         "reward_max_rel_err": reward_error, "grad_rel_err": gradient_error,
         "speedup_vs_trl_careful": medians[CAREFUL]["step"] / medians[ours]["step"],
         "speedup_vs_trl_naive": medians[NAIVE]["step"] / medians[ours]["step"],
-        "peak_memory_ratio": peak[ours] / peak[CAREFUL] if peak[ours] and peak[CAREFUL] else None,
+        "peak_memory_ratio": peak[ours] / peak[CAREFUL] if peak[ours] and peak.get(CAREFUL) else None,
         "medians": medians, "ranges": {name: {part: [min(values), max(values)] for part, values in parts.items()} for name, parts in raw.items()},
         "peak_bytes_beyond_state": peak, "useful_flops": flops, "useful_flops_per_s": {name: flops / medians[name]["step"] for name in names},
         "mfu": {name: flops / medians[name]["step"] / top for name in names} if top else None, "raw_seconds": raw}

@@ -250,7 +250,7 @@ def refuse_other_run(saved: dict, config: dict, path: Path) -> None:
         saved, config: nested mappings of the two configs.
     """
     may_change = {"run", "budget", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
-    must_not = {"engine.dtype"}
+    must_not = {"engine.dtype", "evaluation.panel_positions"}
     differing = []
     for section, values in config.items():
         for name, value in values.items():

@@ -4,15 +4,17 @@ Arithmetic only: nothing is allocated and no weight is read. Documents are taken
 `data.max_document_tokens`, thoughts at `thought.max_thought_tokens` and every position at the end of
 its document, so each figure is an upper bound for the step it describes. Evaluation is not counted.
 
-Both layouts are planned (`rlp.layout`). A thought is cut in two: its context, C = I + P - H tokens, and what is its
-own, T = O + L + E + H - 1 tokens: open marker, thought, forced close marker, all targets but the last. In `repeated`
-every thought is a row of C + T tokens; in `tree` the context is run once for all thoughts of a document.
+Both layouts are planned (`rlp.layout`). A thought is cut in two:
+
+    context = I + P - H            instruction and document before the position
+    branch = O + L + E + H - 1     open marker, thought, forced close marker, all targets but the last
+
+In `repeated` every thought is a row of context and branch; in `tree` the context is run once for all thoughts of a document.
 
 Letters
     n  parameters;  W  ranks (one device each);  c  bytes of a number in the compute dtype (2 or 4)
     B  documents per step;  K  positions per document;  G  thoughts per position;  N = B K G;  g  of each group in one forward
     P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker, close marker, instruction
-    C  context tokens of a thought;  T  its own tokens
 """
 
 import shutil
@@ -199,12 +201,12 @@ class _StepSizes:
 
     @property
     def context_tokens(self) -> int:
-        """C = I + P - H, what a thought stands behind."""
+        """I + P - H, what a thought stands behind."""
         return self.form.instruction + self.document_tokens - self.horizon
 
     @property
     def branch_tokens(self) -> int:
-        """T = O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted and never read."""
+        """O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted and never read."""
         return self.form.open + self.thought_tokens + self.form.close + self.horizon - 1
 
     @property
@@ -231,21 +233,22 @@ def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple
 def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
     """Token positions of the largest forward pass of the update on one rank, padding included, per document of the micro-batch:
 
-        repeated    K g rows, and one for the LM loss, all padded to the longest, C + T
-        tree        K g branches of T, and the trunk: the document where the LM loss runs it, else the context; with an
+        repeated    K g rows, and one for the LM loss, all padded to the longest, context + branch
+        tree        K g branches, and the trunk: the document where the LM loss runs it, else the context; with an
                     instruction these are two trunks
     """
     branches = sizes.per_document * sizes.thoughts_per_forward
     if layout == "repeated":
         row = sizes.context_tokens + sizes.branch_tokens if branches else sizes.document_tokens
         return sizes.micro_batch_documents * (branches + sizes.lm) * row
-    trunks = sizes.lm * sizes.document_tokens + (_context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens if branches else 0)
+    trunks = sizes.lm * sizes.document_tokens + _context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens
     return sizes.micro_batch_documents * (trunks + branches * sizes.branch_tokens)
 
 
 def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
-    """Trunks that a document's thoughts need beside the one of the LM loss: none where they can share it."""
-    return 0 if lm and sizes.form.instruction == 0 else 1
+    """Trunks of its own (1 or 0) that a document needs for its thoughts: without an instruction they share that of the LM loss."""
+    shared = lm and sizes.form.instruction == 0
+    return int(sizes.per_document > 0 and not shared)
 
 
 def _forward_queries(sizes: _StepSizes) -> int:
@@ -401,7 +404,7 @@ def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, la
 def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
     """What runs before the first token of a thought is drawn:
 
-        repeated    each position's prefix, C + O tokens
+        repeated    each position's prefix, context + O tokens
         tree        the context of each document, once for the positions of it that are sampled side by side, and the
                     open marker in every branch
     """
@@ -421,14 +424,14 @@ def _decode_work(sizes: _StepSizes) -> Work:
 def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
     """One forward over all thoughts.
 
-        repeated    N rows of C + T tokens
-        tree        N branches of T that see C tokens before them, and the context of each document in every slice of its
+        repeated    N rows of context + branch tokens
+        tree        N branches that see a context before them, and the context of each document in every slice of its
                     groups; with the LM loss (`lm`) the trunks of the first slice belong to that
     """
     head_rows = sizes.thoughts * (sizes.thought_tokens + sizes.horizon)
     if layout == "repeated":
         return _rows(sizes.thoughts, sizes.context_tokens + sizes.branch_tokens, head_rows=head_rows)
-    trunks = sizes.documents * (sizes.slices - lm) if sizes.per_document else 0
+    trunks = sizes.documents * (sizes.slices - lm) * _context_trunks(sizes, lm=False)
     branches = Work(tokens=sizes.thoughts * sizes.branch_tokens, pairs=sizes.thoughts * causal_pairs(sizes.branch_tokens, sizes.context_tokens), head_rows=head_rows)
     return branches + _rows(trunks, sizes.context_tokens, head_rows=0)
 
@@ -441,7 +444,7 @@ def _document_work(sizes: _StepSizes, layout: str) -> Work:
     if not sizes.lm:
         return Work()
     documents = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * sizes.document_queries)
-    contexts = sizes.documents * _context_trunks(sizes, lm=True) if layout == "tree" and sizes.per_document else 0
+    contexts = sizes.documents * _context_trunks(sizes, lm=True) if layout == "tree" else 0
     return documents + _rows(contexts, sizes.context_tokens, head_rows=0)
 
 

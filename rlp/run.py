@@ -41,6 +41,9 @@ from rlp.teacher import Teacher
 MAX_SKIPPED_IN_A_ROW = 3
 """Steps with a non-finite gradient, one after another, that stop a run."""
 
+MAX_ON_POLICY_DEVIATION = 1e-3
+"""Of the ratio from 1, in float32; the tested architectures stay below 1e-5."""
+
 
 class NumericsError(Exception):
     """The run stopped because its numbers are no longer finite."""
@@ -163,10 +166,18 @@ class Run:
         if unusable:
             ids = [document.id for part in self.ranks.gather(documents) for document in part]
             self.log.say(f"step {self.step}: not finite: {', '.join(unusable)}; the update was {'applied' if result.applied else 'skipped'}; documents {ids}")
+        self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.save()
             raise NumericsError(f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite (the last is step {self.step}). "
                                 f"A checkpoint is in {self.folder.checkpoints}. Lower optim.learning_rate, or look at the documents named above.")
+
+    def _alarm_off_policy(self, deviation: float) -> None:
+        """On-policy in float32 the ratio is 1 to rounding: say loudly where it is not."""
+        on_policy = self.config.optim.updates_per_rollout == 1 and self.engine.policy.head.dtype == torch.float32
+        if on_policy and deviation > MAX_ON_POLICY_DEVIATION:
+            self.log.say(f"ALARM step {self.step}: a ratio deviates from 1 by {deviation:.3g} on-policy (expected below {MAX_ON_POLICY_DEVIATION:g}): "
+                         "sampler and trainer compute different log-probabilities. Compare with engine.layout=repeated, and report it.")
 
     def _peak_memory(self) -> float:
         local = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,7 @@
 """Whole runs in this process: the engine against oracles, and what must not change a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,19 @@ def test_the_ratio_is_one_on_policy(trained):
     for line in read_lines(trained() / "metrics.jsonl"):
         assert line["policy/ratio_max_deviation"] < 1e-4
         assert line["policy/clip_frac"] == 0
+
+
+def test_a_ratio_that_is_not_one_on_policy_raises_an_alarm(trained, monkeypatch, capsys):
+    """A sampler that reports other log-probabilities than the trainer's is said, step by step."""
+    sample = program.sample_thoughts
+
+    def mistaken(*arguments, **options):
+        rollout = sample(*arguments, **options)
+        return replace(rollout, thoughts=replace(rollout.thoughts, behavior_logprob=rollout.thoughts.behavior_logprob - 0.01))
+
+    monkeypatch.setattr(program, "sample_thoughts", mistaken)
+    trained()
+    assert capsys.readouterr().out.count("ALARM") == 3
 
 
 def test_rewards_without_a_scored_baseline_are_not_reported(trained):
