@@ -202,6 +202,7 @@ def micro_batch_loss(run: Run, batch: MicroBatch, advantage: Tensor | None, divi
     if weights.kl_weight > 0:
         with torch.no_grad():
             start_logprob = score(run.start, layout).thought
+        run.count("teacher", layout.thought_work + layout.document_work, passes=1)
         kl = kl_to_start(scores.thought, start_logprob, mask)
         loss = loss + weights.kl_weight * kl.sum() / num_thoughts
         tally.add("kl/start", kl)

@@ -222,7 +222,8 @@ class SharedKeys:
     def keep(self, index: Tensor) -> None:
         """Drop all branches but these, in this order."""
         self._trunk_of, self._prefix = self._trunk_of[index], self._prefix[index]
-        self._own = {layer: (key[index], value[index]) for layer, (key, value) in self._own.items()}
+        for layer, (key, value) in self._own.items():  # layer by layer, so that one layer at most is held twice
+            self._own[layer] = key[index], value[index]
         self._arrange()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

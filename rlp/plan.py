@@ -311,13 +311,13 @@ def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) 
 def shared_cache_bytes(shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int) -> int:
     """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside them, in the compute dtype.
 
-        trunk_tokens + 1.5 branches x room(branch_tokens)
+        trunk_tokens + branches x room(branch_tokens)
 
-    The room of a branch doubles from 16 places until its tokens fit. The half: when half of the thoughts have ended, the
-    keys of the others are copied, for all layers, before the old ones are freed.
+    The room of a branch doubles from 16 places until its tokens fit. Room is made, and ended branches are dropped, layer by
+    layer: the copies of one layer, a few per cent, are left out.
     """
     room = max(16, 1 << (branch_tokens - 1).bit_length())
-    return (trunk_tokens + branches * room + branches // 2 * room) * shapes.key_value_elements * number_bytes
+    return (trunk_tokens + branches * room) * shapes.key_value_elements * number_bytes
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:

@@ -192,7 +192,9 @@ class _SharedBranches(_Branches):
         self._position = on_device(prefix).repeat_interleave(group_size)
         trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(group_size)
         self._keys = SharedKeys(on_device(places), trunk_of, self._position)
-        self.prefill_work = row_work(lengths, 0) + Work(tokens=len(prefix), pairs=sum(prefix), head_rows=len(prefix))
+        opening = group_size * len(self._open)
+        self.prefill_work = row_work(lengths, 0) + Work(tokens=opening * len(prefix), head_rows=opening * len(prefix),
+                                                        pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix))
         super().__init__(policy, len(trunk_of))
 
     def first(self) -> Tensor:

@@ -172,10 +172,10 @@ def test_shared_keys_sample_the_thoughts_of_forked_caches(name, instruction, ope
 
 
 def test_shared_keys_run_each_document_once():
-    """Nine positions of three documents: three trunks, up to each one's last position, and a marker for each position."""
+    """Three documents up to each one's last position, and an open marker for each thought."""
     documents, positions, _, form = material()
     policy = tiny_policy()
     policy.lm.set_attn_implementation(attention.register("sdpa"))
     work = sample_thoughts(policy, documents, positions, form, NoiseKey(0, 1), group_size=4, max_thought_tokens=3, rows=128, shared=True).prefill_work
     last = [int(positions.position[positions.document == d].max()) for d in range(3)]
-    assert work.tokens == sum(last) + len(positions.position)
+    assert work.tokens == sum(last) + 4 * len(positions.position)
