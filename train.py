@@ -38,7 +38,7 @@ def train(config: Config, ranks: Ranks) -> int:
     """Run to the end of the budget; returns the exit code."""
     run = Run(config, ranks)
     if run.is_complete():
-        run.log.say(f"{run.folder.path} is complete: nothing to do. Write run.dir=OTHER for a new run, or a larger budget and run.resume={run.folder.checkpoints}/step_{run.step}.")
+        run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
         return DONE
     with run.watching_signals():
         return loop(run)
@@ -73,13 +73,15 @@ def train_step(run: Run) -> None:
     batches = [compare(run, documents, positions, thoughts, start) for start in range(0, len(documents), config.optim.micro_batch_size)]
     advantages: list[Tensor | None] = [None] * len(batches)
 
+    skipped = 0
     for _ in range(config.optim.updates_per_rollout):
         for index, batch in enumerate(batches):
             with run.ledger.time("train" if batch.thoughts else "lm"):
                 advantages[index] = learn(run, batch, advantages[index], divisors, tally)
         result = run.engine.step(run.learning_rate())                             # theta and phi
+        skipped += not result.applied
         run.teacher.refresh()
-    run.end_step(tally, result, documents)
+    run.end_step(tally, result, skipped, documents)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,9 @@ class BranchAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = part_backward(grad, query, own_key, own_value, out, lse, ctx.own_rest, True, ctx.scale)
         grad_key, grad_value = (rearrange(part, "n (k r) l d -> n k r l d", **heads).sum(dim=2) for part in (grad_key, grad_value))
         grad_query = grad_query.contiguous()
-        grad_trunk_key, grad_trunk_value = torch.zeros_like(trunk_key), torch.zeros_like(trunk_value)
+        # Every position of a document adds to these: in bfloat16 a sum of many would lose most of them.
+        wide = torch.promote_types(trunk_key.dtype, torch.float32)
+        grad_trunk_key, grad_trunk_value = (torch.zeros_like(part, dtype=wide) for part in (trunk_key, trunk_value))
         parts = zip(_prefixes(query, trunk_key, trunk_value, ctx.tree), ctx.tree.trunk_of, ctx.tree.prefix, ctx.prefix_rest)
         for (rows, folded, prefix_key, prefix_value), b, length, rest in parts:
             fold = (_fold(part[rows], trunk_key.shape[1]) for part in (grad, out, lse[..., None]))
@@ -140,7 +142,7 @@ class BranchAttention(torch.autograd.Function):
             grad_query[rows] += _unfold(part_query, query[rows])
             grad_trunk_key[b, :, :length] += part_key[0]
             grad_trunk_value[b, :, :length] += part_value[0]
-        return grad_query, grad_key, grad_value, grad_trunk_key, grad_trunk_value, None, None
+        return grad_query, grad_key, grad_value, grad_trunk_key.to(trunk_key.dtype), grad_trunk_value.to(trunk_value.dtype), None, None
 
 
 def _prefixes(query: Tensor, trunk_key: Tensor, trunk_value: Tensor, tree: Tree):
@@ -191,13 +193,14 @@ class SharedKeys:
     are one product per trunk with the queries of all its branches, so prefix keys are read once for all of them.
     """
 
-    def __init__(self, trunk: Tensor, trunk_of: Tensor, prefix: Tensor) -> None:
+    def __init__(self, trunk: Tensor, place: Tensor, trunk_of: Tensor, prefix: Tensor) -> None:
         """
         Args:
             trunk: [B, P] int64, place of each trunk token in the packed row of the first forward; padded anywhere.
+            place: [T] int64, place of each packed token in the padded trunks [B * P].
             trunk_of, prefix: [N] int64, the trunk of each branch, and how many of its tokens the branch attends to.
         """
-        self._trunk = trunk
+        self._trunk, self._packed = trunk, place
         self._trunk_of, self._prefix = trunk_of, prefix
         self._trunk_keys: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
@@ -240,11 +243,7 @@ class SharedKeys:
         trunk_query, trunk_key, trunk_value = (_segment(part, self._trunk) for part in (query, key, value))
         self._trunk_keys[layer] = trunk_key, trunk_value
         out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
-        packed = torch.zeros(query.shape[1], *out.shape[1::2], dtype=out.dtype, device=out.device)
-        # Padding points at token 0: written first, so that the token itself has the last word.
-        real = self._trunk.flatten().flip(0)
-        packed[real] = rearrange(out, "b h p d -> (b p) h d").flip(0)
-        return packed
+        return rearrange(out, "b h p d -> (b p) h d").index_select(0, self._packed)
 
     def _attend_branches(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         own_key, own_value = self._append(layer, key, value)

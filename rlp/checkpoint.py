@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         shard = _write_shard(temporary / f"shard_{ranks.rank:05d}.safetensors", engine, ranks)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         failure = f"rank {ranks.rank}: {error}"
     answers = ranks.gather((shard, failure))
     failures = [failure for _, failure in answers if failure]
@@ -249,7 +249,9 @@ def refuse_other_run(saved: dict, config: dict, path: Path) -> None:
     Args:
         saved, config: nested mappings of the two configs.
     """
-    may_change = {"run", "budget", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
+    may_change = {"run", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
+    if config["optim"]["schedule"] == "constant":
+        may_change.add("budget")  # any other schedule runs over the budget
     must_not = {"engine.dtype", "evaluation.panel_positions"}
     differing = []
     for section, values in config.items():

@@ -61,7 +61,7 @@ class ModelConfig:
     attention: str = "auto"
     """Attention implementation of transformers: auto, sdpa, eager, flash_attention_2. `auto` is
     flash_attention_2 on a GPU where it is installed and the compute dtype is bfloat16, else sdpa
-    (else eager, where the architecture has no sdpa). The choice is logged."""
+    (else eager, where the architecture has no sdpa). The layout `tree` always runs on sdpa."""
 
     def __post_init__(self) -> None:
         require_one_of("model.init", self.init, ("pretrained", "random"))
@@ -251,7 +251,7 @@ class OptimConfig:
     learning_rate: float = 1e-6
     """"A constant learning rate of 1e-6" (paper, section 9)."""
     schedule: str = "constant"
-    """constant (paper), cosine or linear, over the budget, after the warm-up."""
+    """constant (paper), cosine or linear over the budget, times the warm-up."""
     warmup_steps: int = 0
     """Linear warm-up from 0, in optimizer steps."""
     final_fraction: float = 0.0

@@ -264,10 +264,6 @@ class Engine:
         """Names as in the Hugging Face model; tied parameters once."""
         return list(self.policy.lm.named_parameters())
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of a parameter, sharded or not."""
-        return parameter.ds_shape if self._stage == 3 else parameter.shape
-
     def fragments(self) -> list[Fragment]:
         """This rank's share of the float32 master weights, parameter by parameter."""
         named = ((name, self._fragment(name, p)) for name, p in self.parameters())

@@ -10,6 +10,7 @@ import secrets
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +37,7 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
     if ranks.is_first:
         try:
             _write(folder, engine.policy.lm, tensors, tokenizer, config, form, card)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             failure = str(error)
     failure = ranks.broadcast(failure)
     if failure:

@@ -46,7 +46,10 @@ class Inputs(ModelInputs):
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
         self.architecture = read_model_config(config.model)
-        self.shapes = model_shapes(self.architecture)
+        try:
+            self.shapes = model_shapes(self.architecture)
+        except ValueError as error:
+            raise ConfigError(f"model.path: the work of {self.architecture.model_type} can not be counted: {error}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
         self.stream = self._train_stream(rows, warn)
         self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here

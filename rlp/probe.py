@@ -51,12 +51,11 @@ class Panel:
         return [(start, min(start + size, len(self.documents)), counts) for start, counts in spans]
 
 
-def build_panel(stream: DocumentStream, num_rows: int, candidates: Callable[[np.ndarray], np.ndarray], config: Config,
-                scores: Callable[[list[Document]], list[np.ndarray] | None]) -> Panel:
+def build_panel(stream: DocumentStream, num_rows: int, candidates: Callable[[np.ndarray], np.ndarray], config: Config) -> Panel:
     """The first held-out documents that together have `evaluation.panel_positions` positions, each read once.
 
-    Args:
-        scores: documents -> what the selectors `entropy` and `surprisal` rank by, or None.
+    Positions are drawn uniformly among the candidates, for the selectors `entropy` and `surprisal` too: a panel that the
+    policy chose would be another one after a resume, and in another run.
     """
     wanted = config.evaluation.panel_positions
     documents, found = [], 0
@@ -67,7 +66,7 @@ def build_panel(stream: DocumentStream, num_rows: int, candidates: Callable[[np.
         limit = len(candidates(document.tokens))
         documents.append(document)
         found += limit if config.position.per_document == "all" else min(limit, config.position.per_document)
-    positions = choose_positions(documents, candidates, config.position, horizon=config.target.horizon, seed=PANEL_SEED, step=0, scores=scores(documents))
+    positions = choose_positions(documents, candidates, config.position, horizon=config.target.horizon, seed=PANEL_SEED, step=0)
     first = Positions(positions.document[:wanted], positions.position[:wanted], positions.target[:wanted])
     return Panel(documents[: int(first.document[-1]) + 1], first)
 

@@ -191,7 +191,7 @@ class _SharedBranches(_Branches):
         self._tokens, self._trunk_position = on_device(np.concatenate(trunks)), on_device(np.concatenate([np.arange(length) for length in lengths]))
         self._position = on_device(prefix).repeat_interleave(group_size)
         trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(group_size)
-        self._keys = SharedKeys(on_device(places), trunk_of, self._position)
+        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(column < lengths[:, None])), trunk_of, self._position)
         opening = group_size * len(self._open)
         self.prefill_work = row_work(lengths, 0) + Work(tokens=opening * len(prefix), head_rows=opening * len(prefix),
                                                         pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
 from rlp.config import Config, ConfigError, OptimConfig, to_yaml
-from rlp.data import Document, Positions, choose_positions, share_of_rank
+from rlp.data import DataError, Document, Positions, choose_positions, share_of_rank
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
@@ -70,7 +70,7 @@ class Run:
             self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
             self.log.say(f"layout {layout}: {why}")
             self._resume(resumes)
-        except (ConfigError, CheckpointError):
+        except (ConfigError, CheckpointError, DataError):
             if not resumes and ranks.is_first:
                 shutil.rmtree(self.folder.path)  # made a moment ago; without it the corrected command works as it stands
             raise
@@ -80,7 +80,7 @@ class Run:
         config, ranks = self.config, self.ranks
         start_deepspeed(ranks)
         quiet_libraries(self.folder, ranks)
-        dtype = compute_dtype(config, ranks.device)
+        dtype = self.dtype = compute_dtype(config, ranks.device)
         with sharded_construction(config, ranks, dtype):
             policy, twin, start = (load_policy(config, self.inputs.tokenizer, dtype, ranks.device) if needed else None for needed in (True, *self._needs_copies()))
         self.engine = Engine(policy, config, ranks, dtype)
@@ -116,9 +116,11 @@ class Run:
         if self.config.position.selector not in ("entropy", "surprisal"):
             return None
         with self.ledger.time("score"):
-            layout = self.arrange(documents, None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
-            scores = difficulty(self.engine.policy, layout, self.config.position.selector)
-        self.count("score", layout.document_work, passes=1)
+            scores, size = [], self.config.optim.micro_batch_size
+            for start in range(0, len(documents), size):
+                layout = self.arrange(documents[start : start + size], None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
+                scores += difficulty(self.engine.policy, layout, self.config.position.selector)
+                self.count("score", layout.document_work, passes=1)
         return scores
 
     # Budget
@@ -143,13 +145,13 @@ class Run:
 
     # Telling
 
-    def end_step(self, tally: Tally, result: StepResult, documents: list[Document]) -> None:
+    def end_step(self, tally: Tally, result: StepResult, skipped: int, documents: list[Document]) -> None:
         """Close the ledger's step, record its metrics, and stop a run whose gradients are no longer finite."""
         cost = self.ledger.close_step(self.ranks)
         seconds = time.perf_counter() - self._step_started
         self.seconds += seconds
-        self.skipped += not result.applied
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped else 0
         values = tally.reduce(self.ranks)
         if "length_covariance" in values:
             length_correlation(values)
@@ -197,6 +199,8 @@ class Run:
         if not (self.ranks.is_first and (self.step == 1 or self.due(self.config.logging.every_n_steps))):
             return
         reward = information_gain(reasoned_logprob, baseline_logprob)
+        if not bool(reward.isfinite().all()):
+            return  # `end_step` says so; JSON has no word for it
         group_size = reward.shape[1]
         order = reward.flatten().argsort(descending=True, stable=True).tolist()
         half = min(self.config.logging.thoughts - self._told_thoughts, len(order)) // 2
@@ -242,20 +246,25 @@ class Run:
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
         values = evaluate_panel(self.arrange, self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
+        unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if unusable:
+            raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use; go back to an earlier checkpoint in {self.folder.checkpoints}.")
+        if self.ranks.is_first and self.folder.evaluation_jsonl.exists():
+            truncate_after_step(self.folder.evaluation_jsonl, self.step - 1)  # an interrupted end had evaluated this step already
         self.log.evaluation(self.step, values)
         self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
         return values
 
     def _panel(self) -> Panel:
         stream = self.inputs.panel_stream(PANEL_SEED)
-        return build_panel(stream, len(self.inputs.held_out), self.inputs.candidates, self.config, self._difficulty)
+        return build_panel(stream, len(self.inputs.held_out), self.inputs.candidates, self.config)
 
     # Checkpoints
 
     def save(self) -> None:
         """Write a checkpoint of all that changes."""
         state = {"config": asdict(self.config), "data": self.inputs.stream.state(), "ledger": self.ledger.state(), "seconds": self.seconds,
-                 "skipped": self.skipped, "start_logprob": self.start_logprob}
+                 "skipped": self.skipped, "start_logprob": self.start_logprob, "dtype": str(self.dtype)}
         saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep)
         if saved is None:
             self.log.say(f"step {self.step}: the checkpoint could not be written (is the disk full?); training goes on, the older checkpoints stand")
@@ -280,6 +289,8 @@ class Run:
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
+        if state["dtype"] != str(self.dtype):
+            raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {self.dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
@@ -297,6 +308,8 @@ class Run:
         """Export the model, write ledger, summary and report, and tell where everything is."""
         before = self._first_evaluation()
         card = model_card(self.config, before, after, self.step)
+        if self.ranks.is_first:
+            shutil.rmtree(self.folder.export, ignore_errors=True)  # left by an end that was interrupted: a complete run does not come here
         export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
         if self.ranks.is_first:
             write_json(self.folder.ledger_json, self.ledger.to_json())
@@ -316,8 +329,10 @@ class Run:
     def _first_evaluation(self) -> dict | None:
         if not (self.ranks.is_first and self.folder.evaluation_jsonl.exists()):
             return None
-        first = read_json_lines(self.folder.evaluation_jsonl)[0]
-        return {name: value for name, value in first.items() if name != "step"}
+        first = read_json_lines(self.folder.evaluation_jsonl)[:1]
+        if not first or first[0]["step"] != 0:
+            return None  # a run that starts from another run's checkpoint has no evaluation before its first step
+        return {name: value for name, value in first[0].items() if name != "step"}
 
     @contextmanager
     def watching_signals(self) -> Iterator[None]:

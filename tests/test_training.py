@@ -286,6 +286,52 @@ def test_gradients_that_are_not_finite_skip_the_step_and_stop_the_run(tmp_path, 
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["optim/skipped"] == 3
 
 
+def test_a_reward_that_is_not_finite_skips_the_step(tmp_path, model_folder, corpus, ranks, monkeypatch, capsys):
+    """Found where it arises, on a step that also logs thoughts: named, not applied, and three in a row end the run."""
+    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
+    monkeypatch.setattr(program, "log_evidence", lambda target_logprob: target_logprob.mean(dim=-1) * float("nan"))
+    before = masters(run)
+    with pytest.raises(NumericsError, match="3 steps in a row"):
+        program.loop(run)
+    assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
+    assert "not finite: " in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_stop_training(trained, monkeypatch, capsys):
+    """Whatever a writer raises, the step goes on and the missing checkpoint is said."""
+    import rlp.checkpoint
+
+    def full(*arguments, **options):
+        raise rlp.checkpoint.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(rlp.checkpoint, "save_file", full)
+    folder = trained(checkpoint__every_n_steps=1)
+    assert "could not be written" in capsys.readouterr().out
+    assert not list((folder / "checkpoints").iterdir())
+    assert len(curve(folder)) == 3
+
+
+def test_an_interrupted_end_is_ended_by_resuming(trained, corpus):
+    """Killed between export and summary: the run can still be completed."""
+    settings = {"data__held_out": f"[{corpus}]"}
+    folder = trained("run", **settings)
+    first = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    assert json.loads((trained("run", run__resume="auto", **settings) / "summary.json").read_text())["after"] == first["after"]
+    assert [line["step"] for line in read_lines(folder / "evaluation.jsonl")] == [0, 3]
+
+
+@pytest.mark.parametrize("selector", ["uniform", "entropy"])
+def test_the_panel_is_the_same_after_a_resume(trained, corpus, selector):
+    """Whatever chooses positions in training: the held-out yardstick does not depend on the policy."""
+    settings = {"data__held_out": f"[{corpus}]", "position__selector": selector, "position__per_document": 1, "budget__steps": 4, "checkpoint__every_n_steps": 2, "checkpoint__keep": 3}
+    straight = trained("straight", **settings)
+    resumed = trained("resumed", run__resume=straight / "checkpoints" / "step_2", **settings)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, resumed)]
+    assert summaries[1]["after"] == pytest.approx(summaries[0]["after"], rel=1e-4, abs=1e-5)
+    assert summaries[1]["before"] is None
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_trains(tmp_path, corpus, ranks, tokenizer, name, stage):
