@@ -9,13 +9,19 @@ WORLD := experiments/world/data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test setup clean
+.PHONY: quickstart test gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test.ok
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
+gpu:
+	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/test_triton.py tests/test_tree.py
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_logprobs.py --json bench_logprobs.json
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_step.py --quick --json bench_step.json
 
 setup: $(VENV)/run.ok
 

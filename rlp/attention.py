@@ -163,6 +163,13 @@ def _unfold(part: Tensor, like: Tensor) -> Tensor:
     return rearrange(part, "1 k (r g l) d -> g (k r) l d", g=like.shape[0], l=like.shape[2])
 
 
+def attend_trunks(query: Tensor, key: Tensor, value: Tensor, trunk: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of each trunk of a packed row: out [B * P, H, D], and the trunks' keys and values [B, K, P, D]."""
+    trunk_query, trunk_key, trunk_value = (_segment(part, trunk) for part in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
+    return rearrange(out, "b h p d -> (b p) h d"), trunk_key, trunk_value
+
+
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -> Tensor:
     """Attention of the packed row.
 
@@ -172,9 +179,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     Returns:
         [T, H, D].
     """
-    trunk_query, trunk_key, trunk_value = (_segment(part, tree.trunk) for part in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
-    out = rearrange(out, "b h p d -> (b p) h d")
+    out, trunk_key, trunk_value = attend_trunks(query, key, value, tree.trunk, scale)
     if tree.prefix:
         branch = BranchAttention.apply(*(_segment(part, tree.branch) for part in (query, key, value)), trunk_key, trunk_value, tree, scale)
         out = torch.cat([out, rearrange(branch, "n h l d -> (n l) h d")])
@@ -240,10 +245,8 @@ class SharedKeys:
         return self._attend_branches(layer, *(rearrange(part, "1 h n d -> n h d") for part in (query, key, value)), scale)[None]
 
     def _attend_trunks(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        trunk_query, trunk_key, trunk_value = (_segment(part, self._trunk) for part in (query, key, value))
-        self._trunk_keys[layer] = trunk_key, trunk_value
-        out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
-        return rearrange(out, "b h p d -> (b p) h d").index_select(0, self._packed)
+        out, *self._trunk_keys[layer] = attend_trunks(query, key, value, self._trunk, scale)
+        return out.index_select(0, self._packed)
 
     def _attend_branches(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         own_key, own_value = self._append(layer, key, value)

@@ -291,6 +291,9 @@ class EngineConfig:
     layout: str = "auto"
     """How thoughts and documents become rows: `repeated` (each thought with its own copy of the prefix; any causal
     LM), `tree` (each document once, shared by its thoughts; attention-only models), or auto: tree where the model can."""
+    logprob_form: str = "auto"
+    """How log-probabilities are computed from hidden states (`kernels/README.md`): plain, chunked, triton, folded, or
+    auto: by size and device, from what was measured. The choice is said when the run starts."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward."""
     offload_optimizer: bool = False
@@ -302,6 +305,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "must be 0, 1, 2 or 3")
         require_one_of("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_one_of("engine.logprob_form", self.logprob_form, ("auto", "plain", "chunked", "triton", "folded"))
         require_one_of("engine.layout", self.layout, ("auto", "repeated", "tree"))
         require_one_of("engine.generation", self.generation, ("gathered", "synced"))
         require(not (self.zero_stage == 0 and self.dtype == "bfloat16"), "engine.zero_stage", self.zero_stage,

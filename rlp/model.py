@@ -47,8 +47,13 @@ class Markers:
 class Policy(nn.Module):
     """pi_theta and p_theta, one network: log-probabilities of given tokens, and cached decoding."""
 
-    def __init__(self, lm: nn.Module, markers: Markers) -> None:
+    def __init__(self, lm: nn.Module, markers: Markers, logprob_form: str = "auto") -> None:
+        """
+        Args:
+            logprob_form: `form` of `token_logprobs`.
+        """
         super().__init__()
+        self.logprob_form = logprob_form
         self.lm = lm
         self.markers = markers
         signature = inspect.signature(lm.base_model.forward).parameters
@@ -111,7 +116,7 @@ class Policy(nn.Module):
             return token_argmax(queried, self.head, excluded=excluded, softcap=self.softcap) == target
         if statistic == "entropy":
             return token_entropy(queried, self.head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
-        return token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
+        return token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap, form=self.logprob_form)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -310,7 +315,7 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch
             module.p = 0.0
     if config.engine.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(lm, markers)
+    return Policy(lm, markers, config.engine.logprob_form)
 
 
 def _build(config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> nn.Module:

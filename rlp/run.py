@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rlp_kernels import choose_form
 from torch import Tensor
 
 from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
@@ -68,7 +69,7 @@ class Run:
         try:
             self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
-            self.log.say(f"layout {layout}: {why}")
+            self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
             self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
             if not resumes and ranks.is_first:
@@ -88,6 +89,16 @@ class Run:
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
         self.ledger = Ledger(self.inputs.shapes)
+
+    def _logprob_form(self) -> str:
+        """What computes log-probabilities, for a micro-batch of average thoughts and documents of full length."""
+        config, shapes = self.config, self.inputs.shapes
+        if config.engine.logprob_form != "auto":
+            return config.engine.logprob_form
+        positions = 1 if config.position.per_document == "all" else config.position.per_document
+        thoughts = positions * config.thought.group_size * config.thought.max_thought_tokens // 2 if config.objective.thinks else 0
+        rows = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
+        return choose_form(rows, shapes.vocabulary, width=shapes.width, dtype=self.dtype, device=self.ranks.device.type)
 
     def _needs_copies(self) -> tuple[bool, bool]:
         """Whether the run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""

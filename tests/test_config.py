@@ -81,6 +81,7 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("model.init=zeros", "model.init", "'zeros'", "one of pretrained, random"),
     ("model.attention=fast", "model.attention", "'fast'", "one of auto, sdpa"),
     ("data.train=[]", "data.train", "[]", "at least one file"),
+    ("engine.logprob_form=fused", "engine.logprob_form", "'fused'", "one of auto, plain, chunked"),
     ("engine.layout=rows", "engine.layout", "'rows'", "one of auto, repeated, tree"),
     ("optim.thoughts_per_forward=0", "optim.thoughts_per_forward", "0", "at least 1"),
     ("optim.updates_per_rollout=0", "optim.updates_per_rollout", "0", "at least 1"),

@@ -39,9 +39,10 @@ MAX_PLAIN_BYTES = 64 * 2**20
 is 110 rows of a 151,936-word vocabulary. It counts the float32 logits once and the float32 copy of a bf16 head
 once; with autograd's own copies the measured peak is about four times the logits."""
 
-CUDA_FORMS = ((2048, "folded"), (0, "triton"))
-"""On a GPU with bf16 or fp16 inputs: the form from this many rows on. By arithmetic, not by measurement: with many rows the
-vendor's product is the faster one; with few, one launch for all of the vocabulary beats two for each tile of it."""
+CUDA_FORMS = ((0, "chunked"),)
+"""On a GPU with bf16 or fp16 inputs: the form from this many rows on. Chunked, which is torch alone, until a measurement names a
+faster one. By arithmetic that will be `folded` from about 2048 rows on, where the vendor's product is the faster one, and
+`triton` below, where one launch for all of the vocabulary beats two for each tile of it."""
 
 FORMS = ("plain", "chunked", "triton", "folded")
 """`plain` is the definition, `chunked` the same in bounded memory on any device; `triton` and `folded` need Triton."""
