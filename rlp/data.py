@@ -70,6 +70,10 @@ class Positions:
         chosen = self.slice_of_documents(start, stop)
         return Positions(self.document[chosen] - start, self.position[chosen], self.target[chosen])
 
+    def last_of(self, document: int) -> int:
+        """The last position of a document that has some."""
+        return int(self.position[self.slice_of_documents(document, document + 1)].max())
+
     def slice_of_documents(self, start: int, stop: int) -> slice:
         """Where the positions of documents start to stop - 1 stand."""
         first, last = np.searchsorted(self.document, (start, stop))

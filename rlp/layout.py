@@ -178,8 +178,7 @@ def tree(documents: list[Document], positions: Positions | None, thoughts: Thoug
     thinking = {}
     for d in sorted({int(d) for d in positions.document}) if thoughts is not None else []:
         if len(form.instruction) or not plain:
-            last = int(positions.position[positions.document == d].max())
-            thinking[d] = builder.add_row(form.context(documents[d].tokens, last))
+            thinking[d] = builder.add_row(form.context(documents[d].tokens, positions.last_of(d)))
     if plain:
         for d, document in enumerate(documents):
             row = builder.add_row(document.tokens)
@@ -204,15 +203,20 @@ def tree(documents: list[Document], positions: Positions | None, thoughts: Thoug
         document_work=trunk_work + Work(head_rows=builder.num_queries() - builder.num_thought_queries()) if plain else Work())
 
 
+def padded_places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where packed segments stand, as a padded block: places [X, longest] int64, 0 off a segment, and a mask of what is on one."""
+    column = np.arange(int(lengths.max(initial=0)))
+    inside = column < lengths[:, None]
+    return np.where(inside, starts[:, None] + column, 0), inside
+
+
 def _tree(lengths: np.ndarray, num_trunks: int, trunk_of: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Tree:
     """The places of packed segments in padded blocks and back."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     blocks, places, before = [], [], 0
     for first, last in ((0, num_trunks), (num_trunks, len(lengths))):
-        width = int(lengths[first:last].max(initial=0))
-        column = np.arange(width)
-        inside = column < lengths[first:last, None]
-        blocks.append(np.where(inside, starts[first:last, None] + column, 0))
+        block, inside = padded_places(starts[first:last], lengths[first:last])
+        blocks.append(block)
         places.append((before + np.arange(inside.size)).reshape(inside.shape)[inside])
         before += inside.size
     trunk, branch, place = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (*blocks, np.concatenate(places)))
@@ -252,7 +256,8 @@ def _of(positions: Positions | None, document: int, wanted: bool) -> list[tuple[
     """(position, target) of one document; none where they are not wanted."""
     if not wanted:
         return []
-    return [(int(t), target) for d, t, target in zip(positions.document, positions.position, positions.target) if d == document]
+    here = positions.slice_of_documents(document, document + 1)
+    return list(zip(positions.position[here].tolist(), positions.target[here]))
 
 
 THOUGHT, TARGET, DOCUMENT, NO_THINK, OPEN_MARKER = range(5)

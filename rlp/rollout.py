@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlp.attention import SharedKeys
 from rlp.data import THOUGHT_NOISE, Document, Positions, keyed_noise
-from rlp.layout import ThoughtFormat, Thoughts, Work, row_work
+from rlp.layout import ThoughtFormat, Thoughts, Work, padded_places, row_work
 from rlp.model import Policy
 
 
@@ -178,10 +178,9 @@ class _SharedBranches(_Branches):
 
     def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int) -> None:
         used = sorted({int(d) for d in positions.document})
-        trunks = [form.context(documents[d].tokens, int(positions.position[positions.document == d].max())) for d in used]
+        trunks = [form.context(documents[d].tokens, positions.last_of(d)) for d in used]
         lengths = np.array([len(trunk) for trunk in trunks])
-        starts, column = np.cumsum([0, *lengths[:-1]]), np.arange(lengths.max())
-        places = np.where(column < lengths[:, None], starts[:, None] + column, 0)
+        places, inside = padded_places(np.cumsum([0, *lengths[:-1]]), lengths)
         prefix = [len(form.context(documents[d].tokens, t)) for d, t in zip(positions.document, positions.position)]
 
         def on_device(values: np.ndarray) -> Tensor:
@@ -191,7 +190,7 @@ class _SharedBranches(_Branches):
         self._tokens, self._trunk_position = on_device(np.concatenate(trunks)), on_device(np.concatenate([np.arange(length) for length in lengths]))
         self._position = on_device(prefix).repeat_interleave(group_size)
         trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(group_size)
-        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(column < lengths[:, None])), trunk_of, self._position)
+        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position)
         opening = group_size * len(self._open)
         self.prefill_work = row_work(lengths, 0) + Work(tokens=opening * len(prefix), head_rows=opening * len(prefix),
                                                         pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix))

@@ -35,7 +35,7 @@ from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
 from rlp.report import write_report
 from rlp.rollout import Rollout
-from rlp.run_folder import RunFolder, append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
+from rlp.run_folder import append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
 from rlp.scoring import difficulty
 from rlp.teacher import Teacher
 

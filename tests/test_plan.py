@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 from rlp import attention, rollout
 from rlp.config import Config, ConfigError, load_config
 from rlp.data import Document, Positions
-from rlp.layout import Layout, ThoughtFormat, Thoughts, Work, repeated, tree
-from rlp.ledger import PHASES, ModelShapes, causal_pairs, forward_flops, model_shapes
+from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
+from rlp.ledger import PHASES, ModelShapes, forward_flops, model_shapes
 from rlp.model import Markers, choose_layout
 from rlp.plan import (
     BUCKET_ELEMENTS,
