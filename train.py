@@ -23,45 +23,49 @@ from torch import Tensor
 from rlp.checkpoint import CheckpointError
 from rlp.config import Config, ConfigError, load_config
 from rlp.data import DataError, Document, Positions
-from rlp.distributed import Ranks, start_ranks, stop_ranks
+from rlp.distributed import Ranks, run_as_process, start_ranks, stop_ranks
 from rlp.layout import Thoughts, Work
+from rlp.metrics import visible_text
 from rlp.monitor import Tally, thought_lengths, watch_ratio, watch_rewards, watch_thoughts
-from rlp.objective import clipped_surrogate, group_relative_advantage, information_gain, kl_to_start, log_evidence
+from rlp.objective import clipped_surrogate, greedy_match, group_relative_advantage, information_gain, kl_to_start, log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
-from rlp.run import NumericsError, Run, dry_run
-from rlp.scoring import score
+from rlp.numerics import NumericsError
+from rlp.preemption import Preemption, StopRequested
+from rlp.run import Run, dry_run
+from rlp.scoring import Scores, score
+from rlp.watchdog import PeerLost, Watchdog
 
-DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, PREEMPTED = 0, 2, 3, 4, 75
+DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, PREEMPTED = 0, 2, 3, 4, 5, 69, 75
 
 
 def train(config: Config, ranks: Ranks) -> int:
     """Run to the end of the budget; returns the exit code."""
-    run = Run(config, ranks)
-    if run.is_complete():
-        run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
-        return DONE
-    with run.watching_signals():
-        return loop(run)
+    with Watchdog(ranks, config.run) as watchdog, Preemption(ranks, config.checkpoint.save_by) as preemption:
+        run = Run(config, ranks, preemption, watchdog)
+        if run.is_complete():
+            run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
+            return DONE
+        try:
+            return loop(run)
+        except StopRequested as asked:
+            run.stop(asked)
+            return PREEMPTED
 
 
 def loop(run: Run) -> int:
     """Evaluate, take steps until the budget is spent, evaluate again, export."""
     config = run.config
-    if run.step == 0:
+    if run.owes_evaluation():
         run.evaluate()
-    while run.progress() < 1:
+    while not run.is_spent():
+        run.safe_point()
         run.begin_step()
         train_step(run)
-        if run.due(config.evaluation.every_n_steps) and run.progress() < 1:
+        if run.due(config.evaluation.every_n_steps) and not run.is_spent():
             run.evaluate()
-        preempted = run.preempted()
-        if preempted or run.due(config.checkpoint.every_n_steps) or run.progress() >= 1:
+        if run.due(config.checkpoint.every_n_steps) or run.is_spent():
             run.save()
-        if preempted:
-            run.log.say(f"asked to stop: saved step {run.step}; continue with run.resume=auto")
-            return PREEMPTED
-    run.finish(run.evaluate())
-    return DONE
+    return DONE if run.finish(run.evaluate()) else NOT_MATCHED
 
 
 def train_step(run: Run) -> None:
@@ -73,15 +77,15 @@ def train_step(run: Run) -> None:
     batches = [compare(run, documents, positions, thoughts, start) for start in range(0, len(documents), config.optim.micro_batch_size)]
     advantages: list[Tensor | None] = [None] * len(batches)
 
-    skipped = 0
+    phase = "train" if config.objective.thinks else "lm"
     for _ in range(config.optim.updates_per_rollout):
         for index, batch in enumerate(batches):
-            with run.ledger.time("train" if batch.thoughts else "lm"):
+            run.safe_point()
+            with run.ledger.time(phase):
                 advantages[index] = learn(run, batch, advantages[index], divisors, tally)
-        result = run.engine.step(run.learning_rate())                             # theta and phi
-        skipped += not result.applied
-        run.teacher.refresh()
-    run.end_step(tally, result, skipped, documents)
+        with run.ledger.time(phase):
+            result = run.update(tally, documents)                                 # theta and phi, or neither
+    run.end_step(tally, result, documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,9 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
             run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
             max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.engine.agree)
     run.count_rollout(rollout)
-    watch_thoughts(tally, rollout.thoughts, len(run.inputs.markers.close))
+    run.journal.add_thoughts(positions, rollout.thoughts)
+    watch_thoughts(tally, documents, positions, rollout.thoughts, run.scripts,
+                   close_tokens=len(run.inputs.markers.close), max_thought_tokens=config.max_thought_tokens)
     return positions, rollout.thoughts
 
 
@@ -134,6 +140,7 @@ def learn(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[
     """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its groups.
 
     A group in slices is scored once more, without gradient and before: each thought is compared with all its siblings.
+    So are foreign thoughts, which have a reward and no gradient.
 
     Args:
         advantage: [M, G], of an earlier update with the same thoughts; None before the first.
@@ -143,14 +150,19 @@ def learn(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[
     """
     group_size = batch.thoughts.tokens.shape[1] if batch.thoughts else 0
     size = run.config.optim.thoughts_per_forward or group_size
-    if size >= group_size:
+    placebo = run.config.reward.placebo if batch.thoughts else "none"
+    if placebo != "none" and len(batch.positions.position) < 2:
+        raise ConfigError(f"reward.placebo: {placebo} exchanges the positions of a micro-batch, and step {run.step} has one with a single position. Write an optim.micro_batch_size that leaves none.")
+    if size >= group_size and placebo != "foreign_thought":
         loss, advantage = micro_batch_loss(run, batch, advantage, divisors, tally, lm=run.config.objective.lm_weight > 0)
         run.engine.backward(loss)
         return advantage
     slices = [slice(first, first + size) for first in range(0, group_size, size)]
     if advantage is None:
-        reasoned_logprob = torch.cat([score_ahead(run, batch.siblings(group)) for group in slices], dim=1)
-        advantage = judge(run, batch, reasoned_logprob, tally)
+        judged = replace(batch, thoughts=batch.thoughts.exchanged()) if placebo == "foreign_thought" else batch
+        parts = [score_ahead(run, judged.siblings(group)) for group in slices]
+        reasoned_logprob, matched = (torch.cat(part, dim=1) if part[0] is not None else None for part in zip(*parts))
+        advantage = judge(run, batch, reasoned_logprob, matched, tally)
     for group in slices:
         loss, _ = micro_batch_loss(run, batch.siblings(group), advantage[:, group], divisors, tally, lm=run.config.objective.lm_weight > 0 and group.start == 0)
         run.engine.backward(loss)
@@ -158,18 +170,33 @@ def learn(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[
 
 
 @torch.no_grad()
-def score_ahead(run: Run, batch: MicroBatch) -> Tensor:
-    """[M, G] S_pred without gradient."""
+def score_ahead(run: Run, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+    """`evidence` without gradient."""
     layout = run.arrange(batch.documents, batch.positions, batch.thoughts, run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
     run.count("score", layout.thought_work, passes=1)
-    return rearrange(log_evidence(score(run.engine.policy, layout).target), "(m g) -> m g", g=batch.thoughts.tokens.shape[1])
+    return evidence(run, batch, score(run.engine.policy, layout, matched=run.asks_for_matches))
 
 
-def judge(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, tally: Tally) -> Tensor:
+def evidence(run: Run, batch: MicroBatch, scores: Scores) -> tuple[Tensor, Tensor | None]:
+    """S_pred [M, G], and whether the targets are the most probable tokens [M, G], where the reward asks for it."""
+    group_size = batch.thoughts.tokens.shape[1]
+    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)                # S_pred   [M, G]   eq. 3
+    if scores.matched is None:
+        return reasoned_logprob, None
+    run.count("score", Work(head_rows=scores.target.numel()), passes=1)
+    return reasoned_logprob, rearrange(scores.matched, "(m g) -> m g", g=group_size)
+
+
+def judge(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None, tally: Tally) -> Tensor:
     """Reward and advantage of whole groups, from S_pred [M, G]. Without a baseline the reward is S_pred: it cancels in eq. 7."""
     scored = batch.baseline_logprob is not None
     reward = information_gain(reasoned_logprob, batch.baseline_logprob) if scored else reasoned_logprob    # r(c)     [M, G]   eq. 5
-    advantage = group_relative_advantage(reward)                                                           # A        [M, G]   eq. 7
+    used = reward if matched is None else greedy_match(matched)
+    if run.config.reward.placebo == "shuffled_reward":
+        used = used.roll(1, dims=0)
+    advantage = group_relative_advantage(used)                                                             # A        [M, G]   eq. 7
+    if matched is not None:
+        tally.add("reward/matched_frac", matched)
     tally.add("policy/reasoned_logprob", reasoned_logprob)
     if scored:
         tally.add("baseline/logprob", batch.baseline_logprob)
@@ -184,7 +211,7 @@ def micro_batch_loss(run: Run, batch: MicroBatch, advantage: Tensor | None, divi
     layout = run.arrange(batch.documents, batch.positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
     run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
     run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
-    scores = score(run.engine, layout)
+    scores = score(run.engine, layout, matched=run.asks_for_matches and advantage is None)
     loss = torch.zeros((), device=run.ranks.device)
     if lm:
         loss = loss - weights.lm_weight * scores.document.sum() / num_lm_tokens
@@ -192,9 +219,9 @@ def micro_batch_loss(run: Run, batch: MicroBatch, advantage: Tensor | None, divi
     if thoughts is None:
         return loss, None
 
-    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=thoughts.tokens.shape[1])  # S_pred   [M, G]   eq. 3
+    reasoned_logprob, matched = evidence(run, batch, scores)
     if advantage is None:
-        advantage = judge(run, batch, reasoned_logprob.detach(), tally)
+        advantage = judge(run, batch, reasoned_logprob.detach(), matched, tally)
     mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
     surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"),   # [N]   eq. 8
                                   clip_low=weights.clip_low, clip_high=weights.clip_high)
@@ -228,25 +255,27 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         ranks = start_ranks()
         if options.dry_run:
-            print(dry_run(config, options.machine, ranks))
+            print(visible_text(dry_run(config, options.machine, ranks)))
             return DONE
-        return train(config, ranks)
+        code = train(config, ranks)
+        stop_ranks()
+        return code
     except (ConfigError, CheckpointError) as error:
         return fail(error, BAD_CONFIG, ranks)
     except DataError as error:
         return fail(error, BAD_DATA, ranks)
     except NumericsError as error:
         return fail(error, BAD_NUMERICS, ranks)
-    finally:
-        stop_ranks()
+    except PeerLost as error:
+        return fail(error, PEER_LOST, None)
 
 
 def fail(error: Exception, code: int, ranks: Ranks | None) -> int:
-    """Say an error once, on the first rank."""
+    """Say an error once, on the first rank; on every rank where none is given."""
     if ranks is None or ranks.is_first:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible_text(f"error: {error}"), file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

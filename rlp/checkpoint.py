@@ -2,12 +2,14 @@
 
 A checkpoint is a folder `step_N`:
 
-    shard_RRRRR.safetensors   per rank: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME`, the flat
-                              fragments of each float32 tensor that the rank owns
-    meta.json                 sizes and checksums of the shards, where each fragment starts, and the run's state
-    COMPLETE                  the checksum of meta.json, written last
+    shard_RRRRR-PPPPP.safetensors   per rank, in parts: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME`, flat
+                                    pieces of the float32 tensors that the rank owns
+    meta.json                       sizes and checksums of the parts, where each piece starts, the shapes of the
+                                    parameters, and the run's state
+    COMPLETE                        the checksum of meta.json, written last
 
-It is written under another name, synced, and renamed: it is complete or invisible. No pickle is written or read.
+It is written under another name, synced, read back, and renamed: it is complete or invisible. Only then do older ones
+go, so there is a good one at every moment. No pickle is written or read.
 """
 
 import errno
@@ -17,110 +19,155 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlp.config import ConfigError
 from rlp.distributed import Ranks
 from rlp.engine import STATES, Engine
+from rlp.faults import fault
+from rlp.run_folder import sync
+
+FORMAT = 2
+"""Of the folder; another one is refused."""
+
+PART_BYTES = 2 ** 27
+"""Tensor data in a file, at most. A save takes about three times this much memory, however large the model is."""
 
 
 class CheckpointError(Exception):
     """A checkpoint that can not be used; the message says which and why."""
 
 
-def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state: dict, keep: int) -> Path | None:
-    """Write `parent/step_N` and remove all but the `keep` newest checkpoints.
+def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state: dict, keep: int, *,
+                    settle: Callable[[], None], say: Callable[[str], None]) -> Path | None:
+    """Write `parent/step_N`, then remove all but the `keep` newest checkpoints. A collective.
 
     Args:
         state: JSON values: everything of the run that is no tensor.
+        settle: brings to disk, on the first rank, what must be there before the checkpoint is; an OSError of it fails the save.
+        say: told what could not be done.
 
     Returns:
         The folder, or None where some rank could not write: training may go on, the older checkpoints stand.
     """
     temporary = ranks.broadcast(parent / f".tmp.step_{step}.{secrets.token_hex(4)}" if ranks.is_first else None)
-    failure = None
-    shard = {}
+    failure, parts = None, {}
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        shard = _write_shard(temporary / f"shard_{ranks.rank:05d}.safetensors", engine, ranks)
+        parts = _write_shard(temporary, engine, ranks)
+        fault("save.after_shard")
     except (OSError, SafetensorError) as error:
         failure = f"rank {ranks.rank}: {error}"
-    answers = ranks.gather((shard, failure))
+    answers = ranks.gather((parts, failure))
     failures = [failure for _, failure in answers if failure]
     final = parent / f"step_{step}"
     if ranks.is_first and not failures:
+        shards = {name: entry for parts, _ in answers for name, entry in parts.items()}
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
         try:
-            shards = {name: entry for shard, _ in answers for name, entry in shard.items()}
-            _complete(temporary, final, {"step": step, "shards": shards, "state": state})
-            _keep_newest(parent, keep)
+            settle()
+            _complete(temporary, final, {"format": FORMAT, "step": step, "shards": shards, "shapes": shapes, "state": state})
         except OSError as error:
             failures = [f"rank 0: {error}"]
     failures = ranks.broadcast(failures)
-    if failures and ranks.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if failures:
+        say(f"step {step}: the checkpoint could not be written ({'; '.join(failures)}). Training goes on; the older checkpoints stand.")
+    if ranks.is_first:
+        try:
+            _remove_old(parent, keep, newest=None if failures else final)
+        except OSError as error:
+            say(f"step {step}: an old checkpoint could not be removed ({error}). The new one is good; removal is tried again after the next.")
     return None if failures else final
 
 
-def _write_shard(path: Path, engine: Engine, ranks: Ranks) -> dict:
-    """This rank's tensors. Where nothing is sharded the first rank has them all."""
-    whole = engine.is_whole
-    tensors, fragments, adam_step = {}, {}, 0
-    for fragment in engine.fragments() if ranks.is_first or not whole else []:
+def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
+    """Write this rank's tensors, part by part, and read each part back; what meta.json says of them, by file name."""
+    written = {}
+    for index, (starts, adam_step, tensors) in enumerate(_parts(engine, ranks)):
+        fault("save.before_part")
+        path = folder / f"shard_{ranks.rank:05d}-{index:05d}.safetensors"
+        content = safetensors.torch.save(tensors)
+        with open(path, "xb") as file:
+            fault("save.torn_part", lambda: (file.write(content[: len(content) // 2]), file.flush()))
+            file.write(content)
+        sync(path)
+        checksum = hashlib.sha256(content).hexdigest()
+        if _digest(path) != checksum:
+            raise OSError(errno.EIO, "reads back otherwise than it was written", str(path))
+        written[path.name] = {"size": len(content), "sha256": checksum, "fragments": starts, "adam_step": adam_step}
+    return written
+
+
+def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, dict[str, Tensor]]]:
+    """This rank's tensors, at most `PART_BYTES` at a time: where each parameter's piece starts in the flattened parameter,
+    the optimizer's step, and copies of the pieces. Where nothing is sharded the first rank has them all."""
+    starts, tensors, adam_step, room = {}, {}, 0, PART_BYTES
+    for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
         state = engine.state_of(fragment.flat)
-        fragments[fragment.name] = fragment.start
-        tensors[f"master/{fragment.name}"] = fragment.view(fragment.flat)
-        for name in STATES:
-            if name in state:
-                tensors[f"{name}/{fragment.name}"] = fragment.view(state[name])
+        kinds = {"master": fragment.flat} | {name: state[name] for name in STATES if name in state}
         adam_step = int(state["step"]) if state else 0
-    # A copy each: safetensors refuses views that share storage.
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
-    _sync(path)
-    return {path.name: {"size": path.stat().st_size, "sha256": _digest(path), "fragments": fragments, "adam_step": adam_step}}
+        bytes_each = 4 * len(kinds)
+        done = 0
+        while done < fragment.numel:
+            if room < bytes_each:
+                yield starts, adam_step, tensors
+                starts, tensors, room = {}, {}, PART_BYTES
+            count = min(fragment.numel - done, room // bytes_each)
+            starts[fragment.name] = fragment.start + done
+            for kind, flat in kinds.items():
+                # A copy each: safetensors refuses views that share storage.
+                tensors[f"{kind}/{fragment.name}"] = fragment.view(flat)[done : done + count].to("cpu", copy=True)
+            done, room = done + count, room - count * bytes_each
+    if tensors:
+        yield starts, adam_step, tensors
 
 
 def _complete(temporary: Path, final: Path, meta: dict) -> None:
     """Write meta.json and COMPLETE, and give the folder its name."""
+    fault("save.before_meta")
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False))
-    _sync(temporary / "meta.json")
+    sync(temporary / "meta.json")
+    fault("save.before_complete")
     (temporary / "COMPLETE").write_text(_digest(temporary / "meta.json"))
-    _sync(temporary / "COMPLETE")
-    _sync(temporary)
+    sync(temporary / "COMPLETE")
+    sync(temporary)
     if final.exists():
         _set_aside(final)
+    fault("save.before_rename")
     os.replace(temporary, final)
-    _sync(final.parent)
+    fault("save.after_rename")
+    sync(final.parent)
 
 
-def _keep_newest(parent: Path, keep: int) -> None:
+def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
+    """Remove what this or an earlier save left unfinished, and, where there is a new checkpoint, all but the `keep` newest.
+
+    An old checkpoint loses its name first: half of one is never taken for damage.
+    """
+    for old in [path for path in _by_step(parent) if path != newest][keep - 1 :] if newest else []:
+        fault("purge.before_old")
+        os.replace(old, parent / f".tmp.{old.name}.{secrets.token_hex(4)}")
+    _remove_unfinished(parent)
+
+
+def _remove_unfinished(parent: Path) -> None:
+    """Delete what saves and removals left that were interrupted. At the start of a run, and after a save, nobody writes there."""
     for stale in parent.glob(".tmp.step_*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for old in _by_step(parent)[keep:]:
-        shutil.rmtree(old)
+        fault("purge.before_delete")
+        shutil.rmtree(stale)
 
 
 def _by_step(parent: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
     folders = [(int(match[1]), path) for path in parent.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
     return [path for _, path in sorted(folders, reverse=True)]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can not sync a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> str:
@@ -136,79 +183,127 @@ class Checkpoint:
     step: int
     state: dict
     """What `save_checkpoint` was given."""
+    shapes: dict[str, list[int]]
+    """Of each parameter, by name."""
     shards: dict
 
     @property
     def adam_step(self) -> int:
         """Updates that the optimizer has made."""
-        return max(shard["adam_step"] for shard in self.shards.values())
-
-    def names(self) -> set[str]:
-        """Parameters in it."""
-        return {name for shard in self.shards.values() for name in shard["fragments"]}
+        return max((shard["adam_step"] for shard in self.shards.values()), default=0)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """[numel] float32: part of a flattened parameter's `master`, moment or EMA, from whichever shards hold it."""
-        values = torch.empty(numel)
+        values = torch.zeros(numel)
         filled = 0
         for file, shard in self.shards.items():
             if name not in shard["fragments"]:
                 continue
-            with safe_open(self.path / file, framework="pt") as tensors:
-                piece = tensors.get_slice(f"{kind}/{name}")
-                begin = shard["fragments"][name]
-                low, high = max(start, begin), min(start + numel, begin + piece.get_shape()[0])
-                if low < high:
-                    values[low - start : high - start] = piece[low - begin : high - begin]
-                    filled += high - low
+            try:
+                with safe_open(self.path / file, framework="pt") as tensors:
+                    piece = tensors.get_slice(f"{kind}/{name}")
+                    begin, shape = shard["fragments"][name], piece.get_shape()
+                    if piece.get_dtype() != "F32" or len(shape) != 1:
+                        raise CheckpointError(f"{self.path}: {file} holds {kind} of {name} as {piece.get_dtype()} {shape}; expected one dimension of F32.")
+                    low, high = max(start, begin), min(start + numel, begin + shape[0])
+                    if low < high:
+                        values[low - start : high - start] = piece[low - begin : high - begin]
+                        filled += high - low
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.path}: {kind} of {name} can not be read from {file}: {error}.") from error
         if filled != numel:
             raise CheckpointError(f"{self.path}: {kind} of {name} has {filled} of the {numel} values asked for. It was made by another model.")
         return values
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
+def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
+    """Read and verify one checkpoint. With `ranks` a collective: each verifies its share of the files.
 
     Raises:
-        CheckpointError: incomplete, or a file whose size or checksum is not the recorded one.
+        CheckpointError: incomplete, or a file whose size or checksum is not the recorded one; on every rank the same.
+        ConfigError: written by another version.
     """
+    checkpoint, problem = None, None
+    try:
+        checkpoint = _read_meta(path)
+        names = sorted(checkpoint.shards)
+        for name in names[ranks.rank :: ranks.world_size] if ranks else names:
+            _verify(path / name, checkpoint.shards[name])
+    except CheckpointError as error:
+        problem = str(error)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        problem = f"{path} can not be read: {error}."
+    problems = [said for said in (ranks.gather(problem) if ranks else [problem]) if said]
+    if problems:
+        raise CheckpointError(problems[0])
+    return checkpoint
+
+
+def _read_meta(path: Path) -> Checkpoint:
     meta_path, complete = path / "meta.json", path / "COMPLETE"
     if not (meta_path.is_file() and complete.is_file()):
         raise CheckpointError(f"{path} is no complete checkpoint: expected meta.json and COMPLETE in it.")
-    if complete.read_text() != _digest(meta_path):
+    if complete.read_bytes() != _digest(meta_path).encode():
         raise CheckpointError(f"{path}: meta.json is not the one that was written (its checksum differs).")
-    meta = json.loads(meta_path.read_text())
+    try:
+        meta = json.loads(meta_path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: meta.json is not JSON: {error}.") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: meta.json must be a JSON object, got {type(meta).__name__}.")
+    if meta.get("format") != FORMAT:
+        raise ConfigError(f"run.resume: {path} has format {meta.get('format', 1)}; this version of rlp reads format {FORMAT}. Continue with the version that wrote it.")
+    problem = _problem_of(meta)
+    if problem:
+        raise CheckpointError(f"{path}: meta.json {problem}.")
+    return Checkpoint(path=path, step=meta["step"], state=meta["state"], shapes=meta["shapes"], shards=meta["shards"])
+
+
+def _problem_of(meta: dict) -> str | None:
+    """What keeps a meta.json, which may be a stranger's, from being read as one; None where nothing does."""
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2 ** 63
+
+    if not (is_count(meta.get("step")) and all(isinstance(meta.get(key), dict) for key in ("state", "shapes", "shards"))):
+        return "lacks a step, state, shapes or shards"
+    if not all(isinstance(shape, list) and all(map(is_count, shape)) for shape in meta["shapes"].values()):
+        return "holds a shape that is no list of whole numbers"
     for name, entry in meta["shards"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
-            raise CheckpointError(f"{path}: {name} is missing or damaged (its size or checksum differs).")
-    return Checkpoint(path=path, step=meta["step"], state=meta["state"], shards=meta["shards"])
+        if not re.fullmatch(r"shard_\d{5}-\d{5}\.safetensors", name):
+            return f"names {name!r}, which is no shard of the checkpoint"
+        whole = isinstance(entry, dict) and is_count(entry.get("size")) and is_count(entry.get("adam_step")) and isinstance(entry.get("sha256"), str)
+        if not (whole and isinstance(entry.get("fragments"), dict) and all(map(is_count, entry["fragments"].values()))):
+            return f"says of {name} no size, checksum, adam_step or fragments"
+    return None
+
+
+def _verify(file: Path, entry: dict) -> None:
+    if not file.is_file() or file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
+        raise CheckpointError(f"{file.parent}: {file.name} is missing or damaged (its size or checksum differs).")
 
 
 def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint of a run; bad ones are said, and set aside. None where there is none at all.
+    """The newest good checkpoint of a run; bad ones are said, and set aside. None where there never was one. A collective.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is good.
+        CheckpointError: there are checkpoints, or were, and none is good.
     """
-    found: list[Path | str] = []
     if ranks.is_first:
-        rejected = []
-        for path in _by_step(parent):
-            try:
-                open_checkpoint(path)
-            except CheckpointError as error:
-                rejected.append(str(error))
-                say(f"{error} It is set aside as {_set_aside(path).name}; the one before it is tried.")
-                continue
-            found = [path]
-            break
-        if rejected and not found:
-            found = ["No good checkpoint is left: " + " ".join(rejected) + " Start a new run, or write run.resume=PATH of a good one."]
-    found = ranks.broadcast(found)
-    if found and isinstance(found[0], str):
-        raise CheckpointError(found[0])
-    return open_checkpoint(found[0]) if found else None
+        _remove_unfinished(parent)
+    paths, earlier = ranks.broadcast((_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None)
+    rejected = [f"{path} was set aside earlier." for path in earlier]
+    for path in paths:
+        try:
+            return open_checkpoint(path, ranks)
+        except CheckpointError as error:
+            rejected.append(str(error))
+            aside = ranks.broadcast(_set_aside(path).name if ranks.is_first else None)
+            say(f"{error} It is set aside as {aside}; the one before it is tried.")
+    if rejected:
+        raise CheckpointError("No good checkpoint is left: " + " ".join(rejected) + " Start a new run, or write run.resume=PATH of a good one.")
+    return None
 
 
 def _set_aside(path: Path) -> Path:
@@ -224,11 +319,13 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
     Raises:
         CheckpointError: made by a model with other parameters, or without the EMA that this run needs.
     """
+    fault("resume.before_restore")
     fragments = engine.fragments()
-    names = {name for name, _ in engine.parameters()}
-    if names != checkpoint.names():
-        odd = sorted(names ^ checkpoint.names())
-        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as {odd[0]}.")
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
+    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys() if shapes.get(name) != checkpoint.shapes.get(name))
+    if odd:
+        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as {odd[0]}, "
+                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and {shapes.get(odd[0], 'none')} here.")
     states = STATES if engine.keeps_ema else STATES[:2]
     for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
         if checkpoint.adam_step > 0:
@@ -252,13 +349,13 @@ def refuse_other_run(saved: dict, config: dict, path: Path) -> None:
     may_change = {"run", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
     if config["optim"]["schedule"] == "constant":
         may_change.add("budget")  # any other schedule runs over the budget
-    must_not = {"engine.dtype", "evaluation.panel_positions"}
+    must_not = {"run.seed", "engine.dtype", "evaluation.panel_positions"}
     differing = []
     for section, values in config.items():
         for name, value in values.items():
             key = f"{section}.{name}"
             fixed = key in must_not or not (section in may_change or key in may_change)
-            if fixed and saved[section].get(name) != value:
-                differing.append(f"{key} was {saved[section].get(name)!r}, is {value!r}")
+            if fixed and saved.get(section, {}).get(name) != value:
+                differing.append(f"{key} was {saved.get(section, {}).get(name)!r}, is {value!r}")
     if differing:
         raise ConfigError(f"run.resume: {path} was made with other settings: {'; '.join(differing)}. Write the same values, or start a new run with model.path set to its export.")

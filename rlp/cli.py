@@ -3,32 +3,49 @@
     rlp view RUN        its logged thoughts, in the terminal
     rlp report RUN...   one HTML page about one or several runs
     rlp export STEP     a checkpoint as a Hugging Face folder
+    rlp eval CHECKPOINT benchmark accuracy of a Hugging Face folder, with and without thoughts
+    rlp match RUN       the config of a control that spends what the run has spent
+    rlp splice RUN      documents with the start's own best thoughts in them, for the control mixed_sft
+    rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to learn from?
 
 Exit codes: 0 done, 2 something that the command line names is not there, 3 a file that can not be read back.
 """
 
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rlp.config import ConfigError
-from rlp.report import is_report, visible_text, write_report
+from rlp.metrics import visible_text
+from rlp.report import is_report, write_report
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines
+
+if TYPE_CHECKING:
+    from rlp.evaluation import Benchmark, Result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, late = parser.parse_known_args(argv)
+    if late and ("overrides" not in arguments or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        arguments.overrides += late  # argparse takes positional words before the first option only
     try:
         return arguments.command(arguments)
     except ConfigError as error:
-        print(f"rlp: {error}", file=sys.stderr)
+        print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 2
     except DamagedFileError as error:
-        print(f"rlp: {error}", file=sys.stderr)
+        print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 3
 
 
@@ -38,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_view(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_eval(commands)
+    _add_probe(commands)
+    _add_match(commands)
+    _add_splice(commands)
     return parser
 
 
@@ -63,6 +84,208 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("checkpoint", type=Path, metavar="STEP", help="a checkpoint, such as runs/NAME/checkpoints/step_100")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     export.set_defaults(command=export_step)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("eval", help="benchmark accuracy with and without thoughts, through lm-evaluation-harness")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, such as runs/NAME/export, or a Hub name")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm_eval, or files of questions that end in .jsonl")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of benchmarks, such as configs/benchmarks_paper.yaml")
+    command.add_argument("--question-field", default="question", metavar="FIELD", help="of a .jsonl file (question)")
+    command.add_argument("--answer-field", default="answer", metavar="FIELD", help="of a .jsonl file (answer); what follows its last #### is compared")
+    command.add_argument("--examples", metavar="FILE", help="few-shot examples for a .jsonl file, another file of the same fields")
+    command.add_argument("--shots", type=int, metavar="N", help="few-shot examples in each prompt (as the task says)")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N questions of each task")
+    command.add_argument("--samples", type=int, metavar="K", help="answers to each question; accuracy is pass@1, their mean (1)")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument("--think", action="store_const", const=("think",), dest="modes", help="with thoughts only")
+    mode.add_argument("--no-think", action="store_const", const=("no_think",), dest="modes", help="without thoughts only; default: both")
+    command.add_argument("--thought-budget", type=int, metavar="L", help="tokens of a thought at most (as trained)")
+    command.add_argument("--thought-temperature", type=float, metavar="T", help="0 is greedy (as trained)")
+    command.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of an answer at most (as the task says)")
+    command.add_argument("--answer-temperature", type=float, metavar="T", help="0, the default, is greedy")
+    command.add_argument("--seed", type=int, default=0, help="of all noise (0)")
+    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences decoded side by side (32); changes memory and speed, never an answer")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, float32 on a CPU")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write results and settings; a file that exists is never written over")
+    command.add_argument("--rows", type=Path, metavar="OUT", help="write every thought and answer, one JSON object a line")
+    command.set_defaults(command=evaluate_checkpoint, modes=("think", "no_think"))
+
+
+def _add_probe(commands: argparse._SubParsersAction) -> None:
+    probe = commands.add_parser("probe", help="what thinking gains on held-out documents: is there a reward to learn from?",
+                                epilog="Settings: section.key=value as in a config, above all evaluation.panel_positions, evaluation.thoughts_per_position, thought.max_thought_tokens, "
+                                       "thought.temperature, position.selector=marker position.marker=TEXT, target.horizon, data.template. What is not set is as the checkpoint says, then as --config says.")
+    probe.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder or Hub name, or a checkpoint of a run, such as runs/NAME/checkpoints/step_100")
+    probe.add_argument("data", metavar="DATA", help="held-out documents: a .jsonl, .parquet or .txt file, a glob, or hub:NAME")
+    probe.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
+    probe.add_argument("--config", type=Path, metavar="FILE", help="a YAML config or a run folder, for settings")
+    probe.add_argument("--start", metavar="CHECKPOINT", help="the starting checkpoint, to report the gain over it too; known where CHECKPOINT is that of a run")
+    probe.add_argument("--out", type=Path, metavar="FOLDER", help="make this folder, with probe.json, rows.parquet (a row each position) and probe.png")
+    probe.set_defaults(command=probe_one)
+
+
+def _add_match(commands: argparse._SubParsersAction) -> None:
+    from rlp.match import AMOUNTS, ARMS
+
+    match = commands.add_parser("match", help="write the config of a control arm that spends what a finished run has spent")
+    match.add_argument("run", type=Path, metavar="RUN", help="a finished run")
+    match.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the arm, such as optim.learning_rate=3e-5")
+    match.add_argument("--arm", choices=tuple(ARMS), required=True, help="the objective to compare with")
+    match.add_argument("--by", choices=tuple(AMOUNTS), default="flops", help="what the two spend alike, to 1 %% (flops)")
+    match.add_argument("--data", type=Path, metavar="FOLDER", help="for mixed_sft: what rlp splice made")
+    match.add_argument("--out", type=Path, required=True, metavar="FILE", help="the YAML file to make")
+    match.set_defaults(command=match_run)
+
+
+def _add_splice(commands: argparse._SubParsersAction) -> None:
+    splice = commands.add_parser("splice", help="put the starting checkpoint's best of G thoughts into the training documents of a run")
+    splice.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a YAML config")
+    splice.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
+    splice.add_argument("--documents", type=int, metavar="N", help="documents to read; default: as many as the run is to read (budget.steps x optim.batch_size)")
+    splice.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    splice.set_defaults(command=splice_documents)
+
+
+def match_run(arguments: argparse.Namespace) -> int:
+    """`rlp match`."""
+    from rlp.match import write_match
+
+    config = write_match(open_run_folder(arguments.run), arguments.arm, arguments.by, arguments.out, arguments.data, arguments.overrides)
+    print(f"{arguments.out}: {arguments.arm}, matched with {arguments.run} by {arguments.by} ({getattr(config.budget, arguments.by):.6g}). Run it with\n  deepspeed train.py {arguments.out}")
+    return 0
+
+
+def splice_documents(arguments: argparse.Namespace) -> int:
+    """`rlp splice`."""
+    from rlp.config import load_config
+    from rlp.distributed import start_ranks, stop_ranks
+    from rlp.sources import DataError
+    from rlp.splice import splice
+
+    path = open_run_folder(arguments.run).config_yaml if arguments.run.is_dir() else arguments.run
+    config = load_config(path, arguments.overrides)
+    documents = arguments.documents or (config.budget.steps or 0) * config.optim.batch_size
+    if documents < 1:
+        raise ConfigError(f"{path} has no budget.steps, so how many documents it reads is not known. Write --documents N.")
+    try:
+        told = splice(config, documents, arguments.out, start_ranks())
+    except DataError as error:
+        print(visible_text(f"rlp: {error}"), file=sys.stderr)
+        return 3
+    finally:
+        stop_ranks()
+    print(f"{arguments.out}: {told['documents']} documents, {told['with_thought_frac']:.1%} with a thought; reward of the best of {told['group_size']} {told['best_reward_mean_nats']:+.3f} nats, of all {told['reward_mean_nats']:+.3f}")
+    return 0
+
+
+def probe_one(arguments: argparse.Namespace) -> int:
+    """`rlp probe`."""
+    from rlp.data import DataError  # they load transformers, which the other commands do without
+    from rlp.preflight import probe_checkpoint
+
+    try:
+        probe_checkpoint(arguments.checkpoint, arguments.data, config=arguments.config, start=arguments.start, out=arguments.out,
+                         overrides=arguments.overrides, console=Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
+    except DataError as error:
+        print(visible_text(f"rlp: {error}"), file=sys.stderr)
+        return 3
+    return 0
+
+
+def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
+    """`rlp eval`."""
+    import torch  # it and transformers take seconds, which the other commands do without
+
+    from rlp.evaluation import load_tasks, open_evaluator, run_benchmarks, thought_gain, versions
+    from rlp.sources import DataError
+
+    for name, least in (("batch_size", 1), ("seed", 0), ("limit", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    for name in ("json", "rows"):
+        _refuse_output(f"--{name}", getattr(arguments, name))
+    benchmarks = _benchmarks(arguments)
+    if arguments.device not in ("auto", "cpu") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {arguments.device}: torch sees no GPU here. Write --device cpu.")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, 110)  # a folded table can not be read
+    results, rows = [], {}
+    try:
+        tasks = load_tasks(benchmarks)
+    except DataError as error:
+        print(visible_text(f"rlp: {error}"), file=sys.stderr)
+        return 3
+    evaluator = open_evaluator(arguments.checkpoint, device=device, dtype=arguments.dtype)
+    for result, said in run_benchmarks(benchmarks, tasks, evaluator, modes=arguments.modes, limit=arguments.limit, seed=arguments.seed, rows=arguments.batch_size):
+        results.append(result)
+        rows[result.benchmark, result.mode] = said
+        console.print(f"{result.benchmark} {result.mode}: {result.questions} questions, {result.metric}, {result.seconds:.0f} s", style="dim")
+        if arguments.rows:
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in said)
+    gains = {name: thought_gain(rows[name, "think"], rows[name, "no_think"]) for name in benchmarks} if len(arguments.modes) == 2 else {}
+    console.print(_result_table(results, gains))
+    if arguments.json:
+        content = {
+            "checkpoint": arguments.checkpoint, "seed": arguments.seed, "limit": arguments.limit, "versions": versions(),
+            "benchmarks": {name: dataclasses.asdict(benchmark) for name, benchmark in benchmarks.items()},
+            "results": [dataclasses.asdict(result) for result in results],
+            "thought_gain": {name: {"accuracy": mean, "standard_error": error} for name, (mean, error) in gains.items()},
+        }
+        with arguments.json.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _benchmarks(arguments: argparse.Namespace) -> dict[str, "Benchmark"]:
+    """What the command line asks for; a flag given there counts for every benchmark."""
+    from rlp.evaluation import Benchmark, load_benchmarks
+
+    if arguments.config is not None:
+        benchmarks = load_benchmarks(arguments.config)
+    else:
+        names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+        if not names:
+            raise ConfigError("--tasks names no task. Write --tasks gsm8k, or the path of a .jsonl file.")
+        prompt, reference = f"Question: {{{{{arguments.question_field}}}}}\nAnswer:", f"{{{{{arguments.answer_field}}}}}"
+        if len({Path(name).stem for name in names}) < len(names):
+            raise ConfigError(f"--tasks {arguments.tasks}: two of them have one name. Write a YAML file of benchmarks, where each has its own, and --config.")
+        benchmarks = {Path(name).stem if name.endswith(".jsonl") else name:
+                      Benchmark(data=name, prompt=prompt, reference=reference, examples=arguments.examples) if name.endswith(".jsonl") else Benchmark(task=name) for name in names}
+    given = {"shots": arguments.shots, "samples": arguments.samples, "thought_tokens": arguments.thought_budget, "thought_temperature": arguments.thought_temperature,
+             "answer_tokens": arguments.answer_tokens, "answer_temperature": arguments.answer_temperature}
+    return {name: dataclasses.replace(benchmark, **{key: value for key, value in given.items() if value is not None}) for name, benchmark in benchmarks.items()}
+
+
+def _refuse_output(flag: str, path: Path | None) -> None:
+    """Before any work: a file that can not be written at the end, or that would be written over."""
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"{flag}: {path} exists and is never written over. Write another path.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}. Make it, or write another path.")
+
+
+def _result_table(results: list["Result"], gains: dict[str, tuple[float, float | None]]) -> Table:
+    """pass@1 and its standard error in percent; tokens of a thought and of an answer, and the percentage that the budget ended; answers that
+    the check could not read (percent), did not finish in time, or died of."""
+    def percent(mean: float, error: float | None) -> str:
+        return f"{100 * mean:.2f}" + ("" if error is None else f" +- {100 * error:.2f}")
+
+    table = Table("benchmark", "mode", "asked", "pass@1 %", "thought", "cut %", "answer", "cut %", "unread %", "late", "died", box=None, pad_edge=False)
+    for result in results:
+        table.add_row(result.benchmark, result.mode, f"{result.questions} x {result.samples}", percent(result.accuracy, result.standard_error),
+                      f"{result.thought_tokens_mean:.1f}", f"{100 * result.thought_truncated_frac:.0f}", f"{result.answer_tokens_mean:.1f}", f"{100 * result.answer_truncated_frac:.0f}",
+                      f"{100 * result.unparseable_frac:.0f}", str(result.check_timeouts), str(result.check_crashes))
+    for name, (mean, error) in gains.items():
+        table.add_row(name, "difference", "", percent(mean, error))
+    return table
 
 
 def export_step(arguments: argparse.Namespace) -> int:

@@ -6,9 +6,14 @@ that defines it. "Paper" is arXiv 2510.01265, version 2. Nothing here imports to
 """
 
 import dataclasses
+import datetime
 import difflib
+import io
 import math
+import os
+import re
 import string
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +32,34 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
         raise ConfigError(f"{key} {rule}, got {value!r}.")
 
 
+def moment(text: str, start: float) -> float:
+    """Unix time, in seconds, that a text means.
+
+    Args:
+        text: seconds or HH:MM:SS after the start, or an ISO date and time, local where it names no offset.
+        start: Unix time.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if re.fullmatch(r"\d+", text):
+        return start + int(text)
+    if match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+        hours, minutes, seconds = map(int, match.groups())
+        return start + 3600 * hours + 60 * minutes + seconds
+    if re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text):
+        return datetime.datetime.fromisoformat(text).timestamp()
+    raise ValueError(f"{text!r} is no time")
+
+
+def is_moment(text: str) -> bool:
+    """Whether `moment` reads it."""
+    try:
+        return math.isfinite(moment(text, 0.0))
+    except ValueError:
+        return False
+
+
 def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"must be one of {', '.join(choices)}")
 
@@ -39,12 +72,20 @@ class RunConfig:
     """The run folder. It is created; one that exists is never written over."""
     seed: int = 0
     """Seeds the order of documents, the positions, the thoughts and a random initialization."""
+    arm: str = ""
+    """Name of the arm that a comparison (`rlp report`) shows this run under; runs that differ in their seed share it. By default
+    the name of the run folder without the seed at its end."""
     resume: str = "never"
     """`never`: the run folder must not exist. `auto`: continue it from its newest good checkpoint.
     A PATH: start this new run folder from that checkpoint (`.../checkpoints/step_40`)."""
+    watchdog_s: float = 1800.0
+    """Seconds without any progress (a token, a micro-batch, a phase) after which every rank shows its stacks and the run ends
+    with exit code 70. More than the longest thing done in one piece: loading or saving the model. 0: never."""
 
     def __post_init__(self) -> None:
+        require(self.dir.isprintable(), "run.dir", self.dir, "must be a path without control characters")
         require(0 <= self.seed < 2 ** 63, "run.seed", self.seed, "must be at least 0 and below 2 ** 63")
+        require(self.watchdog_s >= 0, "run.watchdog_s", self.watchdog_s, "must be at least 0 (0: no watchdog)")
         require(bool(self.resume), "run.resume", self.resume, "must be never, auto or the path of a checkpoint")
 
 
@@ -74,6 +115,9 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:NAME` or `hub:NAME@CONFIG`)."""
+    weights: list[float] = field(default_factory=list)
+    """One for each entry of `train`: the share of documents drawn from it, each entry in an order and epochs of its own.
+    Empty: all rows of all entries are one corpus."""
     held_out: list[str] = field(default_factory=list)
     """The same, for the held-out panel. Empty: no evaluation."""
     format: str = "auto"
@@ -84,6 +128,10 @@ class DataConfig:
     """Split of a Hub data set for the held-out panel."""
     template: str = "{text}"
     """How a row becomes text, naming its fields: `{text}`, `{question}\\n{answer}`."""
+    tokens_field: str | None = None
+    """Field of the rows of `train` that holds token ids, read in place of text (documents with thoughts made by `rlp splice`)."""
+    ledger: str | None = None
+    """The ledger.json of what made the data. Its tokens, FLOPs and seconds are counted as this run's from the start."""
     append_eos: bool = False
     """End every document with the tokenizer's end-of-sequence token."""
     max_document_tokens: int = 2048
@@ -95,6 +143,8 @@ class DataConfig:
     missing field, empty or too short for a position); up to it they are skipped and counted."""
 
     def __post_init__(self) -> None:
+        require(len(self.weights) in (0, len(self.train)), "data.weights", self.weights, f"needs one weight for each of the {len(self.train)} entries of data.train, or none")
+        require(all(0 < weight < math.inf for weight in self.weights), "data.weights", self.weights, "must be finite and above 0; leave out an entry that is not to be read")
         require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "text"))
         require(self.max_document_tokens >= 2, "data.max_document_tokens", self.max_document_tokens, "must be at least 2 (a prefix and a target)")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "is a fraction from 0 to 1")
@@ -182,6 +232,22 @@ class TargetConfig:
 
 
 @dataclass
+class RewardConfig:
+    """What a thought is rewarded for. Anything but the defaults is a control that RLP is compared with."""
+
+    kind: str = "information_gain"
+    """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token after the thought, else 0
+    (the next-token reward of RPT, arXiv 2506.08007)."""
+    placebo: str = "none"
+    """`shuffled_reward`: each position's thoughts get the rewards of another position's. `foreign_thought`: the reward of each
+    thought is measured with a thought of another position in its place. Neither says anything about the thought."""
+
+    def __post_init__(self) -> None:
+        require_one_of("reward.kind", self.kind, ("information_gain", "greedy_match"))
+        require_one_of("reward.placebo", self.placebo, ("none", "shuffled_reward", "foreign_thought"))
+
+
+@dataclass
 class ObjectiveConfig:
     """Weights of the loss. With `policy_weight`, `predictor_weight` and `kl_weight` 0 no thought is
     sampled: that is continued pretraining (CPT)."""
@@ -263,6 +329,11 @@ class OptimConfig:
     """Decoupled weight decay on matrices; the paper gives no value."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip. The paper gives no value; 1.0 is ours."""
+    spike_factor: float = 0.0
+    """Refuse an update whose gradient norm, before clipping, is above this many times the median of the last `spike_window`
+    applied ones. 0 (ours, as the paper is silent): no update is refused for its size."""
+    spike_window: int = 50
+    """Applied updates that the median is taken of; before there are as many, none is refused."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "must be at least 1")
@@ -278,6 +349,8 @@ class OptimConfig:
         require(self.epsilon > 0, "optim.epsilon", self.epsilon, "must be above 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must be at least 0")
+        require(self.spike_factor == 0 or self.spike_factor > 1, "optim.spike_factor", self.spike_factor, "must be above 1, or 0 to refuse no update for its size")
+        require(self.spike_window >= 1, "optim.spike_window", self.spike_window, "must be at least 1")
 
 
 @dataclass
@@ -315,7 +388,8 @@ class EngineConfig:
 
 @dataclass
 class BudgetConfig:
-    """When the run ends: at the first limit reached. At least one is needed."""
+    """When the run ends: at the first limit reached, of tokens, FLOPs or seconds at the step that comes nearest to it.
+    At least one is needed."""
 
     steps: int | None = None
     """Optimizer steps."""
@@ -323,11 +397,27 @@ class BudgetConfig:
     """Document tokens read (input tokens), over all ranks."""
     flops: float | None = None
     """FLOPs spent by the ledger's own count, over all ranks."""
+    paper_flops: float | None = None
+    """The paper's T_flop, in tokens: each thought's whole budget, and the input tokens."""
+    seconds: float | None = None
+    """Seconds of the ledger's phases, each of its slowest rank. A resumed run does not stop at the same step to the digit."""
 
     def __post_init__(self) -> None:
-        limits = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops}
-        for name, limit in limits.items():
+        for name, limit in vars(self).items():
             require(limit is None or limit > 0, f"budget.{name}", limit, "must be above 0")
+
+
+@dataclass
+class MatchConfig:
+    """The run that this one is matched with; `rlp match` writes this section and the budget that goes with it."""
+
+    ledger: str | None = None
+    """The ledger.json of that run. Empty: no match."""
+    by: str = "flops"
+    """What the two spend alike, to 1 %: tokens, flops, paper_flops or seconds."""
+
+    def __post_init__(self) -> None:
+        require_one_of("match.by", self.by, ("tokens", "flops", "paper_flops", "seconds"))
 
 
 @dataclass
@@ -356,9 +446,14 @@ class CheckpointConfig:
     """Save a checkpoint every n steps; 0: at the end only."""
     keep: int = 2
     """Newest checkpoints kept."""
+    save_by: str | None = None
+    """When the run gives up its step, saves and ends with exit code 75: seconds (`84600`) or HH:MM:SS (`"23:30:00"`) after its start,
+    or a time (`2026-01-31T18:30`, local where it names no offset). Leave the time of a save before the end of the job. None: never."""
 
     def __post_init__(self) -> None:
         require(self.every_n_steps >= 0, "checkpoint.every_n_steps", self.every_n_steps, "must be at least 0")
+        require(self.save_by is None or is_moment(self.save_by), "checkpoint.save_by", self.save_by,
+                "must be seconds (84600) or HH:MM:SS after the start, or a time such as 2026-01-31T18:30")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
@@ -370,12 +465,17 @@ class LoggingConfig:
     """A console line and a sample of thoughts every n steps."""
     thoughts: int = 16
     """Thoughts written to `thoughts.jsonl` each time: the most and least helpful ones."""
+    journal: bool = True
+    """Write `journal.jsonl`: checksums of what each step read and thought, to compare two runs (`rlp/journal.py`)."""
+    digest_every_n_steps: int = 100
+    """In it, a checksum of master weights, moments and EMA every n steps; 0: none."""
     wandb: str = "disabled"
     """Weights & Biases: disabled, offline or online."""
     wandb_project: str = "rlp"
 
     def __post_init__(self) -> None:
         require(self.every_n_steps >= 1, "logging.every_n_steps", self.every_n_steps, "must be at least 1")
+        require(self.digest_every_n_steps >= 0, "logging.digest_every_n_steps", self.digest_every_n_steps, "must be at least 0")
         require(self.thoughts >= 0, "logging.thoughts", self.thoughts, "must be at least 0")
         require_one_of("logging.wandb", self.wandb, ("disabled", "offline", "online"))
 
@@ -390,11 +490,13 @@ class Config:
     position: PositionConfig = field(default_factory=PositionConfig)
     thought: ThoughtConfig = field(default_factory=ThoughtConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -405,7 +507,11 @@ class Config:
                 require(not isinstance(value, float) or math.isfinite(value), f"{section.name}.{name}", value, "must be finite")
         require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:NAME")
         limits = dataclasses.asdict(self.budget)
-        require(any(limit is not None for limit in limits.values()), "budget", limits, "needs at least one of steps, tokens or flops")
+        require(any(limit is not None for limit in limits.values()), "budget", limits, f"needs at least one of {', '.join(limits)}")
+        require(self.match.ledger is None or limits[self.match.by] is not None, "match.by", self.match.by, f"needs budget.{self.match.by}, the amount to match")
+        alone = self.optim.micro_batch_size == 1 and self.position.per_document == 1
+        require(self.reward.placebo == "none" or not alone, "reward.placebo", self.reward.placebo,
+                "exchanges the positions of a micro-batch, which has a single one here; write optim.micro_batch_size=2 or more")
         shortest = self.position.min_prefix_tokens + self.target.horizon
         require(shortest <= self.data.max_document_tokens, "data.max_document_tokens", self.data.max_document_tokens,
                 f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens")
@@ -450,35 +556,91 @@ def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ConfigError(f"no config file at {path}. Write the path of a YAML file, such as configs/quickstart.yaml.")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        tree = parse_yaml(path.read_bytes().decode(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML config: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}.")
     return tree
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def parse_yaml(text: str, where: str) -> object:
+    """Plain values of a YAML text, which may be a stranger's.
+
+    Raises:
+        ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with an alias (a few lines of them stand for gigabytes),
+            or with text that `_refuse_text` refuses.
+    """
+    try:
+        if len(text) > MAX_YAML_BYTES:
+            raise ConfigError(f"{where} is not a YAML config: {len(text):,} characters; expected fewer than {MAX_YAML_BYTES:,}.")
+        if "&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{where} is not a YAML config: it holds an alias (*name), which is not read here. Write the value in each place.")
+        config = OmegaConf.load(io.StringIO(text))
+        tree = OmegaConf.to_container(config)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} is not a YAML config: {error}") from error
+    _refuse_text(tree, where)
+    return tree
+
+
+MAX_YAML_BYTES = 2 ** 20
+
+SECRET = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+"""Access tokens by the forms of those who issue them, and user:password of a URL."""
+
+
+def without_secrets(text: str) -> str:
+    """The text with access tokens taken out: by their form, and those that environment variables hold."""
+    held = [value for name, value in os.environ.items() if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()) and len(value) >= 8]
+    for value in held:
+        text = text.replace(value, "[secret]")
+    return SECRET.sub("[secret]", text)
+
+
+def _refuse_text(value: object, where: str) -> None:
+    """Refuse text that no file name and no run folder may hold, at any depth, keys too. Secrets are not repeated in the message."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_text(key, where)
+            _refuse_text(inner, f"{where}: {key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_text(inner, where)
+    elif isinstance(value, str):
+        if without_secrets(value) != value:
+            raise ConfigError(f"{where} holds an access token or a password. A config is copied to the run folder and its report: put secrets in the environment only, such as HF_TOKEN.")
+        if "${" in value:
+            raise ConfigError(f"{where}: {value!r} holds `${{`: interpolation is not read here, because it could copy environment variables into the run folder. Write the value itself.")
+        if "\0" in value or not value.isprintable() and any(unicodedata.category(character) == "Cs" for character in value):
+            raise ConfigError(f"{where}: {value!r} holds a NUL or half of a surrogate pair, which no file name can hold.")
+
+
+def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply dotted overrides, and check every value.
 
     Args:
-        path: the YAML file.
+        source: the YAML file, or nested mappings in place of one.
         overrides: `section.key=value`, each value in YAML syntax.
 
     Raises:
         ConfigError: unknown key, wrong type, or a value that its section refuses.
     """
-    path = Path(path)
-    tree = _read_yaml(path)
+    path, tree = ("config", source) if isinstance(source, dict) else (Path(source), _read_yaml(Path(source)))
+    _refuse_text(tree, str(path))
     _refuse_unknown_keys(tree, str(path))
     overrides = overrides or []
     for override in overrides:
+        _refuse_text(override, "command line")
         if "=" not in override:
             raise ConfigError(f"{override!r} is no override. Write section.key=value, such as thought.group_size=8.")
         try:
             given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"command line: {override!r} has no YAML value: {str(error).splitlines()[0]}. Put text with signs in it in quotes, such as 'data.template=\"{{text}}\"'.") from error
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with signs in it in quotes, such as 'data.template=\"{{text}}\"'.") from error
+        _refuse_text(given, "command line")
         _refuse_unknown_keys(given, "command line")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides))
@@ -491,14 +653,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         key = error.full_key or "a key"
-        raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: {key}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config, every key written out, as `load_config` reads it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def config_from_dict(tree: dict) -> Config:
-    """The config that `dataclasses.asdict` turned into nested mappings."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))

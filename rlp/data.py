@@ -1,37 +1,30 @@
-"""Documents: from files to token ids, in a seeded order with one integer cursor; and positions in them.
+"""Documents: from rows to token ids, in a seeded order that a few integers resume; and positions in them.
 
-A row (a JSON object, a Parquet row, a line of text) becomes text by `data.template` and then token
-ids, once: ids are never decoded and encoded again. A row that can not become a document is skipped
-and counted by reason, up to `data.max_bad_fraction`. What a position is used for is not known here.
+A row (`rlp/sources.py`) becomes text by `data.template` and then token ids, once: ids are never decoded and
+encoded again. A row that can not become a document is skipped and counted by reason, up to
+`data.max_bad_fraction`. What a position is used for is not known here.
 
 Dimensions
     B  documents;  K  positions per document;  M  positions of all documents together (B * K where each gives K)
     H  target tokens (the horizon)
 """
 
-import glob
-import json
 import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlp.config import DataConfig, PositionConfig, require
+from rlp.sources import BadDocument, DataError, Rows
 
-POSITION_NOISE, THOUGHT_NOISE, PANEL_NOISE, ORDER_NOISE = range(4)
+POSITION_NOISE, THOUGHT_NOISE, PANEL_NOISE, ORDER_NOISE, SOURCE_NOISE, BENCHMARK_THOUGHT_NOISE, BENCHMARK_ANSWER_NOISE = range(7)
 """Purposes of `keyed_noise`: draws for different purposes never share a stream."""
 
-
-class DataError(Exception):
-    """Data that can not be used. The message says where, what came, what was expected and what to write."""
-
-
-class BadDocument(Exception):
-    """One row that can not become a document: (reason, detail)."""
+LISTED_PER_REASON = 100
+"""Bad rows told one by one for each reason; the counts go on."""
 
 
 def keyed_noise(*, seed: int, purpose: int, step: int = 0, document: int = 0, position: int = 0, thought: int = 0) -> np.random.Generator:
@@ -80,120 +73,6 @@ class Positions:
         return slice(int(first), int(last))
 
 
-
-
-class Rows:
-    """Rows of one or more files (or of a Hub data set), memory-mapped, with random access."""
-
-    def __init__(self, names: list[str], tables: list, formats: list[str]) -> None:
-        """
-        Args:
-            names, tables, formats: of each file; a row of the format jsonl or text is one line in the column `text`.
-        """
-        self._names = names
-        self._tables = tables
-        self._formats = formats
-        self._starts = np.cumsum([0, *(len(table) for table in tables)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def where(self, index: int) -> str:
-        """File and line of a row."""
-        table, line = self._locate(index)
-        return f"{self._names[table]}:{line + 1}"
-
-    def read(self, index: int) -> dict:
-        """A row as a mapping from field to value."""
-        table, line = self._locate(index)
-        row = self._tables[table][line]
-        if self._formats[table] not in ("jsonl", "text"):
-            return row
-        text = row["text"].removeprefix("\ufeff")
-        if not text.strip():
-            raise BadDocument("empty line", "expected a document on each line")
-        return _parse_json(text) if self._formats[table] == "jsonl" else {"text": text}
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        table = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return table, index - int(self._starts[table])
-
-
-def _parse_json(line: str) -> dict:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadDocument("broken JSON", f"{error}; expected one JSON object on the line") from error
-    if not isinstance(value, dict):
-        raise BadDocument("not a JSON object", f"got {type(value).__name__}; expected an object such as {{\"text\": ...}}")
-    return value
-
-
-def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> Rows:
-    """Open files, globs or a Hub data set.
-
-    Args:
-        sources: as `data.train`.
-        split: split of a Hub data set.
-        key: the config key, for messages.
-
-    Raises:
-        DataError: nothing there, unreadable, or no row at all.
-    """
-    names, tables, formats = [], [], []
-    for source in sources:
-        if source.startswith("hub:"):
-            name, _, subset = source.removeprefix("hub:").partition("@")
-            names.append(source)
-            formats.append("hub")
-            tables.append(_load(key, source, name, *filter(None, [subset]), split=split))
-            continue
-        for path in _expand(source, key):
-            names.append(path)
-            formats.append(_format_of(path, config.format, key))
-            tables.append(_load(key, path, "parquet" if formats[-1] == "parquet" else "text", data_files=[path], split="train"))
-    rows = Rows(names, tables, formats)
-    if len(rows) == 0:
-        raise DataError(f"{key}: {', '.join(names)} holds no row. Expected at least one document.")
-    return rows
-
-
-def _expand(source: str, key: str) -> list[str]:
-    paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
-    files = [path for path in paths if Path(path).is_file() and Path(path).stat().st_size > 0]
-    if not files:
-        found = "an empty file" if any(Path(path).is_file() for path in paths) else "no file"
-        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a .jsonl, .parquet or .txt file, a glob that matches some, or hub:NAME.")
-    return files
-
-
-def _format_of(path: str, wanted: str, key: str) -> str:
-    if wanted != "auto":
-        return wanted
-    endings = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".zst")]
-    kind = endings.get(suffixes[-1] if suffixes else "")
-    if kind is None:
-        raise DataError(f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl, parquet or text.")
-    return kind
-
-
-def _load(key: str, source: str, *names: str, **arguments: object):
-    """One table through `datasets`, its errors turned into ours."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    encoding = {"encoding_errors": "replace"} if names == ("text",) else {}
-    try:
-        return datasets.load_dataset(*names, **arguments, **encoding)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()
-        raise DataError(f"{key}: {source!r} can not be read: {reason[0].rstrip('.') if reason else type(cause).__name__}. Expected a readable .jsonl, .parquet or .txt file, or a Hub data set that this machine can reach.") from error
-
-
-
-
 def fill_template(template: str, row: dict) -> str:
     """Text of a row: `{field}` is replaced by that field, which must be text."""
     text = []
@@ -213,30 +92,91 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) ->
     """Token ids of a document's text, cut to `data.max_document_tokens`."""
     if not text.strip():
         raise BadDocument("empty text", "nothing but white space; expected text")
-    if "\ufffd" in text:
-        raise BadDocument("not UTF-8", "the text holds U+FFFD, the mark of bytes that are not UTF-8")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadDocument("not Unicode", f"{error}; expected no lone half of a surrogate pair") from error
-    ids = tokenizer(text, truncation=False)["input_ids"]
+        raise BadDocument("not Unicode", f"character {error.start} is {error.reason.removesuffix(' not allowed')}; expected no lone half of a surrogate pair") from error
+    return ended(first_ids(text, tokenizer, config.max_document_tokens), tokenizer, config)
+
+
+def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> np.ndarray:
+    """[P] int64: with the end-of-sequence token where `data.append_eos` wants it, cut to `data.max_document_tokens`."""
     ids = ids + [tokenizer.eos_token_id] if config.append_eos else ids
     return np.array(ids[: config.max_document_tokens], dtype=np.int64)
 
 
+def given_ids(row: dict, field: str, vocabulary: int) -> list[int]:
+    """Token ids that a row holds under `data.tokens_field`."""
+    ids = row.get(field)
+    if field not in row:
+        raise BadDocument("missing field", f"no field {field!r}; the row has {', '.join(row) or 'none'}; write data.tokens_field with one that it has")
+    if not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise BadDocument("field is not token ids", f"field {field!r} is {type(ids).__name__}; expected a list of whole numbers")
+    beyond = [token for token in ids if not 0 <= token < vocabulary]
+    if beyond:
+        raise BadDocument("token id beyond the vocabulary", f"field {field!r} holds {beyond[0]}; the model's embedding has rows 0 to {vocabulary - 1}; expected ids of this model's tokenizer")
+    return ids
+
+
+def first_ids(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The first `count` token ids of a text, and perhaps some more, without tokenizing the rest of a long one.
+
+    The text is cut where there are 64 tokens more than asked for: what is behind a cut changes tokens next to it, not
+    tokens that far before. A cut that leaves too few tokens is moved to four times as many characters.
+    """
+    wanted = count + 64
+    characters = 8 * wanted  # 4 to 5 make a token of English
+    while True:
+        ids = tokenizer(text[:characters], truncation=False)["input_ids"]
+        if len(ids) >= wanted or characters >= len(text):
+            return ids
+        characters *= 4
+
+
+class Source:
+    """Endless row numbers of one entry of `data.train`: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, first: int, size: int, *, shuffle: bool, seed: int, index: int) -> None:
+        """
+        Args:
+            first, size: its rows.
+            index: its place in `data.train`; no two share an order.
+        """
+        self._first = first
+        self._shuffle = shuffle
+        self._seed = seed
+        self._index = index
+        self._epoch = -1
+        self._order = np.arange(size) if not shuffle else None
+        self.size = size
+        self.cursor = 0
+
+    def next_row(self) -> int:
+        epoch, offset = divmod(self.cursor, self.size)
+        if self._shuffle and epoch != self._epoch:
+            self._order = keyed_noise(seed=self._seed, purpose=ORDER_NOISE, step=epoch, document=self._index).permutation(self.size)
+            self._epoch = epoch
+        self.cursor += 1
+        return self._first + int(self._order[offset])
+
+
 class DocumentStream:
-    """Endless documents in a seeded order; its whole state is a cursor and the counts of what was skipped.
+    """Endless documents in a seeded order; its whole state is a cursor for each source, and counts.
 
     All ranks read the same stream and each takes its share of a batch, so the documents of a step do not
-    depend on the number of ranks.
+    depend on the number of ranks. With weights, the source of the n-th document is drawn with noise keyed by n.
     """
 
-    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, seed: int,
-                 candidates: Callable[[np.ndarray], np.ndarray], warn: Callable[[str], None]) -> None:
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, seed: int, candidates: Callable[[np.ndarray], np.ndarray],
+                 warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None, weights: list[float] | None = None,
+                 tokens_field: str | None = None, vocabulary: int = 0) -> None:
         """
         Args:
             candidates: token ids -> the positions that may be chosen; a document without one is bad.
             warn: called once for each reason, with the first row that it was met in.
+            record: called with each bad row, `LISTED_PER_REASON` of each reason.
+            weights: `data.weights`, one for each source of the rows; None or empty reads them all as one.
+            tokens_field: field that holds token ids, below `vocabulary`; None reads text by `data.template`.
         """
         require(tokenizer.eos_token_id is not None or not config.append_eos, "data.append_eos", config.append_eos, "needs a tokenizer that has an end-of-sequence token")
         self._rows = rows
@@ -245,67 +185,94 @@ class DocumentStream:
         self._seed = seed
         self._candidates = candidates
         self._warn = warn
-        self._order_epoch = -1
-        self._order = np.arange(len(rows))
-        self.cursor = 0
+        self._record = record
+        self._tokens_field, self._vocabulary = tokens_field, vocabulary
+        sizes = rows.source_sizes if weights else [len(rows)]
+        self._sources = [Source(sum(sizes[:index]), size, shuffle=config.shuffle, seed=seed, index=index) for index, size in enumerate(sizes)]
+        self._up_to = np.cumsum(weights or [1.0]) / sum(weights or [1.0])
+        self._given = 0
+        self._files = [[table.name, table.identity] for table in rows.tables]
         self.bad: dict[str, int] = {}
 
     def next_documents(self, count: int) -> list[Document]:
         """The next `count` good documents.
 
         Raises:
-            DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad, or all rows are.
+            DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad, or all rows of a source are.
         """
-        documents, num_barren = [], 0
-        while len(documents) < count:
-            index = self._row_at(self.cursor)
-            self.cursor += 1
+        return [self._next_document() for _ in range(count)]
+
+    @property
+    def cursor(self) -> int:
+        """Rows read, good and bad."""
+        return sum(source.cursor for source in self._sources)
+
+    def state(self) -> dict:
+        return {"cursors": [source.cursor for source in self._sources], "given": self._given, "bad": dict(self.bad), "files": self._files}
+
+    def load_state(self, state: dict) -> None:
+        for (name, was), (_, found) in zip(state["files"], self._files):
+            if was != found:
+                raise DataError(f"data.train: {name} is not what the checkpoint was made from: it had {was}, it has {found}. Put the file back, or start a new run.")
+        if len(state["files"]) != len(self._files) or len(state["cursors"]) != len(self._sources):
+            raise DataError(f"data.train names {len(self._files)} files; the checkpoint was made from {len(state['files'])}. Continue with the same files, or start a new run.")
+        for source, cursor in zip(self._sources, state["cursors"]):
+            source.cursor = cursor
+        self._given, self.bad = state["given"], dict(state["bad"])
+
+    def _next_document(self) -> Document:
+        source = self._source_of(self._given)
+        num_barren = 0
+        while True:
+            index = source.next_row()
             try:
-                documents.append(Document(index, self._tokens(index)))
-                num_barren = 0
+                document = Document(index, self._tokens(index))
             except BadDocument as error:
                 self._count_bad(index, *error.args)
                 num_barren += 1
-                if num_barren == len(self._rows):
-                    raise DataError(f"{self._rows.where(index)}: {error.args[0]} ({error.args[1]}). None of the {num_barren} rows is a document ({self._counts()}). "
+                if num_barren == source.size:
+                    raise DataError(f"{self._rows.where(index)}: {error.args[0]} ({short(error.args[1])}). None of the {num_barren} rows is a document ({self._counts()}). "
                                     "Write files with documents in them, and a data.template and a `position` section that suit them.") from error
-        return documents
+                continue
+            self._given += 1
+            return document
 
-    def state(self) -> dict:
-        return {"cursor": self.cursor, "bad": dict(self.bad), "rows": len(self._rows)}
-
-    def load_state(self, state: dict) -> None:
-        if state["rows"] != len(self._rows):
-            raise DataError(f"data.train holds {len(self._rows)} rows; the checkpoint was made from {state['rows']}. Continue with the same files, or start a new run.")
-        self.cursor, self.bad = state["cursor"], dict(state["bad"])
-
-    def _row_at(self, cursor: int) -> int:
-        epoch, offset = divmod(cursor, len(self._rows))
-        if self._config.shuffle and epoch != self._order_epoch:
-            self._order = keyed_noise(seed=self._seed, purpose=ORDER_NOISE, step=epoch).permutation(len(self._rows))
-            self._order_epoch = epoch
-        return int(self._order[offset])
+    def _source_of(self, number: int) -> Source:
+        if len(self._sources) == 1:
+            return self._sources[0]
+        draw = keyed_noise(seed=self._seed, purpose=SOURCE_NOISE, document=number).random()
+        return self._sources[int(np.searchsorted(self._up_to[:-1], draw, side="right"))]
 
     def _tokens(self, index: int) -> np.ndarray:
-        tokens = encode(fill_template(self._config.template, self._rows.read(index)), self._tokenizer, self._config)
+        row = self._rows.read(index)
+        if self._tokens_field is None:
+            tokens = encode(fill_template(self._config.template, row), self._tokenizer, self._config)
+        else:
+            tokens = ended(given_ids(row, self._tokens_field, self._vocabulary), self._tokenizer, self._config)
         if len(self._candidates(tokens)) == 0:
             raise BadDocument("no position", f"{len(tokens)} tokens, and none of them can be chosen by the `position` section")
         return tokens
 
     def _count_bad(self, index: int, reason: str, detail: str) -> None:
-        self.bad[reason] = self.bad.get(reason, 0) + 1
+        self.bad[reason] = count = self.bad.get(reason, 0) + 1
+        where, detail = self._rows.where(index), short(detail)
+        if count <= LISTED_PER_REASON:
+            self._record({"reason": reason, "count": count, "where": where, "detail": detail})
         # A blank line between documents is no fault of the data.
-        num_bad, where = sum(self.bad.values()) - self.bad.get("empty line", 0), self._rows.where(index)
-        if num_bad > self._config.max_bad_fraction * max(self.cursor, 100):
-            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {self.cursor} rows read are bad ({self._counts()}), "
+        num_bad, num_read = sum(self.bad.values()) - self.bad.get("empty line", 0), self.cursor
+        if num_bad > self._config.max_bad_fraction * max(num_read, 100):
+            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {num_read} rows read are bad ({self._counts()}), "
                             f"more than data.max_bad_fraction = {self._config.max_bad_fraction:g} allows. Mend the data, or raise data.max_bad_fraction to skip such rows.")
-        if self.bad[reason] == 1:
+        if count == 1:
             self._warn(f"skipped {where}: {reason} ({detail}); further such rows are counted silently")
 
     def _counts(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.bad.items())
 
 
+def short(text: str) -> str:
+    """Names and values that a row holds may be of any length; a message is not."""
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def candidate_positions(tokens: np.ndarray, config: PositionConfig, *, horizon: int, excluded: int, marker: tuple[int, ...] = ()) -> np.ndarray:

@@ -4,8 +4,13 @@ One process is the ordinary case: the same calls work without a launcher. Nothin
 about models or DeepSpeed.
 """
 
+import itertools
 import os
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None
+    """Where the ranks have met; None where there is no other rank to leave word for."""
 
     @property
     def is_first(self) -> bool:
@@ -42,9 +49,49 @@ class Ranks:
 
     def any(self, claim: bool) -> bool:
         """True on every rank where it is true on one."""
-        vote = torch.tensor(int(claim), device=self.device)
+        return bool(self.largest(int(claim)))
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers, on every rank."""
+        vote = torch.tensor(value, device=self.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        return bool(vote.item())
+        return int(vote.item())
+
+    def word(self, topic: str) -> str:
+        """A name for something to leave word of, not used before; the same on every rank that has asked as often."""
+        return f"{topic}/{next(_topics)}"
+
+    def words(self) -> "Words":
+        """Word between ranks, for one thread."""
+        return Words(self.store)
+
+
+_topics = itertools.count()
+
+
+class Words:
+    """What ranks tell each other without waiting for each other, from threads that must go on when the main thread does not."""
+
+    def __init__(self, store: dist.Store | None) -> None:
+        # A connection of its own: that of the main thread is locked while it waits for something.
+        self._store = store.clone() if store is not None else None
+
+    def leave(self, word: str) -> bool:
+        """Leave word for every rank; True."""
+        if self._store is not None:
+            try:
+                self._store.set(word, "")
+            except RuntimeError:
+                self._store = None  # the rank that keeps the store is gone, and with it the run
+        return True
+
+    def has(self, word: str) -> bool:
+        """Whether some rank has left this word."""
+        try:
+            return self._store is not None and self._store.check([word])
+        except RuntimeError:
+            self._store = None
+            return False
 
 
 def start_ranks() -> Ranks:
@@ -60,13 +107,31 @@ def start_ranks() -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    store = None
     if not dist.is_initialized():
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(backend, **store)
-    return Ranks(rank=rank, world_size=world_size, device=device)
+        store = dist.HashStore() if alone else next(dist.rendezvous("env://"))[0]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
 
 
 def stop_ranks() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Run a program and end the process with its exit code, whatever the other ranks do.
+
+    Python's own way out runs the destructors of process groups, which wait for ranks that may be gone.
+    """
+    code = 1
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -13,6 +13,7 @@ The EMA of the weights (the teacher, phi) stands beside Adam's moments on those 
 
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 
 from rlp.config import Config
 from rlp.distributed import Ranks
+from rlp.faults import fault, poisoned, poisoned_gradient
+from rlp.preemption import Preemption
+from rlp.watchdog import Watchdog
 
 
 class AdamWithEMA(torch.optim.AdamW):
@@ -33,14 +37,18 @@ class AdamWithEMA(torch.optim.AdamW):
 
     It sees the float32 shards that ZeRO gives it, so the average is float32 and sharded, costs no
     communication, and does not move on a skipped step. In bfloat16 it would not move at all.
+    DeepSpeed calls `step` with the global gradient norm known: here, in one place for all stages, an update is refused.
     """
 
     def __init__(self, params: list[dict], *, ema_decay: float | None, **options: object) -> None:
         super().__init__(params, **options)
         self.ema_decay = ema_decay
+        self.may_step: Callable[[], bool] = lambda: True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        if not self.may_step():
+            return None
         if self.ema_decay is None:
             return super().step()
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -77,9 +85,14 @@ class StepResult:
     """What an optimizer step did."""
 
     grad_norm: float
-    """Global gradient norm before clipping; inf or nan where the step was skipped."""
+    """Global gradient norm before clipping; inf where it is not finite."""
     applied: bool
-    """False where a non-finite gradient on any rank made all ranks skip it."""
+    """False where all ranks left weights, moments and EMA as they are."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the gradient is finite on every rank."""
+        return math.isfinite(self.grad_norm)
 
 
 def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
@@ -171,9 +184,14 @@ def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.d
 class Engine:
     """The policy under DeepSpeed."""
 
-    def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> None:
+    def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype, preemption: Preemption, watchdog: Watchdog) -> None:
+        """
+        Args:
+            preemption, watchdog: are told of every token sampled; sampling is left early where the run is to stop.
+        """
         self._config = config
         self._ranks = ranks
+        self._preemption, self._watchdog = preemption, watchdog
         self._stage = config.engine.zero_stage
         optim = config.optim
         options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
@@ -183,6 +201,7 @@ class Engine:
         policy.to(ranks.device)
         self._deepspeed = _initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
         self._optimizer = optimizer
+        self._losses_are_finite = torch.tensor(True, device=ranks.device)
         self.policy = policy
         if self._stage == 3:
             import deepspeed
@@ -195,34 +214,40 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's loss."""
+        fault("backward")
+        loss = poisoned("loss", poisoned_gradient("gradient", loss))
+        self._losses_are_finite &= loss.detach().isfinite()
         self._deepspeed.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
         if self._deepspeed.is_gradient_accumulation_boundary() is False:
             self._deepspeed.step()
 
-    def step(self, learning_rate: float) -> StepResult:
+    def losses_are_finite(self) -> bool:
+        """Whether every loss of this rank since the last step is."""
+        return bool(self._losses_are_finite)
+
+    def step(self, learning_rate: float, *, largest_norm: float = math.inf) -> StepResult:
         """Clip, update the weights and the EMA, and clear the gradient.
 
-        A non-finite gradient on any rank skips the update on all.
+        Args:
+            largest_norm: a gradient of a larger norm updates nothing, and one that is not finite never does. Below 0: update
+                nothing, only clear the gradient. The same on every rank.
         """
+        fault("optimizer")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self._stage == 0:
-            return self._step_unsharded()
-        self._deepspeed.step()
-        norm = float(self._deepspeed.get_global_grad_norm())
-        return StepResult(grad_norm=norm, applied=self._deepspeed.was_step_applied())
+            norm = _finite_or_inf(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
+            self._optimizer.may_step = lambda: math.isfinite(norm) and norm <= largest_norm
+            self._deepspeed.step()
+        else:
+            def global_norm() -> float:
+                return _finite_or_inf(self._deepspeed.optimizer._global_grad_norm)
 
-    def _step_unsharded(self) -> StepResult:
-        """Stage 0 has neither a gradient norm nor a guard of its own."""
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        applied = bool(torch.isfinite(torch.tensor(norm)))
-        if not applied:
-            # DeepSpeed steps whatever it is given, and it has no other way to end an accumulation.
-            for p in self.policy.parameters():
-                p.grad = None
-        self._deepspeed.step()
-        return StepResult(grad_norm=norm, applied=applied)
+            self._optimizer.may_step = lambda: math.isfinite(global_norm()) and global_norm() <= largest_norm
+            self._deepspeed.step()
+            norm = global_norm()
+        self._losses_are_finite.fill_(True)
+        return StepResult(grad_norm=norm, applied=math.isfinite(norm) and norm <= largest_norm)
 
     @property
     def is_whole(self) -> bool:
@@ -239,9 +264,18 @@ class Engine:
         """Whether a forward during sampling is a collective, so that ranks must decode in step."""
         return self._stage == 3 and self._config.engine.generation == "synced"
 
-    def generation(self) -> AbstractContextManager:
+    @contextmanager
+    def generation(self) -> Iterator[None]:
         """Around sampling. Under stage 3 with `engine.generation: gathered`, every rank holds all weights
-        here and ranks may decode different numbers of tokens."""
+        here and ranks may decode different numbers of tokens. A collective.
+
+        Raises:
+            StopRequested: some rank was asked to stop; sampling may not have come to its end.
+        """
+        with self._preemption.leaving_early(), self._whole_weights():
+            yield
+
+    def _whole_weights(self) -> AbstractContextManager:
         if self._stage < 3 or self._decodes_together:
             return nullcontext()
         from deepspeed.runtime.zero import unwrap_model_for_generation
@@ -249,8 +283,16 @@ class Engine:
         return unwrap_model_for_generation(self._deepspeed)
 
     def agree(self, claim: bool) -> bool:
-        """`agree` of `sample_thoughts`: all ranks together where they decode in step, else this rank alone."""
-        return self._ranks.any(claim) if self._decodes_together else claim
+        """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode in step, else this rank alone."""
+        self._watchdog.mark()
+        if not self._decodes_together:
+            self._preemption.look()
+            return claim
+        stop = 2
+        answer = self._ranks.largest(stop if self._preemption.requested else int(claim))
+        if answer == stop:
+            self._preemption.leave()
+        return bool(answer)
 
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """Whole parameters on every rank, to read."""
@@ -328,6 +370,11 @@ class Engine:
             if self._stage > 0:
                 dist.all_reduce(whole)
             p.detach().copy_(whole.reshape(p.shape))
+
+
+def _finite_or_inf(norm: Tensor | float) -> float:
+    """A gradient norm; DeepSpeed gives some that are not finite as -1."""
+    return float(norm) if math.isfinite(norm) and norm >= 0 else math.inf
 
 
 def keeps_ema(config: Config) -> bool:

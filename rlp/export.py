@@ -7,20 +7,23 @@ and sampled, and a model card with the numbers of the run.
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlp.checkpoint import Checkpoint, CheckpointError
-from rlp.config import Config, ConfigError, config_from_dict
+from rlp.config import Config, ConfigError, load_config
 from rlp.distributed import Ranks
 from rlp.engine import Engine
+from rlp.faults import fault
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.model import load_policy
+from rlp.run_folder import sync
 
 
 def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, config: Config, form: ThoughtFormat, card: str) -> None:
@@ -28,6 +31,7 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
 
     A collective: every rank takes part in gathering, the first one writes.
     """
+    fault("export.before_write")
     tensors = {}
     for name, parameter in engine.parameters():
         with engine.gathered([parameter]):
@@ -52,11 +56,20 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """
     if folder.exists():
         raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
-    config = config_from_dict(checkpoint.state["config"])
+    config = load_config(checkpoint.state["config"])
     inputs = ModelInputs(config)
     policy = load_policy(config, inputs.tokenizer, torch.float32, torch.device("cpu"))
-    tensors = {name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape) for name, p in policy.lm.named_parameters()}
+    tensors = master_weights(checkpoint, policy.lm)
     _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step))
+
+
+def master_weights(checkpoint: Checkpoint, lm: nn.Module) -> dict[str, Tensor]:
+    """The float32 weights of a checkpoint by the names of a model, tied ones once.
+
+    Raises:
+        CheckpointError: it was made by a model with other parameters.
+    """
+    return {name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape) for name, p in lm.named_parameters()}
 
 
 def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, config: Config, form: ThoughtFormat, card: str) -> None:
@@ -73,7 +86,46 @@ def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokeni
     }
     (temporary / "thought_format.json").write_text(json.dumps(manifest, indent=2))
     (temporary / "README.md").write_text(card)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    fault("export.before_rename")
     os.replace(temporary, folder)
+    fault("export.after_rename")
+
+
+THOUGHT_FORMAT = {"open_marker": str, "close_marker": str, "temperature": float, "target_temperature": float, "max_thought_tokens": int, "horizon": int,
+                  "open_marker_ids": list, "close_marker_ids": list, "instruction_ids": list}
+"""What readers use of `thought_format.json`, and of which type it is; lists hold token ids."""
+
+
+def read_thought_format(path: Path) -> dict:
+    """`thought_format.json` of a folder that may be a stranger's, what is used of it; empty where there is no such file.
+
+    Raises:
+        ConfigError: it is no JSON object, or a value in it has another type than `_write` gives it.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}. Export the checkpoint again with `rlp export`.") from error
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{path} is no thought format: expected an object with open_marker, close_marker and so on, got {type(manifest).__name__}. Export the checkpoint again with `rlp export`.")
+    for key, expected in THOUGHT_FORMAT.items():
+        value = manifest.get(key, expected())
+        ids = value if expected is list and isinstance(value, list) else []
+        if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) or not all(type(token) is int and 0 <= token < 2 ** 31 for token in ids):
+            raise ConfigError(f"{path} is no thought format: {key} is {repr(value)[:80]}, expected {'token ids' if expected is list else expected.__name__}. Export the checkpoint again with `rlp export`.")
+    return {key: manifest[key] for key in THOUGHT_FORMAT if key in manifest}
+
+
+def known_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The `instruction_ids` of a thought format, which the tokenizer must have."""
+    last = max(tokenizer.get_vocab().values())
+    if max(ids, default=0) > last:
+        raise ConfigError(f"thought_format.json: instruction_ids holds {max(ids)}, and the tokenizer of the folder ends at {last}. Write a folder with the tokenizer that the run used.")
+    return tuple(ids)
 
 
 def model_card(config: Config, before: dict | None, after: dict | None, steps: int) -> str:
@@ -83,7 +135,7 @@ def model_card(config: Config, before: dict | None, after: dict | None, steps: i
              f"`{config.model.path}` after {steps} steps of {objective}. The settings are in the run's `config.yaml`.", ""]
     if before and after:
         lines += [f"Held-out panel of {after['panel_positions']} positions:", "", "| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before[name]:.4g} | {after[name]:.4g} |" for name in after if name != "panel_positions" and name in before]
+        lines += [f"| {name} | {before[name]:.4g} | {after[name]:.4g} |" for name in after if name in before and name != "panel_positions" and not name.endswith(("_low", "_high"))]
         lines.append("")
     lines += [f"A thought stands after the prefix, between `{config.thought.open_marker}` and `{config.thought.close_marker}`, and is sampled at "
               f"temperature {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens, the close marker included; "

@@ -3,16 +3,19 @@
 Whatever a user may have got wrong in files and names is refused here, before a run folder exists.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from rlp.config import Config, ConfigError
-from rlp.data import Document, DocumentStream, Rows, candidate_positions, choose_positions, marker_ids, open_rows
+from rlp.data import Document, DocumentStream, candidate_positions, choose_positions, marker_ids
 from rlp.layout import thought_format
 from rlp.ledger import model_shapes
 from rlp.model import find_markers, load_tokenizer, quiet_transformers, read_model_config
+from rlp.sources import Rows, open_rows
 
 
 class ModelInputs:
@@ -25,17 +28,24 @@ class ModelInputs:
         self.markers = find_markers(self.tokenizer, config.thought)
         self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
 
+    def vocabulary_checksum(self) -> str:
+        """Of all tokens and their ids: a checkpoint is of no use with others."""
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
     def _instruction(self) -> tuple[int, ...]:
         path = self.config.thought.instruction_file
         if path is None:
             return ()
         if not Path(path).is_file():
             raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
-        return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+        try:
+            return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a text file.") from error
 
 
-class Inputs(ModelInputs):
-    """All inputs of a run: the documents too."""
+class PanelInputs(ModelInputs):
+    """Inputs of a held-out panel too: which positions may be chosen, and its documents."""
 
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
         """
@@ -45,20 +55,7 @@ class Inputs(ModelInputs):
         super().__init__(config)
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
-        self.architecture = read_model_config(config.model)
-        try:
-            self.shapes = model_shapes(self.architecture)
-        except ValueError as error:
-            raise ConfigError(f"model.path: the work of {self.architecture.model_type} can not be counted: {error}") from error
-        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
-        self.stream = self._train_stream(rows, warn)
-        self._train_stream(rows, lambda text: None).next_documents(1)  # data that is all bad is refused here
         self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
-
-    def _train_stream(self, rows: Rows, warn: Callable[[str], None]) -> DocumentStream:
-        """Training documents; without thoughts any document of two tokens is good."""
-        candidates = self.candidates if self.config.objective.thinks else lambda tokens: np.arange(1, len(tokens))
-        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed, candidates=candidates, warn=warn)
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
@@ -67,6 +64,32 @@ class Inputs(ModelInputs):
     def candidates(self, tokens: np.ndarray) -> np.ndarray:
         """Positions of a document that may be chosen."""
         return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._position_marker)
+
+
+class Inputs(PanelInputs):
+    """All inputs of a run: the documents too."""
+
+    def __init__(self, config: Config, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None) -> None:
+        """
+        Args:
+            warn: told about skipped documents, once for each reason.
+            record: told about each skipped document of the training data.
+        """
+        super().__init__(config, warn)
+        self.architecture = read_model_config(config.model)
+        try:
+            self.shapes = model_shapes(self.architecture)
+        except ValueError as error:
+            raise ConfigError(f"model.path: the work of {self.architecture.model_type} can not be counted: {error}") from error
+        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
+        self.stream = self._train_stream(rows, warn, record)
+        self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(1)  # data that is all bad is refused here
+
+    def _train_stream(self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]) -> DocumentStream:
+        """Training documents; without thoughts any document of two tokens is good."""
+        candidates = self.candidates if self.config.objective.thinks else lambda tokens: np.arange(1, len(tokens))
+        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed, candidates=candidates, warn=warn, record=record,
+                              weights=self.config.data.weights, tokens_field=self.config.data.tokens_field, vocabulary=self.architecture.get_text_config().vocab_size)
 
     def show_example(self) -> str:
         """The first document and where a thought would stand in it, token by token."""

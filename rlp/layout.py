@@ -82,6 +82,10 @@ class Thoughts:
         """Some thoughts of each position."""
         return self[:, group]
 
+    def exchanged(self) -> "Thoughts":
+        """Each position with the thoughts of the position before it, the first with those of the last."""
+        return Thoughts(*(part.roll(1, dims=0) for part in (self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated)))
+
 
 @dataclass(frozen=True, slots=True)
 class Work:

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -312,10 +312,16 @@ _TOTALS = ("input_tokens", "paper_flops", "paper_flops_sampled", "steps")
 class Ledger:
     """Adds up a run. Counts are local to the rank until `close_step` sums them over the ranks."""
 
-    def __init__(self, shapes: ModelShapes) -> None:
+    def __init__(self, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """
+        Args:
+            on_phase: is told each phase whose time begins.
+        """
         self.shapes = shapes
+        self._on_phase = on_phase
         self._step = Account()
         self._total = Account()
+        self._carried = Account()
 
     @property
     def steps(self) -> int:
@@ -331,6 +337,31 @@ class Ledger:
     def flops(self) -> float:
         """FLOPs of closed steps, over all ranks and phases."""
         return _sum_of(self._total, "flops")
+
+    def spent(self) -> dict[str, float]:
+        """What closed steps have cost, by the names of the budget's limits, over all ranks."""
+        return _amounts(self._total)
+
+    def mean_step(self) -> dict[str, float]:
+        """What a closed step has cost on average; nothing before the first."""
+        carried = _amounts(self._carried)
+        return {name: (amount - carried[name]) / max(self.steps, 1) for name, amount in self.spent().items()}
+
+    def carry(self, made: dict) -> None:
+        """Begin with the cost of what made the data.
+
+        Args:
+            made: its ledger, in the form of `to_json`.
+
+        Raises:
+            ValueError: it is no ledger.
+        """
+        try:
+            phases = {phase: PhaseCount(**made["phases"][phase]) for phase in PHASES}
+            self._carried = Account(phases, **{name: made[name] for name in _TOTALS if name != "steps"})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no ledger of a run: {error}") from error
+        _add_to(self._total, self._carried)
 
     def add(self, phase: str, work: Work, *, passes: int, tokens_in: int = 0, tokens_generated: int = 0, tokens_trained: int = 0) -> None:
         """Count work of this rank.
@@ -362,6 +393,7 @@ class Ledger:
     def time(self, phase: str) -> Iterator[None]:
         """Add the seconds of the block to the phase; waits for the GPU at both ends."""
         count = self._phase(phase)
+        self._on_phase(phase)
         _wait_for_device()
         start = time.perf_counter()
         try:
@@ -398,6 +430,10 @@ class Ledger:
                              "The checkpoint was written by another version; resume with that one.")
         phases = {phase: PhaseCount(**state["phases"][phase]) for phase in PHASES}
         self._total = Account(**{**state, "phases": phases})
+
+    def drop_step(self) -> None:
+        """Forget what was counted since the last `close_step`: the step is given up."""
+        self._step = Account()
 
     def to_json(self) -> dict:
         """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers."""
@@ -439,6 +475,10 @@ def _add_to(total: Account, step: Account) -> None:
             setattr(total.phases[phase], name, getattr(total.phases[phase], name) + getattr(step.phases[phase], name))
     for name in _TOTALS:
         setattr(total, name, getattr(total, name) + getattr(step, name))
+
+
+def _amounts(account: Account) -> dict[str, float]:
+    return {"tokens": account.input_tokens, "flops": _sum_of(account, "flops"), "paper_flops": account.paper_flops, "seconds": _sum_of(account, "seconds")}
 
 
 def _as_json(account: Account) -> dict:

@@ -15,7 +15,10 @@ import difflib
 import importlib.util
 import logging
 import math
+import queue
 import sys
+import threading
+import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,10 +40,20 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("nats", "Mean information gain r(c) = S_pred(c) - S_ema of the step's thoughts (eq. 5)."),
     "reward/positive_frac": Metric("fraction", "Thoughts with r(c) > 0: the target became more probable."),
+    "reward/positive_positions_frac": Metric("fraction", "Positions where the mean of r over the group is above 0."),
+    "reward/flat_groups_frac": Metric("fraction", "Groups whose rewards are all equal, to 1e-5 nats: their advantages are 0, and there is nothing to learn from them."),
     "reward/group_std": Metric("nats", "Mean over positions of the standard deviation of r within the group. Zero means nothing to learn."),
+    "reward/matched_frac": Metric("fraction", "Thoughts after which every target is the most probable token: the reward of RPT, where reward.kind is greedy_match."),
     "reward/length_correlation": Metric("", "Within-group correlation of thought length and reward: covariance and variances about each group's mean, pooled. Left out where one does not vary."),
     "thought/tokens_mean": Metric("tokens", "Mean number of sampled tokens in a thought, the close marker not counted."),
+    "thought/tokens_std": Metric("tokens", "Standard deviation of that length over all thoughts of the step."),
     "thought/truncated_frac": Metric("fraction", "Thoughts that the budget ended before they sampled a close marker."),
+    "thought/max_length_frac": Metric("fraction", "Thoughts that used their whole budget: the truncated ones, and those that closed with its last token."),
+    "thought/empty_frac": Metric("fraction", "Thoughts that sampled the close marker at once."),
+    "thought/distinct_bigrams_frac": Metric("fraction", "Different pairs of neighbouring tokens over all such pairs in a group's thoughts, mean over groups. Near 1: no two thoughts agree. A fall says that thoughts become one template."),
+    "thought/copied_frac": Metric("fraction", "Runs of 4 tokens of thoughts that also stand in the prefix: copying of the context."),
+    "thought/holds_target_frac": Metric("fraction", "Thoughts in which the target tokens stand in a row, anywhere. Expected where a right thought ends in the answer; frequent tokens are met by chance."),
+    "thought/script_switch_frac": Metric("fraction", "Thoughts most of whose letters are of another script (Latin, Cyrillic, CJK) than most letters of the prefix, among those where both have letters."),
     "policy/entropy": Metric("nats per token", "Mean entropy of the distributions that thought tokens were sampled from, at the sampling temperature."),
     "policy/ratio_max_deviation": Metric("", "Largest |rho_u - 1| over thought tokens (eq. 8). Zero on-policy; anything else is a mismatch of sampler and trainer."),
     "policy/behavior_mismatch_kl": Metric("nats per token", "KL of the behavior policy to the policy on sampled tokens, mean of rho - 1 - log rho. Zero on-policy."),
@@ -53,7 +66,8 @@ METRICS: dict[str, Metric] = {
     "teacher/distance": Metric("relative", "||phi - theta|| / ||theta||: how far the EMA lags behind the policy."),
     "optim/grad_norm": Metric("", "Global norm of the gradient before clipping."),
     "optim/learning_rate": Metric("", "Learning rate of the step."),
-    "optim/skipped": Metric("steps", "Optimizer steps skipped so far because the gradient was not finite."),
+    "optim/skipped": Metric("updates", "Updates refused so far because a loss, reward, log-probability, ratio or gradient was not finite on some rank."),
+    "optim/spikes": Metric("updates", "Updates refused so far because their gradient was too large; where optim.spike_factor is above 0."),
     "data/bad_documents": Metric("documents", "Documents skipped so far as unreadable, empty or too short."),
     "budget/tokens": Metric("tokens", "Document tokens read so far, over all ranks."),
     "budget/flops": Metric("FLOPs", "FLOPs spent so far by the ledger's count, over all ranks."),
@@ -66,16 +80,30 @@ EVALUATION: dict[str, Metric] = {
     "gain_over_start_nats": Metric("nats", "Mean S_pred minus the log-probability that the starting checkpoint gave the same targets without a thought. It can not be raised by getting worse without thoughts."),
     "gain_over_ema_nats": Metric("nats", "Mean S_pred minus S_ema, the reward's own baseline."),
     "gain_over_no_think_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability without a thought."),
+    "gain_over_empty_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability after an open and a close marker: what the words of a thought add to its format."),
+    "gain_over_shuffled_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability after the thoughts of another document: what a thought owes to its own prefix. Left out for a panel of one document."),
     "positive_gain_frac": Metric("fraction", "Positions whose mean gain over the starting checkpoint is above 0."),
     "accuracy_with_thought": Metric("fraction", "The most probable token is the target, after a thought; mean over thoughts."),
     "accuracy_without_thought": Metric("fraction", "The most probable token is the target, without a thought."),
     "thought_tokens_mean": Metric("tokens", "Mean length of a thought, its close marker not counted."),
-    "thought_truncated_frac": Metric("fraction", "Thoughts that the budget ended."),
+    "thought_truncated_frac": Metric("fraction", "Thoughts that the budget ended: left unclosed, and closed by force."),
+    "thought_empty_frac": Metric("fraction", "Thoughts that sampled the close marker at once."),
+    "reward_group_std_nats": Metric("nats", "Mean over positions of the standard deviation of S_pred, which is that of the reward, within the group. Zero means nothing to learn."),
+    "reward_length_correlation": Metric("", "Within-group correlation of thought length and reward, as `reward/length_correlation`. Left out where one does not vary."),
     "reasoned_logprob_nats": Metric("nats", "Mean S_pred: log-probability of the target after a thought."),
+    "start_logprob_nats": Metric("nats", "Log-probability of the target without a thought, under the starting checkpoint."),
+    "ema_logprob_nats": Metric("nats", "Mean S_ema: log-probability of the target without a thought, under the baseline."),
     "no_think_logprob_nats": Metric("nats", "Log-probability of the target without a thought, under the policy."),
+    "empty_logprob_nats": Metric("nats", "Log-probability of the target after a thought of no token, under the policy."),
+    "shuffled_logprob_nats": Metric("nats", "Log-probability of the target after the thoughts of another document, under the policy."),
+    "document_loss_nats": Metric("nats per token", "Next-token loss of the policy on the panel's documents, without thoughts; its exponential is the perplexity."),
     "open_marker_mass": Metric("probability", "Mean probability of the open marker where a thought may start."),
     "panel_positions": Metric("positions", "Size of the held-out panel."),
 }
+for _name, _metric in list(EVALUATION.items()):
+    if _name != "panel_positions":
+        EVALUATION[f"{_name}_low"] = Metric(_metric.unit, f"Lower end of the 95 % bootstrap interval of {_name}: documents drawn with replacement.")
+        EVALUATION[f"{_name}_high"] = Metric(_metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}.")
 """What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and `after` of `summary.json`."""
 
 TIMING_PREFIX = "perf/"
@@ -88,6 +116,26 @@ _CONSOLE = (
     ("optim/grad_norm", "grad", "{:.3g}"),
     ("perf/step_s", "took", "{:.2f} s"),
 )
+
+
+FINISH_PATIENCE_S = 120
+"""For Weights & Biases, at the end of the run."""
+
+MAX_WAITING = 100_000
+"""Lines that may wait for Weights & Biases."""
+
+
+def visible_text(text: str) -> str:
+    """Text with its control characters spelled out (`\\x1b`), all but line ends and tabs.
+
+    Terminal escapes, invisible characters, reversals of the writing direction and unpaired
+    surrogates do nothing this way, and can still be seen.
+    """
+    return "".join(_spelled(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t" else character for character in text)
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class MetricsLog:
@@ -135,11 +183,20 @@ class MetricsLog:
         append_json_line(self._folder.evaluation_jsonl, {"step": step, **measured})
         self._wandb.log(step, {f"evaluation/{name}": value for name, value in measured.items()})
 
-    def say(self, text: str) -> None:
-        """Print a line, on rank 0, above the bar where there is one."""
+    def alarm(self, step: int, text: str) -> None:
+        """Say loudly that something is wrong with the run, and keep it in `alarms.jsonl` for the report. Every rank may call it."""
         if self._first_rank:
-            tqdm.write(text)
-            sys.stdout.flush()
+            append_json_line(self._folder.alarms_jsonl, {"step": step, "text": text})
+        self.say(f"ALARM step {step}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0, above the bar where there is one. What data or a model wrote in it does nothing to the terminal."""
+        if self._first_rank:
+            try:
+                tqdm.write(visible_text(text))
+                sys.stdout.flush()
+            except OSError:
+                pass  # the output goes to a full disk, or nobody reads it any more: nobody is left to be told, and the run goes on
 
     def close(self) -> None:
         """End the bar and hand the last values to Weights & Biases."""
@@ -185,47 +242,55 @@ def require_wandb(mode: str) -> None:
 
 
 class WandbAdapter:
-    """A copy of the metrics for Weights & Biases. It may fail; the run may not.
+    """A copy of the metrics for Weights & Biases. It may fail or hang; the run may not.
 
-    Its failures come from a service process, a network and a file system that are not ours, and in
-    as many types: all are caught here, each is said in one line, and the first one after the start
-    switches the adapter off.
+    It has a thread of its own, which nothing waits for but the end of the run, and that for `FINISH_PATIENCE_S`. Its
+    failures come from a service process, a network and a file system that are not ours, and in as many types: all
+    are caught here, each is said in one line, and the first one after the start switches the adapter off.
     """
 
     def __init__(self, folder: RunFolder, config: Config, say: Callable[[str], None]) -> None:
         self._say = say
-        self._run = None
-        mode = config.logging.wandb
-        if mode == "online":
-            self._run = self._start(folder, config, "online", "continuing offline")
-            mode = "offline" if self._run is None else mode
-        if mode == "offline":
-            self._run = self._start(folder, config, "offline", "continuing without it")
+        self._waiting: queue.Queue[dict | None] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+        if config.logging.wandb != "disabled":
+            self._thread = threading.Thread(target=self._work, args=(folder, config), name="wandb", daemon=True)
+            self._thread.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Send numbers of one step. A step may come in several calls, and again after a resume."""
-        if self._run is None:
-            return
-        try:
-            self._run.log({"step": step, **values})
-        except Exception as error:
-            self._switch_off("could not log", error)
+        """Hand over numbers of one step. A step may come in several calls, and again after a resume."""
+        self._put({"step": step, **values})
 
     def close(self) -> None:
-        if self._run is None:
+        """Wait until all is sent, for `FINISH_PATIENCE_S` at most. A second call does nothing."""
+        self._put(None)
+        if self._thread is not None:
+            self._thread.join(FINISH_PATIENCE_S)
+            if self._thread.is_alive():
+                self._say(f"Weights & Biases hangs; it is left behind after {FINISH_PATIENCE_S} s. metrics.jsonl is complete.")
+        self._thread = None
+
+    def _put(self, values: dict | None) -> None:
+        if self._thread is None:
             return
         try:
-            self._run.finish()
-        except Exception as error:
-            self._switch_off("could not finish", error)
-        self._run = None
+            self._waiting.put_nowait(values)
+        except queue.Full:
+            self._thread = None
+            self._say(f"Weights & Biases hangs: {MAX_WAITING} lines wait for it; it is switched off. metrics.jsonl is complete.")
+
+    def _work(self, folder: RunFolder, config: Config) -> None:
+        run = self._start(folder, config, "online", "continuing offline") if config.logging.wandb == "online" else None
+        run = run or self._start(folder, config, "offline", "continuing without it")
+        while (values := self._waiting.get()) is not None:
+            run = run and self._attempt("could not log", run, lambda: run.log(values))
+        run = run and self._attempt("could not finish", run, lambda: run.finish())
 
     def _start(self, folder: RunFolder, config: Config, mode: str, otherwise: str) -> object | None:
         try:
             import wandb
 
-            # A network that went away must hold up neither the first step nor the end of the run.
-            settings = wandb.Settings(init_timeout=60, finish_timeout=120, console="off", silent=True)
+            settings = wandb.Settings(init_timeout=60, finish_timeout=FINISH_PATIENCE_S, console="off", silent=True)
             run = wandb.init(project=config.logging.wandb_project, name=folder.name, group=folder.name, dir=str(folder.logs),
                              mode=mode, config=dataclasses.asdict(config), settings=settings)
             # Steps as a value of our own: W&B's counter refuses the steps that a resumed run repeats.
@@ -235,9 +300,14 @@ class WandbAdapter:
             return None
         return run
 
-    def _switch_off(self, what: str, error: Exception) -> None:
-        self._run = None
-        self._say(f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl is complete.")
+    def _attempt(self, what: str, run: object, do: Callable[[], object]) -> object | None:
+        """The run, or None where it failed: from then on there is none."""
+        try:
+            do()
+        except Exception as error:
+            self._say(f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl is complete.")
+            return None
+        return run
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ Dimensions
 import importlib.util
 import inspect
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from rlp.attention import SharedKeys, Tree, register, why_no_tree
 from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig
+from rlp.hub import settle_hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Policy(nn.Module):
         """Every pass goes through here, because an engine that shards weights gathers them around `forward`.
 
         Args:
-            task: `logprob`, `greedy`, `entropy` (arguments of `_answer`), `next_logits` (of `_next_logits`),
+            task: `logprob`, `logprob_and_greedy`, `greedy`, `entropy` (arguments of `_answer`), `next_logits` (of `_next_logits`),
                 `shared_logits` (of `_shared_logits`) or `check` (of `_check`).
         """
         if task in ("next_logits", "shared_logits", "check"):
@@ -96,7 +98,7 @@ class Policy(nn.Module):
 
         Args:
             statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most probable
-                token) or `entropy` (nats, of the whole softmax).
+                token), `entropy` (nats, of the whole softmax), or `logprob_and_greedy`.
             tokens: [R, T] int64, padded on the right.
             position: [R, T] int64, or None where a token's position is its column.
             tree: which token attends to which, or None for rows that are plain sequences.
@@ -106,7 +108,8 @@ class Policy(nn.Module):
             excluded: [Q] int64, a token left out of the softmax, or -1.
 
         Returns:
-            [Q] float32, or bool for `greedy`.
+            [Q] float32, or bool for `greedy`; for `logprob_and_greedy` both, the second False where no token is excluded
+            (thought tokens and documents, whose most probable token nobody asks for).
         """
         # A mask of four dimensions is passed through unread: the tree says who attends to whom.
         packed = {} if tree is None else {"tree": tree, "position_ids": position, "attention_mask": tokens.new_zeros(1, 1, 1, 1)}
@@ -116,7 +119,13 @@ class Policy(nn.Module):
             return token_argmax(queried, self.head, excluded=excluded, softcap=self.softcap) == target
         if statistic == "entropy":
             return token_entropy(queried, self.head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
-        return token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap, form=self.logprob_form)
+        logprobs = token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap, form=self.logprob_form)
+        if statistic == "logprob":
+            return logprobs
+        asked = excluded >= 0
+        with torch.no_grad():
+            best = token_argmax(queried[asked], self.head, excluded=excluded[asked], softcap=self.softcap)
+        return logprobs, torch.zeros_like(asked).masked_scatter(asked, best == target[asked])
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -219,10 +228,16 @@ def _scan_as_decoded(lm: nn.Module) -> None:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, from `model.tokenizer` or `model.path`."""
     source = config.tokenizer or config.path
+    _settle_hub(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {_first_line(error)}. {_where_models_live}") from error
+
+
+def _settle_hub(source: str) -> None:
+    if not os.path.exists(source):
+        settle_hub()
 
 
 _where_models_live = "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
@@ -255,8 +270,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def read_model_config(config: ModelConfig) -> PretrainedConfig:
     """The architecture, with every dropout off: a dropped unit would make the ratio of eq. 8 differ from 1 on-policy."""
+    _settle_hub(config.path)
     try:
-        architecture = AutoConfig.from_pretrained(config.path)
+        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no model config at {config.path!r}: {_first_line(error)}. {_where_models_live}") from error
     for name, value in list(vars(architecture).items()):
@@ -300,8 +316,9 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch
     """
     architecture = read_model_config(config.model)
     vocabulary = architecture.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise ConfigError(f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {config.model.path} has {vocabulary} rows. "
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > vocabulary:
+        raise ConfigError(f"model.tokenizer: {num_tokens} tokens, but the embedding of {config.model.path} has {vocabulary} rows. "
                           "Write the tokenizer that belongs to the model, or resize the model's embedding first.")
     markers = find_markers(tokenizer, config.thought)
     layout, _ = choose_layout(config, architecture)
@@ -323,7 +340,7 @@ def _build(config: Config, architecture: PretrainedConfig, attention: str | None
         torch.manual_seed(config.run.seed)
         return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
     lm, loading = AutoModelForCausalLM.from_pretrained(
-        config.model.path, config=architecture, attn_implementation=attention, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        config.model.path, config=architecture, attn_implementation=attention, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"model.path: {config.model.path!r} lacks {len(missing)} weights that the architecture has, such as {missing[0]}. "

@@ -43,6 +43,18 @@ def information_gain(reasoned_logprob: Tensor, baseline_logprob: Tensor) -> Tens
     return reasoned_logprob - baseline_logprob[:, None]
 
 
+def greedy_match(matched: Tensor) -> Tensor:
+    """Reward of RPT (arXiv 2506.08007), a control: 1 where the most probable continuation after the thought is the real one, else 0.
+
+    Args:
+        matched: [M, G] bool.
+
+    Returns:
+        [M, G].
+    """
+    return matched.float()
+
+
 def group_relative_advantage(reward: Tensor) -> Tensor:
     """Advantage of each thought over the other thoughts for the same position.
 

@@ -1,34 +1,48 @@
-"""The held-out panel: the same positions scored with and without a thought, and what the thought gained.
+"""The held-out panel: the same positions scored with a thought, without one, and with thoughts that can not help.
 
-The gain is reported against three predictions without a thought: the starting checkpoint's, computed once
-and kept in the run; the EMA's, which the reward uses; and the policy's own. A policy that gets worse without
-thoughts raises the last two and not the first.
+The gain of a thought is reported against six predictions of the same targets:
+
+    start       the starting checkpoint's, without a thought; in a run it is computed once and kept
+    ema         the EMA's, without a thought: the baseline of the reward
+    no_think    the policy's own, without a thought
+    empty       the policy's own after an open and a close marker: what the format alone does
+    shuffled    the policy's own after the thoughts of another document: what a thought about something else does
+
+A policy that gets worse without thoughts raises the gain over the EMA and over its own no-think prediction,
+and not that over the start. A thought that says something about its prefix gains over the shuffled one.
+
+A panel is a sample of documents: intervals draw documents, with all their positions, with replacement.
 
 Dimensions
-    B  documents;  M  positions;  G  thoughts per position;  H  target tokens
+    B  documents;  M  positions;  G  thoughts per position;  L  thought tokens;  H  target tokens;  C  columns
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from rlp.config import Config
-from rlp.data import PANEL_NOISE, Document, DocumentStream, Positions, choose_positions
+from rlp.checkpoint import Checkpoint
+from rlp.config import Config, ConfigError
+from rlp.data import PANEL_NOISE, Document, Positions, choose_positions
 from rlp.distributed import Ranks
-from rlp.engine import Engine
-from rlp.layout import ThoughtFormat, tree
-from rlp.model import Policy
-from rlp.monitor import thought_lengths
+from rlp.export import known_ids, master_weights
+from rlp.inputs import PanelInputs
+from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
+from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy, load_tokenizer, read_model_config
 from rlp.objective import log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.scoring import greedy_targets, score
 
 PANEL_SEED = 0
-"""Panel and panel noise do not depend on `run.seed`, so runs with different seeds are compared on the same positions."""
+"""Panel, panel noise and intervals do not depend on `run.seed`, so runs with different seeds are compared on the same positions."""
+
+CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
+"""Of the bootstrap intervals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +64,139 @@ class Panel:
         spans = [(starts[i % len(starts)], i < len(starts)) for i in mine]
         return [(start, min(start + size, len(self.documents)), counts) for start, counts in spans]
 
+    def donors(self) -> np.ndarray | None:
+        """[M] the position whose thoughts each one gets when they are shuffled: one in the next document, the last
+        document's in the first. They depend on the panel alone. None for a single document: there is no other.
+        """
+        if len(self.documents) < 2:
+            return None
+        document, count = self.positions.document, self.num_positions()
+        first = np.cumsum(count) - count
+        following = (document + 1) % len(self.documents)
+        return first[following] + (np.arange(len(self)) - first[document]) % count[following]
 
-def build_panel(stream: DocumentStream, num_rows: int, candidates: Callable[[np.ndarray], np.ndarray], config: Config) -> Panel:
-    """The first held-out documents that together have `evaluation.panel_positions` positions, each read once.
+    def num_positions(self) -> np.ndarray:
+        """[B] positions of each document."""
+        return np.bincount(self.positions.document, minlength=len(self.documents))
+
+    def sum_over_documents(self, values: np.ndarray) -> np.ndarray:
+        """[B] what the positions [M] of each document add up to."""
+        return np.bincount(self.positions.document, weights=values, minlength=len(self.documents))
+
+
+@dataclass(frozen=True, slots=True)
+class PanelThoughts:
+    """The sampled thoughts of a whole panel, on every rank."""
+
+    tokens: list[list[np.ndarray]]
+    """Of each position and thought the sampled token ids, int64, the close marker included where it was sampled."""
+    truncated: np.ndarray
+    """[M, G] bool, True where the budget ended the thought."""
+
+    def __getitem__(self, positions: slice | np.ndarray) -> "PanelThoughts":
+        """Those of some positions."""
+        chosen = np.arange(len(self.tokens))[positions]
+        return PanelThoughts([self.tokens[m] for m in chosen], self.truncated[chosen])
+
+    def on(self, device: torch.device) -> Thoughts:
+        """As a layout takes them; what the sampler knew about them is left out (0)."""
+        lengths = np.array([[len(thought) for thought in group] for group in self.tokens])
+        mask = np.arange(max(1, lengths.max())) < lengths[:, :, None]
+        tokens = np.zeros(mask.shape, dtype=np.int64)
+        tokens[mask] = np.concatenate([thought for group in self.tokens for thought in group])
+        tokens, mask, truncated = (torch.from_numpy(part).to(device) for part in (tokens, mask, self.truncated))
+        unknown = torch.zeros_like(tokens, dtype=torch.float32)
+        return Thoughts(tokens, mask, unknown, unknown, truncated)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a panel said."""
+
+    panel: Panel
+    thoughts: PanelThoughts
+    columns: dict[str, np.ndarray]
+    """[M] float64 each, by the names of `EVALUATION` in `rlp/metrics.py`: what was measured at each position. A gain is the mean over its thoughts."""
+    reasoned_logprob: np.ndarray
+    """[M, G] float64, nats: S_pred of each thought (eq. 3)."""
+    means: dict[str, float]
+    """The columns' means, and what is a number of the whole panel. What could not be measured is left out."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % bootstrap intervals of the means; empty for a panel of one document."""
+
+    def numbers(self) -> dict[str, float]:
+        """Means and the ends of their intervals, by the names of `EVALUATION`."""
+        ends = {f"{name}_{end}": value for name, interval in self.intervals.items() for end, value in zip(("low", "high"), interval)}
+        return self.means | ends
+
+
+def probe_model(config: Config, ranks: Ranks, *, start: str | None = None, checkpoint: Checkpoint | None = None, instruction: tuple[int, ...] = (),
+                warn: Callable[[str], None] = print) -> Probe:
+    """Probe a model on the held-out documents of a config; nothing is trained and nothing is written. A collective.
+
+    The sections `model`, `data` (`held_out`), `position`, `thought`, `target` and `evaluation` count.
+
+    Args:
+        start: folder or Hub name of the starting checkpoint. Default: the model itself, so that the gain over the start is that
+            over its own no-think; for a run's checkpoint, the model that the run started from.
+        checkpoint: of a run that started from `model.path`; its weights are probed.
+        instruction: token ids of an instruction that no file holds; none for that of `thought.instruction_file`.
+        warn: told about skipped documents.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something that the config names is not there or does not fit.
+    """
+    inputs = PanelInputs(config, warn)
+    form = replace(inputs.form, instruction=known_ids(instruction, inputs.tokenizer) or inputs.form.instruction)
+    panel = held_out_panel(inputs)
+    start_logprob = None if start is None else _start_logprob(start, panel, inputs, ranks)
+    arrange, policy = load_frozen(config, inputs, ranks)
+    if checkpoint is not None:
+        if start is None:
+            start_logprob = no_think_logprob(arrange, policy, panel, form, config, ranks)
+        weights = master_weights(checkpoint, policy.lm)
+        with torch.no_grad():
+            for name, p in policy.lm.named_parameters():
+                p.copy_(weights[name])
+    return probe_panel(arrange, panel, policy, None, start_logprob, form, config, ranks)
+
+
+def load_frozen(config: Config, inputs: PanelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
+    """The layout that a model can run, and the model."""
+    layout, _ = choose_layout(config, read_model_config(config.model))
+    policy = load_policy(config, inputs.tokenizer, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
+    check_logits(policy)
+    return {"repeated": repeated, "tree": tree}[layout], policy
+
+
+def _start_logprob(start: str, panel: Panel, inputs: PanelInputs, ranks: Ranks) -> list[float]:
+    """`no_think_logprob` of another checkpoint, which must read the same tokens."""
+    config = replace(inputs.config, model=replace(inputs.config.model, path=start, init="pretrained"))
+    if load_tokenizer(config.model).get_vocab() != inputs.tokenizer.get_vocab():
+        raise ConfigError(f"start: the tokenizer of {start} is not that of {inputs.config.model.path}, so their log-probabilities are of other tokens. Write the checkpoint that the model was trained from.")
+    arrange, policy = load_frozen(config, inputs, ranks)
+    return no_think_logprob(arrange, policy, panel, inputs.form, config, ranks)
+
+
+def held_out_panel(inputs: PanelInputs) -> Panel:
+    """The first held-out documents, in the order of `PANEL_SEED`, that together have `evaluation.panel_positions` positions, each read once.
 
     Positions are drawn uniformly among the candidates, for the selectors `entropy` and `surprisal` too: a panel that the
     policy chose would be another one after a resume, and in another run.
     """
-    wanted = config.evaluation.panel_positions
+    config = inputs.config
+    if inputs.held_out is None:
+        raise ConfigError("data.held_out names no file, and a panel is made of held-out documents. Write data.held_out=[FILE].")
+    stream, wanted = inputs.panel_stream(PANEL_SEED), config.evaluation.panel_positions
     documents, found = [], 0
-    while found < wanted and stream.cursor < num_rows:
+    while found < wanted and stream.cursor < len(inputs.held_out):
         document = stream.next_documents(1)[0]
-        if stream.cursor > num_rows:
+        if stream.cursor > len(inputs.held_out):
             break
-        limit = len(candidates(document.tokens))
+        limit = len(inputs.candidates(document.tokens))
         documents.append(document)
         found += limit if config.position.per_document == "all" else min(limit, config.position.per_document)
-    positions = choose_positions(documents, candidates, config.position, horizon=config.target.horizon, seed=PANEL_SEED, step=0)
+    positions = choose_positions(documents, inputs.candidates, config.position, horizon=config.target.horizon, seed=PANEL_SEED, step=0)
     first = Positions(positions.document[:wanted], positions.position[:wanted], positions.target[:wanted])
     return Panel(documents[: int(first.document[-1]) + 1], first)
 
@@ -83,65 +213,151 @@ def no_think_logprob(arrange: Callable, model: Policy, panel: Panel, form: Thoug
         layout = arrange(panel.documents[start:stop], panel.positions.of_documents(start, stop), None, form, lm=False, no_think=True, device=model.device)
         evidence = log_evidence(score(model, layout).no_think)
         parts.append((start, evidence.tolist()) if counts else None)
+    return [value for values in _gather(parts, ranks) for value in values]
+
+
+def _gather(parts: list[tuple[int, object] | None], ranks: Ranks) -> list:
+    """What all ranks measured on their batches that count, in the order of the panel. A collective."""
     gathered = [part for rank_parts in ranks.gather(parts) for part in rank_parts if part is not None]
-    return [value for _, values in sorted(gathered) for value in values]
+    return [content for _, content in sorted(gathered, key=lambda part: part[0])]
 
 
-def evaluate_panel(arrange: Callable, panel: Panel, engine: Engine, teacher: Policy | None, start_logprob: list[float], form: ThoughtFormat,
-                   config: Config, ranks: Ranks) -> dict[str, float]:
-    """Think at every panel position and measure what that was worth. A collective.
+def probe_panel(arrange: Callable, panel: Panel, policy: Policy, teacher: Policy | None, start_logprob: list[float] | None, form: ThoughtFormat, config: Config, ranks: Ranks, *,
+                generation: Callable[[], AbstractContextManager] = nullcontext, agree: Callable[[bool], bool] = bool) -> Probe:
+    """Think at every panel position and measure what that was worth. A collective; the ledger does not count it.
+
+    Thoughts are drawn with the panel's own noise: up to rounding no number depends on batch size, ranks, or what a run did before.
 
     Args:
         arrange: `layout.repeated` or `layout.tree`.
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
-        start_logprob: [M], `no_think_logprob` of the starting checkpoint.
-
-    Returns:
-        the panel's means by name (`COLUMNS`), and its size. The ledger does not count evaluation.
+        start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the policy is the starting checkpoint.
+        generation: a context around sampling, as `Engine.generation`.
+        agree: of `sample_thoughts`.
     """
-    parts = []
-    policy = engine.policy
     with policy.sampling():
+        thoughts = _think(arrange, panel, policy, form, config, ranks, generation, agree)
+        donors, parts = panel.donors(), []
         for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
             where = panel.positions.slice_of_documents(start, stop)
-            rows = _evaluate_documents(arrange, panel.documents[start:stop], panel.positions.of_documents(start, stop),
-                                       torch.tensor(start_logprob[where], device=policy.device), engine, teacher, form, config)
-            parts.append((start, rows.tolist()) if counts else None)
-    gathered = [part for rank_parts in ranks.gather(parts) for part in rank_parts if part is not None]
-    rows = np.array([row for _, values in sorted(gathered) for row in values])
-    means = dict(zip(COLUMNS, (float(mean) for mean in rows.mean(axis=0))))
-    if teacher is None:
-        del means["gain_over_ema_nats"]
-    return means | {"panel_positions": len(panel)}
+            foreign = None if donors is None else thoughts[donors[where]]
+            part = _score_documents(arrange, panel.documents[start:stop], panel.positions.of_documents(start, stop), thoughts[where], foreign, policy, teacher, form)
+            parts.append((start, part) if counts else None)
+    scored = _gather(parts, ranks)
+    answers = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+    return _summarize(panel, thoughts, answers, answers["no_think"] if start_logprob is None else np.array(start_logprob), len(form.markers.close))
 
 
-COLUMNS = ("gain_over_start_nats", "gain_over_ema_nats", "gain_over_no_think_nats", "positive_gain_frac", "accuracy_with_thought",
-           "accuracy_without_thought", "thought_tokens_mean", "thought_truncated_frac", "reasoned_logprob_nats", "no_think_logprob_nats", "open_marker_mass")
-"""What is measured at each position. A gain is the mean over its thoughts; it counts as positive over the
-starting checkpoint; a prediction is accurate when each of the H targets is the most probable token."""
+def _think(arrange: Callable, panel: Panel, policy: Policy, form: ThoughtFormat, config: Config, ranks: Ranks,
+           generation: Callable[[], AbstractContextManager], agree: Callable[[bool], bool]) -> PanelThoughts:
+    """Sample the thoughts of the whole panel."""
+    parts = []
+    for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
+        with generation():
+            sampled = sample_thoughts(policy, panel.documents[start:stop], panel.positions.of_documents(start, stop), form, NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
+                                      group_size=config.evaluation.thoughts_per_position, max_thought_tokens=config.thought.max_thought_tokens,
+                                      rows=config.thought.sampling_rows, shared=arrange is tree, agree=agree).thoughts
+        tokens, mask, truncated = (part.cpu().numpy() for part in (sampled.tokens, sampled.mask, sampled.truncated))
+        groups = [[thought[held] for thought, held in zip(*group)] for group in zip(tokens, mask)]
+        parts.append((start, (groups, truncated)) if counts else None)
+    gathered = _gather(parts, ranks)
+    return PanelThoughts([group for groups, _ in gathered for group in groups], np.concatenate([truncated for _, truncated in gathered]))
 
 
-def _evaluate_documents(arrange: Callable, documents: list[Document], positions: Positions, start_logprob: Tensor, engine: Engine, teacher: Policy | None,
-                        form: ThoughtFormat, config: Config) -> Tensor:
-    """[M, columns] float64, one row per position."""
-    policy = engine.policy
-    with engine.generation():
-        rollout = sample_thoughts(policy, documents, positions, form, NoiseKey(PANEL_SEED, 0, PANEL_NOISE), group_size=config.evaluation.thoughts_per_position,
-                                  max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, shared=arrange is tree, agree=engine.agree)
-    layout = arrange(documents, positions, rollout.thoughts, form, lm=False, no_think=True, device=policy.device)
+def _score_documents(arrange: Callable, documents: list[Document], positions: Positions, thoughts: PanelThoughts, foreign: PanelThoughts | None,
+                     policy: Policy, teacher: Policy | None, form: ThoughtFormat) -> dict[str, np.ndarray]:
+    """Every prediction of some documents' targets: log-evidence in nats, [m, G] after thoughts and [m] else; whether the
+    most probable tokens are the targets; the LM loss [b] of each document, summed over its tokens. What is not asked for is absent."""
+    def lay_out(given: PanelThoughts | None, *, lm: bool, no_think: bool) -> Layout:
+        return arrange(documents, positions, None if given is None else given.on(policy.device), form, lm=lm, no_think=no_think, device=policy.device)
+
+    def of_groups(values: Tensor) -> Tensor:
+        return rearrange(values, "(m g) -> m g", m=len(positions.position))
+
+    layout = lay_out(thoughts, lm=False, no_think=True)
     scores, greedy = score(policy, layout), greedy_targets(policy, layout)
-    group = {"g": config.evaluation.thoughts_per_position}
-    reasoned = rearrange(log_evidence(scores.target), "(m g) -> m g", **group).mean(dim=1)
-    own = log_evidence(scores.no_think)
-    if teacher is None:
-        baseline = own
-    else:
-        without = arrange(documents, positions, None, form, lm=False, no_think=True, device=policy.device)
-        baseline = log_evidence(score(teacher, without).no_think)
-    right_with = rearrange(greedy.target.all(dim=1).double(), "(m g) -> m g", **group).mean(dim=1)
-    right_without = greedy.no_think.all(dim=1)
-    lengths = thought_lengths(rollout.thoughts, len(form.markers.close)).double().mean(dim=1)
-    gain = reasoned - start_logprob
-    columns = (gain, reasoned - baseline, reasoned - own, gain > 0, right_with, right_without, lengths,
-               rollout.thoughts.truncated.double().mean(dim=1), reasoned, own, scores.open_marker.exp())
-    return torch.stack([column.double() for column in columns], dim=1)
+    controls = score(policy, lay_out(_after_an_empty_one(foreign, len(positions.position)), lm=True, no_think=False))
+    control = of_groups(log_evidence(controls.target))
+    answers = {
+        "reasoned": of_groups(log_evidence(scores.target)), "no_think": log_evidence(scores.no_think), "empty": control[:, 0],
+        "right_with": of_groups(greedy.target.all(dim=1)), "right_without": greedy.no_think.all(dim=1),
+        "open_marker": scores.open_marker.exp(), "document_loss": -controls.document.double().sum(dim=1)}
+    if foreign is not None:
+        answers["shuffled"] = control[:, 1:]
+    if teacher is not None:
+        answers["baseline"] = log_evidence(score(teacher, lay_out(None, lm=False, no_think=True)).no_think)
+    return {name: values.double().cpu().numpy() for name, values in answers.items()}
+
+
+def _after_an_empty_one(thoughts: PanelThoughts | None, num_positions: int) -> PanelThoughts:
+    """[m, 1 + G] at each position a thought of no token, whose close marker is forced, and then the thoughts, where there are some."""
+    others = thoughts or PanelThoughts([[]] * num_positions, np.zeros((num_positions, 0), dtype=bool))
+    nothing = np.array([], dtype=np.int64)
+    return PanelThoughts([[nothing, *group] for group in others.tokens], np.pad(others.truncated, ((0, 0), (1, 0)), constant_values=True))
+
+
+def _summarize(panel: Panel, thoughts: PanelThoughts, answers: dict[str, np.ndarray], start_logprob: np.ndarray, close_tokens: int) -> Probe:
+    """Columns, means and intervals from what was predicted."""
+    reasoned = answers["reasoned"]
+    mean_reasoned = reasoned.mean(axis=1)
+    without = {"start": start_logprob, "ema": answers.get("baseline"), "no_think": answers["no_think"], "empty": answers["empty"],
+               "shuffled": answers["shuffled"].mean(axis=1) if "shuffled" in answers else None}
+    without = {name: logprob for name, logprob in without.items() if logprob is not None}
+    lengths = np.array([[len(thought) for thought in group] for group in thoughts.tokens]) - close_tokens * ~thoughts.truncated
+    columns = {f"gain_over_{name}_nats": mean_reasoned - logprob for name, logprob in without.items()} | {
+        "positive_gain_frac": mean_reasoned > start_logprob,
+        "accuracy_with_thought": answers["right_with"].mean(axis=1), "accuracy_without_thought": answers["right_without"],
+        "thought_tokens_mean": lengths.mean(axis=1), "thought_truncated_frac": thoughts.truncated.mean(axis=1), "thought_empty_frac": (lengths == 0).mean(axis=1),
+        "reasoned_logprob_nats": mean_reasoned, **{f"{name}_logprob_nats": logprob for name, logprob in without.items()}, "open_marker_mass": answers["open_marker"]}
+    if reasoned.shape[1] > 1:
+        columns["reward_group_std_nats"] = reasoned.std(axis=1, ddof=1)
+    columns = {name: values.astype(np.float64) for name, values in columns.items()}
+
+    document_tokens = np.array([len(document.tokens) - 1 for document in panel.documents])
+    totals = np.stack([*(panel.sum_over_documents(values) for values in columns.values()), answers["document_loss"]])
+    counts = np.stack([panel.num_positions()] * len(columns) + [document_tokens])
+    names = [*columns, "document_loss_nats"]
+    means = dict(zip(names, _ratio(totals.sum(axis=1), counts.sum(axis=1)).tolist()))
+    intervals = dict(zip(names, bootstrap_intervals(_ratio, totals, counts)))
+
+    centered, longer = (values - values.mean(axis=1, keepdims=True) for values in (reasoned, lengths))
+    moments = [panel.sum_over_documents((one * other).sum(axis=1)) for one, other in ((centered, longer), (centered, centered), (longer, longer))]
+    if moments[1].sum() > 0 and moments[2].sum() > 0:
+        means["reward_length_correlation"] = float(_correlation(*(moment.sum() for moment in moments)))
+        intervals |= dict(zip(["reward_length_correlation"], bootstrap_intervals(_correlation, *(moment[None] for moment in moments))))
+    known = {name: interval for name, interval in intervals.items() if name in means and np.isfinite(interval).all()}
+    return Probe(panel, thoughts, columns, reasoned, means | {"panel_positions": len(panel)}, known)
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return total / count
+
+
+def _correlation(covariance: np.ndarray, variance: np.ndarray, other_variance: np.ndarray) -> np.ndarray:
+    """0 where one of the two does not vary."""
+    scale = np.sqrt(variance * other_variance)
+    return np.where(scale > 0, covariance / np.where(scale > 0, scale, 1), 0)
+
+
+def bootstrap_intervals(of_sums: Callable, *parts: np.ndarray) -> list[tuple[float, float]]:
+    """95 % percentile intervals of statistics of sums over documents, documents drawn with replacement.
+
+    Positions of one document share their prefix, so they are drawn together. The same documents are drawn for every statistic.
+
+    Args:
+        of_sums: what is made of the sums of the parts, each [C] and more axes.
+        parts: [C, B], what each document adds.
+
+    Returns:
+        C pairs; none for a single document.
+    """
+    if parts[0].shape[1] < 2:
+        return []
+    from scipy.stats import bootstrap
+
+    def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return of_sums(*(part.sum(axis=axis) for part in drawn))
+
+    low, high = bootstrap(parts, statistic, paired=True, vectorized=True, axis=1, confidence_level=CONFIDENCE, n_resamples=NUM_RESAMPLES, batch=250,
+                          method="percentile", rng=np.random.default_rng(PANEL_SEED)).confidence_interval
+    return list(zip(low.tolist(), high.tolist()))

@@ -1,55 +1,61 @@
 """One page about one or several runs: what they were, what they gained, what the thoughts say.
 
 Reads run folders, finished or not, and writes a single HTML file that needs nothing else, neither
-a server nor a network. What a model or a document wrote is hostile until shown otherwise: it is
-escaped by the template, and its control characters are spelled out.
+a server nor a network. Several runs are compared arm by arm: an arm is what runs that differ in their
+seed have in common, and is shown by their mean and their spread. A file that a run does not have, because it
+is older or has not come to it yet, leaves its part of the page out.
+
+What a model or a document wrote is hostile until shown otherwise: it is escaped by the template, and
+its control characters are spelled out.
 """
 
-import base64
-import io
 import math
-import unicodedata
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
-import yaml
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from omegaconf import DictConfig, OmegaConf
 
-from rlp.metrics import EVALUATION, METRICS
+from rlp.config import ConfigError, parse_yaml
+from rlp.figures import COLORS, GREY, LINES, Curve, Interval, draw_curves, draw_intervals
+from rlp.metrics import EVALUATION, METRICS, visible_text
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines, write_atomically
 
 GENERATOR = '<meta name="generator" content="rlp report">'
 """In the head of every report, so that a report can be told from a file that somebody wrote."""
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's palette, told apart by colour-blind readers too."""
-LINES = ("-", "--", ":")
-
-BEFORE_AFTER = {
+GAINS = {
     "gain_over_start_nats": "Gain over the start",
     "gain_over_ema_nats": "Gain over the EMA",
     "gain_over_no_think_nats": "Gain over its own no-think",
+    "gain_over_empty_nats": "Gain over an empty thought",
+    "gain_over_shuffled_nats": "Gain over a shuffled thought",
+}
+BEFORE_AFTER = GAINS | {
     "positive_gain_frac": "Positions with a positive gain",
     "accuracy_with_thought": "Accuracy with a thought",
     "accuracy_without_thought": "Accuracy without",
+    "document_loss_nats": "Loss on the documents",
     "thought_tokens_mean": "Thought length",
     "panel_positions": "Positions",
 }
+POST_TRAINING = ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")
+"""What `post_training.jsonl` says of each stage."""
 
 THOUGHTS_SHOWN = 3
 """Most helpful thoughts of a step, and as many least helpful ones."""
+ALARMS_SHOWN = 10
+"""Of a run; there may be one for each step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One small figure: curves over steps, from `metrics.jsonl` or `evaluation.jsonl`."""
+    """One small figure: curves from `metrics.jsonl` or `evaluation.jsonl`."""
 
     title: str
     unit: str
@@ -57,17 +63,28 @@ class Plot:
     labels: tuple[str, ...] = ("",)
 
 
-PLOTS = (
+MAIN_PLOTS = (
     Plot("Gain on held-out positions", "nats", ("gain_over_start_nats", "gain_over_ema_nats"), ("over the start", "over the EMA")),
     Plot("Accuracy on held-out positions", "fraction", ("accuracy_with_thought", "accuracy_without_thought"), ("with a thought", "without")),
+)
+"""Drawn over each axis."""
+
+PLOTS = (
     Plot("Reward", "nats", ("reward/mean",)),
-    Plot("Thoughts with a positive reward", "fraction", ("reward/positive_frac",)),
-    Plot("Thought length", "tokens", ("thought/tokens_mean",)),
-    Plot("Truncated thoughts", "fraction", ("thought/truncated_frac",)),
+    Plot("Positive reward", "fraction", ("reward/positive_frac", "reward/positive_positions_frac"), ("thoughts", "positions")),
+    Plot("Groups with nothing to learn", "fraction", ("reward/flat_groups_frac",)),
+    Plot("Thought length", "tokens", ("thought/tokens_mean", "thought/tokens_std"), ("mean", "standard deviation")),
+    Plot("Ends of thoughts", "fraction", ("thought/truncated_frac", "thought/empty_frac"), ("truncated", "empty")),
+    Plot("Distinct bigrams in a group", "fraction", ("thought/distinct_bigrams_frac",)),
+    Plot("Copying, the target said, other script", "fraction", ("thought/copied_frac", "thought/holds_target_frac", "thought/script_switch_frac"), ("copied", "target", "script")),
     Plot("Entropy of thought tokens", "nats per token", ("policy/entropy",)),
     Plot("Gradient norm", "", ("optim/grad_norm",)),
-    Plot("Next-token loss on documents", "nats per token", ("lm/loss",)),
+    Plot("Loss on documents", "nats per token", ("lm/loss",)),
+    Plot("Loss on held-out documents", "nats per token", ("document_loss_nats",)),
+    Plot("Mass on the open marker, held out", "probability", ("open_marker_mass",)),
 )
+
+AXES = {"step": "step", "tokens": "input tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +92,73 @@ class Run:
     """All that a run folder holds for a report. What the run has not written yet is empty or None."""
 
     label: str
-    color: str
+    arm: str
+    """Identity of its arm: `run.arm`, or its path without the seed at its end."""
     config_text: str
     config: DictConfig
     """Read without its rules: the config of a run may be older than they are."""
     environment: dict | None
     metrics: list[dict]
+    timing: list[dict]
     evaluation: list[dict]
     thoughts: list[dict]
+    alarms: list[dict]
+    post_training: list[dict]
     ledger: dict | None
     summary: dict | None
 
     @property
     def last_step(self) -> int:
         return self.metrics[-1]["step"] if self.metrics else 0
+
+    def setting(self, key: str) -> str:
+        """A setting as text; a dash where the config has none."""
+        value = OmegaConf.select(self.config, key, default="-")
+        return ", ".join(map(str, value)) if OmegaConf.is_list(value) else str(value)
+
+    def before_and_after(self) -> tuple[dict, dict]:
+        """First and last evaluation of the panel; of an unfinished run, the latest."""
+        if self.summary is not None:
+            return self.summary.get("before") or {}, self.summary.get("after") or {}
+        return (self.evaluation[0], self.evaluation[-1]) if self.evaluation else ({}, {})
+
+    def totals(self) -> dict:
+        """input_tokens, flops, paper_flops, seconds: of the ledger, or as far as an unfinished run has come."""
+        if self.ledger is not None:
+            return self.ledger
+        last = self.metrics[-1] if self.metrics else {}
+        return {"input_tokens": last.get("budget/tokens"), "flops": last.get("budget/flops"), "phases": {}}
+
+    def along(self, axis: str) -> dict[int, float]:
+        """Where each step stands on an axis; step 0 is before the first."""
+        steps = [line["step"] for line in self.metrics]
+        if axis == "step":
+            return {step: step for step in [0, *steps]}
+        if axis == "seconds":
+            lines = [line for line in self.timing if "perf/step_s" in line]
+            return {0: 0.0} | dict(zip((line["step"] for line in lines), np.cumsum([line["perf/step_s"] for line in lines]).tolist()))
+        return {0: 0.0} | {line["step"]: line[f"budget/{axis}"] for line in self.metrics if f"budget/{axis}" in line}
+
+    def values(self, name: str) -> dict[int, float]:
+        """A metric by step, where it was measured."""
+        lines = self.metrics if name in METRICS else self.evaluation
+        return {line["step"]: line[name] for line in lines if line.get(name) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Runs that differ in their seed."""
+
+    label: str
+    color: str
+    runs: list[Run]
+
+
+class Cell(NamedTuple):
+    """A number in a table, and in small type the range that goes with it."""
+
+    text: str
+    spread: str = ""
 
 
 def write_report(run_folders: list[Path], out: Path) -> None:
@@ -101,9 +171,8 @@ def write_report(run_folders: list[Path], out: Path) -> None:
     if not run_folders:
         raise ValueError("write_report needs at least one run folder, got none.")
     folders = [open_run_folder(path) for path in run_folders]
-    names = [folder.name for folder in folders]
-    labels = names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
-    runs = [_read_run(folder, label, COLORS[i % len(COLORS)]) for i, (folder, label) in enumerate(zip(folders, labels))]
+    labels = _distinct([folder.name for folder in folders], [str(folder.path) for folder in folders])
+    runs = [_read_run(folder, label) for folder, label in zip(folders, labels)]
     write_atomically(Path(out), _render(runs).encode())
 
 
@@ -113,43 +182,42 @@ def is_report(path: Path) -> bool:
         return GENERATOR.encode() in file.read(2000)
 
 
-def visible_text(text: str) -> str:
-    """Text with its control characters spelled out (`\\x1b`), all but line ends and tabs.
+# Reading
 
-    Terminal escapes, invisible characters, reversals of the writing direction and unpaired
-    surrogates do nothing this way, and can still be seen.
-    """
-    return "".join(_spelled(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t" else character for character in text)
-
-
-def _spelled(character: str) -> str:
-    return character.encode("unicode_escape").decode()
-
-
-def _read_run(folder: RunFolder, label: str, color: str) -> Run:
-    config_text = folder.config_yaml.read_text(encoding="utf-8")
+def _read_run(folder: RunFolder, label: str) -> Run:
+    config_text = folder.config_yaml.read_text(encoding="utf-8", errors="replace")
+    config = _parsed(config_text, folder.config_yaml)
     return Run(
         label=label,
-        color=color,
+        arm=str(OmegaConf.select(config, "run.arm") or without_seed(folder.path.resolve(), OmegaConf.select(config, "run.seed"))),
         config_text=config_text,
-        config=_parsed(config_text, folder.config_yaml),
+        config=config,
         environment=_json_if_any(folder.environment_json),
         metrics=_lines_if_any(folder.metrics_jsonl),
+        timing=_lines_if_any(folder.timing_jsonl),
         evaluation=_lines_if_any(folder.evaluation_jsonl),
         thoughts=_lines_if_any(folder.thoughts_jsonl),
+        alarms=_lines_if_any(folder.alarms_jsonl),
+        post_training=_lines_if_any(folder.post_training_jsonl),
         ledger=_json_if_any(folder.ledger_json),
         summary=_json_if_any(folder.summary_json),
     )
 
 
+def without_seed(path: Path, seed: int | None) -> Path:
+    """A run's path without the part at its end that names its seed: of `a/rlp_seed3`, `a/rlp-s3` and `a/rlp/3` it is `a/rlp`."""
+    name = re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name)
+    return path.with_name(name) if name else path.parent
+
+
 def _parsed(config_text: str, path: Path) -> DictConfig:
     try:
-        config = OmegaConf.create(config_text)
-    except yaml.YAMLError as error:
-        raise DamagedFileError(f"{path} is not YAML: {error}") from error
-    if not OmegaConf.is_dict(config):
+        tree = parse_yaml(config_text, str(path))
+    except ConfigError as error:
+        raise DamagedFileError(str(error)) from error
+    if not isinstance(tree, dict):
         raise DamagedFileError(f"{path} must hold sections such as `model:` and `data:`, got {config_text[:80]!r}.")
-    return config
+    return OmegaConf.create(tree)
 
 
 def _json_if_any(path: Path) -> dict | None:
@@ -160,37 +228,61 @@ def _lines_if_any(path: Path) -> list[dict]:
     return read_json_lines(path) if path.exists() else []
 
 
+def _arms(runs: list[Run]) -> list[Arm]:
+    """Runs by arm, in the order of their first run."""
+    identities = list(dict.fromkeys(run.arm for run in runs))
+    labels = _distinct([Path(identity).name or identity for identity in identities], identities)
+    return [Arm(label, COLORS[i % len(COLORS)], [run for run in runs if run.arm == identity]) for i, (identity, label) in enumerate(zip(identities, labels))]
+
+
+def _distinct(names: list[str], longer: list[str]) -> list[str]:
+    """The names, or the longer ones where two are the same."""
+    return names if len(set(names)) == len(names) else longer
+
+
+# The page
+
 def _render(runs: list[Run]) -> str:
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
                                    trim_blocks=True, lstrip_blocks=True)
     templates.filters["visible"] = visible_text
+    arms = _arms(runs)
+    # One run is shown by its own name, the seed with it.
+    alone = len(runs) == 1
+    title = runs[0].label if alone else arms[0].label if len(arms) == 1 else f"{len(arms)} arms"
     return templates.get_template("report.html.j2").render(
         generator=Markup(GENERATOR),
+        alone=alone,
         runs=runs,
-        title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
-        facts=_facts_table(runs),
-        panels=[_before_after(run) for run in runs],
-        plots=_plots(runs),
-        ledgers=[_ledger_table(run) for run in runs],
-        thoughts=[_thought_columns(run) for run in runs],
+        arms=arms,
+        title=title,
+        facts=_common_facts(runs),
+        summary=[_arm_summary(arm) for arm in arms],
+        differences=_differences(arms),
+        panel=_before_after(runs[0]),
+        results=_results(arms, [name for name in BEFORE_AFTER if name not in (*list(GAINS)[1:], "panel_positions")]),
+        gain_results=_results(arms, list(GAINS)),
+        alarms=[{"label": run.label, "shown": run.alarms[:ALARMS_SHOWN], "more": max(0, len(run.alarms) - ALARMS_SHOWN)} for run in runs if run.alarms],
+        main_plots=_main_plots(arms, alone),
+        plots=[figure for plot in PLOTS if (figure := _figure(plot, arms, "step", alone, (4.4, 2.6)))],
+        gains=_gains_figure(arms, alone),
+        post_training=_post_training(arms),
+        ledger=_ledger_table(runs[0]),
+        ledgers=_ledger_comparison(arms),
+        thoughts=[{"arm": arm, "run": arm.runs[0], "columns": _thought_columns(arm.runs[0])} for arm in arms],
         environments=[_environment_rows(run) for run in runs],
-        definitions=[(name, *METRICS[name]) for name in METRICS] + [(name, *EVALUATION[name]) for name in EVALUATION],
+        definitions=[(name, *metric) for name, metric in (METRICS | EVALUATION).items() if not name.endswith(("_low", "_high"))],
     )
 
 
-def _facts_table(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of (what, one cell per run)."""
+def _common_facts(runs: list[Run]) -> list[tuple[str, str]]:
+    """Rows of (what, value) that are the same for all runs."""
     facts = [_facts(run) for run in runs]
-    return [(what, [fact[what] for fact in facts]) for what in facts[0]]
+    return [(what, value) for what, value in facts[0].items() if all(fact[what] == value for fact in facts)]
 
 
 def _facts(run: Run) -> dict[str, str]:
-    machine = run.environment or {}
-
-    def setting(key: str) -> str:
-        value = OmegaConf.select(run.config, key, default="-")
-        return ", ".join(value) if OmegaConf.is_list(value) else str(value)
-
+    machine, setting = run.environment or {}, run.setting
     return {
         "Status": _status(run),
         "Model": setting("model.path") + (", random initialization" if setting("model.init") == "random" else ""),
@@ -233,6 +325,35 @@ def _hardware(machine: dict) -> str:
     return ", ".join(gpus) or f"{machine['cpu']}, {machine['cores']} cores, ranks: {machine['world_size']}"
 
 
+def _arm_summary(arm: Arm) -> dict:
+    """An arm in the table of arms: its runs and how far they are."""
+    seeds = ", ".join(run.setting("run.seed") for run in arm.runs)
+    status = _some([_status(run) for run in arm.runs])
+    return {"arm": arm, "runs": len(arm.runs), "seeds": seeds, "status": status, "folders": ", ".join(run.label for run in arm.runs)}
+
+
+def _differences(arms: list[Arm]) -> list[tuple[str, list[str]]]:
+    """Settings in which any two runs differ, where and how they run apart: (key, one cell per arm)."""
+    settings = {run.label: _flat(run.config) for arm in arms for run in arm.runs}
+    keys = dict.fromkeys(key for flat in settings.values() for key in flat if not key.startswith(("run.", "logging.", "checkpoint.")))
+    cells = {key: [_some([settings[run.label].get(key, "-") for run in arm.runs]) for arm in arms] for key in keys}
+    return [(key, row) for key, row in cells.items() if len({flat.get(key, "-") for flat in settings.values()}) > 1]
+
+
+def _flat(config: DictConfig) -> dict[str, str]:
+    """Settings by dotted key, as text."""
+    sections = OmegaConf.to_container(config)
+    return {f"{section}.{name}": str(value) for section, values in sections.items() if isinstance(values, dict) for name, value in values.items()}
+
+
+def _some(values: list[str]) -> str:
+    """Different values, the first three of them."""
+    distinct = list(dict.fromkeys(values))
+    return "; ".join(distinct[:3]) + (f"; and {len(distinct) - 3} more" if len(distinct) > 3 else "")
+
+
+# Tables
+
 def number(value: float | None, form: str) -> str:
     """A number as a table shows it; a dash where there is none."""
     return "-" if value is None else format(value, form)
@@ -248,111 +369,176 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
-_FORMS = {"nats": ".4f", "fraction": ".3f", "tokens": ".1f", "positions": ",.0f"}
+_FORMS = {"nats": ".4f", "nats per token": ".4f", "fraction": ".3f", "tokens": ".1f", "positions": ",.0f"}
+
+
+def _form(name: str) -> str:
+    """How a number of the panel is written."""
+    return ("+" if name.startswith("gain") else "") + _FORMS[EVALUATION[name].unit]
 
 
 def _before_after(run: Run) -> dict:
     """The panel of one run before and after; of an unfinished run, before and latest."""
-    if run.summary is not None:
-        before, after, later = run.summary.get("before") or {}, run.summary.get("after") or {}, "after"
-    else:
-        first_and_last = (run.evaluation[0], run.evaluation[-1]) if run.evaluation else ({}, {})
-        before, after = first_and_last
-        later = f"step {after.get('step', '-')}"
-    rows = [_before_after_row(name, before.get(name), after.get(name)) for name in BEFORE_AFTER]
-    return {"label": run.label, "color": run.color, "later": later, "rows": rows if before or after else []}
+    before, after = run.before_and_after()
+    later = "after" if run.summary is not None else f"step {after.get('step', '-')}"
+    names = [name for name in BEFORE_AFTER if name in before or name in after]
+    return {"later": later, "rows": [_before_after_row(name, before, after) for name in names]}
 
 
-def _before_after_row(name: str, before: float | None, after: float | None) -> tuple[str, str, str, str, str, str]:
-    """(what, unit, definition, before, after, change)."""
-    unit, definition = EVALUATION[name]
-    sign = "+" if name.startswith("gain") else ""
-    change = "" if before is None or after is None or name == "panel_positions" else number(after - before, "+" + _FORMS[unit])
-    return BEFORE_AFTER[name], unit, definition, number(before, sign + _FORMS[unit]), number(after, sign + _FORMS[unit]), change
+def _before_after_row(name: str, before: dict, after: dict) -> dict:
+    change = "" if name == "panel_positions" or name not in before or name not in after else number(after[name] - before[name], "+" + _FORMS[EVALUATION[name].unit])
+    return {"what": BEFORE_AFTER[name], "unit": EVALUATION[name].unit, "definition": EVALUATION[name].definition,
+            "before": _panel_cell(name, before), "after": _panel_cell(name, after), "change": change}
 
 
-def _plots(runs: list[Run]) -> list[dict]:
-    """Each plot for which some run has numbers, as a picture that the page carries."""
-    drawn = []
-    for plot in PLOTS:
-        curves = {(i, j): _curve(run, name) for i, run in enumerate(runs) for j, name in enumerate(plot.names)}
-        if any(len(steps) for steps, _ in curves.values()):
-            drawn.append({"title": plot.title, "unit": plot.unit, "source": _draw(plot, runs, curves)})
-    return drawn
+def _panel_cell(name: str, line: dict) -> Cell:
+    """A number of one evaluation, with its bootstrap interval where there is one."""
+    ends = (line.get(f"{name}_low"), line.get(f"{name}_high"))
+    return Cell(number(line.get(name), _form(name)), "" if None in ends else " to ".join(number(end, _form(name)) for end in ends))
 
 
-def _curve(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) where the metric was measured."""
-    lines = run.metrics if name in METRICS else run.evaluation
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    steps, values = zip(*points) if points else ((), ())
-    return np.array(steps, dtype=float), np.array(values, dtype=float)
+def _spread_cell(values: list[float | None], form: str) -> Cell:
+    """Mean of the runs that have the number, and their least and largest."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell("-")
+    low, high = number(min(known), form), number(max(known), form)
+    return Cell(number(fmean(known), form), f"{low} to {high}" if low != high else "")
 
 
-_RC = {"font.size": 9, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
-       "axes.grid": True, "grid.color": "#e8e8e8", "axes.axisbelow": True, "xtick.color": "#555555", "ytick.color": "#555555",
-       "svg.hashsalt": "rlp report"}
+def _results(arms: list[Arm], names: list[str]) -> dict:
+    """Numbers of the panel after the runs, an arm a row; before them all, the first row."""
+    ends = [[run.before_and_after() for run in arm.runs] for arm in arms]
+    names = [name for name in names if any(name in after for arm in ends for _, after in arm)]
+    before = [line for arm in ends for line, _ in arm]
+    rows = [(None, _result_cells(names, before))] + [(arm, _result_cells(names, [after for _, after in lines])) for arm, lines in zip(arms, ends)]
+    return {"columns": [(BEFORE_AFTER[name], EVALUATION[name].unit, EVALUATION[name].definition) for name in names], "rows": rows if names else []}
 
 
-def _draw(plot: Plot, runs: list[Run], curves: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]) -> str:
-    """The plot as a data URL. One run has a color per quantity; several have a color per run and a dash per quantity."""
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(4.4, 2.6))
-        # One frame for all plots, so that their axes line up on the page; a fitted layout draws everything twice.
-        axes = figure.add_axes((0.13, 0.17, 0.84, 0.79))
-        for (i, j), (steps, values) in curves.items():
-            color = runs[i].color if len(runs) > 1 else COLORS[j]
-            _draw_curve(axes, steps, values, color=color, line=LINES[j], markers=plot.names[j] in EVALUATION)
-        if plot.unit.startswith("nats") and axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
-            axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("step", color="#555555")
-        if len(plot.names) > 1:
-            keys = [Line2D([], [], linestyle=LINES[j], color=COLORS[j] if len(runs) == 1 else "#555555") for j in range(len(plot.names))]
-            axes.legend(keys, plot.labels, frameon=False, fontsize=8, loc="best")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
+def _result_cells(names: list[str], lines: list[dict]) -> list[Cell]:
+    """Of one run, with its bootstrap intervals; of several, with their spread."""
+    return [_panel_cell(name, lines[0]) if len(lines) == 1 else _spread_cell([line.get(name) for line in lines], _form(name)) for name in names]
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, *, color: str, line: str, markers: bool) -> None:
-    """Evaluations as they are; steps thin, with the mean of their neighbours over them."""
-    if markers or len(steps) < 20:
-        axes.plot(steps, values, line, color=color, marker="o", markersize=3, linewidth=1.6)
-        return
-    axes.plot(steps, values, line, color=color, linewidth=0.7, alpha=0.35)
-    axes.plot(steps, neighbour_mean(values), line, color=color, linewidth=1.8)
-
-
-def neighbour_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of each value and its neighbours, 1/40 of the curve on either side, fewer at the ends."""
-    reach = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    start, stop = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    return (total[stop] - total[start]) / (stop - start)
+def _post_training(arms: list[Arm]) -> list[tuple[Arm, str, list[Cell]]]:
+    """(arm, stage, one cell per name in `POST_TRAINING`), where runs have a `post_training.jsonl`."""
+    rows = []
+    for arm in arms:
+        lines = [line for run in arm.runs for line in run.post_training]
+        for stage in dict.fromkeys(line.get("stage", "-") for line in lines):
+            here = [line for line in lines if line.get("stage", "-") == stage]
+            rows.append((arm, str(stage), [_spread_cell([line.get(name) for line in here], _form(name)) for name in POST_TRAINING]))
+    return rows
 
 
 def _ledger_table(run: Run) -> dict:
+    """One run, phase by phase."""
     ledger = run.ledger or {"phases": {}}
     total = ledger.get("flops") or math.nan
     rows = [(phase, f"{count['tokens_in']:,}", f"{count['tokens_generated']:,}", f"{count['tokens_trained']:,}", f"{count['flops']:.3g}",
              "-" if math.isnan(total) else f"{count['flops'] / total:.0%}", duration(count["seconds"])) for phase, count in ledger["phases"].items()]
-    return {"label": run.label, "color": run.color, "rows": rows, "flops": number(ledger.get("flops"), ".3g"),
-            "paper_flops": number(ledger.get("paper_flops"), ".3g"), "seconds": duration(ledger.get("seconds"))}
+    return {"rows": rows, "flops": number(ledger.get("flops"), ".3g"), "paper_flops": number(ledger.get("paper_flops"), ".3g"), "seconds": duration(ledger.get("seconds"))}
 
 
-def _thought_columns(run: Run) -> dict:
+def _ledger_comparison(arms: list[Arm]) -> dict:
+    """Means over the runs of each arm: totals, and the seconds of each phase that took any."""
+    totals = [[run.totals() for run in arm.runs] for arm in arms]
+    phases = [phase for phase in dict.fromkeys(phase for arm in totals for total in arm for phase in total["phases"])
+              if any(total["phases"].get(phase, {}).get("seconds") for arm in totals for total in arm)]
+
+    def generated(total: dict) -> int | None:
+        return sum(count["tokens_generated"] for count in total["phases"].values()) if total["phases"] else None
+
+    def seconds(values: list[float | None]) -> Cell:
+        known = [value for value in values if value is not None]
+        return Cell(duration(fmean(known)) if known else "-")
+
+    rows = []
+    for arm, runs in zip(arms, totals):
+        cells = [_spread_cell([total.get("input_tokens") for total in runs], ",.0f"), _spread_cell([generated(total) for total in runs], ",.0f"),
+                 *(_spread_cell([total.get(name) for total in runs], ".4g") for name in ("flops", "paper_flops")), seconds([total.get("seconds") for total in runs])]
+        rows.append((arm, cells + [seconds([total["phases"].get(phase, {}).get("seconds") for total in runs]) for phase in phases]))
+    return {"phases": phases, "rows": rows}
+
+
+# Figures
+
+def _main_plots(arms: list[Arm], alone: bool) -> list[dict]:
+    """The main plots over each axis that all runs know; of one run over its steps, as nothing is compared."""
+    drawn = []
+    for axis, label in AXES.items() if not alone else (("step", AXES["step"]),):
+        figures = [figure for plot in MAIN_PLOTS if (figure := _figure(plot, arms, axis, alone, (6.6, 3.0)))]
+        if figures:
+            drawn.append({"axis": axis, "label": label, "figures": figures})
+    return drawn
+
+
+def _figure(plot: Plot, arms: list[Arm], axis: str, alone: bool, size: tuple[float, float]) -> dict | None:
+    """A plot with its caption; None where no run has its numbers. One run has a color per quantity; arms have a color each, and a dash per quantity."""
+    curves, shown = [], set()
+    for arm in arms:
+        for j, name in enumerate(plot.names):
+            x, values = arm_curve(arm, name, axis)
+            if len(x):
+                curves.append(Curve(x, values, COLORS[j] if alone else arm.color, LINES[j], dots=name in EVALUATION))
+                shown.add(j)
+    if not curves:
+        return None
+    keys = [(plot.labels[j], COLORS[j] if alone else "#555555", LINES[j]) for j in sorted(shown)] if len(plot.names) > 1 else []
+    return {"title": plot.title, "unit": plot.unit, "source": draw_curves(curves, keys, unit=plot.unit, x_label=AXES[axis], size=size)}
+
+
+def arm_curve(arm: Arm, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """A metric of an arm: x [X] and values [runs, X], at the steps at which all its runs measured it.
+
+    At a step the runs' places on the axis (tokens, FLOPs, seconds) are averaged. Runs that never measured it are left out.
+    """
+    runs = [(run.along(axis), values) for run in arm.runs if (values := run.values(name))]
+    if not runs:
+        return np.zeros(0), np.zeros((0, 0))
+    steps = [step for step in runs[0][1] if all(step in places and step in values for places, values in runs)]
+    places = np.array([[places[step] for step in steps] for places, _ in runs], dtype=float)
+    return places.mean(axis=0), np.array([[values[step] for step in steps] for _, values in runs], dtype=float)
+
+
+def _gains_figure(arms: list[Arm], alone: bool) -> dict | None:
+    """What the gain is a gain over: before all runs, and after, arm by arm. None where the controls were not measured."""
+    ends = [[run.before_and_after() for run in arm.runs] for arm in arms]
+    before = _gain_intervals([line for arm in ends for line, _ in arm])
+    after = [_gain_intervals([line for _, line in arm]) for arm in ends]
+    names = [label for name, label in GAINS.items() if any(label in intervals for intervals in after)]
+    if not {GAINS["gain_over_empty_nats"], GAINS["gain_over_shuffled_nats"]} & set(names):
+        return None
+    series = [(GREY, before)] + [(COLORS[0] if alone else arm.color, intervals) for arm, intervals in zip(arms, after)]
+    return {"source": draw_intervals(names, series, x_label="nats"), "grey": GREY, "color": COLORS[0]}
+
+
+def _gain_intervals(lines: list[dict]) -> dict[str, Interval]:
+    """Gains by label: of one evaluation with its bootstrap interval; of several, their mean, least and largest."""
+    intervals = {}
+    for name, label in GAINS.items():
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if len(values) == 1:
+            line = next(line for line in lines if line.get(name) is not None)
+            intervals[label] = Interval(values[0], line.get(f"{name}_low", values[0]), line.get(f"{name}_high", values[0]))
+        elif values:
+            intervals[label] = Interval(fmean(values), min(values), max(values))
+    return intervals
+
+
+# Thoughts and details
+
+def _thought_columns(run: Run) -> list[dict]:
     """The first and the last step with logged thoughts, side by side."""
     steps = sorted({thought["step"] for thought in run.thoughts})
     ends = steps if len(steps) < 2 else [steps[0], steps[-1]]
-    columns = [{"step": step, **_extremes([thought for thought in run.thoughts if thought["step"] == step])} for step in ends]
-    return {"label": run.label, "color": run.color, "columns": columns}
+    return [{"step": step, **_extremes([thought for thought in run.thoughts if thought["step"] == step])} for step in ends]
 
 
 def _extremes(thoughts: list[dict]) -> dict[str, list[dict]]:
     """Most and least helpful thoughts by reward, none of them twice; those whose reward was not measured are left out."""
-    ranked = sorted((thought for thought in thoughts if thought.get("reward") is not None), key=lambda thought: -thought["reward"])
+    different = {(thought["document"], thought["position"], thought["thought"]): thought for thought in thoughts if thought.get("reward") is not None}
+    ranked = sorted(different.values(), key=lambda thought: -thought["reward"])
     num_best, num_worst = min(THOUGHTS_SHOWN, (len(ranked) + 1) // 2), min(THOUGHTS_SHOWN, len(ranked) // 2)
     return {"best": ranked[:num_best], "worst": ranked[::-1][:num_worst]}
 

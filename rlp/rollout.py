@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlp.attention import SharedKeys
 from rlp.data import THOUGHT_NOISE, Document, Positions, keyed_noise
+from rlp.faults import fault, poisoned
 from rlp.layout import ThoughtFormat, Thoughts, Work, padded_places, row_work
 from rlp.model import Policy
 
@@ -57,6 +58,7 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
         agree: told "this rank still samples", answers "some rank does". Ranks that gather weights together
             during sampling must take the same number of decoding steps; alone, the answer is the question.
     """
+    fault("rollout")
     uniforms = torch.from_numpy(np.stack([
         noise.uniforms(documents[d].id, int(t), g, max_thought_tokens)
         for d, t in zip(positions.document, positions.position) for g in range(group_size)]))
@@ -69,12 +71,13 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
         start = 0 if idle else start
         here = slice(start, start + size)
         some = Positions(positions.document[here], positions.position[here], positions.target[here])
-        branches = (_SharedBranches if shared else _ForkedBranches)(policy, documents, some, form, group_size)
+        branches = (_SharedBranches if shared else ForkedBranches)(policy, documents, some, form, group_size)
         part = _decode(branches, uniforms[start * group_size : (start + size) * group_size].to(policy.device), form, agree)
         if not idle:
             parts.append(part)
             work += branches.prefill_work
     tokens, mask, logprob, entropy, truncated = (_join(column) for column in zip(*parts))
+    logprob = poisoned("rollout.logprob", logprob)
     group = {"g": group_size}
     thoughts = Thoughts(*(rearrange(part, "(m g) l -> m g l", **group) for part in (tokens, mask, logprob, entropy)),
                         rearrange(truncated, "(m g) -> m g", **group))
@@ -145,7 +148,7 @@ class _Branches:
         raise NotImplementedError
 
 
-class _ForkedBranches(_Branches):
+class ForkedBranches(_Branches):
     """Each prefix run once and its cache copied for its thoughts: any causal LM, state-space states included."""
 
     def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int) -> None:

@@ -7,10 +7,7 @@ import math
 import re
 import resource
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,49 +16,53 @@ from rlp_kernels import choose_form
 from torch import Tensor
 
 from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
-from rlp.config import Config, ConfigError, OptimConfig, to_yaml
+from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from rlp.data import DataError, Document, Positions, choose_positions, share_of_rank
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
+from rlp.faults import fault
 from rlp.inputs import Inputs
+from rlp.journal import Journal
 from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.ledger import Ledger
-from rlp.metrics import MetricsLog, quiet_libraries
+from rlp.match import open_match
+from rlp.metrics import MetricsLog, quiet_libraries, visible_text
 from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
-from rlp.monitor import Tally, length_correlation
+from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts
+from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError
 from rlp.objective import information_gain
 from rlp.plan import FormatTokens, plan_run, render_plan
-from rlp.probe import PANEL_SEED, Panel, build_panel, evaluate_panel, no_think_logprob
+from rlp.preemption import Preemption, StopRequested
+from rlp.probe import held_out_panel, no_think_logprob, probe_panel
 from rlp.report import write_report
 from rlp.rollout import Rollout
-from rlp.run_folder import append_json_line, create_run_folder, open_run_folder, read_json_lines, truncate_after_step, write_json
+from rlp.run_folder import append_json_line, create_run_folder, cut_logs, open_run_folder, read_json, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
 from rlp.scoring import difficulty
 from rlp.teacher import Teacher
-
-MAX_SKIPPED_IN_A_ROW = 3
-"""Steps with a non-finite gradient, one after another, that stop a run."""
+from rlp.watchdog import Watchdog
 
 MAX_ON_POLICY_DEVIATION = 1e-3
 """Of the ratio from 1, in float32; the tested architectures stay below 1e-5."""
 
 
-class NumericsError(Exception):
-    """The run stopped because its numbers are no longer finite."""
-
-
 class Run:
     """Everything a run holds. Its parts are built in the order of the design: config, data, model, engine, teacher."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, preemption: Preemption | None = None, watchdog: Watchdog | None = None) -> None:
         self.config, self.ranks = config, ranks
+        self.preemption, self.watchdog = preemption or Preemption(ranks), watchdog or Watchdog(ranks, config.run)
         self.share = share_of_rank(config.optim.batch_size, ranks.rank, ranks.world_size)
         self.step = 0
         self.seconds = 0.0
-        self.skipped = self.skipped_in_a_row = 0
+        self.guard = Guard(config.optim, ranks)
         self.start_logprob: list[float] = []
-        self.stop_requested = False
-        self.inputs = Inputs(config, self._warn)
+        self.length_watch = LengthWatch()
+        self.match = open_match(config)
+        self.inputs = Inputs(config, self._warn, self._record_bad)
+        self._data_state, self._made_step = self.inputs.stream.state(), 0
+        self._weights_moved = False
+        self._saved_step: int | None = None
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         layout, why = choose_layout(config, self.inputs.architecture)
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
@@ -69,6 +70,7 @@ class Run:
         try:
             self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
+            self.journal = Journal(self.folder, config, ranks, self.engine)
             self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
             self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
@@ -84,11 +86,14 @@ class Run:
         dtype = self.dtype = compute_dtype(config, ranks.device)
         with sharded_construction(config, ranks, dtype):
             policy, twin, start = (load_policy(config, self.inputs.tokenizer, dtype, ranks.device) if needed else None for needed in (True, *self._needs_copies()))
-        self.engine = Engine(policy, config, ranks, dtype)
+        self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
         check_logits(policy)
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
-        self.ledger = Ledger(self.inputs.shapes)
+        self.ledger = Ledger(self.inputs.shapes, on_phase=self.watchdog.mark)
+        if config.data.ledger is not None:
+            self._carry_cost_of_data(Path(config.data.ledger))
+        self.scripts = token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device) if config.objective.thinks else None
 
     def _logprob_form(self) -> str:
         """What computes log-probabilities, for a micro-batch of average thoughts and documents of full length."""
@@ -100,6 +105,15 @@ class Run:
         rows = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
         return choose_form(rows, shapes.vocabulary, width=shapes.width, dtype=self.dtype, device=self.ranks.device.type)
 
+    def _carry_cost_of_data(self, path: Path) -> None:
+        """Begin the ledger with what the data cost (`data.ledger`)."""
+        try:
+            self.ledger.carry(read_json(path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
+        if self.progress() >= 1:
+            raise ConfigError(f"budget: making the data has spent it already ({path}): {self.ledger.spent()} of {asdict(self.config.budget)}. Make fewer documents, or write a larger budget.")
+
     def _needs_copies(self) -> tuple[bool, bool]:
         """Whether the run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
         thinks = self.config.objective.thinks
@@ -108,7 +122,12 @@ class Run:
     def _warn(self, text: str) -> None:
         if self.ranks.is_first:
             log = getattr(self, "log", None)
-            (log.say if log else print)(f"data: {text}")
+            (log.say if log else print)(visible_text(f"data: {text}"))
+
+    def _record_bad(self, entry: dict) -> None:
+        """Write down a document of this step that was skipped."""
+        if self.ranks.is_first:
+            append_json_line(self.folder.bad_documents_jsonl, {"step": self.step, **entry})
 
     # The data of a step
 
@@ -137,60 +156,111 @@ class Run:
     # Budget
 
     def progress(self) -> float:
-        """Largest fraction spent of any limit of the budget; the run ends at 1."""
-        spent = {"steps": self.step, "tokens": self.ledger.input_tokens, "flops": self.ledger.flops}
-        limits = asdict(self.config.budget)
-        return max(spent[name] / limit for name, limit in limits.items() if limit is not None)
+        """Largest fraction spent of any limit of the budget."""
+        spent = {"steps": self.step, **self.ledger.spent()}
+        return max(spent[name] / limit for name, limit in asdict(self.config.budget).items() if limit is not None)
+
+    def is_spent(self) -> bool:
+        """Whether the run ends: its steps are made, or the next step would leave another limit farther behind than this one is before it."""
+        spent, step = {"steps": self.step, **self.ledger.spent()}, {"steps": 0.0, **self.ledger.mean_step()}
+        return any(spent[name] + step[name] / 2 >= limit for name, limit in asdict(self.config.budget).items() if limit is not None)
 
     def learning_rate(self) -> float:
         """Learning rate of this step."""
         return learning_rate_at(self.config.optim, self.step, self.progress_before)
 
+    @property
+    def asks_for_matches(self) -> bool:
+        """Whether the reward needs to know that the targets are the most probable tokens."""
+        return self.config.reward.kind == "greedy_match"
+
     def begin_step(self) -> None:
         self.progress_before = self.progress()
         self.step += 1
+        self._weights_moved = False
         self._step_started = time.perf_counter()
         self._told_thoughts = 0
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
+    # Stopping
+
+    def owes_evaluation(self) -> bool:
+        """Whether the evaluation of the step that the run begins with is still to be made: it was stopped, or the run is new."""
+        due = self.step == 0 or (self.due(self.config.evaluation.every_n_steps) and not self.is_spent())
+        made = self.ranks.broadcast(any(line["step"] == self.step for line in self._evaluations()) if self.ranks.is_first else None)
+        return due and not made
+
+    def safe_point(self) -> None:
+        """Between micro-batches: a step from which nothing has moved is given up here where any rank was asked to stop.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        self.watchdog.mark()
+        if not self._weights_moved:
+            self.preemption.safe_point()
+
+    def stop(self, asked: StopRequested) -> None:
+        """Give up the step in progress, and save as after the last one that was made."""
+        given_up = self.step > self._made_step
+        self.step = self._made_step
+        self.ledger.drop_step()
+        saved = self._saved_step == self.step or self.save()
+        where = f"step {self.step} is saved" if saved else f"step {self.step} could not be saved, and the checkpoint before it stands"
+        self.log.say(f"asked to stop ({asked}): {where}{'; the step begun after it is not counted' if given_up else ''}; continue with run.resume=auto")
+        self.log.close()
+
+    # Updates
+
+    def update(self, tally: Tally, documents: list[Document]) -> StepResult:
+        """Make the update from the gradient that the engine holds, unless it is refused (`Guard`)."""
+        self.watchdog.mark("optimizer")
+        self._weights_moved = True
+        result = self.guard.update(self.engine, self.learning_rate(), tally, documents, lambda text: self.log.say(f"step {self.step}: {text}"))
+        self.teacher.refresh()
+        return result
+
     # Telling
 
-    def end_step(self, tally: Tally, result: StepResult, skipped: int, documents: list[Document]) -> None:
-        """Close the ledger's step, record its metrics, and stop a run whose gradients are no longer finite."""
+    def end_step(self, tally: Tally, result: StepResult, documents: list[Document]) -> None:
+        """Close the ledger's step, record its metrics, and stop a run whose updates are refused again and again."""
+        fault("step.before_log")
+        self.watchdog.mark("log")
+        self._data_state, self._made_step = self.inputs.stream.state(), self.step
         cost = self.ledger.close_step(self.ranks)
         seconds = time.perf_counter() - self._step_started
         self.seconds += seconds
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped else 0
         values = tally.reduce(self.ranks)
-        if "length_covariance" in values:
-            length_correlation(values)
+        combine_parts(values)
         sampling = cost["phases"]["prefill"]["seconds"] + cost["phases"]["decode"]["seconds"]
         sampled = cost["phases"]["decode"]["tokens_generated"]
         values |= {
-            "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.skipped,
+            "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.guard.skipped,
+            "optim/spikes": self.guard.spikes if self.config.optim.spike_factor else None,
             "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.inputs.stream.bad.values()),
             "budget/tokens": self.ledger.input_tokens, "budget/flops": self.ledger.flops,
             "perf/step_s": seconds, "perf/thought_tokens_per_s": sampled / sampling if sampled else None, "perf/peak_memory_bytes": self._peak_memory(),
         }
         unusable = sorted(name for name, value in values.items() if value is not None and not math.isfinite(value))
         self.log.step(self.step, {name: value for name, value in values.items() if name not in unusable})
-        if unusable:
-            ids = [document.id for part in self.ranks.gather(documents) for document in part]
-            self.log.say(f"step {self.step}: not finite: {', '.join(unusable)}; the update was {'applied' if result.applied else 'skipped'}; documents {ids}")
+        self.journal.close_step(self.step, documents, values, applied=result.applied, tokens=self.ledger.input_tokens, flops=self.ledger.flops)
+        if waiting := refused_logs(self.folder):
+            self.log.say(f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory, and no checkpoint is made without them. Make room in {self.folder.path}")
+        if (alarm := self.length_watch.see(values["thought/tokens_mean"]) if "thought/tokens_mean" in values else None):
+            self.log.alarm(self.step, alarm)
         self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.guard.in_a_row >= MAX_REFUSED_IN_A_ROW:
             self.save()
-            raise NumericsError(f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite (the last is step {self.step}). "
-                                f"A checkpoint is in {self.folder.checkpoints}. Lower optim.learning_rate, or look at the documents named above.")
+            raise NumericsError(f"{self.guard.in_a_row} updates in a row were refused (the last in step {self.step}); the weights are those from before. "
+                                f"The checkpoints are in {self.folder.checkpoints}. Lower optim.learning_rate, or look at the documents named above.")
 
     def _alarm_off_policy(self, deviation: float) -> None:
         """On-policy in float32 the ratio is 1 to rounding: say loudly where it is not."""
         on_policy = self.config.optim.updates_per_rollout == 1 and self.engine.policy.head.dtype == torch.float32
         if on_policy and deviation > MAX_ON_POLICY_DEVIATION:
-            self.log.say(f"ALARM step {self.step}: a ratio deviates from 1 by {deviation:.3g} on-policy (expected below {MAX_ON_POLICY_DEVIATION:g}): "
-                         "sampler and trainer compute different log-probabilities. Compare with engine.layout=repeated, and report it.")
+            self.log.alarm(self.step, f"a ratio deviates from 1 by {deviation:.3g} on-policy (expected below {MAX_ON_POLICY_DEVIATION:g}): "
+                           "sampler and trainer compute different log-probabilities. Compare with engine.layout=repeated, and report it.")
 
     def _peak_memory(self) -> float:
         local = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -211,7 +281,7 @@ class Run:
             return
         reward = information_gain(reasoned_logprob, baseline_logprob)
         if not bool(reward.isfinite().all()):
-            return  # `end_step` says so; JSON has no word for it
+            return  # `Guard` says so; JSON has no word for it
         group_size = reward.shape[1]
         order = reward.flatten().argsort(descending=True, stable=True).tolist()
         half = min(self.config.logging.thoughts - self._told_thoughts, len(order)) // 2
@@ -252,11 +322,14 @@ class Run:
         """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
         if self.inputs.held_out is None:
             return None
+        self.watchdog.mark("evaluation")
+        fault("evaluation")
         if not hasattr(self, "panel"):
-            self.panel = self._panel()
+            self.panel = held_out_panel(self.inputs)
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
-        values = evaluate_panel(self.arrange, self.panel, self.engine, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks)
+        values = probe_panel(self.arrange, self.panel, self.engine.policy, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks,
+                             generation=self.engine.generation, agree=self.engine.agree).numbers()
         unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
         if unusable:
             raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use; go back to an earlier checkpoint in {self.folder.checkpoints}.")
@@ -266,48 +339,70 @@ class Run:
         self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
         return values
 
-    def _panel(self) -> Panel:
-        stream = self.inputs.panel_stream(PANEL_SEED)
-        return build_panel(stream, len(self.inputs.held_out), self.inputs.candidates, self.config)
-
     # Checkpoints
 
-    def save(self) -> None:
-        """Write a checkpoint of all that changes."""
-        state = {"config": asdict(self.config), "data": self.inputs.stream.state(), "ledger": self.ledger.state(), "seconds": self.seconds,
-                 "skipped": self.skipped, "start_logprob": self.start_logprob, "dtype": str(self.dtype)}
-        saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep)
-        if saved is None:
-            self.log.say(f"step {self.step}: the checkpoint could not be written (is the disk full?); training goes on, the older checkpoints stand")
+    def save(self) -> bool:
+        """Write a checkpoint of all that changes, as after the last step that was made; whether it could be written."""
+        self.watchdog.mark("save")
+        state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
+                 "guard": self.guard.state(), "start_logprob": self.start_logprob, "length_watch": self.length_watch.state(), "dtype": str(self.dtype),
+                 "vocabulary": self.inputs.vocabulary_checksum()}
+        saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
+                                settle=lambda: settle_logs(self.folder), say=self.log.say)
+        self._saved_step = self.step if saved else self._saved_step
+        return saved is not None
 
     def _resume(self, resumes: bool) -> None:
         """Continue this run (`auto`), or start from another run's checkpoint (a path)."""
         if resumes:
             checkpoint = newest_checkpoint(self.folder.checkpoints, self.ranks, self.log.say)
             if checkpoint is None:
-                raise ConfigError(f"run.resume: {self.folder.checkpoints} holds no checkpoint to continue from. Write run.dir=OTHER run.resume=never for a new run.")
+                self._start_again()
+                return
         elif self.config.run.resume not in ("auto", "never"):
-            checkpoint = open_checkpoint(Path(self.config.run.resume))
+            checkpoint = open_checkpoint(Path(self.config.run.resume), self.ranks)
         else:
             return
         self._load(checkpoint)
         if resumes and self.ranks.is_first:
-            for path in (self.folder.metrics_jsonl, self.folder.timing_jsonl, self.folder.thoughts_jsonl, self.folder.evaluation_jsonl):
-                if path.exists():
-                    truncate_after_step(path, self.step)
+            cut_logs(self.folder, self.step)
         self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
+
+    def _start_again(self) -> None:
+        """Begin at step 0 in the folder of a run that was killed before its first checkpoint; nothing that a checkpoint held is lost.
+
+        Raises:
+            ConfigError: the run is past its first checkpoint, so there was one, or it could not be written.
+        """
+        folder, every = self.folder, self.config.checkpoint.every_n_steps
+        if self.is_complete():
+            return
+        refuse_other_run(asdict(load_config(folder.config_yaml)), asdict(self.config), folder.path)
+        lines = self.ranks.broadcast(read_json_lines(folder.metrics_jsonl) if self.ranks.is_first and folder.metrics_jsonl.exists() else [])
+        steps = lines[-1]["step"] if lines else 0
+        if 0 < every < steps:
+            raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint every {every}, and {folder.checkpoints} holds none. "
+                              "Put one back there, or write run.dir=OTHER run.resume=never for a new run.")
+        if self.ranks.is_first:
+            cut_logs(folder, -1)
+        self.log.say(f"{folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
         if state["dtype"] != str(self.dtype):
             raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {self.dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
+        if state["vocabulary"] != self.inputs.vocabulary_checksum():
+            raise ConfigError(f"run.resume: {checkpoint.path} was made with another tokenizer than the one in model.path {self.config.model.path}: their tokens differ. Put that one back.")
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
         self.ledger.load_state(state["ledger"])
-        self.step, self.seconds, self.skipped = checkpoint.step, state["seconds"], state["skipped"]
+        self.step, self.seconds = checkpoint.step, state["seconds"]
+        self.guard.load_state(state["guard"])
+        self._data_state, self._made_step = self.inputs.stream.state(), self.step
         self.start_logprob = state["start_logprob"]
+        self.length_watch.load_state(state["length_watch"])
 
     def is_complete(self) -> bool:
         """Whether this run folder already holds the end of its run."""
@@ -315,19 +410,38 @@ class Run:
 
     # The end
 
-    def finish(self, after: dict | None) -> None:
-        """Export the model, write ledger, summary and report, and tell where everything is."""
+    def finish(self, after: dict | None) -> bool:
+        """Export the model, write ledger, summary and report, and tell where everything is.
+
+        Returns:
+            False where the run does not match the one that its `match` section names.
+        """
+        match, spent = self.match, self.ledger.to_json()
+        self.watchdog.mark("export")
         before = self._first_evaluation()
         card = model_card(self.config, before, after, self.step)
         if self.ranks.is_first:
-            shutil.rmtree(self.folder.export, ignore_errors=True)  # left by an end that was interrupted: a complete run does not come here
+            for left in (self.folder.export, *self.folder.path.glob(".tmp.export.*")):
+                shutil.rmtree(left, ignore_errors=True)  # by an end that was interrupted: a complete run does not come here
         export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
+        failure = None
         if self.ranks.is_first:
-            write_json(self.folder.ledger_json, self.ledger.to_json())
-            write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops})
-            write_report([self.folder.path], self.folder.report_html)
+            try:
+                settle_logs(self.folder)
+                fault("summary")
+                write_json(self.folder.ledger_json, self.ledger.to_json())
+                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
+                                                      "match": match and {"by": match.by, "ratio": match.ratio(spent)}})
+                write_report([self.folder.path], self.folder.report_html)
+            except OSError as error:
+                failure = str(error)
+        if failure := self.ranks.broadcast(failure):
+            raise CheckpointError(f"{self.folder.path}: the end of the run could not be written: {failure}. Make room, and end it with run.resume=auto.")
         self.log.say(self._closing_words(before, after))
+        if match:
+            self.log.say(match.table(spent))
         self.log.close()
+        return match is None or match.holds(spent)
 
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
         lines = ["", f"{self.step} steps in {self.seconds:.0f} s, {self.ledger.flops:.3g} FLOPs"]
@@ -337,31 +451,17 @@ class Run:
         places = {"run folder": self.folder.path, "report": self.folder.report_html, "model": self.folder.export}
         return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
 
+    def _evaluations(self) -> list[dict]:
+        """What the first rank has written of evaluations so far."""
+        return read_json_lines(self.folder.evaluation_jsonl) if self.folder.evaluation_jsonl.exists() else []
+
     def _first_evaluation(self) -> dict | None:
-        if not (self.ranks.is_first and self.folder.evaluation_jsonl.exists()):
+        if not self.ranks.is_first:
             return None
-        first = read_json_lines(self.folder.evaluation_jsonl)[:1]
+        first = self._evaluations()[:1]
         if not first or first[0]["step"] != 0:
             return None  # a run that starts from another run's checkpoint has no evaluation before its first step
         return {name: value for name, value in first[0].items() if name != "step"}
-
-    @contextmanager
-    def watching_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT interrupts at once."""
-        def request_stop(number: int, frame: object) -> None:
-            self.stop_requested = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def preempted(self) -> bool:
-        """Whether any rank was asked to stop. A collective."""
-        return self.ranks.any(self.stop_requested)
 
 
 HEADLINE = {

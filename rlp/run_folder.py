@@ -6,6 +6,10 @@
     timing.jsonl       one object per step, what the clock and the memory counter said
     thoughts.jsonl     a sample of thoughts each logging interval
     evaluation.jsonl   one object per evaluation of the held-out panel
+    bad_documents.jsonl  rows of the training data that were skipped, the first 100 of each reason; summary.json counts them all
+    alarms.jsonl       what the run said loudly; absent where there was nothing
+    journal.jsonl      one object per step, to compare a run after crashes with one that had none
+    post_training.jsonl  one object per stage (sft, rlvr) that the exported model was trained on by; written by what trained it
     ledger.json        tokens, FLOPs and seconds by phase
     summary.json       the numbers that a README quotes; written at the end
     report.html        the page made from all of these
@@ -15,11 +19,13 @@ Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an inf
 """
 
 import datetime
+import errno
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,8 +34,9 @@ from pathlib import Path
 
 import torch
 
-from rlp.config import Config, ConfigError, to_yaml
+from rlp.config import Config, ConfigError, to_yaml, without_secrets
 from rlp.distributed import Ranks
+from rlp.faults import fault
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Distributions whose versions `environment.json` records."""
@@ -74,6 +81,27 @@ class RunFolder:
         return self.path / "evaluation.jsonl"
 
     @property
+    def alarms_jsonl(self) -> Path:
+        return self.path / "alarms.jsonl"
+
+    @property
+    def bad_documents_jsonl(self) -> Path:
+        return self.path / "bad_documents.jsonl"
+
+    @property
+    def journal_jsonl(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def logs_of_steps(self) -> list[Path]:
+        """The JSONL files, whose lines each belong to a step."""
+        return [self.metrics_jsonl, self.timing_jsonl, self.thoughts_jsonl, self.evaluation_jsonl, self.alarms_jsonl, self.bad_documents_jsonl, self.journal_jsonl]
+
+    @property
+    def post_training_jsonl(self) -> Path:
+        return self.path / "post_training.jsonl"
+
+    @property
     def ledger_json(self) -> Path:
         return self.path / "ledger.json"
 
@@ -114,15 +142,24 @@ def create_run_folder(config: Config, ranks: Ranks) -> RunFolder:
 
 def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
     """Rank 0's part: the reason why it can not be done, or None."""
+    new = None
     try:
+        if os.path.lexists(folder.path):
+            raise FileExistsError(folder.path)
         folder.path.parent.mkdir(parents=True, exist_ok=True)
-        os.mkdir(folder.path)
-        for inner in (folder.checkpoints, folder.logs):
+        # Complete before it has its name: a run that dies here leaves nothing that a restart would refuse.
+        new = RunFolder(folder.path.with_name(f".tmp.{folder.path.name}.{os.getpid()}"))
+        os.mkdir(new.path)
+        for inner in (new.checkpoints, new.logs):
             inner.mkdir()
-        write_atomically(folder.config_yaml, to_yaml(config).encode())
-        write_json(folder.environment_json, environment(devices))
+        write_atomically(new.config_yaml, to_yaml(config).encode())
+        write_json(new.environment_json, environment(devices))
+        fault("folder.before_rename")
+        os.rename(new.path, folder.path)
     except OSError as error:
-        if isinstance(error, FileExistsError) and folder.path.exists():
+        if new is not None:
+            shutil.rmtree(new.path, ignore_errors=True)
+        if folder.path.exists():
             return (f"run.dir {folder.path} exists and is never written over. "
                     "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
         return f"run.dir {folder.path} can not be created: {error}. Write run.dir=OTHER, a folder that you may write to."
@@ -151,7 +188,7 @@ def environment(devices: list[str]) -> dict:
     """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": without_secrets(shlex.join(sys.argv)),
         **_git_state(Path(__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -232,15 +269,77 @@ def read_json(path: Path) -> object:
 
 
 def append_json_line(path: Path, value: dict) -> None:
-    """Add one object to a JSONL file, in one write; a crash can tear the last line and no other.
+    """Add one object to a log of the run, in one write; a crash can tear the last line and no other.
+
+    Where the disk refuses, lines wait in memory and go with the next one: each is written once, in order, or, where the
+    process ends first, belongs to steps after the newest checkpoint (`settle_logs`).
 
     Raises:
         ValueError: a number in it is not finite.
     """
     _refuse_non_finite(value, path.name)
-    line = json.dumps(value, allow_nan=False) + "\n"
+    size, lines = _refused.pop(path, (path.stat().st_size if path.exists() else 0, b""))
+    lines += (json.dumps(value, allow_nan=False) + "\n").encode()
+    try:
+        _append(path, size, lines)
+    except OSError:
+        _refused[path] = (size, lines)
+
+
+_refused: dict[Path, tuple[int, bytes]] = {}
+"""Of a log that could not be written to: its good length in bytes, and the lines to follow."""
+
+
+def _append(path: Path, size: int, lines: bytes) -> None:
+    """Add bytes to a file whose good length is `size`; whatever a failed attempt left behind that goes."""
+    fault("append.before_line")
     with open(path, "ab") as file:
-        file.write(line.encode())
+        if file.tell() != size:
+            file.truncate(size)
+        fault("append.torn_line", lambda: (file.write(lines[: len(lines) // 2]), file.flush()))
+        file.write(lines)
+    fault("append.after_line")
+
+
+def settle_logs(folder: RunFolder) -> None:
+    """Write what was refused so far, and wait until all logs are on disk: a checkpoint of a step is good only with the logs up to it.
+
+    Raises:
+        OSError: a log can still not be written.
+    """
+    for path in folder.logs_of_steps:
+        if path in _refused:
+            _append(path, *_refused[path])
+            del _refused[path]
+        if path.exists():
+            sync(path)
+
+
+def refused_logs(folder: RunFolder) -> list[str]:
+    """Names of the logs whose last lines wait in memory, because the disk is full or broken."""
+    return [path.name for path in folder.logs_of_steps if path in _refused]
+
+
+def cut_logs(folder: RunFolder, step: int) -> None:
+    """Make every log end with a step, as `truncate_after_step` does, and remove what a crash left half written."""
+    for path in folder.logs_of_steps:
+        fault("resume.before_truncate")
+        _refused.pop(path, None)
+        truncate_after_step(path, step)
+    for partial in folder.path.glob(".*.partial"):
+        partial.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can not sync a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def read_json_lines(path: Path) -> list[dict]:

@@ -5,13 +5,14 @@ Dimensions
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from rlp.faults import fault, poisoned
 from rlp.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout
 
 
@@ -30,19 +31,26 @@ class Scores:
     """[M, H] as `target`, without a thought."""
     open_marker: Tensor
     """[M] log-probability of the open marker where a thought may start."""
+    matched: Tensor | None = None
+    """[N] bool, whether every target is the most probable token after the thought; None unless asked for."""
 
 
-def score(model: Callable, layout: Layout) -> Scores:
+def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
     """Run a layout once and put the answers back in shape.
 
     Args:
         model: the policy or the teacher, or the engine that trains the policy.
+        matched: ask for `Scores.matched` too.
     """
-    return unpack(layout, ask(model, "logprob", layout))
+    fault("score")
+    logprob, greedy = ask(model, "logprob_and_greedy", layout) if matched else (ask(model, "logprob", layout), None)
+    scores = unpack(layout, logprob)
+    return replace(scores, matched=unpack(layout, greedy).target.all(dim=1) if matched else None, thought=poisoned("score.thought", scores.thought), target=poisoned("score.target", scores.target),
+                   no_think=poisoned("score.no_think", scores.no_think))
 
 
 def ask(model: Callable, statistic: str, layout: Layout) -> Tensor:
-    """[Q] the answer to each query of a layout; `statistic` as in `Policy.forward`."""
+    """[Q] the answer to each query of a layout, or a pair of them; `statistic` as in `Policy.forward`."""
     return model(statistic, layout.tokens, layout.position, layout.tree, layout.row, layout.column, layout.target, layout.inverse_temperature, layout.excluded)
 
 

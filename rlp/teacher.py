@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlp.distributed import Ranks
 from rlp.engine import Engine
+from rlp.faults import fault
 from rlp.layout import Layout
 from rlp.model import Policy
 from rlp.objective import log_evidence
@@ -41,6 +42,7 @@ class Teacher:
 
     def refresh(self) -> None:
         """After an optimizer step: bring the EMA's forward copy up to date."""
+        fault("teacher.refresh")
         if self.kind == "ema":
             self._engine.refresh_from_state(self._twin, "ema")
 

@@ -78,3 +78,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
     tiny_policy().lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of one or more ranks, forked from one process that has imported everything."""
+    from faults.harness import Harness
+
+    made = Harness(tmp_path_factory.mktemp("harness"))
+    yield made
+    made.close()

@@ -83,26 +83,6 @@ def test_the_dry_run_shows_an_example_and_the_costs_and_writes_nothing(arguments
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm_saves_and_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
-    """Preempted in step 2: a checkpoint of that step, exit code 75; continued, the run ends as it would have."""
-    import signal
-
-    step = program.train_step
-
-    def interrupted(run):
-        if run.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        step(run)
-
-    monkeypatch.setattr(program, "train_step", interrupted)
-    assert program.main(arguments) == program.PREEMPTED
-    assert "run.resume=auto" in capsys.readouterr().out
-    assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").exists()
-    monkeypatch.setattr(program, "train_step", step)
-    assert program.main([*arguments, "run.resume=auto"]) == program.DONE
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
-
-
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K is not at {GSM8K}")
 def test_real_text_trains(tmp_path, capsys):
     """Two steps of `configs/gsm8k_tiny.yaml` on GSM8K, from a BPE tokenizer made here."""

@@ -2,13 +2,16 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlp.cli import main
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, RunConfig, to_yaml
-from rlp.report import duration, neighbour_mean, visible_text, write_report
+from rlp.figures import neighbour_mean
+from rlp.metrics import METRICS, visible_text
+from rlp.report import _arms, _read_run, arm_curve, duration, without_seed, write_report
 from rlp.run_folder import RunFolder, append_json_line, write_json
 
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> [bold red]x[/bold red] [/] {{ 7 * 7 }} \x1b[31mred\x1b[0m \x1b]0;title\x07 \u202e \x00 :smile:"
@@ -23,28 +26,35 @@ def make_thought(step, reward, **changes):
     return thought | changes
 
 
-def make_run(path, steps=30, finished=True, thoughts=()):
+def make_run(path, steps=30, finished=True, thoughts=(), *, after=0.75, seed=0, arm=""):
     """A folder as a run leaves it; unfinished, as one leaves it that was killed. Without steps there is nothing to plot, which is quick."""
     path.mkdir(parents=True)
     folder = RunFolder(path)
-    config = Config(run=RunConfig(dir=str(path)), model=ModelConfig(path="tiny"), data=DataConfig(train=["corpus.jsonl"]), budget=BudgetConfig(steps=30))
+    config = Config(run=RunConfig(dir=str(path), seed=seed, arm=arm), model=ModelConfig(path="tiny"), data=DataConfig(train=["corpus.jsonl"]), budget=BudgetConfig(steps=30))
     folder.config_yaml.write_text(to_yaml(config))
     for step in range(1, steps + 1):
-        append_json_line(folder.metrics_jsonl, {"step": step, "reward/mean": step / 10, "optim/grad_norm": 1.0})
+        append_json_line(folder.metrics_jsonl, {"step": step, "reward/mean": step / 10, "optim/grad_norm": 1.0, "budget/tokens": 10 * step, "budget/flops": 1e9 * step})
+        append_json_line(folder.timing_jsonl, {"step": step, "perf/step_s": 0.5 + seed})
     for thought in thoughts:
         append_json_line(folder.thoughts_jsonl, thought)
-    for step, gain in ((0, -0.5), (steps, 0.75)) if steps else ():
+    for step, gain in ((0, -0.5), (steps, after)) if steps else ():
         append_json_line(folder.evaluation_jsonl, {"step": step, **PANEL, "gain_over_start_nats": gain})
     if finished:
         count = {"tokens_in": 1234, "tokens_generated": 56, "tokens_trained": 7, "flops": 2.5e12, "seconds": 3.0}
-        write_json(folder.ledger_json, {"phases": {"decode": count}, "flops": 2.5e12, "paper_flops": 99000.0, "seconds": 3.0})
-        write_json(folder.summary_json, {"before": PANEL, "after": PANEL | {"gain_over_start_nats": 0.75}, "steps": steps, "seconds": 3.0, "flops": 2.5e12})
+        write_json(folder.ledger_json, {"phases": {"decode": count}, "input_tokens": 5000 + seed, "flops": 2.5e12, "paper_flops": 99000.0, "seconds": 3.0})
+        write_json(folder.summary_json, {"before": PANEL, "after": PANEL | {"gain_over_start_nats": after}, "steps": steps, "seconds": 3.0, "flops": 2.5e12})
     return path
 
 
 def page_of(*paths, out):
     write_report(list(paths), out)
     return out.read_text()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Curves are not drawn, which takes most of the time of a page: for tests that read its words."""
+    monkeypatch.setattr("rlp.report.draw_curves", lambda *curves, **options: "data:image/svg+xml;base64,")
 
 
 class Tags(HTMLParser):
@@ -63,7 +73,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_a_report_holds_the_numbers_of_the_run(tmp_path):
+def test_a_report_holds_the_numbers_of_the_run(tmp_path, undrawn):
     thoughts = [make_thought(1, -0.5), make_thought(30, 1.5)]
     text = Tags(page_of(make_run(tmp_path / "first", thoughts=thoughts), out=tmp_path / "page.html")).text
     for said in ("RLP: first", "finished, 30 steps", "-0.5000", "+0.7500", "+1.2500", "1,234", "2.5e+12", "+1.500 nats", "thinking -0.5", "group_size: 16"):
@@ -75,7 +85,7 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     tags = Tags(page_of(make_run(tmp_path / "first"), out=tmp_path / "page.html"))
     sources = [value for name, value in tags.attributes if name in ("src", "href")]
     assert sources and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
-    assert not {"script", "link", "iframe", "object"} & set(tags.tags)
+    assert not {"script", "link", "iframe", "object", "form"} & set(tags.tags)
 
 
 def test_hostile_text_does_nothing_in_a_report(tmp_path):
@@ -89,7 +99,7 @@ def test_hostile_text_does_nothing_in_a_report(tmp_path):
     assert "{{ 7 * 7 }}" in tags.text and r"\x1b[31mred\x1b[0m" in tags.text and r"\u202e" in tags.text
 
 
-def test_an_unfinished_run_has_a_report(tmp_path):
+def test_an_unfinished_run_has_a_report(tmp_path, undrawn):
     """A torn line at the end, no summary and no ledger; and a run that was killed before its first step."""
     run = make_run(tmp_path / "killed", finished=False)
     with open(run / "metrics.jsonl", "ab") as file:
@@ -103,12 +113,107 @@ def test_an_unfinished_run_has_a_report(tmp_path):
     assert "No step has been taken yet" in text and "No evaluation yet" in text and "No thoughts were logged" in text
 
 
-def test_several_runs_share_one_page(tmp_path):
+def test_several_runs_share_one_page(tmp_path, undrawn):
     """Two of them have the same name, and are told apart by their paths."""
-    runs = [make_run(tmp_path / "a" / "seed"), make_run(tmp_path / "b" / "seed", steps=10, finished=False)]
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", steps=10, finished=False)]
     text = Tags(page_of(*runs, out=tmp_path / "page.html")).text
-    assert "RLP: 2 runs" in text and str(runs[0]) in text and str(runs[1]) in text
+    assert "RLP: 2 arms" in text and str(runs[0]) in text and str(runs[1]) in text
     assert "finished, 30 steps" in text and "unfinished, at step 10" in text
+
+
+@pytest.mark.parametrize("path, seed, arm", [
+    ("runs/rlp_seed3", 3, "runs/rlp"), ("runs/rlp-s3", 3, "runs/rlp"), ("runs/rlp.seed-03", 3, "runs/rlp"), ("runs/rlp/3", 3, "runs/rlp"), ("runs/rlp/s3", 3, "runs/rlp"),
+    ("runs/rlp_seed3", 4, "runs/rlp_seed3"), ("runs/qwen-3", 3, "runs/qwen-3"), ("runs/steps3", 3, "runs/steps3"), ("runs/rlp_seed13", 3, "runs/rlp_seed13"), ("runs/rlp", None, "runs/rlp")])
+def test_an_arm_is_the_path_without_the_seed(path, seed, arm):
+    """Only the run's own seed is left out, and only where it is marked as one."""
+    assert str(without_seed(Path(path), seed)) == arm
+
+
+def arms_of(*paths):
+    return _arms([_read_run(RunFolder(path), path.name) for path in paths])
+
+
+def test_runs_are_grouped_by_arm(tmp_path):
+    """By folder name, in the order of the first run; `run.arm` is stronger than the folder."""
+    paths = [make_run(tmp_path / "cpt", 1), make_run(tmp_path / "rlp_seed1", 1, seed=1), make_run(tmp_path / "other", 1, arm="cold start"),
+             make_run(tmp_path / "rlp_seed2", 1, seed=2), make_run(tmp_path / "rlp_seed3", 1, seed=3, arm="cold start")]
+    assert [(arm.label, [run.label for run in arm.runs]) for arm in arms_of(*paths)] == [
+        ("cpt", ["cpt"]), ("rlp", ["rlp_seed1", "rlp_seed2"]), ("cold start", ["other", "rlp_seed3"])]
+
+
+def test_an_arm_is_shown_by_its_mean_and_its_spread(tmp_path, undrawn):
+    """Gains of 0.5 and 1.0; the arm of one run has no spread. Settings that differ are said, and the ledger is a mean."""
+    paths = [make_run(tmp_path / "rlp_seed1", 2, seed=1, after=0.5), make_run(tmp_path / "rlp_seed2", 2, seed=2, after=1.0), make_run(tmp_path / "wide", 2, after=0.25)]
+    config = tmp_path / "wide" / "config.yaml"
+    config.write_text(config.read_text().replace("group_size: 16", "group_size: 32"))
+    rows = ["".join(Tags(row).text.split()) for row in re.findall(r"<tr.*?</tr>", page_of(*paths, out=tmp_path / "page.html"), flags=re.DOTALL)]
+    assert any(row.startswith("rlp+0.7500+0.5000to+1.0000") for row in rows) and any(row.startswith("wide+0.2500") and "to" not in row for row in rows)
+    assert "thought.group_size1632" in rows and any(row.startswith("rlp5,0025,001to5,002") for row in rows)
+    assert not any("run.seed" in row for row in rows)
+
+
+def test_a_curve_of_an_arm_stands_where_its_runs_do_on_average(tmp_path):
+    """One of the runs is shorter, and slower: the curve ends with it, and its seconds are the mean of both. A run without a clock
+    has no place on that axis."""
+    arm = arms_of(make_run(tmp_path / "rlp_seed0", 4), make_run(tmp_path / "rlp_seed1", 3, seed=1))[0]
+    for axis, places in (("step", [1, 2, 3]), ("tokens", [10, 20, 30]), ("flops", [1e9, 2e9, 3e9]), ("seconds", [1, 2, 3])):
+        x, values = arm_curve(arm, "reward/mean", axis)
+        assert x.tolist() == places and values.tolist() == [[0.1, 0.2, 0.3]] * 2
+    (tmp_path / "rlp_seed1" / "timing.jsonl").unlink()
+    older = arms_of(tmp_path / "rlp_seed0", tmp_path / "rlp_seed1")[0]
+    assert arm_curve(older, "reward/mean", "seconds")[0].size == 0 and arm_curve(older, "reward/mean", "step")[0].size == 3
+    assert arm_curve(arm, "lm/loss", "step")[0].size == 0
+
+
+def test_the_gain_is_decomposed_with_its_intervals(tmp_path, undrawn):
+    """As the probe writes it; the picture is there only where the controls were measured."""
+    run = make_run(tmp_path / "first", 2, finished=False)
+    assert "The gain, decomposed" not in page_of(run, out=tmp_path / "page.html")
+    append_json_line(run / "evaluation.jsonl", {"step": 2, **PANEL, "gain_over_empty_nats": 0.5, "gain_over_shuffled_nats": 1.5, "document_loss_nats": 2.25,
+                                                "gain_over_shuffled_nats_low": 1.25, "gain_over_shuffled_nats_high": 1.75})
+    page = page_of(run, out=tmp_path / "page.html")
+    text = Tags(page).text
+    for said in ("Gain over an empty thought", "+0.5000", "Gain over a shuffled thought", "+1.5000+1.2500 to +1.7500", "2.2500", "The gain, decomposed"):
+        assert said in text
+    assert 'alt="gain over each prediction"' in page
+
+
+def test_main_curves_of_several_runs_are_drawn_over_each_axis(tmp_path, undrawn):
+    """Steps, tokens, FLOPs and seconds, one of them shown at a time without a script; of one run over its steps."""
+    runs = [make_run(tmp_path / name, 2) for name in ("first", "second")]
+    axes = ("step", "input tokens", "FLOPs", "seconds of training")
+    for paths, shown in ((runs, axes), (runs[:1], axes[:1])):
+        page = page_of(*paths, out=tmp_path / "page.html")
+        assert [page.count(f'alt="Gain on held-out positions over {axis}"') for axis in axes] == [axis in shown for axis in axes]
+        assert page.count('type="radio"') == len(shown) and page.count(" checked>") == 1
+
+
+def test_alarms_and_post_training_are_told_and_escaped(tmp_path):
+    """Twelve alarms, of which ten are shown; a stage whose name is hostile; the mean over two seeds."""
+    runs = [make_run(tmp_path / f"rlp_seed{seed}", 0, seed=seed) for seed in (1, 2)]
+    for step in range(12):
+        append_json_line(runs[0] / "alarms.jsonl", {"step": step, "text": f"{HOSTILE} alarm {step}"})
+    for run, accuracy in zip(runs, (0.5, 0.75)):
+        append_json_line(run / "post_training.jsonl", {"stage": "sft", "accuracy_with_thought": accuracy, "accuracy_without_thought": 0.25, "gain_over_start_nats": 1.0})
+        append_json_line(run / "post_training.jsonl", {"stage": HOSTILE, "accuracy_with_thought": accuracy})
+    page = page_of(*runs, out=tmp_path / "page.html")
+    tags = Tags(page)
+    assert not {"script", "bold"} & set(tags.tags) and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
+    assert "alarm 9" in tags.text and "alarm 10" not in tags.text and "2 more, in alarms.jsonl" in " ".join(tags.text.split())
+    assert "0.6250.500 to 0.750" in tags.text and "+1.0000" in tags.text
+
+
+def test_a_run_that_knows_nothing_of_later_files_has_a_page_beside_one_that_does(tmp_path, undrawn):
+    """What a folder of another version does not have, config keys included, is left out."""
+    old, young = make_run(tmp_path / "old", 2), make_run(tmp_path / "young", 2)
+    (old / "timing.jsonl").unlink()
+    (old / "config.yaml").write_text("".join(line for line in (old / "config.yaml").read_text().splitlines(keepends=True) if "  arm:" not in line))
+    (old / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 0.5}\n')
+    append_json_line(young / "metrics.jsonl", {"step": 3} | dict.fromkeys(METRICS, 0.5))
+    append_json_line(young / "alarms.jsonl", {"step": 3, "text": "loud"})
+    text = Tags(page_of(old, young, out=tmp_path / "page.html")).text
+    assert "RLP: 2 arms" in text and "loud" in text and "Distinct bigrams in a group" in text
+    assert "Distinct bigrams in a group" not in Tags(page_of(old, out=tmp_path / "page.html")).text
 
 
 def test_a_report_of_the_same_runs_is_the_same_file(tmp_path):

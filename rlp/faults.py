@@ -1,0 +1,161 @@
+"""Fault points: named places where a test can make a run die, fail, hang or compute nonsense.
+
+    RLP_FAULT=save.before_rename:3:kill@rank1      at the third passage, on rank 1
+    RLP_FAULT=score.target:2-4:nan,rollout:5:stall  passages 2 to 4; a comma separates several; `2-` has no end
+
+Without the variable a point does nothing. Passages are counted from 1, on each rank by itself.
+`FAULT_POINTS` and `TENSOR_POINTS` are the places, `ACTIONS` what can happen there.
+"""
+
+import errno
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+VARIABLE = "RLP_FAULT"
+
+FAULT_POINTS: dict[str, str] = {
+    "folder.before_rename": "The folder of a new run is written and does not have its name yet.",
+    "resume.before_restore": "A checkpoint is verified and none of it is loaded.",
+    "resume.before_truncate": "The checkpoint is loaded; one more log is about to be cut back to its step.",
+    "append.before_line": "Before a line is added to a log (metrics, timing, thoughts, evaluation, journal).",
+    "append.torn_line": "Half of a line is in the file.",
+    "append.after_line": "After a line was added.",
+    "rollout": "Before the thoughts of a step are sampled.",
+    "score": "Before a forward that scores rows: teacher, policy or panel.",
+    "backward": "Before the backward of a micro-batch.",
+    "optimizer": "All gradients are there, and no weight has moved.",
+    "teacher.refresh": "The weights have moved, the forward copy of the EMA has not.",
+    "step.before_log": "A step is made, and nothing has been written of it.",
+    "evaluation": "Before the held-out panel is scored.",
+    "save.before_part": "Before a rank writes one more file of its shard.",
+    "save.torn_part": "Half of such a file is on disk.",
+    "save.after_shard": "A rank has written its shard, and does not know of the others.",
+    "save.before_meta": "All shards are written, meta.json is not.",
+    "save.before_complete": "meta.json is written, COMPLETE is not.",
+    "save.before_rename": "The checkpoint is complete and does not have its name yet.",
+    "save.after_rename": "The checkpoint has its name, and nobody has been told.",
+    "purge.before_old": "Before an old checkpoint loses its name, to be deleted.",
+    "purge.before_delete": "An old checkpoint has lost its name, and all its files are there.",
+    "export.before_write": "Before the model is exported.",
+    "export.before_rename": "The export is written and does not have its name yet.",
+    "export.after_rename": "The export has its name; ledger, summary and report are missing.",
+    "summary": "Before the summary, which makes a run complete.",
+}
+"""Where `fault` stands."""
+
+TENSOR_POINTS: dict[str, str] = {
+    "rollout.logprob": "Log-probabilities of sampled tokens under the behavior policy.",
+    "score.target": "Log-probabilities of targets, from which evidence and reward are made.",
+    "score.no_think": "Log-probabilities of targets without a thought, under teacher or policy.",
+    "score.thought": "Log-probabilities of thought tokens, from which the ratio is made.",
+    "loss": "The loss of a micro-batch.",
+    "gradient": "The gradient of that loss, the loss itself being finite.",
+}
+"""Where `poisoned` or `poisoned_gradient` stands."""
+
+ACTIONS = ("kill", "term", "exit", "raise", "enospc", "eio", "stall", "slow", "nan", "inf")
+"""SIGKILL; SIGTERM; an exit with code 9; an `InjectedFault`; an OSError of a full disk or of a broken one; a sleep without end; a
+sleep of a second; and, at a tensor point, one value that is not finite."""
+
+
+class InjectedFault(RuntimeError):
+    """Raised where a test asked for it."""
+
+
+class _Fault(NamedTuple):
+    point: str
+    first: int
+    last: float
+    action: str
+    rank: int | None
+
+
+_passages: Counter = Counter()
+_asked: tuple[str, list[_Fault]] = ("", [])
+
+
+def fault(point: str, first: Callable[[], object] | None = None) -> None:
+    """Let happen what the environment asks for at this passage of the point.
+
+    Args:
+        first: is called right before, where something happens; leaves half of a file, as a crash would.
+    """
+    action = _due(point)
+    if action is None:
+        return
+    if first is not None:
+        first()
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "exit":
+        os._exit(9)
+    elif action == "raise":
+        raise InjectedFault(f"fault at {point}")
+    elif action in ("enospc", "eio"):
+        code = {"enospc": errno.ENOSPC, "eio": errno.EIO}[action]
+        raise OSError(code, os.strerror(code), f"fault at {point}")
+    elif action == "slow":
+        time.sleep(1)
+    while action == "stall":
+        time.sleep(3600)
+
+
+def poisoned(point: str, values: Tensor) -> Tensor:
+    """The tensor itself, or, where the environment asks for it, a copy whose first value is not finite."""
+    action = _due(point) if values.numel() else None
+    if action is None:
+        return values
+    first = values.new_zeros(values.shape).flatten()
+    first[0] = float(action)
+    return values + first.reshape(values.shape)
+
+
+def poisoned_gradient(point: str, values: Tensor) -> Tensor:
+    """The tensor itself; where the environment asks for it, its gradient will not be finite."""
+    action = _due(point)
+    if action is not None:
+        values.register_hook(lambda gradient: gradient * float(action))
+    return values
+
+
+def forget_passages() -> None:
+    """Count every point from 1 again: for a process that makes several runs."""
+    _passages.clear()
+
+
+def _due(point: str) -> str | None:
+    """The action that is asked for at this passage of a point."""
+    global _asked
+    text = os.environ.get(VARIABLE, "")
+    if not text:
+        return None
+    if _asked[0] != text:
+        _asked = (text, [_parse(part) for part in text.split(",")])
+    _passages[point] += 1
+    rank = int(os.environ.get("RANK", "0"))
+    for asked in _asked[1]:
+        if asked.point == point and asked.rank in (None, rank) and asked.first <= _passages[point] <= asked.last:
+            print(f"fault at {point}, passage {_passages[point]}, rank {rank}: {asked.action}", flush=True)
+            return asked.action
+    return None
+
+
+def _parse(text: str) -> _Fault:
+    match = re.fullmatch(r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)(@rank(?P<rank>\d+))?", text.strip())
+    known = FAULT_POINTS.keys() | TENSOR_POINTS.keys()
+    if not match or match["point"] not in known or match["action"] not in ACTIONS:
+        raise ValueError(f"{VARIABLE}: expected POINT:PASSAGE:ACTION or POINT:PASSAGE:ACTION@rankN, got {text!r}. "
+                         f"Points: {', '.join(sorted(known))}. Actions: {', '.join(ACTIONS)}.")
+    if (match["point"] in TENSOR_POINTS) != (match["action"] in ("nan", "inf")):
+        raise ValueError(f"{VARIABLE}: {text!r}: nan and inf are for {', '.join(TENSOR_POINTS)}, and those know nothing else.")
+    last = float(match["last"] or "inf") if match["more"] else int(match["first"])
+    return _Fault(match["point"], int(match["first"]), last, match["action"], int(match["rank"]) if match["rank"] else None)

@@ -1,0 +1,184 @@
+"""Asked to stop: by a signal, by the death of the launcher, by a time limit. All ranks stop at one place, together.
+
+    who asks                                        who notices
+    SIGTERM, SIGINT, SIGUSR1, to any rank           the handler of that rank
+    the launcher is gone                            a thread of each rank that it started; `deepspeed` dies of a signal and leaves its ranks
+    checkpoint.save_by is reached                   the same thread
+    another rank was asked                          the same thread; a launcher may signal its ranks one after another
+
+Who notices only takes note. Ranks agree by a collective where none of them is in the middle of something (`safe_point`); those
+that do a long thing apart, which is sampling, leave it early and wait for the others there (`leaving_early`).
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+import psutil
+
+from rlp.config import ConfigError, moment
+from rlp.distributed import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+POLL_S = 0.5
+"""How often the thread looks. `deepspeed` gives a rank 30 s after SIGTERM."""
+
+SAME_KEYPRESS_S = 1.0
+"""A launcher may pass on the SIGINT that its ranks have had from the terminal: within this time it counts once."""
+
+INTERRUPTED = 130
+"""Exit code of a second Ctrl-C, as shells have it."""
+
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+"""A program or a module: one of these is among the first words of a launcher's command."""
+
+
+HEARSAY = "another rank was asked to stop"
+
+
+class StopRequested(Exception):
+    """Raised on all ranks at the same safe point; says who asked."""
+
+
+class _Leave(Exception):
+    """This rank leaves off sampling."""
+
+
+class Preemption:
+    """Watches while it is entered; outside, `request` is the only one who asks."""
+
+    def __init__(self, ranks: Ranks, save_by: str | None = None) -> None:
+        """
+        Args:
+            save_by: `checkpoint.save_by`.
+        """
+        self._ranks, self._save_by = ranks, save_by
+        self._deadline = float("inf")
+        self._launchers = _Launchers()
+        self.reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank knows that the run is to stop."""
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Take note, the first time."""
+        if self.reason is None:
+            self.reason = reason
+
+    def safe_point(self) -> None:
+        """Leave here, on every rank, where any was asked to stop. A collective.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        if self._ranks.any(self.requested):
+            reasons = self._ranks.gather(self.reason)
+            raise StopRequested(next(reason for reason in reasons if reason not in (None, HEARSAY)))
+
+    @contextmanager
+    def leaving_early(self) -> Iterator[None]:
+        """Around what ranks do apart from each other: `look` leaves it, and a safe point is at its end."""
+        with suppress(_Leave):
+            yield
+        self.safe_point()
+
+    def look(self) -> None:
+        """Leave `leaving_early` where this rank is to stop."""
+        if self.requested:
+            self.leave()
+
+    def leave(self) -> None:
+        """Leave `leaving_early`; some rank is to stop."""
+        raise _Leave
+
+    def __enter__(self) -> "Preemption":
+        if self._save_by is not None:
+            self._deadline = moment(self._save_by, time.time())
+            if self._deadline <= time.time():
+                raise ConfigError(f"checkpoint.save_by {self._save_by} is past: it is {time.strftime('%Y-%m-%dT%H:%M:%S')} here. Write a later time, or null.")
+        self._key = self._ranks.word("stop")
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        # Python runs handlers between bytecodes of the main thread, which may be waiting in a collective; this tells the thread at once.
+        self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers_before.items():
+            # A launcher signals its ranks when the first of them has ended: on its way out a process needs no telling.
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._sender.close()
+        self._thread.join(timeout=2 * POLL_S)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        if self.reason is None and number == signal.SIGINT and self._ranks.is_first:
+            print("interrupted: the run stops and saves; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+        self.request(name)
+
+    def _watch(self) -> None:
+        """The thread: until the other end of the socket is closed."""
+        interrupted_at, told, others = None, False, self._ranks.words()
+        while True:
+            if select.select([self._receiver], [], [], POLL_S)[0]:
+                received = self._receiver.recv(64)
+                if not received:
+                    self._receiver.close()
+                    return
+                if signal.SIGINT in received:
+                    if interrupted_at is not None and time.monotonic() - interrupted_at > SAME_KEYPRESS_S:
+                        self._end_at_once()
+                    interrupted_at = interrupted_at or time.monotonic()
+            if (gone := self._launchers.gone()) is not None:
+                self.request(f"the launcher ({gone}) is gone")
+            if time.time() >= self._deadline:
+                self.request(f"checkpoint.save_by {self._save_by} is reached")
+            if self.requested and not told:
+                told = others.leave(self._key)
+            elif others.has(self._key):
+                self.request(HEARSAY)
+
+    def _end_at_once(self) -> None:
+        print(f"rank {self._ranks.rank}: interrupted twice, ended at once; nothing was saved after the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+
+class _Launchers:
+    """The processes above this one that launched it, as they are when the run starts; none where nobody did."""
+
+    def __init__(self) -> None:
+        # `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks; further up is the user's shell, which may go.
+        self._watched = [process for process in psutil.Process().parents()[:3] if _is_launcher(process)]
+
+    def gone(self) -> str | None:
+        """The one that has gone, or None while all are there."""
+        for process in self._watched:
+            if not _is_alive(process):
+                return f"process {process.pid}"
+        return None
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(os.path.basename(part) in LAUNCHERS for part in process.cmdline()[:4])
+    return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

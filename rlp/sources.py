@@ -1,0 +1,341 @@
+"""Rows of files, globs and Hub data sets, each of which can be read at once.
+
+    jsonl, text    lines, read from the file where they stand
+    gz, zst        unpacked once into `UNPACKED`, whole or not at all, and read there
+    parquet        written once into `UNPACKED` as an Arrow file, which is memory-mapped
+    hub:NAME       prepared by `datasets`, in its own cache
+
+Memory does not grow with a corpus but by 8 bytes a line. What a row must hold is not known here.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow
+from filelock import FileLock
+from huggingface_hub import constants
+from pyarrow import parquet
+
+from rlp.config import DataConfig
+from rlp.hub import settle_hub
+
+UNPACKED = Path(constants.HF_HOME) / "rlp" / "unpacked"
+"""Where unpacked files are kept (`HF_HOME` moves it); deleting it costs unpacking them again."""
+
+MAX_EXPANSION, EXPANSION_MARGIN_BYTES = 200, 2 ** 27
+"""A compressed file may unpack to so many times its size, plus the margin. Text shrinks to a third or a twentieth; a
+file made to fill a disk, to a thousandth."""
+
+SAMPLED_BYTES = 2 ** 20
+"""Of a file, evenly spread, that say whether it is the same file."""
+
+
+class DataError(Exception):
+    """Data that can not be used. The message says where, what came, what was expected and what to write."""
+
+
+class BadDocument(Exception):
+    """One row that can not become a document: (reason, detail)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A file, or a Hub data set."""
+
+    name: str
+    rows: Sequence
+    """Reading one gives a mapping from field to value, or raises BadDocument."""
+    identity: str
+    """Differs where the content does."""
+
+
+class Rows:
+    """Rows of all tables, numbered from 0."""
+
+    def __init__(self, sources: list[list[Table]]) -> None:
+        """
+        Args:
+            sources: the tables of each entry of `data.train`.
+        """
+        self.tables = [table for tables in sources for table in tables]
+        self.source_sizes = [sum(len(table.rows) for table in tables) for tables in sources]
+        self._starts = np.cumsum([0, *(len(table.rows) for table in self.tables)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def where(self, index: int) -> str:
+        """File and line of a row."""
+        table, line = self._locate(index)
+        return f"{self.tables[table].name}:{line + 1}"
+
+    def read(self, index: int) -> dict:
+        """A row as a mapping from field to value."""
+        table, line = self._locate(index)
+        return self.tables[table].rows[line]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        table = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return table, index - int(self._starts[table])
+
+
+def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> Rows:
+    """Open files, globs or a Hub data set.
+
+    Args:
+        sources: as `data.train`.
+        split: split of a Hub data set.
+        key: the config key, for messages.
+
+    Raises:
+        DataError: nothing there, unreadable, or no row at all.
+    """
+    tables = []
+    for source in sources:
+        if source.startswith("hub:"):
+            tables.append([_hub_table(source, split, key)])
+        else:
+            tables.append([_file_table(path, _format_of(path, config.format, key), key) for path in _expand(source, key)])
+    rows = Rows(tables)
+    for source, size in zip(sources, rows.source_sizes):
+        if size == 0:
+            raise DataError(f"{key}: {source!r} holds no row. Expected at least one document.")
+    return rows
+
+
+def _expand(source: str, key: str) -> list[str]:
+    if "\0" in source:
+        raise DataError(f"{key}: {source!r} is no path: it holds a NUL.")
+    paths = sorted(glob(source, recursive=True)) if has_magic(source) else [source]
+    files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) > 0]
+    if not files:
+        found = "an empty file" if any(os.path.isfile(path) for path in paths) else "no file"
+        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a .jsonl, .parquet or .txt file, a glob that matches some, or hub:NAME.")
+    return files
+
+
+def _format_of(path: str, wanted: str, key: str) -> str:
+    if wanted != "auto":
+        return wanted
+    endings = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in UNPACKERS]
+    kind = endings.get(suffixes[-1] if suffixes else "")
+    if kind is None:
+        raise DataError(f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl, parquet or text.")
+    return kind
+
+
+def _file_table(path: str, form: str, key: str) -> Table:
+    try:
+        plain = Path(path)
+        if plain.suffix in UNPACKERS:
+            plain = _converted(plain, UNPACKERS[plain.suffix])
+        if form == "parquet":
+            rows = ArrowRows(_converted(plain, _parquet_to_arrow))
+        else:
+            rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form])
+        return Table(path, rows, identity(Path(path)))
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise DataError(f"{key}: {path!r} can not be read: {reason}. Expected a readable .jsonl, .parquet or .txt file, whole, and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it).") from error
+
+
+def identity(path: Path) -> str:
+    """Of a file: its size and a checksum of `SAMPLED_BYTES` of it, of the whole where it is smaller."""
+    size, block = path.stat().st_size, 2 ** 16
+    last = max(size - block, 0)
+    starts = range(0, size, block) if size <= SAMPLED_BYTES else (last * i // (SAMPLED_BYTES // block - 1) for i in range(SAMPLED_BYTES // block))
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            checksum.update(file.read(block))
+    return f"{size} bytes, sha256 {checksum.hexdigest()[:16]}"
+
+
+class Lines:
+    """Lines of a plain file, found by where they end: 8 bytes of memory each."""
+
+    def __init__(self, path: Path, parse: Callable[[str], dict]) -> None:
+        """
+        Args:
+            parse: text of a line -> the row, or BadDocument.
+        """
+        self._path = path
+        self._parse = parse
+        with open(path, "rb") as file:
+            self._stamp = _stamp(file.fileno())
+            self._ends = _line_ends(file)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict:
+        start = int(self._ends[index - 1]) if index else 0
+        try:
+            with open(self._path, "rb") as file:
+                changed = _stamp(file.fileno()) != self._stamp
+                file.seek(start)
+                line = file.read(int(self._ends[index]) - start)
+        except OSError as error:
+            raise DataError(f"{self._path} can not be read any more: {error}. Put it back, and continue with run.resume=auto.") from error
+        if changed:
+            raise DataError(f"{self._path} has changed since this run opened it, so its lines are no longer where they were. Leave files alone that a run reads; put it back, and continue with run.resume=auto.")
+        try:
+            text = line.decode().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise BadDocument("not UTF-8", f"{error}; expected text in UTF-8") from error
+        if not text.strip():
+            raise BadDocument("empty line", "expected a document on each line")
+        return self._parse(text)
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def _line_ends(file: BinaryIO) -> np.ndarray:
+    """[rows] int64: offset right after each line; a last line needs no line end."""
+    ends, offset = [], 0
+    while chunk := file.read(2 ** 24):
+        ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + offset + 1)
+        offset += len(chunk)
+    ends = np.concatenate([np.zeros(0, dtype=np.int64), *ends])
+    return ends if offset == (ends[-1] if len(ends) else 0) else np.append(ends, offset)
+
+
+def _parse_json(line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument("broken JSON", f"{error}; expected one JSON object on the line") from error
+    if not isinstance(value, dict):
+        raise BadDocument("not a JSON object", f"got {type(value).__name__}; expected an object such as {{\"text\": ...}}")
+    return value
+
+
+class ArrowRows:
+    """Rows of an Arrow file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        self._starts = np.cumsum([0, *(self._reader.get_batch(index).num_rows for index in range(self._reader.num_record_batches))])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            return self._reader.get_batch(batch).slice(index - int(self._starts[batch]), 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            raise BadDocument("unreadable cell", f"{error}; expected text in UTF-8") from error
+
+
+def _converted(path: Path, convert: Callable[[Path, BinaryIO], None]) -> Path:
+    """The plain form of a file, made the first time and kept; ranks wait for the one that makes it."""
+    status = path.stat()
+    name = hashlib.sha256(f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    UNPACKED.mkdir(parents=True, exist_ok=True)
+    plain = UNPACKED / name
+    with FileLock(UNPACKED / f"{name}.lock"):
+        if not plain.exists():
+            _write_whole(plain, path, convert, bound=MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES)
+    return plain
+
+
+def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int) -> None:
+    """Make the plain file, all of it or nothing."""
+    partial = plain.with_name(f"{plain.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with _BoundedFile(open(partial, "wb", buffering=0)) as file:
+            file.bound = bound
+            convert(path, file)
+            if file.tell() == 0:
+                raise OSError("it holds nothing")
+        os.replace(partial, plain)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _BoundedFile(io.BufferedWriter):
+    """A file that refuses to grow beyond `bound` bytes."""
+
+    bound = 0
+
+    def write(self, content: bytes) -> int:
+        if self.tell() + len(content) > self.bound:
+            raise OSError(f"it unpacks to more than {self.bound:,} bytes, {MAX_EXPANSION} times its size; if that is right, unpack it yourself")
+        return super().write(content)
+
+
+def _gunzip(path: Path, plain: BinaryIO) -> None:
+    with gzip.open(path) as file:
+        shutil.copyfileobj(file, plain, 2 ** 20)
+
+
+def _unzstd(path: Path, plain: BinaryIO) -> None:
+    """Frame by frame. The library takes a file that ends inside a frame for a whole one, so the end is looked for here."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise OSError("the package zstandard is not installed; run pip install zstandard") from error
+    decompressor, frame = zstandard.ZstdDecompressor(), None
+    with open(path, "rb") as file:
+        # Four bytes can stand for 128 KiB: what comes out of a small piece is small enough.
+        while piece := file.read(2 ** 12):
+            while piece:
+                frame = frame or decompressor.decompressobj()
+                try:
+                    plain.write(frame.decompress(piece))
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from error
+                piece = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends inside a frame")
+
+
+UNPACKERS = {".gz": _gunzip, ".zst": _unzstd}
+
+
+def _parquet_to_arrow(path: Path, plain: BinaryIO) -> None:
+    """The same rows as an Arrow file. What the file says of itself besides its columns is left behind."""
+    with parquet.ParquetFile(path) as file:
+        writer = None
+        for batch in file.iter_batches(batch_size=256):
+            columns = [column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column for column in batch.columns]
+            batch = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+            writer = writer or pyarrow.ipc.new_file(plain, batch.schema)
+            writer.write_batch(batch)
+        if writer is not None:
+            writer.close()
+
+
+def _hub_table(source: str, split: str, key: str) -> Table:
+    """A Hub data set through `datasets`, its errors turned into ours."""
+    settle_hub()
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, _, subset = source.removeprefix("hub:").partition("@")
+    try:
+        rows = datasets.load_dataset(name, *filter(None, [subset]), split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()
+        raise DataError(f"{key}: {source!r} can not be read: {reason[0].rstrip('.') if reason else type(cause).__name__}. Expected a Hub data set that this machine can reach, or has in its cache {datasets.config.HF_DATASETS_CACHE}.") from error
+    return Table(source, rows, f"{len(rows)} rows")

@@ -1,0 +1,192 @@
+"""Runs that are made to fail: start, kill, resume, audit."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+import numpy as np  # noqa: E402
+from conftest import WORDS, tiny_policy, word_tokenizer  # noqa: E402
+from training import TINY, write_corpus  # noqa: E402
+
+from rlp.faults import VARIABLE  # noqa: E402
+from rlp.journal import audit  # noqa: E402
+from rlp.run_folder import read_json_lines  # noqa: E402
+
+SAVE_EVERY = 2
+STEPS = 6
+LIMIT_S = 60.0
+"""A run of the harness takes 2 s; one that has not ended after this hangs."""
+
+SETTINGS = TINY | {
+    "budget.steps": STEPS, "checkpoint.every_n_steps": SAVE_EVERY, "optim.micro_batch_size": 1, "optim.batch_size": 4, "evaluation.every_n_steps": 3,
+    "position.per_document": 1, "thought.group_size": 2, "thought.max_thought_tokens": 3, "evaluation.panel_positions": 2, "logging.digest_every_n_steps": 1,
+}
+"""Six steps of several micro-batches over an epoch and a half, a checkpoint every two, evaluations between."""
+
+DEADLY = ("kill", "exit", "raise", "@rank0", "@rank1")
+"""Ends of a fault that no attempt gets over."""
+
+SAME_BYTES = ("metrics.jsonl", "evaluation.jsonl", "thoughts.jsonl", "journal.jsonl")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run that is made to fail, and continued until it is done."""
+
+    faults: tuple[str, ...] = ()
+    """`RLP_FAULT` of each attempt but the last; an attempt may also be `kill:RANK:SECONDS`."""
+    survived: str = ""
+    """`RLP_FAULT` of the last attempt, which has to end well."""
+    ranks: int = 1
+    resume_ranks: int | None = None
+    """Of the attempts after the first; None: as many."""
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        numbers = f"{self.ranks} ranks" + (f", continued on {self.resume_ranks}" if self.resume_ranks else "")
+        faults = [*self.faults, *([f"survived {self.survived}"] if self.survived else [])]
+        return f"{' then '.join(faults)} [{numbers}] {self.settings or ''}".strip()
+
+
+@dataclass
+class Outcome:
+    """What became of a case."""
+
+    problems: list[str] = field(default_factory=list)
+    lost_steps: list[int] = field(default_factory=list)
+    """By attempt: steps that had been logged and were made again."""
+    recovery_s: list[float] = field(default_factory=list)
+    """By continued attempt: seconds from its start to its end."""
+    survivor_s: list[float] = field(default_factory=list)
+    """By failed attempt of several ranks: seconds that the last rank outlived the first."""
+    codes: list[list[int]] = field(default_factory=list)
+    hung: int = 0
+    """Ranks that did not end by themselves."""
+    text: str = ""
+    """All that was printed."""
+
+
+class Harness:
+    """A fork server, a tiny model and a corpus; keeps the uninterrupted runs that cases are compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.model = folder / "model"
+        tiny_policy().lm.save_pretrained(self.model)
+        word_tokenizer().save_pretrained(self.model)
+        generator = np.random.default_rng(0)
+        documents = [" ".join(WORDS[i] for i in generator.integers(5, len(WORDS), size=generator.integers(6, 12))) for _ in range(16)]
+        self.corpus = write_corpus(folder / "corpus.jsonl", documents)
+        self._references: dict[str, Path] = {}
+        self._server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("server.py")), str(self.model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=(folder / "server.log").open("w"), text=True)
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=10)
+
+    def start(self, run: Path, *, ranks: int = 1, fault: str = "", settings: dict | None = None, limit_s: float = LIMIT_S) -> dict:
+        """Start or continue a run, and wait for its end; the answer of `run_ranks` and what was printed."""
+        base = self.folder / f"{run.name}.yaml"
+        base.write_text(f"model: {{path: {self.model}}}\ndata: {{train: [{self.corpus}], held_out: [{self.corpus}]}}\nrun: {{dir: {run}, resume: auto}}\n")
+        values = SETTINGS | (settings or {})
+        kill = None
+        if fault.startswith("kill:"):
+            _, rank, seconds = fault.split(":")
+            kill, fault = (int(rank), float(seconds)), ""
+        log = self.folder / f"{run.name}.log"
+        for old in self.folder.glob(f"{run.name}.log.rank*"):
+            old.unlink()
+        job = {"arguments": [str(base), *(f"{key}={'null' if value is None else value}" for key, value in values.items())], "environment": {VARIABLE: fault},
+               "world_size": ranks, "log": str(log), "limit_s": limit_s, "kill": kill}
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the fork server died: {(self.folder / 'server.log').read_text()[-2000:]}")
+        return json.loads(answer) | {"text": "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{run.name}.log.rank*")))}
+
+    def reference(self, ranks: int, settings: dict) -> Path:
+        """The run without a fault."""
+        key = f"reference_{ranks}_" + "_".join(f"{name}.{value}" for name, value in sorted(settings.items())).replace("/", "")
+        if key not in self._references:
+            answer = self.start(self.folder / key, ranks=ranks, settings=settings)
+            if set(answer["codes"]) != {0}:
+                raise RuntimeError(f"the run without a fault failed: {answer}")
+            self._references[key] = self.folder / key
+        return self._references[key]
+
+    def play(self, case: Case, name: str, *, allow_missed: bool = False) -> Outcome:
+        """Fail, continue, compare.
+
+        Args:
+            allow_missed: a fault that is never come to is no problem; random ones are sometimes drawn past the end.
+        """
+        outcome = Outcome()
+        run = self.folder / name
+        ranks, logged = case.ranks, 0
+        for attempt, fault in enumerate([*case.faults, case.survived]):
+            if attempt:
+                ranks = case.resume_ranks or case.ranks
+            last = attempt == len(case.faults)
+            answer = self.start(run, ranks=ranks, fault=fault, settings=case.settings)
+            outcome.codes.append(answer["codes"])
+            outcome.text += answer["text"]
+            if attempt:
+                outcome.recovery_s.append(answer["seconds"])
+                outcome.lost_steps.append(max(0, logged - _continued_from(answer["text"])))
+            if answer["hung"]:
+                outcome.hung += answer["codes"].count(-9) - len([1 for asked in [fault] if "kill" in asked])
+                outcome.problems.append(f"attempt {attempt} hung: exit codes {answer['codes']}: {answer['text'][-3000:]}")
+            if ranks > 1 and set(answer["codes"]) != {0}:
+                outcome.survivor_s.append(answer["survivor_s"])
+            missed = [asked for asked in fault.split(",") if asked and not asked.startswith("kill:") and f"fault at {asked.split(':')[0]}," not in answer["text"]]
+            outcome.problems += [f"attempt {attempt} never came to {asked}" for asked in missed if not allow_missed]
+            if not missed and fault.endswith(DEADLY) and set(answer["codes"]) == {0}:
+                outcome.problems.append(f"attempt {attempt} ended well in spite of {fault}")
+            if last and set(answer["codes"]) != {0}:
+                outcome.problems.append(f"the last attempt ended with {answer['codes']}: {answer['text'][-1500:]}")
+            logged = _last_step(run)
+        if not outcome.problems:
+            outcome.problems += self._audit(case, run)
+        outcome.problems += [f"lost {lost} steps" for lost in outcome.lost_steps if lost > SAVE_EVERY]
+        return outcome
+
+    def _audit(self, case: Case, run: Path) -> list[str]:
+        same_topology = case.resume_ranks in (None, case.ranks)
+        reference = self.reference(case.ranks, case.settings)
+        found = audit(run, reference, tolerance=0 if same_topology else 1e-5)
+        if same_topology:
+            found += [f"{name} differs from the uninterrupted run's" for name in SAME_BYTES if (run / name).read_bytes() != (reference / name).read_bytes()]
+            found += ["the export differs"] if _weights(run) != _weights(reference) else []
+        steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl")]
+        found += [f"metrics.jsonl holds the steps {steps}"] if steps != list(range(1, STEPS + 1)) else []
+        left = [path.name for path in (run, run / "checkpoints") for path in path.iterdir() if path.name.startswith(".")]
+        return found + ([f"left behind: {left}"] if left else [])
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "export" / "model.safetensors").read_bytes()
+
+
+def _last_step(run: Path) -> int:
+    """The last step in the metrics, 0 where there is none; a torn line does not count."""
+    path = run / "metrics.jsonl"
+    lines = read_json_lines(path) if path.exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
+def _continued_from(text: str) -> int:
+    """The step that a run said it continues from."""
+    for line in text.splitlines():
+        if line.startswith("continuing from ") and " at step " in line:
+            return int(line.rsplit(" ", 1)[1])
+        if " is complete: nothing to do" in line:
+            return STEPS
+    return 0

@@ -1,0 +1,238 @@
+"""Runs that are killed, or whose disk fails, at every named point, and continued: nothing is lost, nothing is made twice."""
+
+import ast
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import REPOSITORY, SAVE_EVERY, STEPS, Case, Harness, Outcome  # noqa: E402
+
+from rlp.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint  # noqa: E402
+from rlp.distributed import Ranks, start_ranks  # noqa: E402
+from rlp.faults import FAULT_POINTS, TENSOR_POINTS, fault  # noqa: E402
+from rlp.journal import audit, weighted_bits  # noqa: E402
+
+BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": STEPS}
+
+CASES = {
+    "before the first checkpoint": Case(("folder.before_rename:1:kill", "evaluation:1:kill", "rollout:1:kill", "score:4:kill", "append.torn_line:5:kill", "save.before_part:1:kill")),
+    "in the first save": Case(("save.torn_part:1:kill", "save.after_shard:1:kill", "save.before_meta:1:kill", "save.before_complete:1:kill", "save.before_rename:1:kill", "save.after_rename:1:kill")),
+    "while resuming": Case(("rollout:4:kill", "resume.before_restore:1:kill", "resume.before_truncate:3:kill", "append.before_line:3:kill")),
+    "in a step": Case(("backward:11:kill", "optimizer:2:kill", "teacher.refresh:3:kill", "step.before_log:2:kill", "append.torn_line:9:kill", "append.after_line:8:kill")),
+    "while an old checkpoint goes": Case(("purge.before_delete:1:kill",)),
+    "at the end": Case(("save.torn_part:3:kill", "purge.before_old:1:kill", "export.before_write:1:kill", "export.before_rename:1:kill", "export.after_rename:1:kill", "summary:1:kill")),
+    "by an exception": Case(("rollout:4:raise", "save.before_rename:1:exit")),
+    "the export meets a full disk, the summary a broken one": Case(("export.before_rename:1:enospc", "summary:1:eio")),
+    "logs are refused until the run dies": Case(("append.torn_line:13-:enospc,rollout:6:kill",)),
+    "bfloat16, stage 1": Case(("optimizer:4:kill",), settings=BFLOAT16),
+    "bfloat16, stage 3": Case(("optimizer:4:kill",), settings=BFLOAT16 | {"engine.zero_stage": 3}),
+    "stage 2": Case(("optimizer:4:kill",), settings={"engine.zero_stage": 2}),
+    "one of two ranks": Case(("save.torn_part:1:kill@rank1", "save.before_rename:1:kill@rank0", "backward:5:kill@rank1"), survived="save.torn_part:1:enospc@rank1", ranks=2),
+    "one of two ranks, stage 3": Case(("optimizer:3:kill@rank1",), ranks=2, settings={"engine.zero_stage": 3}),
+    "one of two ranks, continued on one": Case(("rollout:4:kill@rank0",), ranks=2, resume_ranks=1),
+}
+"""Each fault is one attempt of a run, which the next continues."""
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    made = Harness(tmp_path_factory.mktemp("faults"))
+    yield made
+    made.close()
+
+
+def played(harness: Harness, case: Case, name: str) -> Outcome:
+    outcome = harness.play(case, "".join(letter if letter.isalnum() else "_" for letter in name))
+    assert outcome.problems == [], f"{case}\n" + "\n".join(outcome.problems)
+    return outcome
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
+    """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit; at most the steps since
+    the last save are made again; a survivor ends by itself, within seconds."""
+    case = CASES[name]
+    outcome = played(harness, case, name)
+    assert max(outcome.survivor_s, default=0) < 20
+    assert max(outcome.lost_steps) <= SAVE_EVERY
+    for asked, codes in zip(case.faults, outcome.codes):
+        if "kill" in asked:
+            assert -9 in codes, (asked, codes)
+
+
+def test_every_writer_may_fail_without_stopping_the_run(harness):
+    """A full and a broken disk at shard, meta.json, rename, purge and logs: said each time, and the next save works."""
+    refused = ["save.torn_part:1:enospc", "save.before_meta:1:eio", "save.before_complete:1:enospc", "save.before_rename:1:eio", "append.torn_line:12-15:enospc",
+               "append.before_line:30:eio", "purge.before_old:1:enospc"]
+    outcome = played(harness, Case(survived=",".join(refused), settings={"checkpoint.every_n_steps": 1, "checkpoint.keep": 1}), "writers")
+    assert outcome.text.count("the checkpoint could not be written") == 4
+    assert "an old checkpoint could not be removed" in outcome.text
+    assert "lines wait in memory" in outcome.text
+
+
+def test_a_checkpoint_is_not_made_without_the_log_lines_before_it(harness):
+    """Else a crash after it would leave a hole in the metrics that no resume fills."""
+    case = Case(("append.before_line:3-:enospc,rollout:6:kill",))
+    outcome = harness.play(case, "no_logs")
+    assert outcome.problems == []
+    assert outcome.text.count("could not be written") == 2
+    assert "begins again at step 0" in outcome.text
+
+
+def damage(folder: Path, kind: str) -> None:
+    """One way for a checkpoint to be bad."""
+    part, meta = min(folder.glob("shard_*")), folder / "meta.json"
+    content = part.read_bytes()
+    flipped = bytes([content[len(content) // 2] ^ 1])
+    writes = {
+        "a flipped bit": lambda: part.write_bytes(content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :]),
+        "a truncated part": lambda: part.write_bytes(content[:-7]),
+        "an empty part": lambda: part.write_bytes(b""),
+        "a deleted part": part.unlink,
+        "a changed meta.json": lambda: meta.write_text(meta.read_text().replace('"step"', '"stop"', 1)),
+        "an empty meta.json": lambda: meta.write_bytes(b""),
+        "a deleted COMPLETE": (folder / "COMPLETE").unlink,
+        "a COMPLETE that is no text": lambda: (folder / "COMPLETE").write_bytes(b"\xff\xfe"),
+        "an empty folder": lambda: (shutil.rmtree(folder), folder.mkdir()),
+    }
+    writes[kind]()
+
+
+DAMAGES = ("a flipped bit", "a truncated part", "an empty part", "a deleted part", "a changed meta.json", "an empty meta.json", "a deleted COMPLETE", "a COMPLETE that is no text", "an empty folder")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return start_ranks()
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(harness, ranks, tmp_path, kind):
+    """It is said and set aside, never deleted; where none is good there is no start from scratch, at this try or the next."""
+    parent = tmp_path / "checkpoints"
+    shutil.copytree(harness.reference(1, {}) / "checkpoints", parent)
+    damage(parent / f"step_{STEPS}", kind)
+    said: list[str] = []
+    assert newest_checkpoint(parent, ranks, said.append).step == STEPS - SAVE_EVERY
+    assert len(said) == 1 and len(list(parent.glob(f"set_aside.step_{STEPS}.*"))) == 1
+    damage(parent / f"step_{STEPS - SAVE_EVERY}", kind)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="No good checkpoint is left"):
+            newest_checkpoint(parent, ranks, said.append)
+    assert len(list(parent.glob("set_aside.*"))) == 2
+
+
+def test_a_checkpoint_that_another_one_replaces_goes_last(harness, ranks, tmp_path):
+    """With `keep: 1` the only other checkpoint stands until the new one is complete."""
+    run = tmp_path / "run"
+    harness.start(run, fault="save.before_rename:2:kill", settings={"checkpoint.keep": 1})
+    assert open_checkpoint(run / "checkpoints" / "step_2").step == 2
+    answer = harness.start(run, settings={"checkpoint.keep": 1})
+    assert answer["codes"] == [0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{STEPS}"]
+
+
+def test_a_run_past_its_first_checkpoint_does_not_begin_again(harness, tmp_path):
+    """Its checkpoints were deleted: stop, and leave all as it is. A complete run has nothing to do."""
+    run = tmp_path / "run"
+    harness.start(run, fault="rollout:5:kill")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    before = (run / "metrics.jsonl").read_bytes()
+    answer = harness.start(run)
+    assert answer["codes"] == [2] and "run.resume=never for a new run" in answer["text"]
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "summary.json").write_text("{}")
+    answer = harness.start(run)
+    assert answer["codes"] == [0] and "nothing to do" in answer["text"]
+
+
+def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_path):
+    """The config names the same folder, and what is in it has changed."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(harness.model, model)
+    settings = {"model.path": str(model), "budget.steps": 2}
+    harness.start(run, fault="summary:1:kill", settings=settings)
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(text.replace('"w7"', '"x7"'))
+    answer = harness.start(run, settings=settings)
+    assert answer["codes"] == [2] and "made with another tokenizer" in answer["text"]
+    (model / "tokenizer.json").write_text(text)
+    described = json.loads((model / "config.json").read_text())
+    from conftest import architecture
+    from transformers import AutoModelForCausalLM
+
+    other = architecture("qwen3")
+    other.intermediate_size = described["intermediate_size"] + 8
+    AutoModelForCausalLM.from_config(other).save_pretrained(model)
+    answer = harness.start(run, settings=settings)
+    assert answer["codes"] == [2] and "was made by another model" in answer["text"]
+
+
+@pytest.mark.parametrize("first, then", [((2, 1), (1, 1)), ((2, 1), (1, 3)), ((2, 1), (2, 2))], ids=lambda pair: f"{pair[0]}_ranks_stage_{pair[1]}")
+def test_a_checkpoint_goes_on_elsewhere_with_the_same_numbers(harness, first, then):
+    """(ranks, ZeRO stage): every number of every later step within 1e-5 in float32, with the same documents and thoughts."""
+    run = harness.folder / f"elsewhere_{first}_{then}".replace(" ", "")
+    harness.start(run, ranks=first[0], fault="rollout:3:kill", settings={"engine.zero_stage": first[1], "budget.steps": 4})
+    answer = harness.start(run, ranks=then[0], settings={"engine.zero_stage": then[1], "budget.steps": 4})
+    assert answer["codes"] == [0] * then[0], answer["text"]
+    found = audit(run, harness.reference(1, {}), tolerance=1e-5)
+    assert found == [f"step {step} is missing" for step in range(5, STEPS + 1)]
+
+
+def test_the_journal_tells_runs_apart(harness, tmp_path):
+    """A missing, a repeated and a changed step are found, each by what it is."""
+    reference = harness.reference(1, {})
+    assert audit(reference, reference) == []
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(reference / "config.yaml", other)
+    lines = [json.loads(line) for line in (reference / "journal.jsonl").read_text().splitlines()]
+    lines[1]["documents"], lines[2]["state"], lines[3]["numbers"]["optim/grad_norm"] = "0", "0", (1.5).hex()
+    (other / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines[:4], lines[3]]))
+    found = audit(other, reference)
+    for expected in ("step 4 is there 2 times", "step 5 is missing", "step 6 is missing", "step 2: documents is 0", "step 3: state is 0", "step 4: optim/grad_norm is 1.5"):
+        assert any(difference.startswith(expected) for difference in found), (expected, found)
+    assert len(found) == 6
+
+
+def test_the_state_digest_does_not_depend_on_how_a_tensor_is_cut():
+    """Sums of the pieces that ranks own add up to that of the whole; a changed bit, and a changed order, are seen."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = weighted_bits(values, 0)
+    for cut in (1, 333, 999):
+        assert (weighted_bits(values[:cut], 0) + weighted_bits(values[cut:], cut)) % 2 ** 64 == whole
+    changed = values.clone()
+    changed.view(torch.int32)[500] ^= 1
+    assert len({whole, weighted_bits(changed, 0), weighted_bits(values.flip(0), 0)}) == 3
+
+
+def calls_of(path: Path) -> set[str]:
+    """Names of the points that a file calls."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return {node.args[0].value for node in calls if node.func.id in ("fault", "poisoned", "poisoned_gradient") and isinstance(node.args[0], ast.Constant)}
+
+
+def test_every_point_of_the_tables_is_in_the_code_and_the_reverse():
+    files = [path for path in (REPOSITORY / "rlp").glob("*.py") if path.stem != "faults"]
+    assert set().union(*(calls_of(path) for path in [*files, REPOSITORY / "train.py"])) == FAULT_POINTS.keys() | TENSOR_POINTS.keys()
+
+
+def test_every_point_is_killed_at_in_some_case():
+    asked = itertools.chain.from_iterable(case.faults for case in CASES.values())
+    assert {text.split(":")[0] for text in asked if ":kill" in text} == FAULT_POINTS.keys()
+
+
+@pytest.mark.parametrize("text", ["nowhere:1:kill", "rollout:1:explode", "rollout:kill", "rollout:1:nan", "loss:1:kill"])
+def test_a_misspelled_fault_is_refused(monkeypatch, text):
+    """Else a test that meant to break something breaks nothing, and passes."""
+    monkeypatch.setenv("RLP_FAULT", text)
+    with pytest.raises(ValueError, match="RLP_FAULT"):
+        fault("rollout")

@@ -1,0 +1,428 @@
+"""Inputs as they are met: truncated, swollen, changed, missing, mixed. What is wrong is refused or counted; nothing vanishes."""
+
+import gzip
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow.parquet
+import pytest
+import zstandard
+from conftest import WORDS, word_tokenizer
+from huggingface_hub import constants
+from test_data import GOOD, GOOD_TOKENS, Reader, numbered, unpacked, write  # noqa: F401  (a fixture)
+from test_training import corpus, ranks  # noqa: F401  (fixtures)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from training import REPOSITORY, read_lines, tiny_config
+from transformers import PreTrainedTokenizerFast
+
+import train as program
+from rlp import hub, sources
+from rlp.config import ConfigError, DataConfig, ModelConfig
+from rlp.data import LISTED_PER_REASON, DataError, first_ids, share_of_rank
+from rlp.model import load_tokenizer
+from rlp.sources import EXPANSION_MARGIN_BYTES, open_rows
+
+
+# --- Files that are not whole.
+
+@pytest.mark.parametrize("cut", [1, 4, 20, 200])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_truncated_zst_file_is_refused(tmp_path: Path, cut: int, frames: int):
+    """The library itself takes the part that is there for the whole: a half-downloaded corpus would train without a word."""
+    frame = zstandard.compress(b"".join(b'{"text": "w1 w2 w%d"}\n' % (i * i % 40) for i in range(3000)))
+    with pytest.raises(DataError, match=r"x.jsonl.zst' can not be read: it ends inside a frame"):
+        Reader([write(tmp_path / "x.jsonl.zst", (frame * frames)[:-cut])])
+    assert len(Reader([write(tmp_path / "y.jsonl.zst", frame * frames)]).rows) == 3000 * frames
+
+
+def test_a_zst_file_of_several_frames_is_read_whole(tmp_path: Path):
+    """As parallel compressors write them, with a frame to skip between."""
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    path = write(tmp_path / "x.jsonl.zst", zstandard.compress(GOOD) + skipped + zstandard.compress(b'{"text": "w5 w6"}\n'))
+    assert Reader([path]).tokens(2) == [GOOD_TOKENS, [11, 12]]
+
+
+@pytest.mark.parametrize("name, content", [("x.jsonl.zst", GOOD), ("x.jsonl.zst", gzip.compress(GOOD)), ("x.jsonl.gz", zstandard.compress(GOOD)), ("x.jsonl.gz", GOOD)])
+def test_a_file_compressed_otherwise_than_its_name_says_is_refused(tmp_path: Path, name: str, content: bytes):
+    with pytest.raises(DataError, match="can not be read"):
+        Reader([write(tmp_path / name, content)])
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A megabyte of zeros for a kilobyte of file, in either format; what was written of it is gone."""
+    monkeypatch.setattr(sources, "EXPANSION_MARGIN_BYTES", 2 ** 20)
+    zeros = b"\0" * 2 ** 24
+    for name, content in (("x.jsonl.gz", gzip.compress(zeros)), ("x.jsonl.zst", zstandard.compress(zeros))):
+        with pytest.raises(DataError, match="unpacks to more than .* 200 times its size; if that is right, unpack it yourself"):
+            Reader([write(tmp_path / name, content)])
+    assert not [path for path in sources.UNPACKED.iterdir() if path.suffix != ".lock"]
+    assert EXPANSION_MARGIN_BYTES >= 2 ** 27, "small files that repeat themselves pass"
+
+
+def test_what_is_unpacked_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And again where the file has changed."""
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD))
+    Reader([path])
+    monkeypatch.setattr(sources, "_write_whole", lambda *arguments, **words: pytest.fail("unpacked twice"))
+    assert Reader([path]).tokens(1) == [GOOD_TOKENS]
+    monkeypatch.undo()
+    write(path, gzip.compress(b'{"text": "w5 w6"}\n'))
+    os.utime(path, ns=(1, 1))
+    assert Reader([path]).tokens(1) == [[11, 12]]
+
+
+def test_a_cache_that_can_not_be_written_is_named_with_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Below a file, as good as read-only; and a disk that fills while a file is unpacked."""
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD))
+    monkeypatch.setattr(sources, "UNPACKED", path / "unpacked")
+    with pytest.raises(DataError, match=r"what is unpacked goes to .*x.jsonl.gz/unpacked \(HF_HOME moves it\)"):
+        Reader([path])
+    monkeypatch.setattr(sources, "UNPACKED", tmp_path / "unpacked")
+    monkeypatch.setattr(sources._BoundedFile, "write", lambda self, content: os.write(os.open("/dev/full", os.O_WRONLY), content))
+    with pytest.raises(DataError, match="No space left on device.*HF_HOME moves it"):
+        Reader([path])
+    assert [name.suffix for name in (tmp_path / "unpacked").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9, 0.99])
+def test_a_parquet_file_with_its_end_cut_off_or_its_middle_zeroed_is_refused(tmp_path: Path, cut: float):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"w{i % 40} w2 {i}" for i in range(5000)]}), file)
+    content = file.getvalue()
+    part = int(len(content) * cut)
+    with pytest.raises(DataError, match="x.parquet' can not be read"):
+        Reader([write(tmp_path / "x.parquet", content[:part])])
+    with pytest.raises(DataError, match="y.parquet' can not be read"):
+        Reader([write(tmp_path / "y.parquet", content[: part // 2] + bytes(len(content) // 20) + content[part // 2 + len(content) // 20 :])])
+
+
+def test_parquet_columns_of_other_kinds_are_read(tmp_path: Path):
+    """Categories, as pandas writes them, over several row groups; large strings; a cell that is no UTF-8 is one bad row."""
+    category = pyarrow.array([f"w{i} w0" for i in range(40)] * 20).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": category}), tmp_path / "a.parquet", row_group_size=100)
+    assert [tokens[0] for tokens in Reader([tmp_path / "a.parquet"]).tokens(800)] == [6 + i % 40 for i in range(800)]
+    broken = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(np.array([0, 2, 7], dtype=np.int32).tobytes()), pyarrow.py_buffer(b"\xff\xfew1 w2"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
+    reader = Reader([tmp_path / "b.parquet"])
+    assert reader.tokens(1) == [[7, 8]] and reader.stream.bad == {"unreadable cell": 1}
+
+
+def test_text_that_holds_the_replacement_character_is_a_document(tmp_path: Path):
+    """U+FFFD stands in much of the web; bytes that are not UTF-8 are told by the bytes."""
+    assert Reader([write(tmp_path / "x.jsonl", '{"text": "w1 \ufffd w2"}\n'.encode())]).tokens(1) == [[7, 4, 8]]
+
+
+# --- Long documents, large corpora, many files.
+
+def test_a_document_of_100_megabytes_costs_its_reading_and_no_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of 33 million words 64 are tokenized, and some more."""
+    path = tmp_path / "x.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "' + b"w1 w2 w3 " * (10 ** 8 // 9) + b'"}\n' + GOOD)
+    tokenizer, asked = word_tokenizer(), []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **words: object) -> object:
+            asked.append(len(text))
+            return tokenizer(text, **words)
+
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    reader = Reader([path], max_document_tokens=64, tokenizer=Watched())
+    assert reader.tokens(2) == [[7, 8, 9] * 21 + [7], GOOD_TOKENS]
+    assert sum(asked) < 10000
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000, "a few copies of the line, in KiB"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over words, markup and long runs of one letter."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    texts = ["the cat sat on the mat\n    return x == y\n", "a" * 64, " " * 64, "=" * 80, "caf\u00e9 \u4e2d\u6587 \U0001f600"] * 20
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat\n" * 500, "a" * 20000, " " * 30000 + "the cat", "=" * 9999 + "x", "\u4e2d\u6587\U0001f600" * 3000, "e\u0301" * 9000, "short", "a b" * 4000])
+@pytest.mark.parametrize("count", [2, 7, 100, 2048])
+def test_the_first_tokens_of_a_long_text_are_those_of_the_whole(bpe: PreTrainedTokenizerFast, text: str, count: int):
+    """Whatever stands at the cut: the middle of a word, a run of one letter, a base without its accent."""
+    assert first_ids(text, bpe, count)[:count] == bpe(text)["input_ids"][:count]
+
+
+MEMORY = """
+import json, sys
+import numpy as np
+from conftest import word_tokenizer
+from rlp import sources
+from rlp.config import DataConfig
+from rlp.data import DocumentStream
+from rlp.sources import open_rows
+
+def own_memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+sources.UNPACKED = sources.Path(sys.argv[2])
+config = DataConfig(train=[sys.argv[1]], max_document_tokens=16)
+before = own_memory()
+rows = open_rows(config.train, config, "train", "data.train")
+stream = DocumentStream(rows, word_tokenizer(), config, seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=print)
+largest = 0
+for _ in range(len(rows) // 100):
+    stream.next_documents(100)
+    largest = max(largest, own_memory())
+print(json.dumps({"rows": len(rows), "grown_mb": (largest - before) / 1024}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_memory_stays_flat_over_a_corpus_larger_than_it(tmp_path: Path, ending: str):
+    """300 megabytes in a seeded order, every document, in a process that grows by less than a tenth of that."""
+    path, size = tmp_path / f"x.{ending}", 50_000
+    if ending == "jsonl":
+        with open(path, "w") as file:
+            file.writelines('{"text": "' + f"w{i % 40} " * 1500 + '"}\n' for i in range(300_000_000 // size // 11))
+            file.writelines('{"text": "' + f"w{i % 40} w2 w3" + " " * size + '"}\n' for i in range(5000))
+    else:
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+            for i in range(60):
+                writer.write_table(pyarrow.table({"text": [f"w{i % 40} w2 " + "".join(chr(97 + (i * j * j) % 26) for j in range(99)) * 500 for j in range(100)]}, schema=schema))
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), str(tmp_path / "unpacked")], capture_output=True, text=True, cwd=REPOSITORY / "tests",
+                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["rows"] >= 5000 and told["grown_mb"] < 40, told
+
+
+def test_a_thousand_files_are_opened_at_once(tmp_path: Path):
+    """As one corpus, in seconds, with no more open files than one; each row knows its own."""
+    for number in range(1000):
+        write(tmp_path / f"{number:04}.jsonl", GOOD * 2)
+    start = time.process_time()
+    reader = Reader([tmp_path / "*.jsonl"], shuffle=True)
+    reader.stream.next_documents(2000)
+    assert time.process_time() - start < 10
+    assert len(reader.rows) == 2000 and reader.rows.where(1999) == f"{tmp_path / '0999.jsonl'}:2"
+    assert len(os.listdir("/proc/self/fd")) < 500 if Path("/proc/self/fd").exists() else True
+
+
+# --- Files that change.
+
+def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path):
+    """Lines are read where they stood; they may stand elsewhere."""
+    path = numbered(tmp_path / "x.jsonl", 30)
+    reader = Reader([path])
+    reader.tokens(3)
+    write(path, path.read_bytes()[5:])
+    with pytest.raises(DataError, match="x.jsonl has changed since this run opened it"):
+        reader.tokens(1)
+    path.unlink()
+    with pytest.raises(DataError, match="x.jsonl can not be read any more"):
+        reader.tokens(1)
+
+
+# The same length: an edited word, two lines exchanged. Another length: a line appended. Elsewhere: the same file, copied.
+@pytest.mark.parametrize("change, refused", [(lambda content: content.replace(b"w7", b"w9", 1), True), (lambda content: content[15:30] + content[:15] + content[30:], True),
+                                             (lambda content: content + GOOD, True), (lambda content: content, False)])
+def test_a_run_continues_with_the_files_that_it_began_with(tmp_path: Path, change, refused: bool):
+    path = numbered(tmp_path / "x.jsonl", 5)
+    write(path, path.read_bytes() + b'{"text": "w7 w0"}\n')
+    first = Reader([path])
+    first.tokens(2)
+    state = first.stream.state()
+    write(path, change(path.read_bytes()))
+    os.utime(path, (1, 1))
+    second = Reader([path])
+    if refused:
+        with pytest.raises(DataError, match=r"x.jsonl is not what the checkpoint was made from: it had \d+ bytes.*Put the file back, or start a new run"):
+            second.stream.load_state(state)
+    else:
+        second.stream.load_state(state)
+
+
+def test_a_changed_megabyte_of_a_large_file_is_seen(tmp_path: Path):
+    """Only a megabyte is looked at, in 16 places over the whole."""
+    path = write(tmp_path / "x.jsonl", b"x" * 2 ** 24)
+    whole = sources.identity(path)
+    for start in range(0, 2 ** 24, 2 ** 20):
+        content = bytearray(b"x" * 2 ** 24)
+        content[start : start + 2 ** 20 + 2 ** 17] = b"y" * len(content[start : start + 2 ** 20 + 2 ** 17])
+        assert sources.identity(write(path, bytes(content))) != whole, start
+
+
+def test_another_number_of_files_is_refused_at_resume(tmp_path: Path):
+    numbered(tmp_path / "a.jsonl", 5)
+    state = Reader([tmp_path / "*.jsonl"]).stream.state()
+    numbered(tmp_path / "b.jsonl", 5)
+    with pytest.raises(DataError, match="names 2 files; the checkpoint was made from 1"):
+        Reader([tmp_path / "*.jsonl"]).stream.load_state(state)
+
+
+# --- Mixtures.
+
+def mixture(tmp_path: Path, weights: list[float], **fields: object) -> Reader:
+    """Sources of 40, 7 and 20 documents; a document's first token tells its source: 6, 7 or 8."""
+    files = [write(tmp_path / f"{name}.jsonl", b"".join(b'{"text": "w%d w%d"}\n' % (name, row) for row in range(count))) for name, count in ((0, 40), (1, 7), (2, 20))]
+    config = DataConfig(train=[str(path) for path in files], weights=weights, **fields)
+    reader = Reader(files, weights=weights, **fields)
+    reader.stream = type(reader.stream)(reader.rows, word_tokenizer(), config, seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=reader.warnings.append, weights=weights)
+    return reader
+
+
+def test_sources_are_drawn_by_their_weights(tmp_path: Path):
+    """6000 documents at 1 : 2 : 5, within four standard deviations; the sizes of the files do not matter."""
+    counts = Counter(tokens[0] for tokens in mixture(tmp_path, [1.0, 2.0, 5.0]).tokens(6000))
+    for source, share in ((6, 1 / 8), (7, 2 / 8), (8, 5 / 8)):
+        assert abs(counts[source] - 6000 * share) < 4 * (6000 * share * (1 - share)) ** 0.5
+
+
+def test_each_source_has_epochs_of_its_own(tmp_path: Path):
+    """Whatever the weights: each seven documents of the small one are all of it, in an order of their own."""
+    drawn = [tokens[1] for tokens in mixture(tmp_path, [1.0, 2.0, 5.0]).tokens(600) if tokens[0] == 7]
+    epochs = [drawn[start : start + 7] for start in range(0, len(drawn) - 6, 7)]
+    assert len(epochs) > 10 and all(sorted(epoch) == list(range(6, 13)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+
+
+@pytest.mark.parametrize("read", [0, 1, 50, 333])
+def test_a_mixture_resumes_exactly_at_any_world_size(tmp_path: Path, read: int):
+    """Batches of 6 shared by 1, 2 or 3 ranks, broken off anywhere, are the documents of an unbroken stream in its order."""
+    whole = [document.id for document in mixture(tmp_path, [0.7, 0.2, 0.1]).stream.next_documents(read + 60)]
+    assert len(set(whole)) > 30 or read < 60
+    first = mixture(tmp_path, [0.7, 0.2, 0.1])
+    first.stream.next_documents(read)
+    state = json.loads(json.dumps(first.stream.state()))
+    for world_size in (1, 2, 3):
+        streams = [mixture(tmp_path, [0.7, 0.2, 0.1]).stream for _ in range(world_size)]
+        for stream in streams:
+            stream.load_state(state)
+        steps = [[stream.next_documents(6)[share_of_rank(6, rank, world_size)] for rank, stream in enumerate(streams)] for _ in range(10)]
+        assert [document.id for step in steps for share in step for document in share] == whole[read:]
+
+
+def test_bad_rows_of_a_source_do_not_change_its_share(tmp_path: Path):
+    """A source is drawn for a document, not for a row; the other sources give the same documents at the same places."""
+    good = mixture(tmp_path, [1.0, 1.0, 1.0], max_bad_fraction=1.0).tokens(100)
+    (tmp_path / "b").mkdir()
+    reader = mixture(tmp_path / "b", [1.0, 1.0, 1.0], max_bad_fraction=1.0)
+    lines = (tmp_path / "b" / "2.jsonl").read_bytes().splitlines(keepends=True)
+    write(tmp_path / "b" / "2.jsonl", b"".join(b"{\n" if row % 2 else line for row, line in enumerate(lines)))
+    reader.rows = open_rows(*[[str(tmp_path / "b" / f"{name}.jsonl") for name in range(3)], DataConfig(), "train", "data.train"])
+    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=str, weights=[1.0, 1.0, 1.0])
+    mixed = [document.tokens.tolist() for document in stream.next_documents(100)]
+    assert [tokens[0] for tokens in mixed] == [tokens[0] for tokens in good] and stream.bad["broken JSON"] > 5
+    assert [tokens for tokens in mixed if tokens[0] != 8] == [tokens for tokens in good if tokens[0] != 8]
+
+
+def test_weights_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"data.weights needs one weight for each of the 2 entries of data.train, or none, got \[1.0\]"):
+        DataConfig(train=["a", "b"], weights=[1.0])
+    for weights in ([1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]):
+        with pytest.raises(ConfigError, match="data.weights must be finite and above 0"):
+            DataConfig(train=["a", "b"], weights=weights)
+
+
+# --- Token ids in place of text.
+
+@pytest.mark.parametrize("ids, reason", [([5, 48], "token id beyond the vocabulary"), ([5, -1], "token id beyond the vocabulary"), ([5, 2 ** 70], "token id beyond the vocabulary"),
+                                         ([5, True], "field is not token ids"), ([5, 6.0], "field is not token ids"), ("5 6", "field is not token ids"), (None, "field is not token ids"), ([5], "no position")])
+def test_token_ids_that_the_model_lacks_are_bad_documents(tmp_path: Path, ids: object, reason: str):
+    """An id beyond the embedding would read another row of memory on a GPU."""
+    path = write(tmp_path / "x.jsonl", json.dumps({"ids": ids}).encode() + b'\n{"ids": [7, 8]}\n')
+    reader = Reader([path])
+    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(shuffle=False, max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)),
+                                 warn=reader.warnings.append, tokens_field="ids", vocabulary=len(WORDS))
+    assert stream.next_documents(1)[0].tokens.tolist() == [7, 8]
+    assert stream.bad == {reason: 1} and reason in reader.warnings[0]
+
+
+# --- The record of what was skipped.
+
+def test_skipped_documents_are_in_the_run_folder(tmp_path, model_folder, ranks):  # noqa: F811
+    """By reason, file and line, each as often as it was met; a resumed run has the list of an unbroken one; counts at the end."""
+    bad = {3: b"{\n", 4: b'{"text": null}\n', 9: b'{"text": "caf\xe9 w1"}\n'}
+    lines = [bad.get(row, b'{"text": "w1 w2 w3 w%d w5 w6"}\n' % (row % 40)) for row in range(12)]
+    path = write(tmp_path / "corpus.jsonl", b"".join(lines))
+    settings = {"data__max_bad_fraction": 1.0, "budget__steps": 8, "checkpoint__every_n_steps": 3, "objective__policy_weight": 0.0, "evaluation__every_n_steps": 0}
+
+    def run(name: str, **more: object) -> Path:
+        assert program.train(tiny_config(tmp_path / name, model_folder, path, **settings | more), ranks) == program.DONE
+        return tmp_path / name
+
+    whole = run("whole")
+    listed = read_lines(whole / "bad_documents.jsonl")
+    assert Counter(line["where"].rpartition(":")[2] for line in listed) == {"4": 3, "5": 3, "10": 3} or len(listed) >= 6
+    assert {(line["where"].rpartition(":")[2], line["reason"]) for line in listed} == {("4", "broken JSON"), ("5", "field is not text"), ("10", "not UTF-8")}
+    counts = json.loads((whole / "summary.json").read_text())["bad_documents"]
+    assert sum(counts.values()) == len(listed) == read_lines(whole / "metrics.jsonl")[-1]["data/bad_documents"]
+    run("broken", budget__steps=4)
+    (tmp_path / "broken" / "summary.json").unlink()
+    run("broken", run__resume="auto")
+    assert (tmp_path / "broken" / "bad_documents.jsonl").read_bytes() == (whole / "bad_documents.jsonl").read_bytes()
+
+
+def test_the_list_of_skipped_documents_is_bounded_and_the_count_is_not(tmp_path: Path):
+    path = write(tmp_path / "x.jsonl", b"{\n" * 300 + b'{"text": 3}\n' + GOOD)
+    reader, listed = Reader([path]), []
+    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(shuffle=False, max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=str, record=listed.append)
+    stream.next_documents(1)
+    assert [entry["count"] for entry in listed if entry["reason"] == "broken JSON"] == list(range(1, LISTED_PER_REASON + 1))
+    assert stream.bad == {"broken JSON": 300, "field is not text": 1}
+
+
+def test_what_a_row_holds_can_not_fill_a_message(tmp_path: Path):
+    """A field name of a megabyte."""
+    reader = Reader([write(tmp_path / "x.jsonl", json.dumps({"n" * 10 ** 6: 1}).encode() + b"\n" + GOOD)])
+    reader.tokens(1)
+    assert len(reader.warnings[0]) < 1000
+
+
+# --- The Hub.
+
+@pytest.fixture
+def hub_unknown(monkeypatch: pytest.MonkeyPatch):
+    """Nobody has asked yet whether the Hub answers."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.settle_hub.cache_clear()
+    yield
+    hub.settle_hub.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(hub_unknown, monkeypatch: pytest.MonkeyPatch):
+    """One request of a few seconds in place of a minute of retries for each file; the message says what to write."""
+    asked = []
+
+    def refuse(address: str, timeout: float) -> None:
+        asked.append((address, timeout))
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(httpx, "head", refuse)
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="model.tokenizer: no tokenizer at 'someone/model'.*Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach"):
+            load_tokenizer(ModelConfig(path="someone/model"))
+    with pytest.raises(DataError, match="data.train: 'hub:someone/data' can not be read.*or has in its cache"):
+        open_rows(["hub:someone/data"], DataConfig(), "train", "data.train")
+    assert asked == [(constants.ENDPOINT, hub.PATIENCE_S)] and time.monotonic() - start < 20
+
+
+def test_a_hub_that_answers_is_used(hub_unknown, monkeypatch: pytest.MonkeyPatch):
+    """With whatever status: that it is there is enough."""
+    monkeypatch.setattr(httpx, "head", lambda address, timeout: httpx.Response(503))
+    hub.settle_hub()
+    assert constants.HF_HUB_OFFLINE is False

@@ -1,0 +1,212 @@
+"""What a step is watched by: each number on thoughts made by hand, and the same number however the step is cut."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from training import read_lines, tiny_config, write_corpus
+from transformers import PreTrainedTokenizerFast
+
+import train as program
+from conftest import WORDS
+from rlp import monitor
+from rlp.data import Document, Positions
+from rlp.distributed import start_ranks
+from rlp.layout import Thoughts
+from rlp.metrics import METRICS
+from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts, watch_rewards, watch_thoughts
+
+CLOSE = 3
+BUDGET = 6
+CYRILLIC, GREEK, KANA, HAN = "\u043a\u043e\u0442", "\u03b1\u03b2", "\u306d\u3053", "\u732b"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Of tokens 0 to 9: nothing, Latin, Latin, the close marker (special), Cyrillic, digits, mostly Greek, kana, Han, nothing; more have no text."""
+    words = ["<pad>", "two", "three", "</think>", CYRILLIC, "42", f"x{GREEK}", KANA, HAN, "--"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    special = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", additional_special_tokens=["</think>"])
+    return token_scripts(special, vocabulary=1000, device=torch.device("cpu"))
+
+
+def thoughts_of(groups):
+    """Thoughts [M, G] of token lists; one that does not end with the close marker is truncated."""
+    longest = max(len(thought) for group in groups for thought in group)
+    tokens = torch.tensor([[thought + [0] * (longest - len(thought)) for thought in group] for group in groups])
+    mask = torch.tensor([[[u < len(thought) for u in range(longest)] for thought in group] for group in groups])
+    truncated = torch.tensor([[thought[-1] != CLOSE for thought in group] for group in groups])
+    return Thoughts(tokens, mask, torch.zeros(mask.shape), mask * 0.5, truncated)
+
+
+def tally_of(groups, scripts, prefixes=None, targets=None):
+    """A tally of thoughts at one position in each document: after its prefix, before its target."""
+    prefixes = prefixes or [[1, 2]] * len(groups)
+    targets = targets or [[999]] * len(groups)
+    documents = [Document(id=d, tokens=np.array([*prefix, *target])) for d, (prefix, target) in enumerate(zip(prefixes, targets))]
+    positions = Positions(np.arange(len(groups)), np.array([len(prefix) for prefix in prefixes]), np.array(targets))
+    tally = Tally()
+    watch_thoughts(tally, documents, positions, thoughts_of(groups), scripts, close_tokens=1, max_thought_tokens=BUDGET)
+    return tally
+
+
+def means_of(*tallies):
+    """Means over tallies as if each were a rank's."""
+    gathered = []
+    for tally in tallies:
+        tally.reduce(SimpleNamespace(gather=lambda mine: gathered.append(mine) or [mine]))
+    means = tallies[0].reduce(SimpleNamespace(gather=lambda mine: gathered))
+    combine_parts(means)
+    return means
+
+
+def watched(groups, scripts, **around):
+    return means_of(tally_of(groups, scripts, **around))
+
+
+def test_lengths_and_ends_of_thoughts(scripts):
+    """Of 4, 5, 6 and 0 tokens: one closed, one closed with the last token of its budget, one truncated, one closed at once."""
+    means = watched([[[10, 11, 12, 13, CLOSE], [10, 11, 12, 13, 14, CLOSE]], [[10, 11, 12, 13, 14, 15], [CLOSE]]], scripts)
+    assert means["thought/tokens_mean"] == 15 / 4
+    assert means["thought/tokens_std"] == pytest.approx(np.std([4, 5, 6, 0]))
+    assert (means["thought/truncated_frac"], means["thought/max_length_frac"], means["thought/empty_frac"]) == (1 / 4, 2 / 4, 1 / 4)
+    assert means["policy/entropy"] == 0.5
+
+
+def test_distinct_bigrams_fall_as_thoughts_become_one_template(scripts):
+    """Different pairs over all pairs of a group: all differ; all thoughts the same; a loop within one thought. A group without a pair does not count."""
+    differ, same, loop, nothing = [[20, 21, 22, CLOSE], [22, 21, 20, CLOSE]], [[20, 21, 22, CLOSE]] * 2, [[20, 20, 20, 20, CLOSE], [CLOSE]], [[20, CLOSE], [CLOSE]]
+    assert [watched([group], scripts)["thought/distinct_bigrams_frac"] for group in (differ, same, loop)] == [1, 1 / 2, 1 / 3]
+    assert watched([differ, same, nothing], scripts)["thought/distinct_bigrams_frac"] == pytest.approx((1 + 1 / 2) / 2)
+    assert "thought/distinct_bigrams_frac" not in watched([nothing], scripts)
+
+
+def test_copies_are_runs_of_four_tokens_of_the_own_prefix(scripts):
+    """Three of the five runs stand in the own prefix, in any order; those of another position's prefix, of the target
+    or with the close marker do not count."""
+    thought = [10, 11, 12, 13, 14, CLOSE]                                     # runs 10 .. 13 and 11 .. 14
+    copying = watched([[thought, [12, 13, 14, 15, CLOSE]], [thought, [20, 21, CLOSE]]], scripts,
+                      prefixes=[[12, 13, 14, 15, 10, 11, 12, 13, 14], [1, 2, 1, 2]])["thought/copied_frac"]
+    assert copying == 3 / 5
+    assert watched([[[10, 11, 12, CLOSE], [10, 11, 12, 13, CLOSE]]], scripts, prefixes=[[10, 11, 12]], targets=[[13]])["thought/copied_frac"] == 0
+    assert watched([[[10, 11, 12, CLOSE], [10, 11, 12, 13, CLOSE]]], scripts, prefixes=[[10, 11, 12, CLOSE, 5]])["thought/copied_frac"] == 0
+
+
+def test_a_thought_holds_the_target_where_its_tokens_stand_in_a_row(scripts):
+    """Both target tokens, in their order; not one of them, not apart, not those of another position, and not the close marker."""
+    groups = [[[9, 30, 31, CLOSE], [31, 30, CLOSE], [30, 9, 31, CLOSE], [30, CLOSE]], [[30, 31, CLOSE], [CLOSE], [32, CLOSE], [32, 33, 9, 9, 9, 9]]]
+    assert watched(groups, scripts, targets=[[30, 31], [32, 33]])["thought/holds_target_frac"] == 2 / 8
+    assert watched([[[30, CLOSE], [CLOSE]]], scripts, targets=[[30, CLOSE]])["thought/holds_target_frac"] == 0
+    assert watched([[[30, CLOSE], [CLOSE]]], scripts, targets=[[1, 2, 3, 4, 5]])["thought/holds_target_frac"] == 0
+
+
+def test_tokens_have_the_script_of_most_of_their_letters(scripts):
+    """Kana and Han are one script; marks, digits and special tokens have none."""
+    named = [(scripts.names[script], int(letters)) for script, letters in zip(scripts.script[:10], scripts.letters[:10])]
+    assert named == [("", 0), ("LATIN", 3), ("LATIN", 5), ("", 0), ("CYRILLIC", 3), ("", 0), ("GREEK", 2), ("CJK", 2), ("CJK", 1), ("", 0)]
+    assert not scripts.letters[10:].any() and len(scripts.script) == 1000
+
+
+def test_a_thought_switches_script_where_most_of_its_letters_are_others_than_the_prefix_has(scripts):
+    """Three letters against eight do not; without letters there is nothing to compare."""
+    switching, staying, wordless = [4, 1, 4, CLOSE], [4, 1, 2, CLOSE], [5, 9, CLOSE]
+    assert watched([[switching, staying, wordless]], scripts)["thought/script_switch_frac"] == 1 / 2
+    assert watched([[[7, CLOSE], [4, CLOSE]]], scripts, prefixes=[[8, 8, 5]])["thought/script_switch_frac"] == 1 / 2
+    assert "thought/script_switch_frac" not in watched([[wordless, wordless]], scripts)
+    assert "thought/script_switch_frac" not in watched([[switching, staying]], scripts, prefixes=[[5, 9]])
+
+
+def test_rewards_by_position_and_groups_that_teach_nothing():
+    """Three positions: gain on average though most thoughts lose; loss; and equal rewards, up to rounding."""
+    tally = Tally()
+    watch_rewards(tally, torch.tensor([[2.0, -0.5, -0.5], [-1.0, 0.5, -0.5], [0.25, 0.25, 0.25 + 1e-7]]), torch.ones(3, 3))
+    means = means_of(tally)
+    assert means["reward/positive_positions_frac"] == pytest.approx(2 / 3) and means["reward/positive_frac"] == pytest.approx(5 / 9)
+    assert means["reward/flat_groups_frac"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope="module")
+def random_step():
+    """Eight groups of four random thoughts over twelve tokens, with prefixes and targets of the same."""
+    generator = np.random.default_rng(0)
+    groups = [[[*generator.integers(4, 10, generator.integers(0, 8)).tolist(), CLOSE] for _ in range(4)] for _ in range(8)]
+    prefixes = [generator.integers(4, 10, generator.integers(1, 200)).tolist() for _ in range(8)]
+    return groups, prefixes, generator.integers(4, 10, (8, 1)).tolist()
+
+
+def test_ranks_do_not_change_a_number(scripts, random_step):
+    """One rank with eight positions, or two with three and five."""
+    groups, prefixes, targets = random_step
+    whole = watched(groups, scripts, prefixes=prefixes, targets=targets)
+    parts = [tally_of(groups[here], scripts, prefixes[here], targets[here]) for here in (slice(0, 3), slice(3, 8))]
+    assert means_of(*parts) == pytest.approx(whole, rel=1e-12)
+    varied = ("copied", "holds_target", "script_switch", "distinct_bigrams", "empty")
+    assert all(0 < whole[f"thought/{name}_frac"] < 1 for name in varied)
+    assert whole.keys() <= METRICS.keys()
+
+
+def test_how_many_positions_are_looked_at_together_does_not_change_a_number(scripts, random_step, monkeypatch):
+    groups, prefixes, targets = random_step
+    whole = watched(groups, scripts, prefixes=prefixes, targets=targets)
+    monkeypatch.setattr(monitor, "TOKENS_AT_ONCE", 1)
+    assert watched(groups, scripts, prefixes=prefixes, targets=targets) == pytest.approx(whole, rel=1e-12)
+
+
+def test_micro_batches_do_not_change_a_number_of_rewards():
+    """Rewards are watched micro-batch by micro-batch."""
+    reward, lengths = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(32).reshape(8, 4) ** 2
+    means = []
+    for size in (8, 2, 3):
+        tally = Tally()
+        for start in range(0, 8, size):
+            watch_rewards(tally, reward[start : start + size], lengths[start : start + size])
+        means.append(means_of(tally))
+    assert means[1] == pytest.approx(means[0], rel=1e-12) and means[2] == pytest.approx(means[0], rel=1e-12)
+    assert means[0].keys() <= METRICS.keys() and not math.isclose(means[0]["reward/length_correlation"], 0, abs_tol=1e-3)
+
+
+def test_collapsed_thoughts_are_said_once():
+    """At the first step below a fifth of the mean of the first ten, and never again."""
+    watch = LengthWatch()
+    lengths = [100.0] * 5 + [50.0] * 5 + [15.1, 15.0, 14.9, 90.0, 1.0]
+    said = [watch.see(length) for length in lengths]
+    assert [index for index, alarm in enumerate(said) if alarm] == [12]
+    assert "14.9 tokens on average, 75.0 over the first 10 steps" in said[12]
+
+
+@pytest.mark.parametrize("cut", [4, 10, 12, 13])
+def test_a_resumed_watch_says_what_the_unbroken_one_says(cut):
+    """Saved while it still learns the first lengths, after that, and after it has spoken; through JSON, as a checkpoint is."""
+    lengths = [0.1 * step for step in range(1, 11)] + [0.3, 0.1, 0.01, 0.01]
+    unbroken, first, second = LengthWatch(), LengthWatch(), LengthWatch()
+    expected = [unbroken.see(length) for length in lengths]
+    said = [first.see(length) for length in lengths[:cut]]
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert said + [second.see(length) for length in lengths[cut:]] == expected
+    assert sum(alarm is not None for alarm in expected) == 1
+
+
+def test_a_resumed_run_keeps_its_alarms_and_its_metrics(tmp_path, model_folder, monkeypatch, capsys):
+    """Random thoughts against a threshold that they fall below at step 3. Resumed from step 2, the alarm is said again and kept once."""
+    monkeypatch.setattr(monitor, "COLLAPSE_STEPS", 2)
+    monkeypatch.setattr(monitor, "COLLAPSE_FRACTION", 10)
+    monkeypatch.setattr("rlp.run.write_report", lambda *paths: None)
+    generator, ranks = np.random.default_rng(0), start_ranks()
+    corpus = write_corpus(tmp_path / "train.jsonl", [" ".join(WORDS[i] for i in generator.integers(5, len(WORDS), size=9)) for _ in range(12)])
+    settings = {"checkpoint__every_n_steps": 2, "checkpoint__keep": 9, "budget__steps": 5}
+    assert program.train(tiny_config(tmp_path / "run", model_folder, corpus, **settings), ranks) == program.DONE
+    written = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "alarms.jsonl")}
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "alarms.jsonl")] == [3]
+    said = [capsys.readouterr().out.count("ALARM step 3: thoughts have collapsed")]
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert program.train(tiny_config(tmp_path / "run", model_folder, corpus, run__resume="auto", **settings), ranks) == program.DONE
+    said.append(capsys.readouterr().out.count("ALARM step 3"))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in written} == written
+    assert said == [1, 1]

@@ -1,0 +1,204 @@
+"""A run that is asked to stop saves and says so; one that hangs shows where; none leaves a process behind."""
+
+import ctypes
+import datetime
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_training import corpus, ranks  # noqa: F401  (fixtures)
+from training import REPOSITORY, TINY, read_lines, tiny_config
+
+import rlp.preemption
+import train as program
+from rlp.config import ConfigError, RunConfig, moment
+from rlp.faults import VARIABLE, forget_passages
+from rlp.preemption import SIGNALS, Preemption
+from rlp.watchdog import STALLED, Watchdog
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run that was asked to stop ignores signals on its way out; the tests have their own back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stops(harness, name: str, fault: str, *, ranks: int = 1, settings: dict | None = None) -> dict:  # noqa: F811
+    """The answer of a run that ends with exit code 75 on every rank."""
+    answer = harness.start(harness.folder / name, ranks=ranks, fault=fault, settings=settings)
+    assert answer["codes"] == [program.PREEMPTED] * ranks, answer["text"]
+    assert "run.resume=auto" in answer["text"]
+    return answer
+
+
+def assert_continues_as_if_nothing_had_been(harness, name: str, *, ranks: int = 1) -> None:  # noqa: F811
+    """Continued, the run leaves what an uninterrupted one leaves, byte for byte."""
+    from faults.harness import SAME_BYTES
+
+    answer = harness.start(harness.folder / name, ranks=ranks)
+    assert answer["codes"] == [program.DONE] * ranks, answer["text"]
+    for file in SAME_BYTES:
+        assert (harness.folder / name / file).read_bytes() == (harness.reference(ranks, {}) / file).read_bytes(), file
+
+
+def test_sigterm_loses_no_step_wherever_it_comes(harness):
+    """Before thoughts are sampled, between micro-batches, in a save, in the last evaluation: saved as after the last whole step."""
+    folder = harness.folder / "asked"
+    for fault, step in (("rollout:4:term", 2), ("backward:3:term", 2), ("save.before_meta:1:term", 4), ("evaluation:1:term", 6)):
+        text = stops(harness, "asked", fault)["text"]
+        assert f"step {step} is saved" in text and (folder / "checkpoints" / f"step_{step}" / "COMPLETE").exists(), text
+    assert_continues_as_if_nothing_had_been(harness, "asked")
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_the_run_continues(harness):
+    """Before the first step, and in the middle of the run."""
+    stops(harness, "evaluation", "evaluation:1:term")
+    stops(harness, "evaluation", "evaluation:2:term")
+    assert_continues_as_if_nothing_had_been(harness, "evaluation")
+
+
+def test_a_signal_to_one_rank_stops_both_in_the_middle_of_long_thoughts(harness):
+    """The rank that was not signalled would think for minutes: it hears of it and leaves off."""
+    endless = {"thought.max_thought_tokens": 50_000, "thought.close_marker": "w1 w2 w3 w4 w5 w6 w7", "data.held_out": "[]", "evaluation.every_n_steps": 0}
+    answer = stops(harness, "one_rank", "rollout:1:term@rank1", ranks=2, settings=endless)
+    assert "asked to stop (SIGTERM): step 0 is saved; the step begun after it is not counted" in answer["text"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_asks(ranks, number):  # noqa: F811
+    with Preemption(ranks) as preemption:
+        signal.raise_signal(number)
+        assert preemption.reason == number.name
+
+
+def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):  # noqa: F811
+    """With a message, and from a thread: the main one may hang in a collective. The same keypress passed on by a launcher is not a second."""
+    ended = []
+    monkeypatch.setattr(rlp.preemption.os, "_exit", ended.append)
+    with Preemption(ranks) as preemption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert preemption.requested and not ended
+        monkeypatch.setattr(rlp.preemption, "SAME_KEYPRESS_S", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        wait_for(lambda: ended)
+    assert ended == [rlp.preemption.INTERRUPTED]
+    assert "Ctrl-C again" in (said := capfd.readouterr().err) and "interrupted twice" in said
+
+
+def wait_for(holds, limit_s: float = 60.0) -> None:
+    """Until it holds."""
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ranks, capsys):  # noqa: F811
+    """`checkpoint.save_by`: three seconds after the start, in the middle of a long run."""
+    config = tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=10_000, checkpoint__save_by="00:00:03", checkpoint__every_n_steps=0)
+    assert program.train(config, ranks) == program.PREEMPTED
+    step = len(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert f"asked to stop (checkpoint.save_by 00:00:03 is reached): step {step} is saved" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 90), ("01:30:00", 5400), ("100:00:01", 360_001), ("1970-01-01T01:00:00+00:00", 3600 - 1000), ("1970-01-01 00:30Z", 1800 - 1000)])
+def test_a_time_is_seconds_a_duration_or_a_date(text, seconds):
+    """The first two count from the start; a date does not."""
+    assert moment(text, 1000.0) == 1000.0 + seconds
+
+
+def test_a_date_without_an_offset_is_local():
+    assert moment("2026-01-31T18:30", 0.0) == datetime.datetime(2026, 1, 31, 18, 30).timestamp()
+
+
+@pytest.mark.parametrize("text", ["soon", "1:2:3", "10:61:00", "-5", "1.5", "2026-01-31", "2026-13-01T00:00", ""])
+def test_what_is_no_time_is_refused(tmp_path, model_folder, corpus, text):  # noqa: F811
+    with pytest.raises(ConfigError, match="checkpoint.save_by must be seconds .84600. or HH:MM:SS after the start, or a time such as"):
+        tiny_config(tmp_path / "run", model_folder, corpus, checkpoint__save_by=f"'{text}'")
+
+
+def test_a_time_that_is_past_is_refused(tmp_path, model_folder, corpus, ranks):  # noqa: F811
+    """A run that would stop at once, and again each time it is queued."""
+    with pytest.raises(ConfigError, match="save_by 2020-01-01T00:00 is past"):
+        program.train(tiny_config(tmp_path / "run", model_folder, corpus, checkpoint__save_by="2020-01-01T00:00"), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corpus):  # noqa: F811
+    """`deepspeed` alone is signalled, as `docker stop` and `kill` do: it dies, and leaves launch.py and two ranks to themselves."""
+    (tmp_path / "tiny.yaml").write_text(f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
+    settings = TINY | {"budget.steps": 10_000, "checkpoint.every_n_steps": 0}
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29583", "train.py", str(tmp_path / "tiny.yaml"),
+               *(f"{key}={value}" for key, value in settings.items())]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    processes = []
+    try:
+        wait_for(lambda: "step 2/" in (tmp_path / "log").read_text() or launcher.poll() is not None, 120)
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        assert len([process for process in processes if "--local_rank" in " ".join(process.cmdline())]) == 2
+        launcher.terminate()
+        assert launcher.wait() == -signal.SIGTERM
+        gone, left = psutil.wait_procs(processes, timeout=30)
+        assert not left
+    finally:
+        for process in (launcher, *(process for process in processes if process.is_running())):
+            process.kill()
+    text = (tmp_path / "log").read_text()
+    step = int(re.search(r"asked to stop \(the launcher \(process \d+\) is gone\): step (\d+) is saved", text)[1])
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
+    assert f"exits with return code = {program.PREEMPTED}" in text
+
+
+def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
+    """Rank 1 sleeps in a backward; rank 0 waits for it in a collective. Both show where, and what they were doing."""
+    answer = harness.start(harness.folder / "stalled", ranks=2, fault="backward:3:stall@rank1", settings={"run.watchdog_s": 3})
+    assert answer["codes"] == [STALLED, STALLED] and answer["seconds"] < 30, answer["text"]
+    for rank in (0, 1):
+        for text in ((harness.folder / f"stalled.log.rank{rank}").read_text(), (harness.folder / "stalled" / "logs" / f"rank_{rank}.log").read_text()):
+            assert re.search(rf"rank {rank} of 2: .*train.*its threads:", text)
+            assert "Thread 0x" in text and "in train_step" in text
+    assert "in fault" in (harness.folder / "stalled.log.rank1").read_text()
+
+
+def test_a_stall_that_holds_pythons_lock_is_shown_too(ranks, tmp_path):  # noqa: F811
+    """The watchdog's own thread can not run then."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), 2)
+        with Watchdog(ranks, RunConfig(dir=str(tmp_path), watchdog_s=0.5)):
+            time.sleep(0.5)
+            ctypes.PyDLL(None).usleep(20_000_000)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert "in test_a_stall_that_holds_pythons_lock_is_shown_too" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_loses_another_says_so_in_one_line(harness):
+    """No traceback on the screen, no wait, and an exit code of its own; the traceback is in its log."""
+    answer = harness.start(harness.folder / "lost", ranks=2, fault="backward:3:exit@rank1")
+    assert answer["codes"] == [program.PEER_LOST, 9] and answer["survivor_s"] < 10, answer["text"]
+    said = (harness.folder / "lost.log.rank0").read_text()
+    assert "error: rank 0 of 2 lost another rank while in " in said and "run.resume=auto" in said
+    assert "Traceback" not in said
+    assert "Traceback" in (harness.folder / "lost" / "logs" / "rank_0.log").read_text()
+
+
+def test_an_error_that_is_no_lost_peer_is_not_called_one(tmp_path, model_folder, corpus, ranks, monkeypatch):  # noqa: F811
+    monkeypatch.setenv(VARIABLE, "backward:1:raise")
+    forget_passages()
+    with pytest.raises(RuntimeError, match="fault at backward"):
+        program.train(tiny_config(tmp_path / "run", model_folder, corpus), ranks)
