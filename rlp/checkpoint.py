@@ -37,7 +37,7 @@ from rlp.run_folder import sync
 FORMAT = 2
 """Of the folder; another one is refused."""
 
-PART_BYTES = 2 ** 27
+PART_BYTES = 2 ** 26
 """Tensor data in a file, at most. A save takes about three times this much memory, however large the model is."""
 
 

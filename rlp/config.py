@@ -76,7 +76,8 @@ class RunConfig:
     """Name of the arm that a comparison (`rlp report`) shows this run under; runs that differ in their seed share it. By default
     the name of the run folder without the seed at its end."""
     resume: str = "never"
-    """`never`: the run folder must not exist. `auto`: continue it from its newest good checkpoint.
+    """`never`: the run folder must not exist. `auto`, for a job that is started again and again: make the folder, or continue it
+    from its newest good checkpoint, or, where the run was killed before its first one, begin again in it.
     A PATH: start this new run folder from that checkpoint (`.../checkpoints/step_40`)."""
     watchdog_s: float = 1800.0
     """Seconds without any progress (a token, a micro-batch, a phase) after which every rank shows its stacks and the run ends
@@ -121,7 +122,8 @@ class DataConfig:
     held_out: list[str] = field(default_factory=list)
     """The same, for the held-out panel. Empty: no evaluation."""
     format: str = "auto"
-    """auto (by file ending), jsonl, parquet or text (one document a line). gz and zst are unpacked."""
+    """auto (by file ending), jsonl, parquet or text (one document a line). gz and zst are unpacked, once, and Parquet
+    is written as Arrow, below `HF_HOME`; plain lines are read where they stand."""
     split: str = "train"
     """Split of a Hub data set."""
     held_out_split: str = "test"
@@ -568,17 +570,15 @@ def parse_yaml(text: str, where: str) -> object:
     """Plain values of a YAML text, which may be a stranger's.
 
     Raises:
-        ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with an alias (a few lines of them stand for gigabytes),
-            or with text that `_refuse_text` refuses.
+        ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with aliases that stand for more than 10,000 values (OmegaConf's
+            limit; a few lines of them can stand for gigabytes), or with text that `_refuse_text` refuses.
     """
     try:
         if len(text) > MAX_YAML_BYTES:
             raise ConfigError(f"{where} is not a YAML config: {len(text):,} characters; expected fewer than {MAX_YAML_BYTES:,}.")
-        if "&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{where} is not a YAML config: it holds an alias (*name), which is not read here. Write the value in each place.")
-        config = OmegaConf.load(io.StringIO(text))
-        tree = OmegaConf.to_container(config)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
+        _refuse_depth(text)
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError, AssertionError) as error:  # OmegaConf asserts that it is no scalar
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where} is not a YAML config: {error}") from error
@@ -586,7 +586,18 @@ def parse_yaml(text: str, where: str) -> object:
     return tree
 
 
-MAX_YAML_BYTES = 2 ** 20
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2 ** 20, 100
+
+
+def _refuse_depth(text: str) -> None:
+    """The C library that puts YAML together calls itself for each level, and a hundred thousand of them end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"nested more than {MAX_YAML_DEPTH} levels deep")
+
+
 
 SECRET = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 """Access tokens by the forms of those who issue them, and user:password of a URL."""
@@ -637,6 +648,7 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
         if "=" not in override:
             raise ConfigError(f"{override!r} is no override. Write section.key=value, such as thought.group_size=8.")
         try:
+            _refuse_depth(override.partition("=")[2])
             given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with signs in it in quotes, such as 'data.template=\"{{text}}\"'.") from error
@@ -657,8 +669,8 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says first, without a full stop; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def to_yaml(config: Config) -> str:

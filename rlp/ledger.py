@@ -96,7 +96,7 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         ValueError: the model has a weight or an attention layer whose cost is not known here.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
     config = model.config.get_text_config()
     head = _head_weight(model)
     blocks = _blocks(model, config)

@@ -13,20 +13,24 @@ Dimensions
 
 import importlib.util
 import inspect
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 from rlp_kernels import token_argmax, token_entropy, token_logprobs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from rlp.attention import SharedKeys, Tree, register, why_no_tree
-from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig
+from rlp.config import Config, ConfigError, ModelConfig, ThoughtConfig, first_line
 from rlp.hub import settle_hub
 
 
@@ -231,8 +235,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     _settle_hub(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {_first_line(error)}. {_where_models_live}") from error
+    except Exception as error:  # what is wrong in a file comes as any type
+        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {first_line(error)}. {_where_models_live}") from error
 
 
 def _settle_hub(source: str) -> None:
@@ -241,10 +245,6 @@ def _settle_hub(source: str) -> None:
 
 
 _where_models_live = "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> Markers:
@@ -273,8 +273,8 @@ def read_model_config(config: ModelConfig) -> PretrainedConfig:
     _settle_hub(config.path)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: no model config at {config.path!r}: {_first_line(error)}. {_where_models_live}") from error
+    except Exception as error:  # as above
+        raise ConfigError(f"model.path: no model config at {config.path!r}: {first_line(error)}. {_where_models_live}") from error
     for name, value in list(vars(architecture).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(architecture, name, 0.0)
@@ -325,8 +325,8 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch
     attention = _choose_attention(config.model, layout, dtype, device)
     try:
         lm = _build(config, architecture, attention, dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: {_first_line(error)}. {_where_models_live}") from error
+    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
+        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: {first_line(error)}. {_where_models_live}") from error
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -338,7 +338,8 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch
 def _build(config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> nn.Module:
     if config.model.init == "random":
         torch.manual_seed(config.run.seed)
-        return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
+        return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    _refuse_pickles(config.model.path)
     lm, loading = AutoModelForCausalLM.from_pretrained(
         config.model.path, config=architecture, attn_implementation=attention, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     if loading["missing_keys"]:
@@ -346,6 +347,16 @@ def _build(config: Config, architecture: PretrainedConfig, attention: str | None
         raise ConfigError(f"model.path: {config.model.path!r} lacks {len(missing)} weights that the architecture has, such as {missing[0]}. "
                           "Write the folder of a complete checkpoint.")
     return lm
+
+
+def _refuse_pickles(source: str) -> None:
+    """An index of safetensors may name files of another kind, which transformers would unpickle."""
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    if index is not None:
+        files = json.loads(Path(index).read_bytes())["weight_map"].values()
+        odd = [name for name in files if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name)]
+        if odd:
+            raise ValueError(f"{index} names {odd[0]!r}; expected safetensors files in the same folder")
 
 
 def check_logits(policy: Policy) -> None:

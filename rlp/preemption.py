@@ -40,8 +40,8 @@ INTERRUPTED = 130
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 """A program or a module: one of these is among the first words of a launcher's command."""
 
-
 HEARSAY = "another rank was asked to stop"
+"""Reason of a rank that only heard of it."""
 
 
 class StopRequested(Exception):

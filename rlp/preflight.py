@@ -241,7 +241,7 @@ def draw(probe: Probe, own_start: bool, path: Path, *, title: str) -> None:
     ends = [min(probe.columns[name].min() for name in shown), max(probe.columns[name].max() for name in shown)]
     for name in shown:
         spread.hist(probe.columns[name], bins=30, range=ends, histtype="stepfilled", alpha=0.4, color=COLORS[names.index(name)])
-    spread.set_xlabel("gain at a position, nats (colours as on the left)")
+    spread.set_xlabel("gain at a position, nats")
     spread.set_ylabel("positions")
     for axes in (bars, spread):
         axes.axvline(0, color=GREY, linewidth=0.8)

@@ -59,6 +59,7 @@ class Run:
         self.start_logprob: list[float] = []
         self.length_watch = LengthWatch()
         self.match = open_match(config)
+        self.watchdog.mark("data")
         self.inputs = Inputs(config, self._warn, self._record_bad)
         self._data_state, self._made_step = self.inputs.stream.state(), 0
         self._weights_moved = False
@@ -68,6 +69,7 @@ class Run:
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
         try:
+            self.watchdog.mark("model")
             self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
             self.journal = Journal(self.folder, config, ranks, self.engine)
@@ -177,7 +179,6 @@ class Run:
     def begin_step(self) -> None:
         self.progress_before = self.progress()
         self.step += 1
-        self._weights_moved = False
         self._step_started = time.perf_counter()
         self._told_thoughts = 0
         if self.ranks.device.type == "cuda":
@@ -227,7 +228,7 @@ class Run:
         """Close the ledger's step, record its metrics, and stop a run whose updates are refused again and again."""
         fault("step.before_log")
         self.watchdog.mark("log")
-        self._data_state, self._made_step = self.inputs.stream.state(), self.step
+        self._data_state, self._made_step, self._weights_moved = self.inputs.stream.state(), self.step, False
         cost = self.ledger.close_step(self.ranks)
         seconds = time.perf_counter() - self._step_started
         self.seconds += seconds
@@ -247,7 +248,7 @@ class Run:
         self.journal.close_step(self.step, documents, values, applied=result.applied, tokens=self.ledger.input_tokens, flops=self.ledger.flops)
         if waiting := refused_logs(self.folder):
             self.log.say(f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory, and no checkpoint is made without them. Make room in {self.folder.path}")
-        if (alarm := self.length_watch.see(values["thought/tokens_mean"]) if "thought/tokens_mean" in values else None):
+        if "thought/tokens_mean" in values and (alarm := self.length_watch.see(values["thought/tokens_mean"])):
             self.log.alarm(self.step, alarm)
         self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
         if self.guard.in_a_row >= MAX_REFUSED_IN_A_ROW:

@@ -118,7 +118,7 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> R
 def _expand(source: str, key: str) -> list[str]:
     if "\0" in source:
         raise DataError(f"{key}: {source!r} is no path: it holds a NUL.")
-    paths = sorted(glob(source, recursive=True)) if has_magic(source) else [source]
+    paths = sorted(glob(source, recursive=True)) if has_magic(source) and not os.path.exists(source) else [source]
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) > 0]
     if not files:
         found = "an empty file" if any(os.path.isfile(path) for path in paths) else "no file"
@@ -147,7 +147,7 @@ def _file_table(path: str, form: str, key: str) -> Table:
         else:
             rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form])
         return Table(path, rows, identity(Path(path)))
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, ValueError, LookupError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise DataError(f"{key}: {path!r} can not be read: {reason}. Expected a readable .jsonl, .parquet or .txt file, whole, and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it).") from error
 
@@ -323,6 +323,7 @@ def _parquet_to_arrow(path: Path, plain: BinaryIO) -> None:
             writer.write_batch(batch)
         if writer is not None:
             writer.close()
+    pyarrow.default_memory_pool().release_unused()
 
 
 def _hub_table(source: str, split: str, key: str) -> Table:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import WORDS, word_tokenizer
+from conftest import word_tokenizer
 from huggingface_hub import constants
 from test_data import GOOD, GOOD_TOKENS, Reader, numbered, unpacked, write  # noqa: F401  (a fixture)
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
@@ -38,7 +38,7 @@ from rlp.sources import EXPANSION_MARGIN_BYTES, open_rows
 @pytest.mark.parametrize("frames", [1, 2])
 def test_a_truncated_zst_file_is_refused(tmp_path: Path, cut: int, frames: int):
     """The library itself takes the part that is there for the whole: a half-downloaded corpus would train without a word."""
-    frame = zstandard.compress(b"".join(b'{"text": "w1 w2 w%d"}\n' % (i * i % 40) for i in range(3000)))
+    frame = zstandard.compress(b"".join(b'{"text": "w1 w2 w%d"}\n' % number for number in np.random.default_rng(0).integers(0, 40, size=3000)))
     with pytest.raises(DataError, match=r"x.jsonl.zst' can not be read: it ends inside a frame"):
         Reader([write(tmp_path / "x.jsonl.zst", (frame * frames)[:-cut])])
     assert len(Reader([write(tmp_path / "y.jsonl.zst", frame * frames)]).rows) == 3000 * frames
@@ -116,6 +116,10 @@ def test_parquet_columns_of_other_kinds_are_read(tmp_path: Path):
     assert reader.tokens(1) == [[7, 8]] and reader.stream.bad == {"unreadable cell": 1}
 
 
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path):
+    assert Reader([write(tmp_path / "x[1].jsonl", GOOD)]).tokens(1) == [GOOD_TOKENS]
+
+
 def test_text_that_holds_the_replacement_character_is_a_document(tmp_path: Path):
     """U+FFFD stands in much of the web; bytes that are not UTF-8 are told by the bytes."""
     assert Reader([write(tmp_path / "x.jsonl", '{"text": "w1 \ufffd w2"}\n'.encode())]).tokens(1) == [[7, 4, 8]]
@@ -175,8 +179,8 @@ from rlp.sources import open_rows
 def own_memory():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-sources.UNPACKED = sources.Path(sys.argv[2])
-config = DataConfig(train=[sys.argv[1]], max_document_tokens=16)
+sources.UNPACKED = sources.Path(sys.argv[1])
+config = DataConfig(train=sys.argv[2:], max_document_tokens=16)
 before = own_memory()
 rows = open_rows(config.train, config, "train", "data.train")
 stream = DocumentStream(rows, word_tokenizer(), config, seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=print)
@@ -184,29 +188,24 @@ largest = 0
 for _ in range(len(rows) // 100):
     stream.next_documents(100)
     largest = max(largest, own_memory())
-print(json.dumps({"rows": len(rows), "grown_mb": (largest - before) / 1024}))
+print(json.dumps({"rows": len(rows), "read_mb": len(rows) * len(rows.read(0)["text"]) / 1e6, "grown_mb": (largest - before) / 1024}))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_memory_stays_flat_over_a_corpus_larger_than_it(tmp_path: Path, ending: str):
-    """300 megabytes in a seeded order, every document, in a process that grows by less than a tenth of that."""
-    path, size = tmp_path / f"x.{ending}", 50_000
-    if ending == "jsonl":
-        with open(path, "w") as file:
-            file.writelines('{"text": "' + f"w{i % 40} " * 1500 + '"}\n' for i in range(300_000_000 // size // 11))
-            file.writelines('{"text": "' + f"w{i % 40} w2 w3" + " " * size + '"}\n' for i in range(5000))
-    else:
-        schema = pyarrow.schema([("text", pyarrow.string())])
-        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-            for i in range(60):
-                writer.write_table(pyarrow.table({"text": [f"w{i % 40} w2 " + "".join(chr(97 + (i * j * j) % 26) for j in range(99)) * 500 for j in range(100)]}, schema=schema))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), str(tmp_path / "unpacked")], capture_output=True, text=True, cwd=REPOSITORY / "tests",
+def test_memory_stays_flat_over_a_corpus_larger_than_it(tmp_path: Path):
+    """240 megabytes of JSON lines and 80 of Parquet in a seeded order, every document, in a process that grows by less than a quarter of that."""
+    files, texts = [tmp_path / "x.jsonl", tmp_path / "x.parquet"], [f"w{i} " * 13000 for i in range(40)]
+    with open(files[0], "w") as file:
+        file.writelines(f'{{"text": "{texts[i % 40]}"}}\n' for i in range(6000))
+    with pyarrow.parquet.ParquetWriter(files[1], pyarrow.schema([("text", pyarrow.string())])) as writer:
+        for _ in range(50):
+            writer.write_table(pyarrow.table({"text": texts}))
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "unpacked"), *map(str, files)], capture_output=True, text=True, cwd=REPOSITORY / "tests",
                           env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["rows"] >= 5000 and told["grown_mb"] < 40, told
+    assert told["rows"] == 8000 and told["read_mb"] > 300 and told["grown_mb"] < told["read_mb"] / 4, told
 
 
 def test_a_thousand_files_are_opened_at_once(tmp_path: Path):
@@ -275,13 +274,13 @@ def test_another_number_of_files_is_refused_at_resume(tmp_path: Path):
 
 # --- Mixtures.
 
-def mixture(tmp_path: Path, weights: list[float], **fields: object) -> Reader:
+def mixture(folder: Path, weights: list[float], **fields: object) -> Reader:
     """Sources of 40, 7 and 20 documents; a document's first token tells its source: 6, 7 or 8."""
-    files = [write(tmp_path / f"{name}.jsonl", b"".join(b'{"text": "w%d w%d"}\n' % (name, row) for row in range(count))) for name, count in ((0, 40), (1, 7), (2, 20))]
-    config = DataConfig(train=[str(path) for path in files], weights=weights, **fields)
-    reader = Reader(files, weights=weights, **fields)
-    reader.stream = type(reader.stream)(reader.rows, word_tokenizer(), config, seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=reader.warnings.append, weights=weights)
-    return reader
+    files = {folder / f"{name}.jsonl": b"".join(b'{"text": "w%d w%d"}\n' % (name, row) for row in range(count)) for name, count in ((0, 40), (1, 7), (2, 20))}
+    for path, content in files.items():
+        if not path.exists():
+            write(path, content)
+    return Reader(list(files), weights=weights, shuffle=True, **fields)
 
 
 def test_sources_are_drawn_by_their_weights(tmp_path: Path):
@@ -317,16 +316,20 @@ def test_a_mixture_resumes_exactly_at_any_world_size(tmp_path: Path, read: int):
 
 def test_bad_rows_of_a_source_do_not_change_its_share(tmp_path: Path):
     """A source is drawn for a document, not for a row; the other sources give the same documents at the same places."""
-    good = mixture(tmp_path, [1.0, 1.0, 1.0], max_bad_fraction=1.0).tokens(100)
-    (tmp_path / "b").mkdir()
-    reader = mixture(tmp_path / "b", [1.0, 1.0, 1.0], max_bad_fraction=1.0)
-    lines = (tmp_path / "b" / "2.jsonl").read_bytes().splitlines(keepends=True)
-    write(tmp_path / "b" / "2.jsonl", b"".join(b"{\n" if row % 2 else line for row, line in enumerate(lines)))
-    reader.rows = open_rows(*[[str(tmp_path / "b" / f"{name}.jsonl") for name in range(3)], DataConfig(), "train", "data.train"])
-    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=str, weights=[1.0, 1.0, 1.0])
-    mixed = [document.tokens.tolist() for document in stream.next_documents(100)]
-    assert [tokens[0] for tokens in mixed] == [tokens[0] for tokens in good] and stream.bad["broken JSON"] > 5
+    good = mixture(tmp_path, [1.0, 1.0, 1.0]).tokens(100)
+    lines = (tmp_path / "2.jsonl").read_bytes().splitlines(keepends=True)
+    write(tmp_path / "2.jsonl", b"".join(b"{\n" if row % 2 else line for row, line in enumerate(lines)))
+    reader = mixture(tmp_path, [1.0, 1.0, 1.0])
+    mixed = reader.tokens(100)
+    assert [tokens[0] for tokens in mixed] == [tokens[0] for tokens in good] and reader.stream.bad["broken JSON"] > 5
     assert [tokens for tokens in mixed if tokens[0] != 8] == [tokens for tokens in good if tokens[0] != 8]
+
+
+def test_a_source_without_a_document_stops_the_run(tmp_path: Path):
+    """Whatever the others hold: its share can not be given."""
+    write(tmp_path / "1.jsonl", b"{\n" * 3)
+    with pytest.raises(DataError, match="1.jsonl:.*None of the 3 rows is a document"):
+        mixture(tmp_path, [1.0, 1.0, 1.0]).tokens(100)
 
 
 def test_weights_that_do_not_fit_are_refused():
@@ -344,11 +347,9 @@ def test_weights_that_do_not_fit_are_refused():
 def test_token_ids_that_the_model_lacks_are_bad_documents(tmp_path: Path, ids: object, reason: str):
     """An id beyond the embedding would read another row of memory on a GPU."""
     path = write(tmp_path / "x.jsonl", json.dumps({"ids": ids}).encode() + b'\n{"ids": [7, 8]}\n')
-    reader = Reader([path])
-    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(shuffle=False, max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)),
-                                 warn=reader.warnings.append, tokens_field="ids", vocabulary=len(WORDS))
-    assert stream.next_documents(1)[0].tokens.tolist() == [7, 8]
-    assert stream.bad == {reason: 1} and reason in reader.warnings[0]
+    reader = Reader([path], tokens_field="ids")
+    assert reader.tokens(1) == [[7, 8]]
+    assert reader.stream.bad == {reason: 1} and reason in reader.warnings[0]
 
 
 # --- The record of what was skipped.
@@ -366,7 +367,7 @@ def test_skipped_documents_are_in_the_run_folder(tmp_path, model_folder, ranks):
 
     whole = run("whole")
     listed = read_lines(whole / "bad_documents.jsonl")
-    assert Counter(line["where"].rpartition(":")[2] for line in listed) == {"4": 3, "5": 3, "10": 3} or len(listed) >= 6
+    assert len(listed) >= 6
     assert {(line["where"].rpartition(":")[2], line["reason"]) for line in listed} == {("4", "broken JSON"), ("5", "field is not text"), ("10", "not UTF-8")}
     counts = json.loads((whole / "summary.json").read_text())["bad_documents"]
     assert sum(counts.values()) == len(listed) == read_lines(whole / "metrics.jsonl")[-1]["data/bad_documents"]
@@ -378,11 +379,10 @@ def test_skipped_documents_are_in_the_run_folder(tmp_path, model_folder, ranks):
 
 def test_the_list_of_skipped_documents_is_bounded_and_the_count_is_not(tmp_path: Path):
     path = write(tmp_path / "x.jsonl", b"{\n" * 300 + b'{"text": 3}\n' + GOOD)
-    reader, listed = Reader([path]), []
-    stream = type(reader.stream)(reader.rows, word_tokenizer(), DataConfig(shuffle=False, max_bad_fraction=1.0), seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=str, record=listed.append)
-    stream.next_documents(1)
-    assert [entry["count"] for entry in listed if entry["reason"] == "broken JSON"] == list(range(1, LISTED_PER_REASON + 1))
-    assert stream.bad == {"broken JSON": 300, "field is not text": 1}
+    reader = Reader([path])
+    reader.tokens(1)
+    assert [entry["count"] for entry in reader.listed if entry["reason"] == "broken JSON"] == list(range(1, LISTED_PER_REASON + 1))
+    assert reader.stream.bad == {"broken JSON": 300, "field is not text": 1}
 
 
 def test_what_a_row_holds_can_not_fill_a_message(tmp_path: Path):

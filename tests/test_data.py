@@ -56,8 +56,10 @@ class Reader:
                  candidates: Callable[[np.ndarray], np.ndarray] = after_the_first, **fields: object) -> None:
         config = DataConfig(**{"train": [str(path) for path in files], "shuffle": False, "max_bad_fraction": 1.0} | fields)
         self.warnings: list[str] = []
+        self.listed: list[dict] = []
         self.rows = open_rows(config.train, config, config.split, "data.train")
-        self.stream = DocumentStream(self.rows, tokenizer or word_tokenizer(), config, seed=seed, candidates=candidates, warn=self.warnings.append)
+        self.stream = DocumentStream(self.rows, tokenizer or word_tokenizer(), config, seed=seed, candidates=candidates, warn=self.warnings.append,
+                                     record=self.listed.append, weights=config.weights, tokens_field=config.tokens_field, vocabulary=len(WORDS))
 
     def tokens(self, count: int) -> list[list[int]]:
         return [document.tokens.tolist() for document in self.stream.next_documents(count)]

@@ -16,7 +16,7 @@ def test_the_export_is_the_trained_policy(trained, settings):  # noqa: F811
     folder = trained(**settings)
     model, loading = AutoModelForCausalLM.from_pretrained(folder / "export", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    master = load_file(folder / "checkpoints" / "step_3" / "shard_00000.safetensors")
+    master = load_file(folder / "checkpoints" / "step_3" / "shard_00000-00000.safetensors")
     for name, parameter in model.named_parameters():
         expected = master[f"master/{name}"].to(parameter.dtype).reshape(parameter.shape)
         assert torch.equal(parameter.detach(), expected), name

@@ -5,6 +5,8 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+import time
 import types
 import warnings
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from rlp import metrics
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, LoggingConfig, ModelConfig, RunConfig, load_config
 from rlp.metrics import EVALUATION, METRICS, MetricsLog, quiet_libraries
 from rlp.run_folder import (DamagedFileError, RunFolder, append_json_line, create_run_folder, open_run_folder, read_json, read_json_lines,
@@ -259,6 +262,38 @@ def test_a_run_goes_on_without_wandb(tmp_path, monkeypatch, capsys, fails):
     run_with_wandb(tmp_path, monkeypatch, "online", fails=fails)
     said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
     assert len(said) == (2 if "offline" in fails else 1)
+
+
+@pytest.mark.parametrize("part", ["online", "log", "finish"])
+def test_a_run_does_not_wait_for_wandb_that_hangs(tmp_path, monkeypatch, capsys, part):
+    """Whatever call does not return: steps go on at once, the end waits for its patience and says so."""
+    wandb, released = FakeWandb(), threading.Event()
+    wandb._break = lambda asked: released.wait(60) if asked == part else None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(metrics, "FINISH_PATIENCE_S", 0.2)
+    folder, log = start_log(tmp_path, wandb="online")
+    start = time.monotonic()
+    for step in range(1, 50):
+        log.step(step, {"reward/mean": 0.5})
+    log.close()
+    assert time.monotonic() - start < 20
+    assert "Weights & Biases hangs; it is left behind after 0.2 s. metrics.jsonl is complete." in capsys.readouterr().out
+    assert len(read_json_lines(folder.metrics_jsonl)) == 49
+    released.set()
+
+
+def test_what_waits_for_wandb_is_bounded(tmp_path, monkeypatch, capsys):
+    """A tracker that takes nothing fills no memory: it is switched off, once."""
+    wandb, released = FakeWandb(), threading.Event()
+    wandb._break = lambda asked: released.wait(60)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(metrics, "MAX_WAITING", 5)
+    _, log = start_log(tmp_path, wandb="online")
+    for step in range(1, 20):
+        log.step(step, {"reward/mean": 0.5})
+    log.close()
+    assert capsys.readouterr().out.count("Weights & Biases hangs: 5 lines wait for it; it is switched off.") == 1
+    released.set()
 
 
 def test_wandb_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):

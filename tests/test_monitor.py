@@ -70,10 +70,10 @@ def watched(groups, scripts, **around):
 
 
 def test_lengths_and_ends_of_thoughts(scripts):
-    """Of 4, 5, 6 and 0 tokens: one closed, one closed with the last token of its budget, one truncated, one closed at once."""
-    means = watched([[[10, 11, 12, 13, CLOSE], [10, 11, 12, 13, 14, CLOSE]], [[10, 11, 12, 13, 14, 15], [CLOSE]]], scripts)
-    assert means["thought/tokens_mean"] == 15 / 4
-    assert means["thought/tokens_std"] == pytest.approx(np.std([4, 5, 6, 0]))
+    """Of 1, 5, 6 and 0 tokens: one closed, one closed with the last token of its budget, one truncated, one closed at once."""
+    means = watched([[[10, CLOSE], [10, 11, 12, 13, 14, CLOSE]], [[10, 11, 12, 13, 14, 15], [CLOSE]]], scripts)
+    assert means["thought/tokens_mean"] == 12 / 4
+    assert means["thought/tokens_std"] == pytest.approx(np.std([1, 5, 6, 0]))
     assert (means["thought/truncated_frac"], means["thought/max_length_frac"], means["thought/empty_frac"]) == (1 / 4, 2 / 4, 1 / 4)
     assert means["policy/entropy"] == 0.5
 

@@ -223,6 +223,12 @@ def test_positions_of_one_document_are_drawn_together():
     assert bootstrap_intervals(ratio, 10 * values, np.full((1, 50), 10))[0] == pytest.approx(bootstrap_intervals(ratio, values, np.ones((1, 50)))[0])
 
 
+def test_a_drawn_document_brings_its_own_count():
+    """Documents of many sizes, each with twice as much as it counts: the ratio is 2 whatever is drawn."""
+    counts = np.arange(1.0, 51)[None]
+    assert bootstrap_intervals(ratio, 2 * counts, counts)[0] == pytest.approx((2, 2))
+
+
 def test_intervals_are_seeded():
     values = np.random.default_rng(0).normal(size=(3, 20))
     assert bootstrap_intervals(ratio, values, np.ones((3, 20))) == bootstrap_intervals(ratio, values, np.ones((3, 20)))

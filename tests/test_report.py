@@ -195,7 +195,7 @@ def test_alarms_and_post_training_are_told_and_escaped(tmp_path):
         append_json_line(runs[0] / "alarms.jsonl", {"step": step, "text": f"{HOSTILE} alarm {step}"})
     for run, accuracy in zip(runs, (0.5, 0.75)):
         append_json_line(run / "post_training.jsonl", {"stage": "sft", "accuracy_with_thought": accuracy, "accuracy_without_thought": 0.25, "gain_over_start_nats": 1.0})
-        append_json_line(run / "post_training.jsonl", {"stage": HOSTILE, "accuracy_with_thought": accuracy})
+        append_json_line(run / "post_training.jsonl", {"stage": HOSTILE, "accuracy_with_thought": accuracy - 0.5})
     page = page_of(*runs, out=tmp_path / "page.html")
     tags = Tags(page)
     assert not {"script", "bold"} & set(tags.tags) and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)

@@ -200,25 +200,6 @@ def test_the_first_steps_follow_the_golden_curve(trained):
     torch.testing.assert_close(torch.tensor(curve(trained(run__seed=golden["seed"]))), torch.tensor(golden["steps"]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_resumed_run_writes_the_same_metrics_bit_for_bit(trained, tmp_path, model_folder, corpus, ranks, stage):
-    """Interrupted after step 2 of 4 and continued: metrics, weights and thoughts equal the uninterrupted run's."""
-    settings = {"engine__zero_stage": stage, "budget__steps": 4, "checkpoint__every_n_steps": 2, "data__held_out": f"[{corpus}]"}
-    straight = trained("straight", **settings)
-    stopping = Run(tiny_config(tmp_path / "stopped", model_folder, corpus, **settings), ranks)
-    stopping.evaluate()
-    for step in range(3):  # dies in step 3, after the checkpoint of step 2
-        stopping.begin_step()
-        program.train_step(stopping)
-        if stopping.due(2):
-            stopping.save()
-    resumed = trained("stopped", run__resume="auto", **settings)
-    for name in ("metrics.jsonl", "thoughts.jsonl", "evaluation.jsonl"):
-        assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
-    for name, value in exported(straight).items():
-        assert torch.equal(value, exported(resumed)[name]), name
-
-
 def test_a_checkpoint_continues_at_another_stage(trained, tmp_path, model_folder, corpus, ranks):
     """Saved under stage 1, continued under stage 3 and 0: the same curve in float32."""
     settings = {"budget__steps": 4, "checkpoint__every_n_steps": 2, "checkpoint__keep": 3}
@@ -226,34 +207,6 @@ def test_a_checkpoint_continues_at_another_stage(trained, tmp_path, model_folder
     for stage in (0, 2, 3):
         other = trained(f"stage{stage}", run__resume=straight / "checkpoints" / "step_2", engine__zero_stage=stage, **settings)
         torch.testing.assert_close(torch.tensor(curve(other)), torch.tensor(curve(straight))[2:], rtol=1e-4, atol=1e-4)
-
-
-def test_a_damaged_newest_checkpoint_is_set_aside(trained, tmp_path, capsys):
-    """A flipped bit in the newest: said, kept under another name, and the one before it is used."""
-    settings = {"budget__steps": 4, "checkpoint__every_n_steps": 2}
-    folder = trained("run", **settings)
-    expected = curve(folder)
-    (folder / "summary.json").unlink()
-    (folder / "export").rename(folder / "first_export")
-    flip_a_bit(folder / "checkpoints" / "step_4" / "shard_00000.safetensors")
-    assert curve(trained("run", run__resume="auto", **settings)) == expected
-    assert "damaged" in capsys.readouterr().out
-    assert list((folder / "checkpoints").glob("set_aside.step_4.*"))
-
-
-def test_no_good_checkpoint_stops_instead_of_starting_over(trained, tmp_path, model_folder, corpus, ranks):
-    """A run whose checkpoints are all bad is not silently restarted."""
-    folder = trained("run")
-    (folder / "summary.json").unlink()
-    (folder / "checkpoints" / "step_3" / "COMPLETE").unlink()
-    with pytest.raises(Exception, match="No good checkpoint is left"):
-        program.train(tiny_config(folder, model_folder, corpus, run__resume="auto"), ranks)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_resuming_with_another_algorithm_is_refused(trained, tmp_path, model_folder, corpus, ranks):
@@ -295,20 +248,6 @@ def test_a_reward_that_is_not_finite_skips_the_step(tmp_path, model_folder, corp
         program.loop(run)
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert "not finite: " in capsys.readouterr().out
-
-
-def test_a_full_disk_does_not_stop_training(trained, monkeypatch, capsys):
-    """Whatever a writer raises, the step goes on and the missing checkpoint is said."""
-    import rlp.checkpoint
-
-    def full(*arguments, **options):
-        raise rlp.checkpoint.SafetensorError("I/O error: No space left on device")
-
-    monkeypatch.setattr(rlp.checkpoint, "save_file", full)
-    folder = trained(checkpoint__every_n_steps=1)
-    assert "could not be written" in capsys.readouterr().out
-    assert not list((folder / "checkpoints").iterdir())
-    assert len(curve(folder)) == 3
 
 
 def test_an_interrupted_end_is_ended_by_resuming(trained, corpus):

@@ -28,9 +28,6 @@ SETTINGS = TINY | {
 }
 """Six steps of several micro-batches over an epoch and a half, a checkpoint every two, evaluations between."""
 
-DEADLY = ("kill", "exit", "raise", "@rank0", "@rank1")
-"""Ends of a fault that no attempt gets over."""
-
 SAME_BYTES = ("metrics.jsonl", "evaluation.jsonl", "thoughts.jsonl", "journal.jsonl")
 
 
@@ -66,7 +63,7 @@ class Outcome:
     """By failed attempt of several ranks: seconds that the last rank outlived the first."""
     codes: list[list[int]] = field(default_factory=list)
     hung: int = 0
-    """Ranks that did not end by themselves."""
+    """Attempts in which some rank did not end by itself."""
     text: str = ""
     """All that was printed."""
 
@@ -135,24 +132,28 @@ class Harness:
             if attempt:
                 ranks = case.resume_ranks or case.ranks
             last = attempt == len(case.faults)
+            if not last and (run / "summary.json").exists():
+                continue  # a random fault was drawn past the end
             answer = self.start(run, ranks=ranks, fault=fault, settings=case.settings)
             outcome.codes.append(answer["codes"])
             outcome.text += answer["text"]
             if attempt:
                 outcome.recovery_s.append(answer["seconds"])
-                outcome.lost_steps.append(max(0, logged - _continued_from(answer["text"])))
+            if attempt and (begun := _continued_from(answer["text"])) is not None:
+                outcome.lost_steps.append(max(0, logged - begun))
+                logged = 0
             if answer["hung"]:
-                outcome.hung += answer["codes"].count(-9) - len([1 for asked in [fault] if "kill" in asked])
+                outcome.hung += 1
                 outcome.problems.append(f"attempt {attempt} hung: exit codes {answer['codes']}: {answer['text'][-3000:]}")
             if ranks > 1 and set(answer["codes"]) != {0}:
                 outcome.survivor_s.append(answer["survivor_s"])
             missed = [asked for asked in fault.split(",") if asked and not asked.startswith("kill:") and f"fault at {asked.split(':')[0]}," not in answer["text"]]
             outcome.problems += [f"attempt {attempt} never came to {asked}" for asked in missed if not allow_missed]
-            if not missed and fault.endswith(DEADLY) and set(answer["codes"]) == {0}:
+            if not last and not missed and ":kill" in fault and set(answer["codes"]) == {0}:
                 outcome.problems.append(f"attempt {attempt} ended well in spite of {fault}")
             if last and set(answer["codes"]) != {0}:
                 outcome.problems.append(f"the last attempt ended with {answer['codes']}: {answer['text'][-1500:]}")
-            logged = _last_step(run)
+            logged = max(logged, _last_step(run))  # an attempt that died while it cut the logs back has made no step
         if not outcome.problems:
             outcome.problems += self._audit(case, run)
         outcome.problems += [f"lost {lost} steps" for lost in outcome.lost_steps if lost > SAVE_EVERY]
@@ -166,7 +167,7 @@ class Harness:
             found += [f"{name} differs from the uninterrupted run's" for name in SAME_BYTES if (run / name).read_bytes() != (reference / name).read_bytes()]
             found += ["the export differs"] if _weights(run) != _weights(reference) else []
         steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl")]
-        found += [f"metrics.jsonl holds the steps {steps}"] if steps != list(range(1, STEPS + 1)) else []
+        found += [f"metrics.jsonl holds the steps {steps}"] if steps != list(range(1, case.settings.get("budget.steps", STEPS) + 1)) else []
         left = [path.name for path in (run, run / "checkpoints") for path in path.iterdir() if path.name.startswith(".")]
         return found + ([f"left behind: {left}"] if left else [])
 
@@ -182,11 +183,13 @@ def _last_step(run: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def _continued_from(text: str) -> int:
-    """The step that a run said it continues from."""
+def _continued_from(text: str) -> int | None:
+    """The step that a run said it continues from; None where it died before."""
     for line in text.splitlines():
         if line.startswith("continuing from ") and " at step " in line:
             return int(line.rsplit(" ", 1)[1])
         if " is complete: nothing to do" in line:
             return STEPS
-    return 0
+        if line.endswith("begins again at step 0"):
+            return 0
+    return None

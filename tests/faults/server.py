@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -43,16 +44,18 @@ def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int
     distributed = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world_size > 1 else {}
     started, cpu = time.monotonic(), _children_cpu_s()
     pids = [_fork(arguments, environment | distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{log}.rank{rank}") for rank in range(world_size)]
+    handles = [os.pidfd_open(pid) for pid in pids]
     codes: dict[int, int] = {}
     first_end, hung = None, False
     while len(codes) < world_size:
         elapsed = time.monotonic() - started
         due = [limit_s] + ([kill[1]] if kill else [])
-        signal.sigtimedwait({signal.SIGCHLD}, max(0.0, min(due) - elapsed))
+        ended, _, _ = select.select([handle for rank, handle in enumerate(handles) if rank not in codes], [], [], max(0.0, min(due) - elapsed))
         elapsed = time.monotonic() - started
-        for rank, pid in enumerate(pids):
-            if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+        for rank, (pid, handle) in enumerate(zip(pids, handles)):
+            if handle in ended:
+                codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                os.close(handle)
                 first_end = elapsed if first_end is None else first_end
         alive = [pid for rank, pid in enumerate(pids) if rank not in codes]
         if kill and elapsed >= kill[1]:
@@ -84,7 +87,6 @@ def _fork(arguments: list[str], environment: dict[str, str], log: str) -> int:
         return pid
     code = 1
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.setpgid(0, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
@@ -112,7 +114,6 @@ def main() -> None:
     importlib.import_module("rlp.run").write_report = lambda runs, path: path.write_text("")  # half of a tiny run's time, and not at stake
     importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(sys.argv[1])  # compiles a thousand regular expressions
     gc.freeze()  # the collector touches every object, and a fork would copy them all
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     for line in sys.stdin:
         print(json.dumps(run_ranks(**json.loads(line))), file=answers, flush=True)
 

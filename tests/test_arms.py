@@ -1,0 +1,252 @@
+"""The controls: RPT's reward, the placebos, spliced documents, and arms that spend what a run has spent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from test_training import corpus, ranks, trained  # noqa: F401
+from training import read_lines, tiny_config
+
+import train as program
+from conftest import random_documents, tiny_policy
+from rlp.config import ConfigError, load_config, to_yaml
+from rlp.data import Positions
+from rlp.layout import ThoughtFormat, repeated, tree
+from rlp.ledger import PHASES, Ledger
+from rlp.match import ARMS, write_match
+from rlp.model import Markers
+from rlp.objective import group_relative_advantage
+from rlp.rollout import NoiseKey, sample_thoughts
+from rlp.run import Run
+from rlp.run_folder import open_run_folder
+from rlp.scoring import greedy_targets, score
+from rlp.splice import splice
+
+FORM = ThoughtFormat(markers=Markers(open=(2,), close=(3,)), instruction=(), begin=None, temperature=0.7, target_temperature=1.0, horizon=2)
+
+
+def two_documents_with_thoughts(policy):
+    documents = random_documents([7, 9])
+    position = np.array([4, 5])
+    positions = Positions(np.array([0, 1]), position, np.stack([document.tokens[t : t + 2] for document, t in zip(documents, position)]))
+    return documents, positions, sample_thoughts(policy, documents, positions, FORM, NoiseKey(0, 1), group_size=3, max_thought_tokens=4, rows=8).thoughts
+
+
+@pytest.mark.parametrize("arrange", [repeated, tree])
+def test_matches_come_from_the_same_forward_as_log_probabilities(arrange):
+    """`Scores.matched` is what a separate greedy pass says, and asking for it leaves log-probabilities and gradient as they are."""
+    policy = tiny_policy("qwen3")
+    if arrange is tree:
+        from rlp.attention import register
+
+        policy.lm.set_attn_implementation(register("sdpa"))
+    documents, positions, thoughts = two_documents_with_thoughts(policy)
+    greedy = greedy_targets(policy, arrange(documents, positions, thoughts, FORM, lm=False, no_think=False, device=policy.device)).target
+    # The most probable continuation put in as the target is matched by all that led to it.
+    layout = arrange(documents, positions, thoughts, FORM, lm=True, no_think=True, device=policy.device)
+    plain, asked = score(policy, layout), score(policy, layout, matched=True)
+    assert plain.matched is None and torch.equal(asked.matched, greedy.all(dim=1))
+    assert torch.equal(plain.target, asked.target) and torch.equal(plain.thought, asked.thought)
+    gradients = [torch.autograd.grad(scores.thought.sum() + scores.target.sum(), policy.head)[0] for scores in (plain, asked)]
+    assert torch.equal(*gradients)
+
+
+def test_a_match_is_found_where_there_is_one():
+    """With the most probable tokens as targets every thought they are probable after is matched."""
+    policy = tiny_policy("qwen3")
+    documents, positions, thoughts = two_documents_with_thoughts(policy)
+    form = ThoughtFormat(markers=FORM.markers, instruction=(), begin=None, temperature=0.7, target_temperature=1.0, horizon=1)
+    found = []
+    for token in range(5, 48):
+        chosen = Positions(positions.document, positions.position, np.full((2, 1), token))
+        found.append(score(policy, repeated(documents, chosen, thoughts, form, lm=False, no_think=False, device=policy.device), matched=True).matched)
+    # Of all words at most one is the most probable after a thought; with the special tokens exactly one would be.
+    assert torch.stack(found).sum(dim=0).le(1).all() and torch.stack(found).any()
+
+
+def test_exchanged_thoughts_are_those_of_the_position_before():
+    """Every field moves, whole groups at a time."""
+    _, _, thoughts = two_documents_with_thoughts(tiny_policy("qwen3"))
+    exchanged = thoughts.exchanged()
+    for name in ("tokens", "mask", "behavior_logprob", "entropy", "truncated"):
+        assert torch.equal(getattr(exchanged, name)[1], getattr(thoughts, name)[0]) and torch.equal(getattr(exchanged, name)[0], getattr(thoughts, name)[1])
+
+
+def told_groups(folder: Path, name: str) -> torch.Tensor:
+    """[M, G] of the first step, thoughts in the order of their advantage; one micro-batch, all thoughts told."""
+    groups: dict = {}
+    for line in read_lines(folder / "thoughts.jsonl"):
+        if line["step"] == 1:
+            groups.setdefault((line["document"], line["position"]), []).append(line[name])
+    return torch.tensor(list(groups.values()), dtype=torch.float64)
+
+
+ALL_TOLD = {"budget__steps": 1, "logging__thoughts": 64, "optim__micro_batch_size": 4}
+
+
+def test_rpt_rewards_the_right_greedy_token(trained):  # noqa: F811
+    """The advantage is that of rewards 0 and 1; the gain is reported as ever."""
+    folder = trained("rpt", reward__kind="greedy_match", target__horizon=1, **ALL_TOLD)
+    line = read_lines(folder / "metrics.jsonl")[0]
+    same = read_lines(trained("rlp", **ALL_TOLD) / "metrics.jsonl")[0]
+    assert line["reward/mean"] == same["reward/mean"] and 0 <= line["reward/matched_frac"] <= 1 and "reward/matched_frac" not in same
+    steps = told_groups(folder, "advantage").unique() * 3
+    # G = 4 and rewards of 0 or 1: 4/3 (r - mean) is a multiple of 1/3.
+    torch.testing.assert_close(steps, steps.round(), atol=1e-6, rtol=0)
+
+
+def test_shuffled_rewards_belong_to_another_position(trained):  # noqa: F811
+    """No position keeps the advantages that its own rewards would give, and all advantages are given to somebody."""
+    folder = trained("shuffled", reward__placebo="shuffled_reward", **ALL_TOLD)
+    own = group_relative_advantage(told_groups(folder, "reward")).sort(dim=1).values
+    given = told_groups(folder, "advantage").sort(dim=1).values
+    assert not torch.isclose(own, given, atol=1e-6).all(dim=1).any()
+    for group in given:
+        assert torch.isclose(own, group, atol=1e-5).all(dim=1).sum() == 1
+
+
+def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(tmp_path, model_folder, corpus, ranks):  # noqa: F811
+    """The reward of thought g of a position is the gain that thought g of the position before it gives here."""
+    config = tiny_config(tmp_path / "foreign", model_folder, corpus, reward__placebo="foreign_thought", position__per_document=1, **ALL_TOLD)
+    run = Run(config, ranks)
+    run.begin_step()
+    tally = program.Tally()
+    documents = run.next_documents()
+    positions, thoughts = program.think(run, documents, tally)
+    batch = program.compare(run, documents, positions, thoughts, 0)
+    got = program.learn(run, batch, None, [thoughts.truncated.numel(), 1], tally)
+    exchanged = repeated(documents, positions, thoughts.exchanged(), run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
+    reasoned = rearrange(score(run.engine.policy, exchanged).target.mean(dim=1), "(m g) -> m g", g=4).detach()
+    torch.testing.assert_close(got, group_relative_advantage(reasoned - batch.baseline_logprob[:, None]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_placebo_needs_two_positions_in_a_micro_batch(tmp_path, model_folder, corpus, ranks):  # noqa: F811
+    """A position can not be exchanged with itself: refused by the config where it is sure, by the step where it happens."""
+    with pytest.raises(ConfigError, match="reward.placebo"):
+        tiny_config(tmp_path / "one", model_folder, corpus, reward__placebo="shuffled_reward", position__per_document=1, optim__micro_batch_size=1)
+    config = tiny_config(tmp_path / "two", model_folder, corpus, reward__placebo="shuffled_reward", position__per_document=1, optim__batch_size=3, optim__micro_batch_size=2)
+    with pytest.raises(ConfigError, match="single position"):
+        program.train(config, ranks)
+
+
+def test_a_budget_ends_at_the_nearest_step(trained):  # noqa: F811
+    """The tokens of two steps and a bit, and of almost three."""
+    spent = [line["budget/tokens"] for line in read_lines(trained("all", budget__steps=4) / "metrics.jsonl")]
+    few, many = spent[1] + (spent[2] - spent[1]) // 4, spent[2] - (spent[2] - spent[1]) // 4
+    assert len(read_lines(trained("few", budget__steps=None, budget__tokens=few) / "metrics.jsonl")) == 2
+    assert len(read_lines(trained("many", budget__steps=None, budget__tokens=many) / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("by", ["tokens", "flops", "paper_flops"])
+def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, by):  # noqa: F811
+    """Written by `write_match`, run by train.py, asserted by itself, with both ledgers shown."""
+    run = open_run_folder(trained("rlp", budget__steps=20))
+    config = write_match(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.batch_size=1", "optim.micro_batch_size=1", "logging.every_n_steps=1000"])
+    assert to_yaml(load_config(tmp_path / "arm.yaml")) == to_yaml(config)
+    assert program.train(config, ranks) == program.DONE
+    said = capsys.readouterr().out
+    assert "matched run" in said and "this run" in said and said.rstrip().endswith(": matched")
+    own, other = (json.loads((Path(folder) / "ledger.json").read_text()) for folder in (config.run.dir, run.path))
+    name = {"tokens": "input_tokens"}.get(by, by)
+    assert abs(own[name] / other[name] - 1) <= 0.01 and own["phases"]["train"]["flops"] == 0 < own["phases"]["lm"]["flops"]
+
+
+def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):  # noqa: F811
+    """Steps too large to come within 1 %: the run ends, with its own exit code and the table."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    config = write_match(run, "rpt", "flops", tmp_path / "arm.yaml", None, ["optim.batch_size=6", "optim.micro_batch_size=3"])
+    assert program.train(config, ranks) == program.NOT_MATCHED
+    assert "NOT MATCHED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: (folder / "summary.json").unlink(), "not finished"),
+    (lambda folder: (folder / "ledger.json").write_text("{}"), "flops is None"),
+])
+def test_only_a_finished_run_is_matched(trained, tmp_path, change, words):  # noqa: F811
+    folder = trained("rlp", budget__steps=1)
+    change(folder)
+    with pytest.raises(ConfigError, match=words):
+        write_match(open_run_folder(folder), "cpt", "flops", tmp_path / "arm.yaml", None, [])
+    assert not (tmp_path / "arm.yaml").exists()
+
+
+def test_another_budget_than_the_ledgers_is_refused(trained, tmp_path, ranks):  # noqa: F811
+    """Who changes the budget of a matched config is told, before the run."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    config = write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
+    config.budget.flops *= 2
+    with pytest.raises(ConfigError, match="budget.flops"):
+        program.train(config, ranks)
+
+
+def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):  # noqa: F811
+    """Objective, reward, budget and names; the rest of the config is the run's."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    before = load_config(run.config_yaml)
+    for arm in ARMS:
+        if arm != "mixed_sft":
+            after = write_match(run, arm, "flops", tmp_path / f"{arm}.yaml", None, [])
+            for section in ("model", "data", "position", "thought", "target", "baseline", "optim", "engine", "evaluation"):
+                assert getattr(after, section) == getattr(before, section), (arm, section)
+            assert after.objective.thinks == (arm != "cpt") and after.run.seed == before.run.seed
+
+
+@pytest.fixture
+def spliced(tmp_path, model_folder, corpus, ranks):  # noqa: F811
+    """A folder of spliced documents of the tiny model, and the config."""
+    config = tiny_config(tmp_path / "unused", model_folder, corpus, thought__temperature=1.0)
+    splice(config, 12, tmp_path / "spliced", ranks)
+    return tmp_path / "spliced", config
+
+
+def test_spliced_documents_hold_the_best_thought(spliced, corpus):  # noqa: F811
+    """Without what stands between the markers each is a document of the corpus; it is there where a thought helped."""
+    folder, _ = spliced
+    lines, plain = read_lines(folder / "documents.jsonl"), [line["text"] for line in read_lines(corpus)]
+    helped = 0
+    for line in lines:
+        tokens, t = line["tokens"], line["position"]
+        words = line["text"].split()
+        if max(line["group_rewards"]) > 0:
+            helped += 1
+            assert tokens[t] == 2 and 3 in tokens[t:]
+            close = tokens.index(3, t)
+            words = words[:t] + words[close + 1 :]
+        assert " ".join(words) == plain[line["document"]] and line["reward"] == max(line["group_rewards"])
+    told = json.loads((folder / "splice.json").read_text())
+    assert len(lines) == told["documents"] == 24 and 0 < helped <= 24 and told["with_thought_frac"] == helped / 24
+
+
+def test_a_run_on_spliced_documents_carries_their_cost(spliced, trained, corpus):  # noqa: F811
+    """The ledger begins with the sampling, and token ids are read as they are."""
+    folder, _ = spliced
+    settings = {"data__train": f"[{folder / 'documents.jsonl'}]", "data__tokens_field": "tokens", "objective__policy_weight": 0.0, "objective__lm_weight": 1.0}
+    made = json.loads((folder / "ledger.json").read_text())
+    with_cost = json.loads((trained("with", data__ledger=folder / "ledger.json", **settings) / "ledger.json").read_text())
+    without = json.loads((trained("without", **settings) / "ledger.json").read_text())
+    assert with_cost["flops"] == pytest.approx(made["flops"] + without["flops"], rel=1e-12) and with_cost["phases"]["decode"]["tokens_generated"] > 0
+    assert with_cost["steps"] == without["steps"] == 3
+
+
+def test_data_that_has_spent_the_budget_is_refused(spliced, tmp_path, model_folder, corpus, ranks):  # noqa: F811
+    """Before the run, and nothing is left behind."""
+    folder, _ = spliced
+    for ledger, flops, words in ((folder / "ledger.json", 1.0, "spent it already"), (folder / "splice.json", 1e30, "data.ledger"), (folder / "none.json", 1e30, "data.ledger")):
+        with pytest.raises(ConfigError, match=words):
+            program.train(tiny_config(tmp_path / "run", model_folder, corpus, data__ledger=ledger, budget__steps=None, budget__flops=flops), ranks)
+        assert not (tmp_path / "run").exists()
+
+
+def test_carried_cost_is_no_step_of_ones_own(tmp_path, ranks):  # noqa: F811
+    """A mean step is what the run's own steps cost."""
+    phases = {phase: {"tokens_in": 1, "tokens_generated": 0, "tokens_trained": 0, "flops": 5.0, "seconds": 1.0} for phase in PHASES}
+    ledger = Ledger(None)
+    ledger.carry({"phases": phases, "input_tokens": 7, "paper_flops": 9.0, "paper_flops_sampled": 8.0, "steps": 4})
+    ledger.add_documents(10)
+    ledger.close_step(ranks)
+    assert ledger.spent() == {"tokens": 17, "flops": 5.0 * len(PHASES), "paper_flops": 19.0, "seconds": 1.0 * len(PHASES)}
+    assert ledger.mean_step() == {"tokens": 10.0, "flops": 0.0, "paper_flops": 10.0, "seconds": 0.0}

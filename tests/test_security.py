@@ -1,0 +1,324 @@
+"""One attack for each promise of `docs/threat_model.md`: what a stranger wrote runs nothing, reads nothing else, and hides nothing."""
+
+import ast
+import hashlib
+import json
+import os
+import pickle
+import re
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import tiny_policy, word_tokenizer
+from fuzz import GOOD_SHARD, good_meta
+from test_data import GOOD, Reader, unpacked, write  # noqa: F401  (a fixture)
+from test_report import make_run, make_thought
+from test_structure import PROGRAM, ROOT
+from test_training import corpus, ranks  # noqa: F401  (fixtures)
+from training import TINY
+
+import train as program
+from rlp.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from rlp.cli import main as rlp_command
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, RunConfig, load_config, without_secrets
+from rlp.export import known_ids, read_thought_format
+from rlp.model import load_policy, load_tokenizer
+from rlp.report import write_report
+from rlp.run_folder import environment
+
+TOKEN = "hf_" + "aBcD1234" * 4
+"""What an access token of the Hub looks like."""
+
+BASE = {"run": {"dir": "runs/x"}, "model": {"path": "somewhere"}, "data": {"train": ["x.jsonl"]}, "budget": {"steps": 1}}
+
+
+# --- Models.
+
+class Attack:
+    """A model folder with something in it that, were it run, would leave a mark."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.mark = folder / "model", folder / "mark"
+        tiny_policy().lm.save_pretrained(self.folder)
+        word_tokenizer().save_pretrained(self.folder)
+
+    def change(self, name: str, **values: object) -> None:
+        path = self.folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def write_code(self) -> None:
+        (self.folder / "evil.py").write_text(f"open({str(self.mark)!r}, 'w').close()\nfrom transformers import *\nclass C(Qwen3Config): pass\nclass M(Qwen3ForCausalLM): pass\nclass T(PreTrainedTokenizerFast): pass\n")
+
+    def write_pickle(self, name: str) -> None:
+        mark = self.mark
+
+        class Payload:
+            def __reduce__(self) -> tuple:
+                return os.system, (f"touch {mark}",)
+
+        (self.folder / name).write_bytes(pickle.dumps(Payload()))
+
+    def load(self) -> None:
+        config = Config(run=RunConfig(dir="x"), model=ModelConfig(path=str(self.folder)), data=DataConfig(train=["x"]), budget=BudgetConfig(steps=1), engine=EngineConfig(layout="repeated"))
+        load_policy(config, load_tokenizer(config.model), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attack:
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # transformers asks, and somebody may say yes
+    return Attack(tmp_path)
+
+
+def test_code_in_a_model_folder_is_not_run(attack: Attack):
+    """With a known architecture its own code is left alone; with an unknown one the model is refused."""
+    attack.write_code()
+    attack.change("config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    attack.change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
+    attack.load()
+    attack.change("config.json", model_type="evil")
+    with pytest.raises(ConfigError, match="contains custom code"):
+        attack.load()
+    assert not attack.mark.exists()
+
+
+def test_a_model_of_pickles_is_refused_unopened(attack: Attack):
+    """In the place of safetensors, and named by an index of safetensors."""
+    (attack.folder / "model.safetensors").unlink()
+    attack.write_pickle("pytorch_model.bin")
+    with pytest.raises(ConfigError, match="could not be loaded: Error no file named model.safetensors"):
+        attack.load()
+    (attack.folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}}))
+    with pytest.raises(ConfigError, match="names 'pytorch_model.bin'; expected safetensors files in the same folder"):
+        attack.load()
+    assert not attack.mark.exists()
+
+
+@pytest.mark.parametrize("name, content", [("config.json", b"[1]"), ("config.json", b"{"), ("config.json", b'{"model_type": "qwen3", "hidden_size": "x"}'), ("tokenizer.json", b"{}"),
+                                           ("tokenizer.json", b"["), ("model.safetensors", b"\xff" * 99), ("model.safetensors", b""), ("model.safetensors.index.json", b"[]")])
+def test_a_damaged_model_folder_is_one_message(attack: Attack, name: str, content: bytes):
+    if name == "model.safetensors.index.json":
+        (attack.folder / "model.safetensors").unlink()
+    (attack.folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.(path|tokenizer): .*Write a folder that holds a Hugging Face model"):
+        attack.load()
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_load_says_that_remote_code_is_off(path: Path):
+    """Where nothing is said, transformers asks on the terminal whether to run it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("from_pretrained", "from_config") and "rlp/" in str(path):
+            assert any(word.arg == "trust_remote_code" and ast.unparse(word.value) == "False" for word in node.keywords), f"{path}, line {node.lineno}"
+
+
+# --- Checkpoints and thought formats.
+
+def forged(folder: Path, meta: object, shard: bytes = GOOD_SHARD, name: str = "shard_00000-00000.safetensors") -> Path:
+    """A checkpoint whose checksums agree, as a forger would make it."""
+    path = folder / "step_3"
+    path.mkdir(exist_ok=True)
+    (path / name).write_bytes(shard)
+    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "COMPLETE").write_text(hashlib.sha256((path / "meta.json").read_bytes()).hexdigest())
+    return path
+
+
+def test_the_forger_can_write_a_good_checkpoint(tmp_path: Path):
+    """So that the refusals below are for what is wrong in them."""
+    assert isinstance(open_checkpoint(forged(tmp_path, good_meta(GOOD_SHARD))), Checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "shard_00000-00000.safetensors/../../secret.safetensors", "..", "pytorch_model.bin", "shard_00000-00000.safetensors\n"])
+def test_a_checkpoint_names_no_file_but_its_own_shards(tmp_path: Path, name: str):
+    """Its files would be opened, and their size and checksum told."""
+    (tmp_path / "secret.safetensors").write_bytes(GOOD_SHARD)
+    meta = good_meta(GOOD_SHARD)
+    meta["shards"] = {name: meta["shards"].popitem()[1]}
+    with pytest.raises(CheckpointError, match="which is no shard of the checkpoint"):
+        open_checkpoint(forged(tmp_path, meta))
+
+
+@pytest.mark.parametrize("content", [[], {"open_marker": 1}, {"temperature": "hot"}, {"max_thought_tokens": 1.5}, {"max_thought_tokens": True}, {"instruction_ids": [-1]}, {"instruction_ids": "abc"}, {"open_marker_ids": [2 ** 40]}])
+def test_a_thought_format_of_other_types_is_refused(tmp_path: Path, content: object):
+    (tmp_path / "thought_format.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="is no thought format: .*Export the checkpoint again"):
+        read_thought_format(tmp_path / "thought_format.json")
+
+
+def test_an_instruction_beyond_the_vocabulary_is_refused():
+    """Its ids index the embedding; beyond it lies other memory."""
+    assert known_ids([5, 47], word_tokenizer()) == (5, 47)
+    with pytest.raises(ConfigError, match="instruction_ids holds 48, and the tokenizer of the folder ends at 47"):
+        known_ids([5, 48], word_tokenizer())
+
+
+# --- Configs.
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {}']", "!!python/object/new:os.system ['touch {}']", "!!python/name:os.system", "!!python/module:os"])
+def test_a_config_runs_no_code(tmp_path: Path, tag: str):
+    """In a value, in place of the file, and on the command line."""
+    mark = tmp_path / "mark"
+    path = write(tmp_path / "config.yaml", json.dumps(BASE).encode())
+    for text in (f"run: {{dir: {tag.format(mark)}}}\n", tag.format(mark)):
+        with pytest.raises(ConfigError, match="is not a YAML config"):
+            load_config(write(tmp_path / "evil.yaml", text.encode()))
+    with pytest.raises(ConfigError, match="has no YAML value"):
+        load_config(path, [f"run.dir={tag.format(mark)}"])
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("value", ["${oc.env:PLANTED}", "${oc.env:PLANTED,x}", "a ${oc.decode:${oc.env:PLANTED}} b", "\\${oc.env:PLANTED}", "${run.seed}"])
+def test_a_config_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str):
+    """What it says goes into the run folder and the report; interpolation could put a secret there."""
+    monkeypatch.setenv("PLANTED", "a planted value")
+    for source in ({"model": {"path": value}}, {"data": {"train": [value]}}, {value: 1}):
+        path = write(tmp_path / "config.yaml", json.dumps(BASE | source).encode())
+        with pytest.raises(ConfigError, match="interpolation is not read here") as refused:
+            load_config(path)
+        assert "a planted value" not in str(refused.value)
+    path = write(tmp_path / "config.yaml", json.dumps(BASE).encode())
+    with pytest.raises(ConfigError, match="interpolation is not read here"):
+        load_config(path, [f"model.path={value}"])
+
+
+def test_a_report_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run folder may be a stranger's, and the page made from it goes back to them."""
+    monkeypatch.setenv("PLANTED", "a planted value")
+    run = make_run(tmp_path / "run", steps=0)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("path: tiny", "path: ${oc.env:PLANTED}"))
+    assert rlp_command(["report", str(run)]) == 3
+    assert not (run / "report.html").exists()
+
+
+def test_a_config_made_to_exhaust_the_machine_is_refused_at_once(tmp_path: Path):
+    """Nine lines that stand for ten to the ninth values; brackets that end the C library's stack, and the process; two megabytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))]
+    start = time.process_time()
+    for text in ("\n".join(lines), "[" * 100_000, "- " * 100_000, "x: " + "y" * 2 ** 21):
+        with pytest.raises(ConfigError, match="is not a YAML config"):
+            load_config(write(tmp_path / "config.yaml", text.encode()))
+    with pytest.raises(ConfigError, match="has no YAML value: nested more than 100 levels deep"):
+        load_config(write(tmp_path / "config.yaml", json.dumps(BASE).encode()), ["data.train=" + "[" * 100_000])
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "a\x1b[31mb", "a\rb", "a\u202eb", "\ud800", "a\x7f"])
+def test_a_run_folder_has_a_name_that_can_be_printed(name: str):
+    """A NUL, a line end, an escape, a reversal of the writing direction, half of a character."""
+    with pytest.raises(ConfigError):
+        load_config(BASE | {"run": {"dir": name}})
+
+
+@pytest.mark.parametrize("key", ["run.resume", "model.path", "model.tokenizer", "thought.instruction_file"])
+def test_no_path_holds_a_nul(key: str):
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError, match="holds a NUL"):
+        load_config(BASE | {section: BASE.get(section, {}) | {name: "a\0b"}})
+
+
+# --- Secrets.
+
+@pytest.mark.parametrize("secret", [TOKEN, "ghp_" + "a1B2" * 9, "sk-proj-" + "x9" * 20, "AKIA" + "A1B2C3D4" * 2, "https://me:hunter2@example.org/data.jsonl", "eyJhbGciOiJIUzI1NiJ9abc.eyJzdWIi.abc"])
+def test_a_config_with_a_secret_is_refused_without_repeating_it(tmp_path: Path, secret: str):
+    path = write(tmp_path / "config.yaml", json.dumps(BASE | {"data": {"train": [secret]}}).encode())
+    for overrides, source in (([], path), ([f"model.path={secret}"], write(tmp_path / "good.yaml", json.dumps(BASE).encode()))):
+        with pytest.raises(ConfigError, match="holds an access token or a password.*HF_TOKEN") as refused:
+            load_config(source, overrides)
+        assert secret not in str(refused.value) and "hunter2" not in str(refused.value)
+
+
+def test_ordinary_text_is_no_secret():
+    """Paths of caches hold long hexadecimal names; models have long names."""
+    for text in ("models--Qwen--Qwen3/snapshots/" + "0a1b2c3d" * 5, "Qwen/Qwen3-1.7B-Base", "https://example.org:8080/x.jsonl", "sk-learn", "task-with-a-long-name-of-many-words", "{question}\n{answer}"):
+        assert without_secrets(text) == text
+
+
+def test_no_secret_reaches_the_run_folder_or_the_console(tmp_path, model_folder, corpus, ranks, monkeypatch, capfd):  # noqa: F811
+    """Planted in the environment and on the command line; looked for in every file of a finished run, and in all that was printed."""
+    planted = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "DATABASE_PASSWORD": "correct horse"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["train.py", "tiny.yaml", f"--token={TOKEN}", f"--key={planted['WANDB_API_KEY']}"])
+    monkeypatch.setattr(program, "stop_ranks", lambda: None)
+    (tmp_path / "tiny.yaml").write_text(f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}], held_out: [{corpus}]}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
+    assert program.main([str(tmp_path / "tiny.yaml"), *(f"{key}={value}" for key, value in TINY.items()), "budget.steps=1", "evaluation.panel_positions=2"]) == program.DONE
+    printed = "".join(capfd.readouterr())
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 12 and json.loads((tmp_path / "run" / "environment.json").read_text())["command"].count("[secret]") == 2
+    for value in planted.values():
+        assert value not in printed
+        assert not [path for path in files if value.encode() in path.read_bytes()]
+
+
+def test_the_environment_is_not_recorded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_VARIABLE", "its own value")
+    assert "its own value" not in json.dumps(environment(["cpu"]))
+
+
+# --- What is shown.
+
+ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
+
+
+def harmless(text: str) -> bool:
+    return not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+def test_what_data_holds_does_nothing_to_the_terminal(tmp_path, model_folder, ranks, monkeypatch, capfd):  # noqa: F811
+    """In warnings about bad rows, in the error that stops a run, in the example of a dry run, in the name of a file."""
+    monkeypatch.setattr(program, "stop_ranks", lambda: None)
+    path = write(tmp_path / f"x{ESCAPES}.jsonl", json.dumps({ESCAPES: 1}).encode() + b"\n" + GOOD * 9)
+    base = write(tmp_path / "base.yaml", json.dumps({"model": {"path": str(model_folder)}, "data": {"train": [str(path)]}, "run": {"dir": str(tmp_path / "run")}}).encode())
+    arguments = [str(base), *(f"{key}={value}" for key, value in TINY.items()), "data.shuffle=false"]
+    assert program.main([*arguments, "data.max_bad_fraction=0"]) == program.BAD_DATA
+    assert program.main([*arguments, "data.max_bad_fraction=1", "--dry-run"]) == program.DONE
+    assert program.main([*arguments, "data.max_bad_fraction=1", "budget.steps=1"]) == program.DONE
+    printed = "".join(capfd.readouterr())
+    assert harmless(printed) and r"no field 'text'; the row has \x1b[2J" in printed and "skipped" in printed
+
+
+def test_what_a_run_folder_holds_does_nothing_to_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture):
+    """A thought, a damaged line, the name of a folder."""
+    run = make_run(tmp_path / "run", steps=0, thoughts=[make_thought(1, 0.5, thought=ESCAPES)])
+    assert rlp_command(["view", str(run)]) == 0
+    with open(run / "thoughts.jsonl", "ab") as file:
+        file.write(ESCAPES.encode() + b"\n{}\n")
+    assert rlp_command(["view", str(run)]) == 3
+    assert rlp_command(["view", str(tmp_path / ESCAPES)]) == 2
+    assert harmless("".join(capfd.readouterr()))
+
+
+# --- Data.
+
+def test_a_parquet_file_can_not_say_how_it_is_to_be_read(tmp_path: Path):
+    """`datasets` reads the type of a column from the file, and would open the path or the address that an image column holds."""
+    image = {"info": {"features": {"text": {"_type": "Image"}}}}
+    table = pyarrow.table({"text": ["w1 w2"]}).replace_schema_metadata({"huggingface": json.dumps(image)})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert Reader([tmp_path / "x.parquet"]).tokens(1) == [[7, 8]]
+
+
+def test_a_report_escapes_what_a_stranger_wrote(tmp_path: Path):
+    """In the name of the run, its config and its environment, besides thoughts (`test_report.py`)."""
+    run = make_run(tmp_path / "run", steps=0)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("path: tiny", "path: <script>alert(1)</script>"))
+    (run / "environment.json").write_text(json.dumps(environment(["<img src=x>"]) | {"command": "<img src=x onerror=alert(2)>", "packages": {"<b>": "<i>"}}))
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and "<i>" not in page
+
+
+# --- The page.
+
+def test_every_promise_names_a_test_that_exists():
+    """`docs/threat_model.md` says who is attacked where; each row has a test, and each test is there."""
+    page = (ROOT / "docs" / "threat_model.md").read_text()
+    written = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    promises = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(promises) >= 20
+    for line in promises:
+        named = re.findall(r"`(test_\w+)`", line)
+        assert named and set(named) <= written, line
