@@ -300,9 +300,9 @@ def test_kl_and_predictor_terms_change_the_update(trained):
 
 
 def test_a_budget_of_tokens_or_flops_ends_the_run(trained):
-    """The run ends with the step that reaches the limit."""
+    """The run ends with the step that comes nearest to the limit."""
     per_step = read_lines(trained("steps") / "metrics.jsonl")
     tokens = trained("tokens", budget__steps=None, budget__tokens=per_step[1]["budget/tokens"])
-    flops = trained("flops", budget__steps=None, budget__flops=per_step[0]["budget/flops"] * 1.01)
+    flops = trained("flops", budget__steps=None, budget__flops=per_step[0]["budget/flops"] * 1.7)
     assert len(curve(tokens)) == 2
     assert len(curve(flops)) == 2

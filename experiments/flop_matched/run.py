@@ -45,8 +45,8 @@ ARMS = {
 STAGES = ("pretrain", "sft", "rlvr")
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 COMMON = ["checkpoint.every_n_steps=0", "logging.every_n_steps=20", "logging.thoughts=8"]
-PANEL = ["evaluation.panel_positions=512", "evaluation.thoughts_per_position=4"]
-"""The whole held-out block, for the numbers that are compared."""
+PANEL = ["evaluation.panel_positions=256", "evaluation.thoughts_per_position=4"]
+"""A position in every held-out document, for the numbers that are compared."""
 
 RESULT = ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")
 
