@@ -46,6 +46,10 @@ MAX_ON_POLICY_DEVIATION = 1e-3
 """Of the ratio from 1, in float32; the tested architectures stay below 1e-5."""
 
 
+STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "length_watch", "dtype", "vocabulary"}
+"""What a checkpoint holds beside tensors."""
+
+
 class Run:
     """Everything a run holds. Its parts are built in the order of the design: config, data, model, engine, teacher."""
 
@@ -124,7 +128,7 @@ class Run:
     def _warn(self, text: str) -> None:
         if self.ranks.is_first:
             log = getattr(self, "log", None)
-            (log.say if log else print)(visible_text(f"data: {text}"))
+            log.say(f"data: {text}") if log else print(visible_text(f"data: {text}"))
 
     def _record_bad(self, entry: dict) -> None:
         """Write down a document of this step that was skipped."""
@@ -390,6 +394,9 @@ class Run:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
+        lacking = sorted(STATE - set(state)) + sorted(set(asdict(self.config)) - set(state.get("config", {})))
+        if lacking:
+            raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
         refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
         if state["dtype"] != str(self.dtype):
             raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {self.dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")

@@ -2,7 +2,7 @@
 
     python experiments/flop_matched/run.py --seeds 5
 
-For every seed S there is a base (experiments/world/bases/seed_S, made by make_bases.py). RLP trains on it with
+For every seed S there is a base (experiments/world/bases/seed_S, made by make_bases.py where it is missing). RLP trains on it with
 configs/quickstart.yaml in paper mode (`objective.lm_weight=0`), `run.seed` S. Every other arm is matched with that run
 by `rlp match`, and its own program asserts the match to 1 %. Then each arm's exported folder gets the same supervised
 fine-tuning and after it the same reinforcement learning from verifiable rewards (`post_train.py`, TRL), and is probed with and
@@ -16,6 +16,7 @@ seed and stage, in order. Run again, it goes on where it stopped: finished lines
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -43,6 +44,7 @@ ARMS = {
 """Each arm, and how it is matched with `rlp`: (arm, by) of `rlp match`. The base is not trained."""
 
 STAGES = ("pretrain", "sft", "rlvr")
+WORLD = ROOT / "experiments" / "world"
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 COMMON = ["checkpoint.every_n_steps=0", "logging.every_n_steps=20", "logging.thoughts=8"]
 PANEL = ["evaluation.panel_positions=256", "evaluation.thoughts_per_position=4"]
@@ -88,10 +90,16 @@ def compare(arm: str, seed: int, out: Path, folder: Path) -> list[dict]:
 
 
 def base_of(seed: int) -> Path:
-    base = ROOT / "experiments" / "world" / "bases" / f"seed_{seed}"
-    if not (base / "config.json").is_file():
-        raise SystemExit(f"no base at {base}. Make the bases first: python experiments/world/make_bases.py --seeds {seed + 1} --out experiments/world/bases")
-    return base
+    return WORLD / "bases" / f"seed_{seed}"
+
+
+def make_world_and_bases(num_seeds: int) -> list[int]:
+    """What the arms start from, where it is not there yet: the documents, and a base for each seed. The seeds whose base counts."""
+    if not (WORLD / "data" / "train.jsonl").is_file():
+        subprocess.run([sys.executable, str(WORLD / "make_world.py"), "--out", str(WORLD / "data")], check=True)
+    subprocess.run([sys.executable, str(WORLD / "make_bases.py"), "--seeds", str(num_seeds), "--out", str(WORLD / "bases")], check=True)
+    tried = json.loads((WORLD / "bases" / "bases.json").read_text())
+    return [row["seed"] for row in tried if row["counts"]][:num_seeds]
 
 
 def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tuple[Path, dict]:
@@ -158,17 +166,15 @@ def read_done(path: Path) -> set[tuple[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="All arms over seeds, pretrained at equal cost and post-trained alike.")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; one whose base is rejected is left out")
     parser.add_argument("--out", type=Path, default=Path("runs/flop_matched"), help="folder of the runs; one that exists is continued")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side, one core each")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
-    results, seeds = out / "results.jsonl", list(range(arguments.seeds))
-    for seed in seeds:
-        base_of(seed)
-    started = time.perf_counter()
+    results, started = out / "results.jsonl", time.perf_counter()
+    seeds = make_world_and_bases(arguments.seeds)
     for round_ in tasks(seeds, read_done(results)):
         with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=12) as pool:
             waiting = [(task, pool.submit(work, *task, out)) for task in round_]
