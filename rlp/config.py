@@ -554,16 +554,14 @@ def _suggest(key: str, known: list[str]) -> str:
     return f"The sections are {', '.join(other for other in known if '.' not in other)}."
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> object:
+    """`parse_yaml` of a file."""
     if not path.is_file():
         raise ConfigError(f"no config file at {path}. Write the path of a YAML file, such as configs/quickstart.yaml.")
     try:
-        tree = parse_yaml(path.read_bytes().decode(), str(path))
+        return parse_yaml(path.read_bytes().decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML config: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}.")
-    return tree
 
 
 def parse_yaml(text: str, where: str) -> object:
@@ -639,7 +637,9 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     Raises:
         ConfigError: unknown key, wrong type, or a value that its section refuses.
     """
-    path, tree = ("config", source) if isinstance(source, dict) else (Path(source), _read_yaml(Path(source)))
+    path, tree = ("config", source) if isinstance(source, dict) else (Path(source), read_yaml(Path(source)))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}.")
     _refuse_text(tree, str(path))
     _refuse_unknown_keys(tree, str(path))
     overrides = overrides or []

@@ -4,6 +4,7 @@ One process is the ordinary case: the same calls work without a launcher. Nothin
 about models or DeepSpeed.
 """
 
+import datetime
 import itertools
 import os
 import sys
@@ -94,8 +95,15 @@ class Words:
             return False
 
 
-def start_ranks() -> Ranks:
-    """Join the process group that the launcher describes, or form one of a single process."""
+def start_ranks(timeout_s: float = 0) -> Ranks:
+    """Join the process group that the launcher describes, or form one of a single process.
+
+    Args:
+        timeout_s: how long to wait for the others, one of which may have died on its way; 0: as long as torch does.
+
+    Raises:
+        dist.DistError: they did not all come.
+    """
     on_gpu = torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
     alone = "WORLD_SIZE" not in os.environ
@@ -109,7 +117,7 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     store = None
     if not dist.is_initialized():
-        store = dist.HashStore() if alone else next(dist.rendezvous("env://"))[0]
+        store = dist.HashStore() if alone else next(dist.rendezvous("env://", **({"timeout": datetime.timedelta(seconds=timeout_s)} if timeout_s else {})))[0]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
 

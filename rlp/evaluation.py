@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlp.answers import AnswerPool
-from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, require, require_one_of
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, read_yaml, require, require_one_of
 from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise
 from rlp.export import known_ids, read_thought_format
 from rlp.inputs import ModelInputs
@@ -110,12 +110,7 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
     Raises:
         ConfigError: no such file, an unknown key, a wrong type or an impossible value.
     """
-    if not path.is_file():
-        raise ConfigError(f"--config: no file at {path}. Write the path of a YAML file, such as configs/benchmarks_paper.yaml.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of two YAML libraries
-        raise ConfigError(f"{path} is not a YAML config: {error}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict) or set(tree) != {"benchmarks"} or not isinstance(tree["benchmarks"], dict) or not tree["benchmarks"]:
         raise ConfigError(f"{path} must hold one section, `benchmarks:`, with a mapping from name to settings; got {list(tree) if isinstance(tree, dict) else tree!r}.")
     return {name: _read_benchmark(f"{path}: benchmarks.{name}", content) for name, content in tree["benchmarks"].items()}

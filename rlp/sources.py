@@ -266,6 +266,8 @@ def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], No
             convert(path, file)
             if file.tell() == 0:
                 raise OSError("it holds nothing")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, plain)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -373,6 +374,7 @@ def test_skipped_documents_are_in_the_run_folder(tmp_path, model_folder, ranks):
     assert sum(counts.values()) == len(listed) == read_lines(whole / "metrics.jsonl")[-1]["data/bad_documents"]
     run("broken", budget__steps=4)
     (tmp_path / "broken" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "step_4")  # as if the run had died in step 4
     run("broken", run__resume="auto")
     assert (tmp_path / "broken" / "bad_documents.jsonl").read_bytes() == (whole / "bad_documents.jsonl").read_bytes()
 

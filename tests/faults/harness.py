@@ -24,7 +24,7 @@ LIMIT_S = 60.0
 
 SETTINGS = TINY | {
     "budget.steps": STEPS, "checkpoint.every_n_steps": SAVE_EVERY, "optim.micro_batch_size": 1, "optim.batch_size": 4, "evaluation.every_n_steps": 3,
-    "position.per_document": 1, "thought.group_size": 2, "thought.max_thought_tokens": 3, "evaluation.panel_positions": 2, "logging.digest_every_n_steps": 1,
+    "position.per_document": 1, "thought.group_size": 2, "thought.max_thought_tokens": 3, "evaluation.panel_positions": 2, "logging.digest_every_n_steps": 1, "run.watchdog_s": 30,
 }
 """Six steps of several micro-batches over an epoch and a half, a checkpoint every two, evaluations between."""
 
