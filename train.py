@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = None
     try:
         config = load_config(options.config, options.overrides)
-        ranks = start_ranks()
+        ranks = start_ranks(config.run.watchdog_s)
         if options.dry_run:
             print(visible_text(dry_run(config, options.machine, ranks)))
             return DONE
