@@ -6,9 +6,10 @@
     rlp eval CHECKPOINT benchmark accuracy of a Hugging Face folder, with and without thoughts
     rlp match RUN       the config of a control that spends what the run has spent
     rlp splice RUN      documents with the start's own best thoughts in them, for the control mixed_sft
+    rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to learn from?
 
-Exit codes: 0 done, 2 something that the command line names is not there, 3 a file that can not be read back.
+Exit codes: 0 done, 1 two runs differ (audit), 2 something that the command line names is not there, 3 a file that can not be read back.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_probe(commands)
     _add_match(commands)
     _add_splice(commands)
+    _add_audit(commands)
     return parser
 
 
@@ -147,6 +149,26 @@ def _add_splice(commands: argparse._SubParsersAction) -> None:
     splice.add_argument("--documents", type=int, metavar="N", help="documents to read; default: as many as the run is to read (budget.steps x optim.batch_size)")
     splice.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     splice.set_defaults(command=splice_documents)
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    audit = commands.add_parser("audit", help="compare the journals of two runs: documents, thoughts and numbers of each step")
+    audit.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as one that was interrupted")
+    audit.add_argument("reference", type=Path, metavar="REFERENCE", help="the run that it should equal")
+    audit.add_argument("--tolerance", type=float, default=0.0, help="of numbers, relative and absolute (0: bit for bit); above 0 checksums of weights are not compared")
+    audit.set_defaults(command=audit_runs)
+
+
+def audit_runs(arguments: argparse.Namespace) -> int:
+    """`rlp audit`. Exit code 1 where the two differ."""
+    from rlp.journal import audit
+
+    for folder in (open_run_folder(arguments.run), open_run_folder(arguments.reference)):
+        if not folder.journal_jsonl.exists():
+            raise ConfigError(f"{folder.path} has no journal.jsonl: it was run with logging.journal=false, or has made no step.")
+    differences = audit(arguments.run, arguments.reference, tolerance=arguments.tolerance)
+    print("\n".join(differences) if differences else f"{arguments.run} did what {arguments.reference} did")
+    return 1 if differences else 0
 
 
 def match_run(arguments: argparse.Namespace) -> int:

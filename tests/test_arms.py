@@ -250,3 +250,15 @@ def test_carried_cost_is_no_step_of_ones_own(tmp_path, ranks):  # noqa: F811
     ledger.close_step(ranks)
     assert ledger.spent() == {"tokens": 17, "flops": 5.0 * len(PHASES), "paper_flops": 19.0, "seconds": 1.0 * len(PHASES)}
     assert ledger.mean_step() == {"tokens": 10.0, "flops": 0.0, "paper_flops": 10.0, "seconds": 0.0}
+
+
+def test_two_runs_are_compared_by_their_journals(trained, capsys):  # noqa: F811
+    """The same run twice is one run; another seed is told step by step."""
+    from rlp.cli import main
+
+    one, again, other = (trained(name, run__seed=seed, budget__steps=2) for name, seed in (("one", 0), ("again", 0), ("other", 1)))
+    assert main(["audit", str(one), str(again)]) == 0 and "did what" in capsys.readouterr().out
+    assert main(["audit", str(one), str(other)]) == 1
+    assert "step 1: documents" in capsys.readouterr().out
+    (one / "journal.jsonl").unlink()
+    assert main(["audit", str(one), str(other)]) == 2 and "journal.jsonl" in capsys.readouterr().err

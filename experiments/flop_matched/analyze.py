@@ -17,8 +17,8 @@ import numpy as np
 
 STAGES = {"pretrain": "after pretraining", "sft": "after the same SFT", "rlvr": "after the same SFT and RLVR"}
 METRICS = {"accuracy_with_thought": "accuracy with a thought", "accuracy_without_thought": "accuracy without", "gain_over_start_nats": "gain over start, nats"}
-ARMS = {"base": "base", "cpt_tokens": "CPT, same tokens", "cpt_flops": "CPT, same FLOPs", "mixed_sft": "mixed SFT", "rpt": "RPT", "rlp": "RLP", "rlp_lm": "RLP + LM",
-        "shuffled_reward": "placebo: shuffled reward", "foreign_thought": "placebo: foreign thought"}
+ARMS = {"base": "base", "cpt_tokens": "CPT (same tokens)", "cpt_flops": "CPT (same FLOPs)", "mixed_sft": "mixed SFT", "rpt": "RPT", "rlp": "RLP", "rlp_lm": "RLP + LM",
+        "shuffled_reward": "placebo (shuffled reward)", "foreign_thought": "placebo (foreign thought)"}
 COLORS = ("#999999", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00", "#009e73", "#bbbb00", "#000000")
 
 

@@ -145,7 +145,9 @@ def probe(model: Path, base: Path, ranks: object) -> dict[str, float]:
 def curve(run: Path) -> list[dict]:
     """The evaluations of a run with what it had spent by then."""
     lines = {name: [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "timing", "evaluation")}
-    spent, seconds = {0: {"input_tokens": 0, "flops": 0.0, "seconds": 0.0}}, 0.0
+    made = run.parent / "spliced" / "ledger.json"  # of mixed SFT: what its data had cost before the first step
+    spent = {0: {name: json.loads(made.read_text())[name] if made.exists() else 0.0 for name in ("input_tokens", "flops", "seconds")}}
+    seconds = spent[0]["seconds"]
     for line, clock in zip(lines["metrics"], lines["timing"]):
         seconds += clock["perf/step_s"]
         spent[line["step"]] = {"input_tokens": line["budget/tokens"], "flops": line["budget/flops"], "seconds": round(seconds, 2)}
@@ -176,7 +178,7 @@ def main() -> int:
     results, started = out / "results.jsonl", time.perf_counter()
     seeds = make_world_and_bases(arguments.seeds)
     for round_ in tasks(seeds, read_done(results)):
-        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=12) as pool:
+        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
             waiting = [(task, pool.submit(work, *task, out)) for task in round_]
             for (arm, seed), future in waiting:
                 lines = future.result()
