@@ -140,11 +140,11 @@ def test_a_budget_ends_at_the_nearest_step(trained):  # noqa: F811
     assert len(read_lines(trained("many", budget__steps=None, budget__tokens=many) / "metrics.jsonl")) == 3
 
 
-@pytest.mark.parametrize("by", ["tokens", "flops", "paper_flops"])
-def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, by):  # noqa: F811
+@pytest.mark.parametrize("by, steps", [("tokens", 3), ("flops", 8), ("paper_flops", 20)])
+def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, by, steps):  # noqa: F811
     """Written by `write_match`, run by train.py, asserted by itself, with both ledgers shown."""
-    run = open_run_folder(trained("rlp", budget__steps=20))
-    config = write_match(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.batch_size=1", "optim.micro_batch_size=1", "logging.every_n_steps=1000"])
+    run = open_run_folder(trained("rlp", budget__steps=steps, logging__every_n_steps=1000))
+    config = write_match(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.micro_batch_size=4"])
     assert to_yaml(load_config(tmp_path / "arm.yaml")) == to_yaml(config)
     assert program.train(config, ranks) == program.DONE
     said = capsys.readouterr().out

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import train
-from rlp.config import ObjectiveConfig
+from rlp.config import ObjectiveConfig, RewardConfig
 from rlp.data import Document, Positions
 from rlp.layout import ThoughtFormat, Thoughts, repeated
 from rlp.model import Markers, Policy
@@ -180,7 +180,7 @@ def step_loss(engine: Callable, form: ThoughtFormat, documents: list[Document], 
               baseline_logprob: Tensor | None = None, **weights: float) -> Tensor:
     """`train.micro_batch_loss` on one micro-batch that is the whole step: the run is cut down to what that function reads."""
     run = SimpleNamespace(
-        config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights)), engine=engine, arrange=repeated, ranks=SimpleNamespace(device=CPU),
+        config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights), reward=RewardConfig()), asks_for_matches=False, engine=engine, arrange=repeated, ranks=SimpleNamespace(device=CPU),
         inputs=SimpleNamespace(form=form, markers=form.markers), count=lambda *work, **passes: None, tell_thoughts=lambda *told: None)
     batch = train.MicroBatch(documents, positions, thoughts, baseline_logprob)
     return train.micro_batch_loss(run, batch, None, [thoughts.truncated.numel(), 1], Tally(), lm=False)[0]
