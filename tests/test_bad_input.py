@@ -52,7 +52,7 @@ def test_a_zst_file_of_several_frames_is_read_whole(tmp_path: Path):
     assert Reader([path]).tokens(2) == [GOOD_TOKENS, [11, 12]]
 
 
-@pytest.mark.parametrize("name, content", [("x.jsonl.zst", GOOD), ("x.jsonl.zst", gzip.compress(GOOD)), ("x.jsonl.gz", zstandard.compress(GOOD)), ("x.jsonl.gz", GOOD)])
+@pytest.mark.parametrize("name, content", [("x.jsonl.zst", GOOD), ("x.jsonl.zst", gzip.compress(GOOD, mtime=0)), ("x.jsonl.gz", zstandard.compress(GOOD)), ("x.jsonl.gz", GOOD)])
 def test_a_file_compressed_otherwise_than_its_name_says_is_refused(tmp_path: Path, name: str, content: bytes):
     with pytest.raises(DataError, match="can not be read"):
         Reader([write(tmp_path / name, content)])
@@ -62,7 +62,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_stopped(tmp_path: Path, monkeypatch
     """A megabyte of zeros for a kilobyte of file, in either format; what was written of it is gone."""
     monkeypatch.setattr(sources, "EXPANSION_MARGIN_BYTES", 2 ** 20)
     zeros = b"\0" * 2 ** 24
-    for name, content in (("x.jsonl.gz", gzip.compress(zeros)), ("x.jsonl.zst", zstandard.compress(zeros))):
+    for name, content in (("x.jsonl.gz", gzip.compress(zeros, mtime=0)), ("x.jsonl.zst", zstandard.compress(zeros))):
         with pytest.raises(DataError, match="unpacks to more than .* 200 times its size; if that is right, unpack it yourself"):
             Reader([write(tmp_path / name, content)])
     assert not [path for path in sources.UNPACKED.iterdir() if path.suffix != ".lock"]
@@ -71,19 +71,19 @@ def test_a_file_that_unpacks_to_gigabytes_is_stopped(tmp_path: Path, monkeypatch
 
 def test_what_is_unpacked_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And again where the file has changed."""
-    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD))
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD, mtime=0))
     Reader([path])
     monkeypatch.setattr(sources, "_write_whole", lambda *arguments, **words: pytest.fail("unpacked twice"))
     assert Reader([path]).tokens(1) == [GOOD_TOKENS]
     monkeypatch.undo()
-    write(path, gzip.compress(b'{"text": "w5 w6"}\n'))
+    write(path, gzip.compress(b'{"text": "w5 w6"}\n', mtime=0))
     os.utime(path, ns=(1, 1))
     assert Reader([path]).tokens(1) == [[11, 12]]
 
 
 def test_a_cache_that_can_not_be_written_is_named_with_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Below a file, as good as read-only; and a disk that fills while a file is unpacked."""
-    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD))
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD, mtime=0))
     monkeypatch.setattr(sources, "UNPACKED", path / "unpacked")
     with pytest.raises(DataError, match=r"what is unpacked goes to .*x.jsonl.gz/unpacked \(HF_HOME moves it\)"):
         Reader([path])
