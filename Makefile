@@ -25,15 +25,14 @@ gpu:
 
 setup: $(VENV)/run.ok
 
-# Without byte code of all that is installed: a minute less, of which the few modules that are imported cost seconds.
 $(VENV)/run.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/test.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .[test]
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
 	touch $(VENV)/run.ok $@
 
 $(WORLD)/train.jsonl: $(VENV)/run.ok experiments/world/make_world.py

@@ -558,7 +558,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict | None:
     contenders = contenders or {name: bench.build(name) for name in names}
     raw = take_turns(bench, contenders, warmups, options.repeats)
     # Each costs a process and its imports.
-    memory_of = {names[0]} if options.quick else {names[0], "repeated", CAREFUL, CHECKPOINTED}
+    memory_of = set() if options.quick else {names[0], "repeated", CAREFUL, CHECKPOINTED}
     peak = {name: peak_bytes_alone(bench, name, options) for name in names if name in memory_of}
     return summary(bench, names, raw, peak, reward_error, gradient_error)
 
@@ -574,7 +574,7 @@ def summary(bench: Bench, names: list[str], raw: dict, peak: dict[str, int | Non
         "reward_max_rel_err": reward_error, "grad_rel_err": gradient_error,
         "speedup_vs_trl_careful": medians[CAREFUL]["step"] / medians[ours]["step"],
         "speedup_vs_trl_naive": medians[NAIVE]["step"] / medians[ours]["step"],
-        "peak_memory_ratio": peak[ours] / peak[CAREFUL] if peak[ours] and peak.get(CAREFUL) else None,
+        "peak_memory_ratio": peak[ours] / peak[CAREFUL] if peak.get(ours) and peak.get(CAREFUL) else None,
         "medians": medians, "ranges": {name: {part: [min(values), max(values)] for part, values in parts.items()} for name, parts in raw.items()},
         "peak_bytes_beyond_state": peak, "useful_flops": flops, "useful_flops_per_s": {name: flops / medians[name]["step"] for name in names},
         "mfu": {name: flops / medians[name]["step"] / top for name in names} if top else None, "raw_seconds": raw}

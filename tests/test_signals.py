@@ -1,7 +1,7 @@
 """A run that is asked to stop saves and says so; one that hangs shows where; none leaves a process behind."""
 
-import ctypes
 import datetime
+import json
 import os
 import re
 import signal
@@ -17,11 +17,10 @@ from training import REPOSITORY, TINY, read_lines, tiny_config
 
 import rlp.preemption
 import train as program
-from rlp.config import ConfigError, RunConfig, moment
-from rlp.distributed import run_as_process
+from rlp.config import ConfigError, moment
 from rlp.faults import VARIABLE, forget_passages
 from rlp.preemption import SIGNALS, Preemption
-from rlp.watchdog import STALLED, Watchdog
+from rlp.watchdog import STALLED
 
 
 @pytest.fixture(autouse=True)
@@ -183,17 +182,43 @@ def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
     assert "in fault" in (harness.folder / "stalled.log.rank1").read_text()
 
 
-def test_a_stall_that_holds_pythons_lock_is_shown_too(ranks, tmp_path):  # noqa: F811
-    """The watchdog's own thread can not run then."""
+ENDINGS = """
+import ctypes, json, os, sys, time
+from rlp.config import RunConfig
+from rlp.distributed import run_as_process, start_ranks
+from rlp.watchdog import Watchdog
+
+ranks = start_ranks()
+
+def hold_the_lock():
+    with Watchdog(ranks, RunConfig(dir=sys.argv[1], watchdog_s=0.5)):
+        time.sleep(0.5)
+        ctypes.PyDLL(None).usleep(20_000_000)
+
+codes = {}
+for name, ending in {"held": hold_the_lock, "3": lambda: 3, "2": lambda: sys.exit(2), "no": lambda: sys.exit("no"), "error": lambda: 1 / 0}.items():
     pid = os.fork()
     if pid == 0:
-        os.dup2(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), 2)
-        with Watchdog(ranks, RunConfig(dir=str(tmp_path), watchdog_s=0.5)):
-            time.sleep(0.5)
-            ctypes.PyDLL(None).usleep(20_000_000)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
-    assert "in test_a_stall_that_holds_pythons_lock_is_shown_too" in (tmp_path / "log").read_text()
+        os.dup2(os.open(os.path.join(sys.argv[1], name), os.O_WRONLY | os.O_CREAT), 2)
+        run_as_process(ending)
+    codes[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(json.dumps(codes))
+"""
+"""Children of a small process: a test process that has run much may be too large to fork."""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory) -> tuple[dict[str, int], Path]:
+    """Exit codes of `ENDINGS` by name, and the folder of what each wrote to stderr."""
+    folder = tmp_path_factory.mktemp("endings")
+    done = subprocess.run([sys.executable, "-c", ENDINGS, str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True)
+    return json.loads(done.stdout.splitlines()[-1]), folder
+
+
+def test_a_stall_that_holds_pythons_lock_is_shown_too(endings):
+    """The watchdog's own thread can not run then."""
+    codes, folder = endings
+    assert codes["held"] == 1 and "in hold_the_lock" in (folder / "held").read_text()
 
 
 def test_a_rank_that_loses_another_says_so_in_one_line(harness):
@@ -206,14 +231,10 @@ def test_a_rank_that_loses_another_says_so_in_one_line(harness):
     assert "Traceback" in (harness.folder / "lost" / "logs" / "rank_0.log").read_text()
 
 
-@pytest.mark.parametrize("ending, code", [(lambda: 3, 3), (lambda: sys.exit(2), 2), (lambda: sys.exit("no"), 1), (lambda: 1 / 0, 1)])
-def test_a_process_ends_with_the_code_of_its_program(ending, code):
+@pytest.mark.parametrize("name, code", [("3", 3), ("2", 2), ("no", 1), ("error", 1)])
+def test_a_process_ends_with_the_code_of_its_program(endings, name, code):
     """Without Python's own way out, which could wait for ranks that are gone; an error nobody caught is 1."""
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        run_as_process(ending)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert endings[0][name] == code
 
 
 def test_an_error_that_is_no_lost_peer_is_not_called_one(tmp_path, model_folder, corpus, ranks, monkeypatch):  # noqa: F811
