@@ -27,6 +27,7 @@ from rlp.config import ConfigError
 from rlp.metrics import visible_text
 from rlp.report import is_report, write_report
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines
+from rlp.sources import DataError
 
 if TYPE_CHECKING:
     from rlp.evaluation import Benchmark, Result
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 2
-    except DamagedFileError as error:
+    except (DamagedFileError, DataError) as error:
         print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 3
 
@@ -184,7 +185,6 @@ def splice_documents(arguments: argparse.Namespace) -> int:
     """`rlp splice`."""
     from rlp.config import load_config
     from rlp.distributed import start_ranks, stop_ranks
-    from rlp.sources import DataError
     from rlp.splice import splice
 
     path = open_run_folder(arguments.run).config_yaml if arguments.run.is_dir() else arguments.run
@@ -194,9 +194,6 @@ def splice_documents(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{path} has no budget.steps, so how many documents it reads is not known. Write --documents N.")
     try:
         told = splice(config, documents, arguments.out, start_ranks())
-    except DataError as error:
-        print(visible_text(f"rlp: {error}"), file=sys.stderr)
-        return 3
     finally:
         stop_ranks()
     print(f"{arguments.out}: {told['documents']} documents, {told['with_thought_frac']:.1%} with a thought; reward of the best of {told['group_size']} {told['best_reward_mean_nats']:+.3f} nats, of all {told['reward_mean_nats']:+.3f}")
@@ -205,15 +202,10 @@ def splice_documents(arguments: argparse.Namespace) -> int:
 
 def probe_one(arguments: argparse.Namespace) -> int:
     """`rlp probe`."""
-    from rlp.data import DataError  # they load transformers, which the other commands do without
-    from rlp.preflight import probe_checkpoint
+    from rlp.preflight import probe_checkpoint  # it loads transformers, which the other commands do without
 
-    try:
-        probe_checkpoint(arguments.checkpoint, arguments.data, config=arguments.config, start=arguments.start, out=arguments.out,
-                         overrides=arguments.overrides, console=Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
-    except DataError as error:
-        print(visible_text(f"rlp: {error}"), file=sys.stderr)
-        return 3
+    probe_checkpoint(arguments.checkpoint, arguments.data, config=arguments.config, start=arguments.start, out=arguments.out,
+                     overrides=arguments.overrides, console=Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
     return 0
 
 
@@ -222,7 +214,6 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     import torch  # it and transformers take seconds, which the other commands do without
 
     from rlp.evaluation import load_tasks, open_evaluator, run_benchmarks, thought_gain, versions
-    from rlp.sources import DataError
 
     for name, least in (("batch_size", 1), ("seed", 0), ("limit", 1)):
         value = getattr(arguments, name)
@@ -237,11 +228,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 110)  # a folded table can not be read
     results, rows = [], {}
-    try:
-        tasks = load_tasks(benchmarks)
-    except DataError as error:
-        print(visible_text(f"rlp: {error}"), file=sys.stderr)
-        return 3
+    tasks = load_tasks(benchmarks)
     evaluator = open_evaluator(arguments.checkpoint, device=device, dtype=arguments.dtype)
     for result, said in run_benchmarks(benchmarks, tasks, evaluator, modes=arguments.modes, limit=arguments.limit, seed=arguments.seed, rows=arguments.batch_size):
         results.append(result)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlp.config import Config, ConfigError, load_config, to_yaml
-from rlp.ledger import PHASES
 from rlp.run_folder import DamagedFileError, RunFolder, read_json, write_atomically
 
 TOLERANCE = 0.01
@@ -98,7 +97,7 @@ class Match:
         """Both ledgers, line by line."""
         lines = [f"{'ledger':<24}{'matched run':>14}{'this run':>14}{'ratio':>9}"]
         rows = [(name, self.other[name], own[name]) for name in ("steps", "input_tokens", "flops", "paper_flops", "paper_flops_sampled", "seconds")]
-        rows += [(f"{phase} flops", self.other["phases"][phase]["flops"], own["phases"][phase]["flops"]) for phase in PHASES]
+        rows += [(f"{phase} flops", self.other["phases"][phase]["flops"], own["phases"][phase]["flops"]) for phase in self.other["phases"]]
         lines += [f"{name:<24}{theirs:>14.4g}{ours:>14.4g}{ours / theirs if theirs else float('nan'):>9.3f}" for name, theirs, ours in rows if theirs or ours]
         verdict = "matched" if self.holds(own) else "NOT MATCHED: the two are no comparison. Smaller steps (optim.batch_size) come nearer"
         return "\n".join([*lines, f"{AMOUNTS[self.by]}: ratio {self.ratio(own):.4f}, allowed 1 +- {TOLERANCE:g}: {verdict}"])

@@ -14,6 +14,7 @@ Dimensions
     M  positions;  G  thoughts per position
 """
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -31,7 +32,7 @@ from rlp.ledger import Ledger
 from rlp.objective import information_gain, log_evidence
 from rlp.probe import load_frozen
 from rlp.rollout import NoiseKey, Rollout, sample_thoughts
-from rlp.run_folder import append_json_line, write_json
+from rlp.run_folder import write_json
 from rlp.scoring import score
 
 
@@ -58,7 +59,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     ledger = Ledger(inputs.shapes)
     temporary = out.with_name(f".tmp.{out.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
-    rewards, longest = [], 0
+    rewards, rows, longest = [], [], 0
     for step, start in enumerate(range(0, num_documents, config.optim.batch_size), start=1):
         documents = inputs.stream.next_documents(min(config.optim.batch_size, num_documents - start))
         positions = choose_positions(documents, inputs.candidates, config.position, horizon=config.target.horizon, seed=config.run.seed, step=step)
@@ -74,7 +75,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         for m in range(len(reward)):
             tokens = _with_best_thought(documents[positions.document[m]], positions, m, rollout.thoughts, reward[m], inputs.form)
             longest = max(longest, len(tokens) - len(documents[positions.document[m]].tokens))
-            append_json_line(temporary / "documents.jsonl", {
+            rows.append({
                 "tokens": tokens.tolist(), "text": inputs.tokenizer.decode(tokens), "document": documents[positions.document[m]].id, "position": int(positions.position[m]),
                 "reward": float(reward[m].max()), "group_rewards": reward[m].tolist()})
         rewards.append(reward)
@@ -82,6 +83,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     told = {"documents": len(reward), "with_thought_frac": float((reward.max(axis=1) > 0).mean()), "best_reward_mean_nats": float(reward.max(axis=1).mean()),
             "reward_mean_nats": float(reward.mean()), "group_size": config.thought.group_size, "longest_insert_tokens": longest}
     (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (temporary / "documents.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
     write_json(temporary / "ledger.json", ledger.to_json())
     write_json(temporary / "splice.json", told)
     os.replace(temporary, out)

@@ -139,7 +139,7 @@ class Harness:
             outcome.text += answer["text"]
             if attempt:
                 outcome.recovery_s.append(answer["seconds"])
-            if attempt and (begun := _continued_from(answer["text"])) is not None:
+            if attempt and (begun := continued_from(answer["text"])) is not None:
                 outcome.lost_steps.append(max(0, logged - begun))
                 logged = 0
             if answer["hung"]:
@@ -153,7 +153,7 @@ class Harness:
                 outcome.problems.append(f"attempt {attempt} ended well in spite of {fault}")
             if last and set(answer["codes"]) != {0}:
                 outcome.problems.append(f"the last attempt ended with {answer['codes']}: {answer['text'][-1500:]}")
-            logged = max(logged, _last_step(run))  # an attempt that died while it cut the logs back has made no step
+            logged = max(logged, last_step(run))  # an attempt that died while it cut the logs back has made no step
         if not outcome.problems:
             outcome.problems += self._audit(case, run)
         outcome.problems += [f"lost {lost} steps" for lost in outcome.lost_steps if lost > SAVE_EVERY]
@@ -176,14 +176,14 @@ def _weights(run: Path) -> bytes:
     return (run / "export" / "model.safetensors").read_bytes()
 
 
-def _last_step(run: Path) -> int:
+def last_step(run: Path) -> int:
     """The last step in the metrics, 0 where there is none; a torn line does not count."""
     path = run / "metrics.jsonl"
     lines = read_json_lines(path) if path.exists() else []
     return lines[-1]["step"] if lines else 0
 
 
-def _continued_from(text: str) -> int | None:
+def continued_from(text: str) -> int | None:
     """The step that a run said it continues from; None where it died before."""
     for line in text.splitlines():
         if line.startswith("continuing from ") and " at step " in line:

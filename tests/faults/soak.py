@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -25,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from harness import continued_from, last_step  # noqa: E402
 from training import REPOSITORY, rank_environment, read_lines  # noqa: E402
 
 from rlp.journal import audit  # noqa: E402
@@ -65,22 +65,10 @@ class Ranks:
         return codes
 
 
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:
-            continue  # torn by a kill; the next life drops it
-    return 0
-
-
-def continued_from(log: Path, known: int) -> int:
-    """The step of the checkpoint that a life began with, by what it said; 0 where it began anew, `known` until it has said so."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    said = re.search(r"continuing from .* at step (\d+)", text)
-    return int(said[1]) if said else 0 if "begins again at step 0" in text else known
+def begun_at(log: Path, known: int) -> int:
+    """The step that a life began with, by what it said; `known` until it has said so."""
+    said = continued_from(log.read_text(encoding="utf-8", errors="replace"))
+    return known if said is None else said
 
 
 def slope_per_minute(samples: list[tuple[float, int, int, int]], column: int, since: float) -> float:
@@ -104,7 +92,7 @@ def soak(run: Path, minutes: float, every_s: float, seed: int) -> dict:
         while time.monotonic() < stop and all(process.poll() is None for process in ranks.processes):
             time.sleep(1)
             ranks.sample()
-            if first is None and last_step(run) > continued_from(log, known):
+            if first is None and last_step(run) > begun_at(log, known):
                 first = time.monotonic()
         reached = last_step(run)
         final = time.monotonic() >= end
@@ -113,7 +101,7 @@ def soak(run: Path, minutes: float, every_s: float, seed: int) -> dict:
                 process.send_signal(signal.SIGTERM)
         else:
             noise.choice(ranks.processes).kill()
-        codes, begun = ranks.wait(60), continued_from(log, known)
+        codes, begun = ranks.wait(60), begun_at(log, known)
         lives.append({"codes": codes, "first_step": begun, "reached": reached, "lost_steps": known - begun,
                       "recovery_s": first - started if first else None, "rss_max_bytes": max((sample[2] for sample in ranks.samples), default=0), "fds_max": max((sample[3] for sample in ranks.samples), default=0),
                       "rss_bytes_per_minute": slope_per_minute(ranks.samples, 2, (first or end) + 15), "fds_per_minute": slope_per_minute(ranks.samples, 3, (first or end) + 15)})
