@@ -9,13 +9,17 @@ WORLD := experiments/world/data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test gpu setup clean
+.PHONY: quickstart test test-all gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test.ok
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same and the long ones, each marked `slow`.
+test-all: $(VENV)/test.ok
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
 
 # On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
 gpu:
