@@ -11,8 +11,9 @@ Dimensions
 
 import math
 import string
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,13 +28,18 @@ LISTED_PER_REASON = 100
 """Bad rows told one by one for each reason; the counts go on."""
 
 
-def keyed_noise(*, seed: int, purpose: int, step: int = 0, document: int = 0, position: int = 0, thought: int = 0) -> np.random.Generator:
-    """A generator that depends on its key alone, so a draw is the same on any rank, in any batch, after any resume.
+def keyed_noise(*, seed: int, purpose: int, step: int = 0, document: int = 0, occurrence: int = 0,
+                position: int = 0, thought: int = 0) -> np.random.Generator:
+    """A generator that depends on its key alone.
 
-    Philox is a function from (key, counter) to bits; the lowest counter word runs over the draws.
+    So a draw is the same on any rank, in any batch, after any resume. Philox is a function from
+    (key, counter) to bits; the lowest counter word runs over the draws.
+
+    Args:
+        occurrence: of the document in the step (`Document.occurrence`).
     """
     key = np.array([seed, (purpose << 32) | step], dtype=np.uint64)
-    counter = np.array([0, thought, position, document], dtype=np.uint64)
+    counter = np.array([0, (occurrence << 32) | thought, position, document], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
@@ -45,6 +51,10 @@ class Document:
     """Its row number in the corpus: the same in every epoch, on every rank."""
     tokens: np.ndarray
     """[P] int64."""
+    occurrence: int = 0
+    """How often it came before in the same step, over all ranks and in the order of the stream. A
+    small corpus, a weighted source or the end of an epoch gives a document twice: it is then
+    thought about twice, with other noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +205,18 @@ class DocumentStream:
         self.bad: dict[str, int] = {}
 
     def next_documents(self, count: int) -> list[Document]:
-        """The next `count` good documents.
+        """The next `count` good documents: those of one step, of all ranks.
 
         Raises:
             DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad, or all rows of a source are.
         """
-        return [self._next_document() for _ in range(count)]
+        documents, seen = [], Counter()
+        for _ in range(count):
+            document = self._next_document()
+            documents.append(replace(document, occurrence=seen[document.id]))
+            seen[document.id] += 1
+
+        return documents
 
     @property
     def cursor(self) -> int:
@@ -317,7 +333,8 @@ def _choose(document: Document, candidates: np.ndarray, config: PositionConfig, 
     if score is not None:
         ranked = candidates[np.argsort(-score[candidates], kind="stable")]
         return np.sort(ranked[: config.per_document])
-    noise = keyed_noise(seed=seed, purpose=POSITION_NOISE, step=step, document=document.id)
+    noise = keyed_noise(seed=seed, purpose=POSITION_NOISE, step=step, document=document.id,
+                        occurrence=document.occurrence)
     return np.sort(noise.choice(candidates, size=config.per_document, replace=False))
 
 

@@ -1,8 +1,9 @@
 """G thoughts per position, sampled from the policy: each prefix computed once, its cache forked.
 
 Each token is drawn by inverse CDF from one uniform number of a keyed counter-based generator, so
-thoughts depend on (seed, step, document, position, thought, token index) and on nothing else: not on
-rank, order, micro-batches or resume. The whole distribution is sampled: no top-p, no top-k.
+thoughts depend on (seed, step, document and its occurrence in the step, position, thought, token
+index) and on nothing else: not on rank, order, micro-batches or resume. The whole distribution is
+sampled: no top-p, no top-k.
 
 Dimensions
     M  positions;  G  thoughts per position;  L  thought tokens;  N = M * G
@@ -33,9 +34,11 @@ class NoiseKey:
     step: int
     purpose: int = THOUGHT_NOISE
 
-    def uniforms(self, document: int, position: int, thought: int, length: int) -> np.ndarray:
+    def uniforms(self, document: Document, position: int, thought: int, length: int) -> np.ndarray:
         """[length] float64 in [0, 1), one per thought token."""
-        return keyed_noise(seed=self.seed, purpose=self.purpose, step=self.step, document=document, position=position, thought=thought).random(length)
+        noise = keyed_noise(seed=self.seed, purpose=self.purpose, step=self.step, document=document.id,
+                            occurrence=document.occurrence, position=position, thought=thought)
+        return noise.random(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
     """
     fault("rollout")
     uniforms = torch.from_numpy(np.stack([
-        noise.uniforms(documents[d].id, int(t), g, max_thought_tokens)
+        noise.uniforms(documents[d], int(t), g, max_thought_tokens)
         for d, t in zip(positions.document, positions.position) for g in range(group_size)]))
     size = max(1, rows // group_size)
     parts, work = [], Work()

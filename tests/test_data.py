@@ -5,6 +5,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -325,6 +326,15 @@ def test_a_document_keeps_its_id_and_its_tokens_in_every_epoch(tmp_path: Path):
     assert all(document.tokens.tolist() == [6 + document.id, 6] for document in reader.stream.next_documents(90))
 
 
+def test_a_document_that_comes_twice_in_a_step_says_how_often_it_came_before(tmp_path: Path):
+    """Counted in the batch of all ranks, and from 0 again in the next one."""
+    reader = Reader([numbered(tmp_path / "x.jsonl", 3)], shuffle=False)
+    batches = [[(document.id, document.occurrence) for document in reader.stream.next_documents(count)]
+               for count in (4, 7)]
+    assert batches[0] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert batches[1] == [(1, 0), (2, 0), (0, 0), (1, 1), (2, 1), (0, 1), (1, 2)]
+
+
 # Before the first document, inside an epoch, at its end, in the next, with bad rows behind and ahead.
 @pytest.mark.parametrize("shuffle, read", list(product((True, False), (0, 1, 7, 26, 27, 40))))
 def test_a_cursor_resumes_exactly(tmp_path: Path, shuffle: bool, read: int):
@@ -451,6 +461,16 @@ def test_uniform_positions_depend_on_seed_step_and_document_only():
     assert chosen(documents, per_document=3, seed=1).position.tolist() != together.position.tolist()
     renamed = [Document(id=document.id + 1000, tokens=document.tokens) for document in documents]
     assert chosen(renamed, per_document=3).position.tolist() != together.position.tolist()
+
+
+def test_the_second_time_in_a_step_a_document_has_other_positions():
+    """Each occurrence draws for itself: of 4 times, 3 of 40 positions, hardly two alike; the first as ever."""
+    document = random_documents([40])[0]
+    again = [replace(document, occurrence=occurrence) for occurrence in range(4)]
+    positions = chosen(again, per_document=3)
+    rows = [tuple(positions.position[positions.slice_of_documents(d, d + 1)]) for d in range(4)]
+    assert len(set(rows)) == 4
+    assert rows[0] == tuple(chosen([document], per_document=3).position)
 
 
 @pytest.mark.parametrize("selector", ["entropy", "surprisal"])

@@ -157,7 +157,7 @@ def test_a_thought_is_the_inverse_cdf_of_a_fresh_forward(name: str):
     for m, (d, t) in enumerate(zip(POSITIONS.document, POSITIONS.position)):
         for g in range(GROUP):
             text = [6, 7, *DOCUMENTS[d].tokens[:t].tolist(), 2, 11]
-            for u, uniform in enumerate(NoiseKey(seed=0, step=1).uniforms(DOCUMENTS[d].id, int(t), g, 5)):
+            for u, uniform in enumerate(NoiseKey(seed=0, step=1).uniforms(DOCUMENTS[d], int(t), g, 5)):
                 with torch.no_grad():
                     logits = policy.lm(input_ids=torch.tensor([text])).logits[0, -1].double()
                 logprobs = (logits / TEMPERATURE).log_softmax(dim=0)
@@ -168,20 +168,20 @@ def test_a_thought_is_the_inverse_cdf_of_a_fresh_forward(name: str):
 
 
 def test_thoughts_differ_between_seeds_steps_documents_positions_siblings_and_purposes():
-    """Twice the same document under two ids, at two positions of equal context: only the key differs."""
+    """The same document under two ids, and twice under one, at positions of equal context: only the key differs."""
     policy, form = tiny_policy(), thought_format(instruction=())
     words = np.full(9, 20)
-    twins = [Document(id=1, tokens=words), Document(id=2, tokens=words)]
-    positions = places((0, 4), (1, 4), documents=twins)
+    twins = [Document(id=1, tokens=words), Document(id=2, tokens=words), Document(id=1, tokens=words, occurrence=1)]
+    positions = places((0, 4), (1, 4), (2, 4), documents=twins)
 
     def groups(noise: NoiseKey) -> list[list[int]]:
         return token_lists(think(policy, form, documents=twins, positions=positions, noise=noise).thoughts)
 
     keys = [NoiseKey(seed=0, step=1), NoiseKey(seed=0, step=2), NoiseKey(seed=1, step=1), NoiseKey(seed=0, step=1, purpose=PANEL_NOISE)]
     thoughts = [tuple(tokens) for noise in keys for tokens in groups(noise)]
-    assert len(set(thoughts)) == len(keys) * 2 * GROUP
+    assert len(set(thoughts)) == len(keys) * len(twins) * GROUP
     assert groups(keys[0]) == groups(keys[0])
-    uniforms = np.stack([keys[0].uniforms(1, t, g, 6) for t in (4, 5) for g in (0, 1)])
+    uniforms = np.stack([keys[0].uniforms(twins[0], t, g, 6) for t in (4, 5) for g in (0, 1)])
     assert len(np.unique(uniforms)) == uniforms.size
 
 

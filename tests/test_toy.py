@@ -242,8 +242,8 @@ class GivenNoise:
     def __init__(self, numbers: dict[tuple[int, int], list[float]]) -> None:
         self._numbers = numbers
 
-    def uniforms(self, document: int, position: int, thought: int, length: int) -> np.ndarray:
-        numbers = self._numbers[document, thought]
+    def uniforms(self, document: Document, position: int, thought: int, length: int) -> np.ndarray:
+        numbers = self._numbers[document.id, thought]
         return np.array(numbers + [0.5] * (length - len(numbers)))
 
 
