@@ -112,7 +112,7 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
     with run.ledger.time("decode"), run.engine.generation():
         rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
             run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
-            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.engine.agree)
+            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.agree)
     run.count_rollout(rollout)
     run.journal.add_thoughts(positions, rollout.thoughts)
     watch_thoughts(tally, documents, positions, rollout.thoughts, run.scripts,

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlp.answers import AnswerPool
@@ -41,6 +40,7 @@ from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, 
 from rlp.export import known_ids, read_thought_format
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
+from rlp.metrics import Progress
 from rlp.model import Markers, Policy, check_logits, compute_dtype, load_policy
 from rlp.rollout import ForkedBranches, NoiseKey, draw, sample_thoughts
 from rlp.sources import DataError
@@ -250,11 +250,13 @@ class Thinker:
         return found
 
     def _chunks(self, prompts: list[np.ndarray], samples: int) -> Iterator[list[int]]:
-        """Indices of prompts that are worked on together, longest first, with a progress bar where somebody looks."""
+        """Indices of prompts that are worked on together, longest first; how far that is, is told."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         size = max(1, self._rows // samples)
-        for start in tqdm(range(0, len(order), size), desc="thinking" if self._thinks else "answering", unit="batch", disable=None, leave=False):
-            yield order[start : start + size]
+        with Progress("thinking and answering" if self._thinks else "answering", len(order), "prompts") as progress:
+            for start in range(0, len(order), size):
+                yield order[start : start + size]
+                progress.advance(len(order[start : start + size]))
 
     def _contexts(self, prompts: list[np.ndarray], samples: int, answer_tokens: int) -> list[list[_Context]]:
         """What stands before each answer: the prompt, or the prompt and each of its thoughts."""

@@ -14,6 +14,7 @@ from rlp.config import Config, ConfigError
 from rlp.data import Document, DocumentStream, candidate_positions, choose_positions, marker_ids
 from rlp.layout import thought_format
 from rlp.ledger import model_shapes
+from rlp.metrics import Progress, Tell
 from rlp.model import find_markers, load_tokenizer, quiet_transformers, read_model_config
 from rlp.sources import Rows, open_rows
 
@@ -47,15 +48,16 @@ class ModelInputs:
 class PanelInputs(ModelInputs):
     """Inputs of a held-out panel too: which positions may be chosen, and its documents."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, warn: Callable[[str], None], progress: Tell = Progress) -> None:
         """
         Args:
             warn: told about skipped documents.
+            progress: makes a `Progress`, for data that takes long to open.
         """
         super().__init__(config)
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
-        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out") if config.data.held_out else None
+        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out", progress) if config.data.held_out else None
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
@@ -69,19 +71,20 @@ class PanelInputs(ModelInputs):
 class Inputs(PanelInputs):
     """All inputs of a run: the documents too."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None) -> None:
+    def __init__(self, config: Config, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None, progress: Tell = Progress) -> None:
         """
         Args:
             warn: told about skipped documents, once for each reason.
             record: told about each skipped document of the training data.
+            progress: as `PanelInputs`.
         """
-        super().__init__(config, warn)
+        super().__init__(config, warn, progress)
         self.architecture = read_model_config(config.model)
         try:
             self.shapes = model_shapes(self.architecture)
         except ValueError as error:
             raise ConfigError(f"model.path: the work of {self.architecture.model_type} can not be counted: {error}") from error
-        rows = open_rows(config.data.train, config.data, config.data.split, "data.train")
+        rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
         self.stream = self._train_stream(rows, warn, record)
         self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(1)  # data that is all bad is refused here
 

@@ -6,6 +6,8 @@ definition; a name that is in neither can not be logged.
 never fails the run. What the clock and the memory counter say (`perf/*`) goes to `timing.jsonl`,
 so that `metrics.jsonl` of a resumed run equals that of an unbroken one byte for byte.
 
+`Progress` tells how far one long piece of work is, in a run or without one (`rlp probe`, `rlp eval`, unpacking data).
+
 Averages are over all ranks: means of a step are sums over all its thoughts (or positions, or
 tokens) divided by their number.
 """
@@ -18,9 +20,14 @@ import math
 import queue
 import sys
 import threading
+import time
 import unicodedata
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TextIO
+
+import psutil
 
 from tqdm import tqdm
 
@@ -73,6 +80,8 @@ METRICS: dict[str, Metric] = {
     "budget/flops": Metric("FLOPs", "FLOPs spent so far by the ledger's count, over all ranks."),
     "perf/thought_tokens_per_s": Metric("tokens per second", "Sampled thought tokens per second of sampling, over all ranks."),
     "perf/step_s": Metric("seconds", "Duration of the step."),
+    "perf/tokens_per_s": Metric("tokens per second", "Document tokens read and thought tokens sampled in the step, over all ranks, per second of the step."),
+    "perf/left_s": Metric("seconds", "What the budget leaves, at the pace of the last steps (`Pace`), evaluations and checkpoints not counted."),
     "perf/peak_memory_bytes": Metric("bytes", "Largest memory allocated on a device during the step, over all ranks; on a CPU, the largest resident set so far."),
 }
 
@@ -115,7 +124,16 @@ _CONSOLE = (
     ("lm/loss", "lm", "{:.4f} nats"),
     ("optim/grad_norm", "grad", "{:.3g}"),
     ("perf/step_s", "took", "{:.2f} s"),
+    ("perf/tokens_per_s", "speed", "{:,.0f} tokens/s"),
+    ("perf/peak_memory_bytes", "memory", "{}"),
+    ("perf/left_s", "left", "{}"),
 )
+
+LINE_EVERY_S = 30.0
+"""Where nobody watches a terminal, long work is told of this often."""
+
+PACE_STEPS = 20
+"""Steps that `perf/left_s` looks back on."""
 
 
 FINISH_PATIENCE_S = 120
@@ -138,6 +156,154 @@ def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def say_line(text: str, file: TextIO | None = None) -> None:
+    """Print a line above any bar (by default to stdout). What data or a model wrote in it does nothing to the terminal."""
+    try:
+        tqdm.write(visible_text(text), file=file)
+        (file or sys.stdout).flush()
+    except OSError:
+        pass  # the output goes to a full disk, or nobody reads it any more: nobody is left to be told, and work goes on
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.4 s, 48 s, 3:20 (minutes), 1:02:05 (hours), 3 d 04:10 (days and hours)."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours, days = whole // 60 % 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days} d {hours % 24:02d}:{minutes:02d}"
+    clock = f"{minutes:02d}:{whole % 60:02d}"
+    return f"{hours}:{clock}" if hours else clock.removeprefix("0")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as people say them, in powers of ten: 812 MB, 6.1 GB."""
+    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * unit_bytes:
+            return f"{num_bytes / unit_bytes:.3g} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+class Pace:
+    """How long the rest takes, by the last steps."""
+
+    def __init__(self, num_steps: int = PACE_STEPS) -> None:
+        self._steps: deque[tuple[float, float]] = deque(maxlen=num_steps)
+
+    def left_s(self, advanced: float, seconds: float, left: float) -> float | None:
+        """Take one more step into account; seconds until all is done, or None before anything has moved.
+
+            left x (seconds of the last steps) / (what they advanced)
+
+        Args:
+            advanced: of the whole, by this step, in any unit.
+            seconds: that the step took.
+            left: what is to be done, in the same unit.
+        """
+        self._steps.append((advanced, seconds))
+        done, taken = (sum(column) for column in zip(*self._steps))
+        return max(0.0, left) * taken / done if done > 0 else None
+
+
+class Progress:
+    """How far a long piece of work is: a bar on a terminal; elsewhere a line every `LINE_EVERY_S` seconds, and none before.
+
+        with Progress("thinking on the panel", total=64, unit="documents") as progress:
+            for batch in batches:
+                ...
+                progress.advance(len(batch))
+    """
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "", *, shown: bool = True, say: Callable[[str], None] | None = None) -> None:
+        """
+        Args:
+            total: how much there is to do, in `unit`; None where nobody knows.
+            unit: a word in the plural. `bytes` are told in MB and GB.
+            shown: False says nothing, for ranks that do not speak.
+            say: takes a line where there is no terminal; by default it goes to stderr.
+        """
+        self._what, self._total, self._unit = what, total, unit
+        self._shown, self._say = shown, say or (lambda text: say_line(text, sys.stderr))
+        self._done, self._bar = 0, None
+
+    def __enter__(self) -> "Progress":
+        self._began = self._told = time.monotonic()
+        if self._shown and sys.stderr.isatty():
+            in_bytes = self._unit == "bytes"
+            # Work that is done within a second shows no bar at all.
+            self._bar = tqdm(desc=self._what, total=self._total, unit="B" if in_bytes else f" {self._unit}", unit_scale=in_bytes, leave=False, delay=1, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, amount: int = 1) -> None:
+        """So much more is done; 0: something moves, and there is nothing to count."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif self._shown and time.monotonic() - self._told >= LINE_EVERY_S:
+            self._told = time.monotonic()
+            self._say(self._line())
+
+    def _line(self) -> str:
+        taken = self._told - self._began
+        amount = (lambda value: size(value)) if self._unit == "bytes" else (lambda value: f"{value:,}")
+        of_total = "" if self._total is None else f" of {amount(self._total)}"
+        unit = "" if self._unit == "bytes" else f" {self._unit}"
+        left = "" if self._total is None or not self._done else f", about {duration(taken * (self._total - self._done) / self._done)} left"
+        return f"{self._what}: {amount(self._done)}{of_total}{unit} in {duration(taken)}{left}"
+
+
+Tell = Callable[[str, int | None, str], Progress]
+"""What makes a `Progress` of (what, total, unit), and with it says who speaks, and where."""
+
+
+class WallTime:
+    """Where the time of a process goes, from its start: each moment belongs to one part."""
+
+    def __init__(self) -> None:
+        """The time until now belongs to the part `start`."""
+        age = max(0.0, time.time() - psutil.Process().create_time())
+        self._parts: dict[str, float] = {"start": age}
+        self._part, self._since = "start", time.monotonic()
+
+    def enter(self, part: str) -> str:
+        """What is done from now on; returns what was done until now."""
+        before, now = self._part, time.monotonic()
+        self._parts[before] = self._parts.get(before, 0.0) + now - self._since
+        self._part, self._since = part, now
+        return before
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """The block belongs to a part; what comes after it to the part from before."""
+        before = self.enter(part)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds of each part."""
+        self.enter(self._part)
+        return dict(self._parts)
+
+    def told(self) -> str:
+        """The sum, and its parts of at least half a second, the largest first."""
+        parts = sorted(((seconds, part) for part, seconds in self.so_far().items() if seconds >= 0.5), reverse=True)
+        listed = ", ".join(f"{part} {duration(seconds)}" for seconds, part in parts)
+        return duration(sum(self._parts.values())) + (f": {listed}" if listed else "")
+
+
+_WORDS: dict[str, Callable[[float], str]] = {"perf/peak_memory_bytes": size, "perf/left_s": duration}
+"""Numbers that the console tells in other units."""
+
+
 class MetricsLog:
     """Tells what happens: rank 0 writes the files and speaks, the other ranks only check."""
 
@@ -151,7 +317,7 @@ class MetricsLog:
         self._first_rank = ranks.is_first
         self._total = total_hint
         self._bar: tqdm | None = None
-        self._said_a_step = False
+        self._said_at: float | None = None
         require_wandb(config.logging.wandb)
         self._wandb = WandbAdapter(folder, config, self.say) if ranks.is_first else None
 
@@ -175,6 +341,17 @@ class MetricsLog:
         self._wandb.log(step, measured)
         self._show(step, measured)
 
+    def still(self, step: int, phase: str, seconds: float) -> None:
+        """Say of a long step that it goes on, `LINE_EVERY_S` after the last line of any step, where nobody watches a terminal.
+
+        Args:
+            phase: what it is doing.
+            seconds: since the step began.
+        """
+        if self._first_rank and not sys.stderr.isatty() and seconds >= LINE_EVERY_S and time.monotonic() - (self._said_at or 0.0) >= LINE_EVERY_S:
+            self.say(f"step {step}: in {phase}, {duration(seconds)} so far")
+            self._said_at = time.monotonic()
+
     def evaluation(self, step: int, values: dict[str, float | None]) -> None:
         """Record one evaluation of the held-out panel, by name in `EVALUATION`; `step` 0 is before the first update."""
         measured = in_table_order(values, EVALUATION)
@@ -192,11 +369,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print a line, on rank 0, above the bar where there is one. What data or a model wrote in it does nothing to the terminal."""
         if self._first_rank:
-            try:
-                tqdm.write(visible_text(text))
-                sys.stdout.flush()
-            except OSError:
-                pass  # the output goes to a full disk, or nobody reads it any more: nobody is left to be told, and the run goes on
+            say_line(text)
 
     def close(self) -> None:
         """End the bar and hand the last values to Weights & Biases."""
@@ -207,19 +380,21 @@ class MetricsLog:
             self._wandb.close()
 
     def _show(self, step: int, measured: dict[str, float]) -> None:
-        words = {word: form.format(measured[name]) for name, word, form in _CONSOLE if name in measured}
+        in_words = measured | {name: words(measured[name]) for name, words in _WORDS.items() if name in measured}
+        words = {word: form.format(in_words[name]) for name, word, form in _CONSOLE if name in measured}
         if sys.stderr.isatty():
             self._move_bar(step, words)
-        elif step % self._every_n_steps == 0 or not self._said_a_step:
+        elif step % self._every_n_steps == 0 or self._said_at is None or time.monotonic() - self._said_at >= LINE_EVERY_S:
             of_total = f"/{self._total}" if self._total else ""
             self.say("  ".join([f"step {step}{of_total}", *(f"{word} {value}" for word, value in words.items())]))
-        self._said_a_step = True
+            self._said_at = time.monotonic()
 
     def _move_bar(self, step: int, words: dict[str, str]) -> None:
         if self._bar is None:
             self._bar = tqdm(total=self._total, initial=step - 1, unit="step", dynamic_ncols=True)
-        # The bar times the steps itself.
-        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word != "took"), refresh=False)
+        # The bar times the steps itself, and where it knows how many there are it says what is left.
+        own = ("took", "left") if self._total else ("took",)
+        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word not in own), refresh=False)
         self._bar.update(step - self._bar.n)
 
 

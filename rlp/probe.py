@@ -33,6 +33,7 @@ from rlp.distributed import Ranks
 from rlp.export import known_ids, master_weights
 from rlp.inputs import PanelInputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
+from rlp.metrics import Progress, Tell
 from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy, load_tokenizer, read_model_config
 from rlp.objective import log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
@@ -223,7 +224,8 @@ def _gather(parts: list[tuple[int, object] | None], ranks: Ranks) -> list:
 
 
 def probe_panel(arrange: Callable, panel: Panel, policy: Policy, teacher: Policy | None, start_logprob: list[float] | None, form: ThoughtFormat, config: Config, ranks: Ranks, *,
-                generation: Callable[[], AbstractContextManager] = nullcontext, agree: Callable[[bool], bool] = bool) -> Probe:
+                generation: Callable[[], AbstractContextManager] = nullcontext, agree: Callable[[bool], bool] = bool,
+                progress: Tell = Progress) -> Probe:
     """Think at every panel position and measure what that was worth. A collective; the ledger does not count it.
 
     Thoughts are drawn with the panel's own noise: up to rounding no number depends on batch size, ranks, or what a run did before.
@@ -234,32 +236,42 @@ def probe_panel(arrange: Callable, panel: Panel, policy: Policy, teacher: Policy
         start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the policy is the starting checkpoint.
         generation: a context around sampling, as `Engine.generation`.
         agree: of `sample_thoughts`.
+        progress: makes a `Progress`.
     """
+    batches = panel.batches(config.evaluation.batch_size, ranks)
     with policy.sampling():
-        thoughts = _think(arrange, panel, policy, form, config, ranks, generation, agree)
+        with progress("thinking on the held-out panel", len(batches), "batches") as thinking:
+            thoughts = _think(arrange, panel, policy, form, config, ranks, generation, agree, thinking)
         donors, parts = panel.donors(), []
-        for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-            where = panel.positions.slice_of_documents(start, stop)
-            foreign = None if donors is None else thoughts[donors[where]]
-            part = _score_documents(arrange, panel.documents[start:stop], panel.positions.of_documents(start, stop), thoughts[where], foreign, policy, teacher, form)
-            parts.append((start, part) if counts else None)
+        with progress("scoring the held-out panel", len(batches), "batches") as scoring:
+            for start, stop, counts in batches:
+                where = panel.positions.slice_of_documents(start, stop)
+                foreign = None if donors is None else thoughts[donors[where]]
+                part = _score_documents(arrange, panel.documents[start:stop], panel.positions.of_documents(start, stop), thoughts[where], foreign, policy, teacher, form)
+                parts.append((start, part) if counts else None)
+                scoring.advance()
     scored = _gather(parts, ranks)
     answers = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
     return _summarize(panel, thoughts, answers, answers["no_think"] if start_logprob is None else np.array(start_logprob), len(form.markers.close))
 
 
 def _think(arrange: Callable, panel: Panel, policy: Policy, form: ThoughtFormat, config: Config, ranks: Ranks,
-           generation: Callable[[], AbstractContextManager], agree: Callable[[bool], bool]) -> PanelThoughts:
+           generation: Callable[[], AbstractContextManager], agree: Callable[[bool], bool], thinking: Progress) -> PanelThoughts:
     """Sample the thoughts of the whole panel."""
+    def agree_and_tell(claim: bool) -> bool:
+        thinking.advance(0)  # a token more of each thought
+        return agree(claim)
+
     parts = []
     for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
         with generation():
             sampled = sample_thoughts(policy, panel.documents[start:stop], panel.positions.of_documents(start, stop), form, NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
                                       group_size=config.evaluation.thoughts_per_position, max_thought_tokens=config.thought.max_thought_tokens,
-                                      rows=config.thought.sampling_rows, shared=arrange is tree, agree=agree).thoughts
+                                      rows=config.thought.sampling_rows, shared=arrange is tree, agree=agree_and_tell).thoughts
         tokens, mask, truncated = (part.cpu().numpy() for part in (sampled.tokens, sampled.mask, sampled.truncated))
         groups = [[thought[held] for thought, held in zip(*group)] for group in zip(tokens, mask)]
         parts.append((start, (groups, truncated)) if counts else None)
+        thinking.advance()
     gathered = _gather(parts, ranks)
     return PanelThoughts([group for groups, _ in gathered for group in groups], np.concatenate([truncated for _, truncated in gathered]))
 

@@ -27,7 +27,7 @@ from rlp.journal import Journal
 from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.ledger import Ledger
 from rlp.match import open_match
-from rlp.metrics import MetricsLog, quiet_libraries, visible_text
+from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
 from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError
@@ -59,15 +59,18 @@ class Run:
         self.share = share_of_rank(config.optim.batch_size, ranks.rank, ranks.world_size)
         self.step = 0
         self.seconds = 0.0
+        self.wall, self.pace = WallTime(), Pace()
         self.guard = Guard(config.optim, ranks)
         self.start_logprob: list[float] = []
         self.length_watch = LengthWatch()
         self.match = open_match(config)
         self.watchdog.mark("data")
-        self.inputs = Inputs(config, self._warn, self._record_bad)
+        self.inputs = Inputs(config, self._warn, self._record_bad, self._progress)
         self._data_state, self._made_step = self.inputs.stream.state(), 0
         self._weights_moved = False
+        self._step_started = time.perf_counter()
         self._saved_step: int | None = None
+        self._say(f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million parameters")
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         layout, why = choose_layout(config, self.inputs.architecture)
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
@@ -75,7 +78,7 @@ class Run:
         try:
             self.watchdog.mark("model")
             self._build_model()
-            self.log = MetricsLog(self.folder, config, ranks, config.budget.steps)
+            self.log = MetricsLog(self.folder, config, ranks, self._known_steps())
             self.journal = Journal(self.folder, config, ranks, self.engine)
             self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
             self._resume(resumes)
@@ -126,9 +129,21 @@ class Run:
         return thinks and self.config.baseline.kind in ("ema", "frozen"), thinks and self.config.objective.kl_weight > 0
 
     def _warn(self, text: str) -> None:
+        self._say(f"data: {text}")
+
+    def _say(self, text: str) -> None:
+        """`MetricsLog.say`, also before there is a log."""
         if self.ranks.is_first:
-            log = getattr(self, "log", None)
-            log.say(f"data: {text}") if log else print(visible_text(f"data: {text}"))
+            say_line(text)
+
+    def _progress(self, what: str, total: int | None, unit: str) -> Progress:
+        """A `Progress` that the first rank tells."""
+        return Progress(what, total, unit, shown=self.ranks.is_first, say=self._say)
+
+    def _known_steps(self) -> int | None:
+        """Steps of the whole run, where nothing else limits it."""
+        others = [limit for name, limit in asdict(self.config.budget).items() if name != "steps"]
+        return self.config.budget.steps if not any(others) else None
 
     def _record_bad(self, entry: dict) -> None:
         """Write down a document of this step that was skipped."""
@@ -181,6 +196,7 @@ class Run:
         return self.config.reward.kind == "greedy_match"
 
     def begin_step(self) -> None:
+        self.wall.enter("training")
         self.progress_before = self.progress()
         self.step += 1
         self._step_started = time.perf_counter()
@@ -196,6 +212,14 @@ class Run:
         made = self.ranks.broadcast(any(line["step"] == self.step for line in self._evaluations()) if self.ranks.is_first else None)
         return due and not made
 
+    def agree(self, claim: bool) -> bool:
+        """`Engine.agree`, once for each token of all thoughts."""
+        self._tell_that_it_goes_on()
+        return self.engine.agree(claim)
+
+    def _tell_that_it_goes_on(self) -> None:
+        self.log.still(self.step, self.watchdog.phase, time.perf_counter() - self._step_started)
+
     def safe_point(self) -> None:
         """Between micro-batches: a step from which nothing has moved is given up here where any rank was asked to stop.
 
@@ -203,6 +227,7 @@ class Run:
             StopRequested: on all ranks.
         """
         self.watchdog.mark()
+        self._tell_that_it_goes_on()
         if not self._weights_moved:
             self.preemption.safe_point()
 
@@ -240,12 +265,14 @@ class Run:
         combine_parts(values)
         sampling = cost["phases"]["prefill"]["seconds"] + cost["phases"]["decode"]["seconds"]
         sampled = cost["phases"]["decode"]["tokens_generated"]
+        done = self.progress()
         values |= {
             "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.guard.skipped,
             "optim/spikes": self.guard.spikes if self.config.optim.spike_factor else None,
             "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.inputs.stream.bad.values()),
             "budget/tokens": self.ledger.input_tokens, "budget/flops": self.ledger.flops,
             "perf/step_s": seconds, "perf/thought_tokens_per_s": sampled / sampling if sampled else None, "perf/peak_memory_bytes": self._peak_memory(),
+            "perf/tokens_per_s": (cost["input_tokens"] + sampled) / seconds, "perf/left_s": self.pace.left_s(done - self.progress_before, seconds, 1 - done),
         }
         unusable = sorted(name for name, value in values.items() if value is not None and not math.isfinite(value))
         self.log.step(self.step, {name: value for name, value in values.items() if name not in unusable})
@@ -327,6 +354,10 @@ class Run:
         """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
         if self.inputs.held_out is None:
             return None
+        with self.wall.during("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> dict:
         self.watchdog.mark("evaluation")
         fault("evaluation")
         if not hasattr(self, "panel"):
@@ -334,7 +365,7 @@ class Run:
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
         values = probe_panel(self.arrange, self.panel, self.engine.policy, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks,
-                             generation=self.engine.generation, agree=self.engine.agree).numbers()
+                             generation=self.engine.generation, agree=self.engine.agree, progress=self._progress).numbers()
         unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
         if unusable:
             raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use; go back to an earlier checkpoint in {self.folder.checkpoints}.")
@@ -352,8 +383,9 @@ class Run:
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
                  "guard": self.guard.state(), "start_logprob": self.start_logprob, "length_watch": self.length_watch.state(), "dtype": str(self.dtype),
                  "vocabulary": self.inputs.vocabulary_checksum()}
-        saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
-                                settle=lambda: settle_logs(self.folder), say=self.log.say)
+        with self.wall.during("saving"):
+            saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
+                                    settle=lambda: settle_logs(self.folder), say=self.log.say)
         self._saved_step = self.step if saved else self._saved_step
         return saved is not None
 
@@ -425,6 +457,7 @@ class Run:
             False where the run does not match the one that its `match` section names.
         """
         match, spent = self.match, self.ledger.to_json()
+        self.wall.enter("export and report")
         self.watchdog.mark("export")
         before = self._first_evaluation()
         card = model_card(self.config, before, after, self.step)
@@ -438,7 +471,7 @@ class Run:
                 settle_logs(self.folder)
                 fault("summary")
                 write_json(self.folder.ledger_json, self.ledger.to_json())
-                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
+                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
                                                       "match": match and {"by": match.by, "ratio": match.ratio(spent)}})
                 write_report([self.folder.path], self.folder.report_html)
             except OSError as error:
@@ -452,7 +485,8 @@ class Run:
         return match is None or match.holds(spent)
 
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
-        lines = ["", f"{self.step} steps in {self.seconds:.0f} s, {self.ledger.flops:.3g} FLOPs"]
+        lines = ["", f"{self.step} steps in {duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",
+                 f"this process took {self.wall.told()}"]
         if before and after:
             lines += [f"held-out panel of {after['panel_positions']} positions      before    after"]
             lines += [f"  {HEADLINE[name]:<34}{before[name]:>8.3f} {after[name]:>8.3f}" for name in HEADLINE]

@@ -30,6 +30,7 @@ from pyarrow import parquet
 
 from rlp.config import DataConfig
 from rlp.hub import settle_hub
+from rlp.metrics import Progress, Tell
 
 UNPACKED = Path(constants.HF_HOME) / "rlp" / "unpacked"
 """Where unpacked files are kept (`HF_HOME` moves it); deleting it costs unpacking them again."""
@@ -91,13 +92,14 @@ class Rows:
         return table, index - int(self._starts[table])
 
 
-def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> Rows:
+def open_rows(sources: list[str], config: DataConfig, split: str, key: str, progress: Tell = Progress) -> Rows:
     """Open files, globs or a Hub data set.
 
     Args:
         sources: as `data.train`.
         split: split of a Hub data set.
         key: the config key, for messages.
+        progress: makes a `Progress`, for files that take long to unpack or to find the lines of.
 
     Raises:
         DataError: nothing there, unreadable, or no row at all.
@@ -107,7 +109,7 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str) -> R
         if source.startswith("hub:"):
             tables.append([_hub_table(source, split, key)])
         else:
-            tables.append([_file_table(path, _format_of(path, config.format, key), key) for path in _expand(source, key)])
+            tables.append([_file_table(path, _format_of(path, config.format, key), key, progress) for path in _expand(source, key)])
     rows = Rows(tables)
     for source, size in zip(sources, rows.source_sizes):
         if size == 0:
@@ -137,15 +139,15 @@ def _format_of(path: str, wanted: str, key: str) -> str:
     return kind
 
 
-def _file_table(path: str, form: str, key: str) -> Table:
+def _file_table(path: str, form: str, key: str, progress: Tell) -> Table:
     try:
         plain = Path(path)
         if plain.suffix in UNPACKERS:
-            plain = _converted(plain, UNPACKERS[plain.suffix])
+            plain = _converted(plain, UNPACKERS[plain.suffix], progress)
         if form == "parquet":
-            rows = ArrowRows(_converted(plain, _parquet_to_arrow))
+            rows = ArrowRows(_converted(plain, _parquet_to_arrow, progress))
         else:
-            rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form])
+            rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form], progress)
         return Table(path, rows, identity(Path(path)))
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException, ValueError, LookupError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
@@ -168,16 +170,18 @@ def identity(path: Path) -> str:
 class Lines:
     """Lines of a plain file, found by where they end: 8 bytes of memory each."""
 
-    def __init__(self, path: Path, parse: Callable[[str], dict]) -> None:
+    def __init__(self, path: Path, parse: Callable[[str], dict], progress: Tell = Progress) -> None:
         """
         Args:
             parse: text of a line -> the row, or BadDocument.
+            progress: as in `open_rows`.
         """
         self._path = path
         self._parse = parse
         with open(path, "rb") as file:
             self._stamp = _stamp(file.fileno())
-            self._ends = _line_ends(file)
+            with progress(f"finding the lines of {path}", self._stamp[0], "bytes") as found:
+                self._ends = _line_ends(file, found)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -207,12 +211,13 @@ def _stamp(file: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _line_ends(file: BinaryIO) -> np.ndarray:
+def _line_ends(file: BinaryIO, found: Progress) -> np.ndarray:
     """[rows] int64: offset right after each line; a last line needs no line end."""
     ends, offset = [], 0
     while chunk := file.read(2 ** 24):
         ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + offset + 1)
         offset += len(chunk)
+        found.advance(len(chunk))
     ends = np.concatenate([np.zeros(0, dtype=np.int64), *ends])
     return ends if offset == (ends[-1] if len(ends) else 0) else np.append(ends, offset)
 
@@ -245,7 +250,7 @@ class ArrowRows:
             raise BadDocument("unreadable cell", f"{error}; expected text in UTF-8") from error
 
 
-def _converted(path: Path, convert: Callable[[Path, BinaryIO], None]) -> Path:
+def _converted(path: Path, convert: Callable[[Path, BinaryIO], None], progress: Tell) -> Path:
     """The plain form of a file, made the first time and kept; ranks wait for the one that makes it."""
     status = path.stat()
     name = hashlib.sha256(f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
@@ -253,16 +258,17 @@ def _converted(path: Path, convert: Callable[[Path, BinaryIO], None]) -> Path:
     plain = UNPACKED / name
     with FileLock(UNPACKED / f"{name}.lock"):
         if not plain.exists():
-            _write_whole(plain, path, convert, bound=MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES)
+            with progress(f"unpacking {path}", None, "bytes") as unpacked:
+                _write_whole(plain, path, convert, MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES, unpacked)
     return plain
 
 
-def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int) -> None:
+def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int, unpacked: Progress) -> None:
     """Make the plain file, all of it or nothing."""
     partial = plain.with_name(f"{plain.name}.{secrets.token_hex(4)}.partial")
     try:
         with _BoundedFile(open(partial, "wb", buffering=0)) as file:
-            file.bound = bound
+            file.bound, file.unpacked = bound, unpacked
             convert(path, file)
             if file.tell() == 0:
                 raise OSError("it holds nothing")
@@ -274,13 +280,15 @@ def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], No
 
 
 class _BoundedFile(io.BufferedWriter):
-    """A file that refuses to grow beyond `bound` bytes."""
+    """A file that refuses to grow beyond `bound` bytes, and tells how far it is."""
 
     bound = 0
+    unpacked: Progress
 
     def write(self, content: bytes) -> int:
         if self.tell() + len(content) > self.bound:
             raise OSError(f"it unpacks to more than {self.bound:,} bytes, {MAX_EXPANSION} times its size; if that is right, unpack it yourself")
+        self.unpacked.advance(len(content))
         return super().write(content)
 
 
