@@ -170,6 +170,11 @@ def _by_step(parent: Path) -> list[Path]:
     return [path for _, path in sorted(folders, reverse=True)]
 
 
+def newest_name(parent: Path) -> Path | None:
+    """The folder of a run's newest checkpoint, unread; None where there is none."""
+    return next(iter(_by_step(parent)), None)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

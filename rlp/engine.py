@@ -326,6 +326,17 @@ class Engine:
         hp, lp = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
         return Fragment(name, lp.start, lp.numel, flats[p._hp_mapping.param_group_index], hp.start)
 
+    def not_finite(self) -> list[str]:
+        """Parameters of which this rank's float32 weights, moments or EMA hold a value that is not finite."""
+        fragments = self.fragments()
+        # The least and the largest value of a tensor take no memory, and are NaN where one of its values is.
+        flats = {id(fragment.flat): [fragment.flat.detach(), *(self.state_of(fragment.flat).get(name) for name in STATES)]
+                 for fragment in fragments}
+        sound = {key: all(tensor is None or all(map(math.isfinite, torch.aminmax(tensor))) for tensor in tensors)
+                 for key, tensors in flats.items()}
+        return [fragment.name for fragment in fragments if not sound[id(fragment.flat)]
+                and not all(tensor is None or bool(fragment.view(tensor).isfinite().all()) for tensor in flats[id(fragment.flat)])]
+
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Optimizer state of a flat master tensor; empty before the first step."""
         return self._optimizer.state[flat]

@@ -1,7 +1,8 @@
 """Which updates are made: none from a number that is not finite on any rank, and on request none from a gradient out of all proportion.
 
 A reward or a ratio that is not finite need not reach the gradient: the clip of eq. 8, a mask or a weight of zero can hide it. So what
-the loss is made from is looked at itself, and all ranks agree before the update.
+the loss is made from is looked at itself, and all ranks agree before the update. Weights and optimizer state are looked at
+before they are saved: an update can overflow although all that it was made from is finite.
 """
 
 import statistics
@@ -15,7 +16,7 @@ from rlp.engine import Engine, StepResult
 from rlp.monitor import Tally
 
 MAX_REFUSED_IN_A_ROW = 3
-"""Updates refused one after another that stop a run."""
+"""Steps without an update, one after another, that stop a run."""
 
 
 class NumericsError(Exception):
@@ -33,7 +34,8 @@ class Guard:
         self.spikes = 0
         """Updates refused so far for the size of their gradient."""
         self.in_a_row = 0
-        """Updates refused since the last one that was made."""
+        """Steps since the last in which an update was made; the updates of a step are made from the same thoughts."""
+        self._made = False
 
     def update(self, engine: Engine, learning_rate: float, tally: Tally, documents: list[Document], say: Callable[[str], None]) -> StepResult:
         """Make the update from the gradient that the engine holds, or refuse it and say why. A collective.
@@ -48,9 +50,8 @@ class Guard:
         result = engine.step(learning_rate, largest_norm=self.largest_norm() if sound else -1.0)
         if result.applied:
             self._norms.append(result.grad_norm)
-            self.in_a_row = 0
+            self._made = True
             return result
-        self.in_a_row += 1
         spiked = sound and result.is_finite
         self.spikes += spiked
         self.skipped += not spiked
@@ -62,6 +63,11 @@ class Guard:
                     f"not finite: {', '.join(entry[0]) or 'the gradient'}"
                 say(f"update refused: {why}; documents of rank {rank}: {entry[1]}")
         return result
+
+    def close_step(self) -> None:
+        """The updates of a step are made or refused."""
+        self.in_a_row = 0 if self._made else self.in_a_row + 1
+        self._made = False
 
     def largest_norm(self) -> float:
         """Above which a gradient is a spike; infinite while fewer than `spike_window` are known."""
@@ -76,3 +82,18 @@ class Guard:
     def load_state(self, state: dict) -> None:
         self._norms.extend(state["norms"])
         self.skipped, self.spikes, self.in_a_row = state["skipped"], state["spikes"], state["in_a_row"]
+
+
+def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
+    """Refuse weights, moments or an EMA that are not finite on some rank. A collective.
+
+    Args:
+        where: ends the message: what is left to go on from.
+
+    Raises:
+        NumericsError: on every rank the same.
+    """
+    found = sorted({name for names in ranks.gather(engine.not_finite()) for name in names})
+    if found:
+        raise NumericsError(f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}. "
+                            f"No checkpoint is made of them; {where}")

@@ -15,7 +15,7 @@ import torch
 from rlp_kernels import choose_form
 from torch import Tensor
 
-from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_run, restore, save_checkpoint
+from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, refuse_other_run, restore, save_checkpoint
 from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from rlp.data import DataError, Document, Positions, choose_positions, share_of_rank
 from rlp.distributed import Ranks
@@ -30,7 +30,7 @@ from rlp.match import open_match
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
 from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts
-from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError
+from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.objective import information_gain
 from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.preemption import Preemption, StopRequested
@@ -282,10 +282,25 @@ class Run:
         if "thought/tokens_mean" in values and (alarm := self.length_watch.see(values["thought/tokens_mean"])):
             self.log.alarm(self.step, alarm)
         self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
-        if self.guard.in_a_row >= MAX_REFUSED_IN_A_ROW:
-            self.save()
-            raise NumericsError(f"{self.guard.in_a_row} updates in a row were refused (the last in step {self.step}); the weights are those from before. "
-                                f"The checkpoints are in {self.folder.checkpoints}. Lower optim.learning_rate, or look at the documents named above.")
+        self._stop_without_updates()
+
+    def _stop_without_updates(self) -> None:
+        """Save, and end a run of which several steps in a row have made no update.
+
+        Raises:
+            NumericsError: it ends.
+        """
+        self.guard.close_step()
+        if self.guard.in_a_row < MAX_REFUSED_IN_A_ROW:
+            return
+        self.save()
+        raise NumericsError(f"{self.guard.in_a_row} steps in a row made no update (the last is step {self.step}); the weights are those from before. "
+                            f"{self._where_to_go_on()} Lower optim.learning_rate, or look at the documents named above.")
+
+    def _where_to_go_on(self) -> str:
+        """The newest checkpoint, in words."""
+        newest = self.ranks.broadcast(newest_name(self.folder.checkpoints) if self.ranks.is_first else None)
+        return f"The newest sound checkpoint is {newest}." if newest else f"There is no checkpoint in {self.folder.checkpoints} yet."
 
     def _alarm_off_policy(self, deviation: float) -> None:
         """On-policy in float32 the ratio is 1 to rounding: say loudly where it is not."""
@@ -368,7 +383,7 @@ class Run:
                              generation=self.engine.generation, agree=self.engine.agree, progress=self._progress).numbers()
         unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
         if unusable:
-            raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use; go back to an earlier checkpoint in {self.folder.checkpoints}.")
+            raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use. {self._where_to_go_on()}")
         if self.ranks.is_first and self.folder.evaluation_jsonl.exists():
             truncate_after_step(self.folder.evaluation_jsonl, self.step - 1)  # an interrupted end had evaluated this step already
         self.log.evaluation(self.step, values)
@@ -378,8 +393,13 @@ class Run:
     # Checkpoints
 
     def save(self) -> bool:
-        """Write a checkpoint of all that changes, as after the last step that was made; whether it could be written."""
+        """Write a checkpoint of all that changes, as after the last step that was made; whether it could be written.
+
+        Raises:
+            NumericsError: what it would hold is not finite.
+        """
         self.watchdog.mark("save")
+        require_sound(self.engine, self.ranks, f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto and a lower optim.learning_rate.")
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
                  "guard": self.guard.state(), "start_logprob": self.start_logprob, "length_watch": self.length_watch.state(), "dtype": str(self.dtype),
                  "vocabulary": self.inputs.vocabulary_checksum()}

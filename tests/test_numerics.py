@@ -1,6 +1,7 @@
 """No update is made from a number that is not finite, on whichever rank; what is merely odd is handled."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import rlp.rollout
 import train as program
 from rlp.config import OptimConfig
 from rlp.faults import VARIABLE, forget_passages
-from rlp.numerics import Guard
+from rlp.numerics import Guard, NumericsError
 from rlp.run import Run
 
 POISON = {
@@ -44,16 +45,53 @@ def test_nothing_that_is_not_finite_on_one_rank_moves_a_weight_on_any(harness):
     assert read_lines(harness.folder / "poisoned" / "metrics.jsonl")[-1]["optim/skipped"] == len(POISON)
 
 
-def test_three_refused_updates_in_a_row_stop_the_run_with_a_sound_checkpoint(harness):
+def test_three_steps_in_a_row_without_an_update_stop_the_run_with_a_sound_checkpoint(harness):
     """On every rank, with exit code 4; the checkpoint holds the weights from before, and continues."""
     settings = {"data.held_out": "[]", "evaluation.every_n_steps": 0}
     answer = harness.start(harness.folder / "in_a_row", ranks=2, fault="loss:5-:nan@rank1", settings=settings)
     assert answer["codes"] == [program.BAD_NUMERICS] * 2, answer["text"]
     states = [line["state"] for line in read_lines(harness.folder / "in_a_row" / "journal.jsonl")]
     assert len(states) == 5 and len(set(states[1:])) == 1 and states[0] != states[1]
-    assert "3 updates in a row were refused (the last in step 5)" in answer["text"]
+    assert "3 steps in a row made no update (the last is step 5)" in answer["text"]
+    assert re.search(r"The newest sound checkpoint is \S*/step_5\.", answer["text"])
     answer = harness.start(harness.folder / "in_a_row", ranks=2, settings=settings)
     assert answer["codes"] == [program.DONE] * 2 and "step_5 at step 5" in answer["text"], answer["text"]
+
+
+def test_a_bad_step_counts_once_however_many_updates_it_makes(harness):
+    """Four updates from the same thoughts are refused together; the run goes on, and the checkpoint knows that it was one step."""
+    settings = {"data.held_out": "[]", "evaluation.every_n_steps": 0, "optim.updates_per_rollout": 4, "budget.steps": 2}
+    answer = harness.start(harness.folder / "two_bad_steps", fault="score.target:1:nan,score.target:17:nan", settings=settings)
+    assert answer["codes"] == [program.DONE], answer["text"]
+    assert [answer["text"].count(f"step {step}: update refused") for step in (1, 2)] == [4, 4]
+    saved = json.loads((harness.folder / "two_bad_steps" / "checkpoints" / "step_2" / "meta.json").read_text())
+    assert saved["state"]["guard"]["in_a_row"] == 2 and saved["state"]["guard"]["skipped"] == 8
+
+
+def test_weights_that_are_not_finite_are_never_saved(harness):
+    """An update overflows, and no panel looks: two ranks end with exit code 4, and nothing stands under a checkpoint's name."""
+    settings = {"data.held_out": "[]", "evaluation.every_n_steps": 0, "optim.learning_rate": 1e37, "optim.weight_decay": 100, "engine.zero_stage": 1}
+    answer = harness.start(harness.folder / "overflow", ranks=2, settings=settings)
+    assert answer["codes"] == [program.BAD_NUMERICS] * 2, answer["text"]
+    assert re.search(r"not finite: \S+, \S+, \S+ and \d+ more\. No checkpoint is made of them; step 2 is not saved\. There is no checkpoint in ", answer["text"])
+    assert list((harness.folder / "overflow" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["master", "exp_avg_sq", "ema"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_newest_sound_checkpoint_stands_and_is_named(tmp_path, model_folder, corpus, ranks, stage, kind):  # noqa: F811
+    """One value of the weights, a moment or the EMA is infinite: no save, and the message says which parameter, and where to go on."""
+    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, engine__zero_stage=stage), ranks)
+    run.begin_step()
+    program.train_step(run)
+    assert run.save()
+    fragment = run.engine.fragments()[3]
+    values = fragment.flat if kind == "master" else run.engine.state_of(fragment.flat)[kind]
+    fragment.view(values)[-1] = float("-inf")
+    newest = tmp_path / "run" / "checkpoints" / "step_1"
+    with pytest.raises(NumericsError, match=f"not finite: {fragment.name}. No checkpoint is made.* newest sound checkpoint is {newest}"):
+        run.save()
+    assert [path for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest]
 
 
 @pytest.mark.parametrize("stage,dtype", [(0, "float32"), (1, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16")])

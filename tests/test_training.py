@@ -232,7 +232,7 @@ def test_gradients_that_are_not_finite_skip_the_step_and_stop_the_run(tmp_path, 
     run = Run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
     monkeypatch.setattr(program, "clipped_surrogate", lambda *arguments, **options: torch.full((1,), float("nan")) * arguments[0].sum())
     before = masters(run)
-    with pytest.raises(NumericsError, match="3 updates in a row"):
+    with pytest.raises(NumericsError, match="3 steps in a row made no update"):
         program.loop(run)
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert (tmp_path / "run" / "checkpoints" / "step_3" / "COMPLETE").exists()
@@ -244,7 +244,7 @@ def test_a_reward_that_is_not_finite_skips_the_step(tmp_path, model_folder, corp
     run = Run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
     monkeypatch.setattr(program, "log_evidence", lambda target_logprob: target_logprob.mean(dim=-1) * float("nan"))
     before = masters(run)
-    with pytest.raises(NumericsError, match="3 updates in a row"):
+    with pytest.raises(NumericsError, match="3 steps in a row made no update"):
         program.loop(run)
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert "not finite: " in capsys.readouterr().out
