@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step_N`:
 
-    shard_RRRRR-PPPPP.safetensors   per rank, in parts: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME`, flat
-                                    pieces of the float32 tensors that the rank owns
+    shard_RRRRR-PPPPP.safetensors   per rank, in parts: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`,
+                                    `lag/NAME` (master - EMA), flat pieces of the float32 tensors that
+                                    the rank owns
     meta.json                       sizes and checksums of the parts, where each piece starts, the shapes of the
                                     parameters, and the run's state
     COMPLETE                        the checksum of meta.json, written last
@@ -34,7 +35,7 @@ from rlp.engine import STATES, Engine
 from rlp.faults import fault
 from rlp.run_folder import sync
 
-FORMAT = 2
+FORMAT = 3
 """Of the folder; another one is refused."""
 
 PART_BYTES = 2 ** 26

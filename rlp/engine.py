@@ -8,7 +8,8 @@ Where the float32 master weights live (DeepSpeed 0.19):
     stage 0        the parameters themselves
     stage 1, 2     one flat partition per parameter group and rank
     stage 3        one flat partition per sub-group and rank
-The EMA of the weights (the teacher, phi) stands beside Adam's moments on those same shards.
+The EMA of the weights (the teacher, phi) stands beside Adam's moments on those same shards, as its
+lag behind them.
 """
 
 import io
@@ -33,11 +34,18 @@ from rlp.watchdog import Watchdog
 class AdamWithEMA(torch.optim.AdamW):
     """AdamW that keeps an exponential moving average of the weights beside its moments.
 
-        phi <- decay * phi + (1 - decay) * theta,   phi = theta before the first step
+        phi <- decay * phi + (1 - decay) * theta',   phi = theta before the first step
 
-    It sees the float32 shards that ZeRO gives it, so the average is float32 and sharded, costs no
-    communication, and does not move on a skipped step. In bfloat16 it would not move at all.
-    DeepSpeed calls `step` with the global gradient norm known: here, in one place for all stages, an update is refused.
+    What it keeps is how far the average lags behind, theta - phi, which the step to theta' makes
+
+        lag <- decay * (lag + theta' - theta)
+
+    Kept itself, in float32, an entry of phi would stand still until its weight is 1 / (1 - decay) / 2
+    units in the last place away: 500 of them at 0.999. The lag is small, so its rounding is too.
+
+    It sees the float32 shards that ZeRO gives it, so the lag is sharded, costs no communication, and
+    does not move on a skipped step. DeepSpeed calls `step` with the global gradient norm known: here,
+    in one place for all stages, an update is refused.
     """
 
     def __init__(self, params: list[dict], *, ema_decay: float | None, **options: object) -> None:
@@ -52,13 +60,16 @@ class AdamWithEMA(torch.optim.AdamW):
         if self.ema_decay is None:
             return super().step()
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        first = {p: p.detach().clone() for p in weights if "ema" not in self.state[p]}
+        before = [p.detach().clone() for p in weights]
         super().step()
-        for p in weights:
-            self.state[p].setdefault("ema", first.get(p)).lerp_(p, 1 - self.ema_decay)
+
+        for p, backward in zip(weights, before):
+            backward.sub_(p)
+            lag = self.state[p].setdefault("lag", torch.zeros_like(p))
+            lag.sub_(backward).mul_(self.ema_decay)
 
 
-STATES = ("exp_avg", "exp_avg_sq", "ema")
+STATES = ("exp_avg", "exp_avg_sq", "lag")
 """Optimizer state that has an entry per weight."""
 
 
@@ -361,26 +372,51 @@ class Engine:
             else:
                 p.detach().copy_(read(name, 0, p.numel()).reshape(p.shape))
 
-    def refresh_from_state(self, module: nn.Module, state: str) -> None:
-        """Set a frozen twin of the policy to a float32 state (the EMA), cast once to its dtype.
+    def lag(self, fragment: Fragment) -> Tensor:
+        """[numel] theta - phi, by which the EMA lags behind; 0 before the first step."""
+        state = self.state_of(fragment.flat)
+        return fragment.view(state["lag"] if "lag" in state else torch.zeros_like(fragment.flat))
 
-        Before the first step there is no state, and the twin stays as it is. Stage 3 copies shard to shard;
-        below it each rank puts its fragments into zeros and the ranks add up, which is exact.
+    def average(self, fragment: Fragment) -> Tensor:
+        """[numel] float32, phi: the EMA of the master weights."""
+        return self.master(fragment) - self.lag(fragment)
+
+    def master(self, fragment: Fragment) -> Tensor:
+        """[numel] float32, theta: the master weights."""
+        return fragment.view(fragment.flat)
+
+    def whole(self, values: Callable[[Fragment], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Parameter by parameter, its name and whole float32 values, on every rank. A collective.
+
+        Each rank puts its fragments into zeros and the ranks add up, which is exact.
+
+        Args:
+            values: fragment -> [numel], such as `master` or `average`.
         """
-        mine = {fragment.name: fragment for fragment in self.fragments() if state in self.state_of(fragment.flat)}
-        if not self._ranks.any(bool(mine)):
-            return
-        if self._stage == 3:
-            self.write_weights(module, lambda name, start, numel: mine[name].view(self.state_of(mine[name].flat)[state]))
-            return
-        for name, p in module.lm.named_parameters():
-            whole = torch.zeros(p.numel(), dtype=torch.float32, device=self._ranks.device)
+        mine = {fragment.name: fragment for fragment in self.fragments()}
+        for name, p in self.parameters():
+            shape = getattr(p, "ds_shape", p.shape)
+            flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._ranks.device)
             if name in mine:
-                fragment = mine[name]
-                whole[fragment.start : fragment.start + fragment.numel] = fragment.view(self.state_of(fragment.flat)[state]).to(whole)
+                start, numel = mine[name].start, mine[name].numel
+                flat[start : start + numel] = values(mine[name]).to(flat)
             if self._stage > 0:
-                dist.all_reduce(whole)
-            p.detach().copy_(whole.reshape(p.shape))
+                dist.all_reduce(flat)
+            yield name, flat.reshape(shape)
+
+    def refresh_average(self, module: nn.Module) -> None:
+        """Set a frozen twin of the policy to the EMA, cast once to its dtype.
+
+        Stage 3 copies shard to shard; below it the ranks put the weights together.
+        """
+        if self._stage == 3:
+            mine = {fragment.name: fragment for fragment in self.fragments()}
+            self.write_weights(module, lambda name, start, numel: self.average(mine[name]))
+            return
+
+        parameters = dict(module.lm.named_parameters())
+        for name, value in self.whole(self.average):
+            parameters[name].detach().copy_(value)
 
 
 def _finite_or_inf(norm: Tensor | float) -> float:

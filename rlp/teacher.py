@@ -44,7 +44,7 @@ class Teacher:
         """After an optimizer step: bring the EMA's forward copy up to date."""
         fault("teacher.refresh")
         if self.kind == "ema":
-            self._engine.refresh_from_state(self._twin, "ema")
+            self._engine.refresh_average(self._twin)
 
     @torch.no_grad()
     def baseline_logprob(self, layout: Layout, num_positions: int) -> Tensor:
@@ -66,10 +66,8 @@ class Teacher:
             return None
         squares = [0.0, 0.0]
         for fragment in self._engine.fragments():
-            state = self._engine.state_of(fragment.flat)
-            if "ema" in state:
-                theta = fragment.view(fragment.flat)
-                squares[0] += float((fragment.view(state["ema"]) - theta).square().sum())
-                squares[1] += float(theta.square().sum())
+            squares[0] += float(self._engine.lag(fragment).square().sum())
+            squares[1] += float(self._engine.master(fragment).square().sum())
+
         apart, size = self._ranks.sum(squares)
         return math.sqrt(apart / size) if size > 0 else 0.0

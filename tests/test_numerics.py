@@ -108,7 +108,7 @@ def test_a_refused_update_leaves_no_trace_at_any_stage(tmp_path, model_folder, c
             program.train_step(run)
             assert run.guard.in_a_row == refused
             assert not refused or all(torch.equal(value, before[name]) for name, value in masters(run).items())
-        return [fragment.view(values).clone() for fragment in run.engine.fragments() for values in (fragment.flat, *(run.engine.state_of(fragment.flat)[name] for name in ("exp_avg", "exp_avg_sq", "ema")))]
+        return [fragment.view(values).clone() for fragment in run.engine.fragments() for values in (fragment.flat, *(run.engine.state_of(fragment.flat)[name] for name in ("exp_avg", "exp_avg_sq", "lag")))]
 
     for one, other in zip(made("refused", True), made("plain", False), strict=True):
         assert torch.equal(one, other)
