@@ -64,6 +64,7 @@ def _prepare_worker(memory_bytes: int) -> None:
     """Import what checks need, so that no answer's time pays for it, and bound memory: a power tower is soon gigabytes."""
     import math_verify  # noqa: F401
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 

@@ -9,7 +9,8 @@
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to learn from?
 
-Exit codes: 0 done, 1 two runs differ (audit), 2 something that the command line names is not there, 3 a file that can not be read back.
+Exit codes: 0 done, 1 two runs differ (audit), 2 something that the command line names is not there or can not be used,
+3 a file that can not be read back, 130 Ctrl-C.
 """
 
 import argparse
@@ -49,6 +50,18 @@ def main(argv: list[str] | None = None) -> int:
     except (DamagedFileError, DataError) as error:
         print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 3
+    except BrokenPipeError:
+        raise  # nobody reads what is printed (`rlp.terminal`)
+    except OSError as error:
+        print(visible_text(f"rlp: {_refusal(error)}"), file=sys.stderr)
+        return 2
+
+
+def _refusal(error: OSError) -> str:
+    """What the operating system refused, and for which of the paths that a command was given."""
+    paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+    where = f"{paths}: " if paths else ""
+    return f"{where}{error.strerror or error}. Write a path that this user can read, and for --out one on a disk with room that this user can write to."
 
 
 def _parser() -> argparse.ArgumentParser:

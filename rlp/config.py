@@ -556,11 +556,13 @@ def _suggest(key: str, known: list[str]) -> str:
 
 def read_yaml(path: Path) -> object:
     """`parse_yaml` of a file."""
-    if not path.is_file():
-        raise ConfigError(f"no config file at {path}. Write the path of a YAML file, such as configs/quickstart.yaml.")
     try:
+        if not path.is_file():
+            raise ConfigError(f"no config file at {path}{', which is a folder' if path.is_dir() else ''}. Write the path of a YAML file, such as configs/quickstart.yaml.")
         return parse_yaml(path.read_bytes().decode(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} can not be read: {error.strerror}. Write the path of a YAML file, such as configs/quickstart.yaml.") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a YAML config: {error}") from error
 
 

@@ -16,6 +16,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from rlp.terminal import INTERRUPTED, accept_any_text
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -134,10 +136,14 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     Python's own way out runs the destructors of process groups, which wait for ranks that may be gone.
     """
     code = 1
+    accept_any_text()
     try:
         code = main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

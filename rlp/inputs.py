@@ -37,10 +37,12 @@ class ModelInputs:
         path = self.config.thought.instruction_file
         if path is None:
             return ()
-        if not Path(path).is_file():
-            raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
         try:
+            if not Path(path).is_file():
+                raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
             return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+        except OSError as error:
+            raise ConfigError(f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the path of a text file.") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a text file.") from error
 

@@ -1,0 +1,19 @@
+"""`rlp` and `python -m rlp`: the commands of `rlp.cli`, which take seconds to import."""
+
+import sys
+
+from rlp.terminal import run_command
+
+
+def main() -> int:
+    """Run one command; the exit code."""
+    def command() -> int:
+        from rlp.cli import main
+
+        return main()
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The process at a terminal: text that any terminal takes, and how Ctrl-C and a closed pipe end a command.
+
+Standard library only: it is there before anything that takes seconds to import.
+"""
+
+import io
+import os
+import select
+import sys
+from collections.abc import Callable
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""Exit codes of a command that Ctrl-C ended, and of one that nobody reads any more: as a shell has them for the signals."""
+
+
+def accept_any_text() -> None:
+    """From here on no print fails for a character that the terminal's encoding lacks: it is shown as an escape (`\\u4e2d`).
+
+    Every print, progress bar and table of this process goes through these two streams.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """The exit code of a command, which Ctrl-C and the end of a pipe (`rlp view RUN | head`) end without a traceback.
+
+    Args:
+        command: imports what it needs, so that the wait for imports can be interrupted as well.
+    """
+    accept_any_text()
+    try:
+        code = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python flushes once more on its way out, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output that was closed at its other end."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
