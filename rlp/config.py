@@ -115,7 +115,7 @@ class DataConfig:
     """Where documents come from and how one row becomes a document."""
 
     train: list[str] = field(default_factory=list)
-    """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:NAME` or `hub:NAME@CONFIG`)."""
+    """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:OWNER/NAME` or `hub:OWNER/NAME@CONFIG`)."""
     weights: list[float] = field(default_factory=list)
     """One for each entry of `train`: the share of documents drawn from it, each entry in an order and epochs of its own.
     Empty: all rows of all entries are one corpus."""
@@ -507,7 +507,7 @@ class Config:
         for section in dataclasses.fields(self):
             for name, value in vars(getattr(self, section.name)).items():
                 require(not isinstance(value, float) or math.isfinite(value), f"{section.name}.{name}", value, "must be finite")
-        require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:NAME")
+        require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:OWNER/NAME")
         limits = dataclasses.asdict(self.budget)
         require(any(limit is not None for limit in limits.values()), "budget", limits, f"needs at least one of {', '.join(limits)}")
         require(self.match.ledger is None or limits[self.match.by] is not None, "match.by", self.match.by, f"needs budget.{self.match.by}, the amount to match")

@@ -18,13 +18,15 @@ import hashlib
 import io
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,15 +37,15 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase
 
 from rlp.answers import AnswerPool
-from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, read_yaml, require, require_one_of
-from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, first_line, read_yaml, require, require_one_of
+from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise, short
 from rlp.export import known_ids, read_thought_format
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import Progress
 from rlp.model import Markers, Policy, check_logits, compute_dtype, load_policy
 from rlp.rollout import ForkedBranches, NoiseKey, draw, sample_thoughts
-from rlp.sources import DataError
+from rlp.sources import BadDocument, DataError, Rows, open_rows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -54,6 +56,36 @@ GREEDY = 1e-6
 """The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never drawn."""
 
 
+MOST_SAMPLES, MOST_TOKENS = 10_000, 2 ** 24
+"""Of a benchmark: more is a slip of the pen, and would be memory asked for."""
+
+_FIELDS = re.compile(r"\{\{\s*([\w-]+(?:\s+or\s+[\w-]+)*)\s*\}\}")
+"""One reference to fields of a row. It is all that stands for something in a prompt: a template engine would run what a stranger wrote."""
+
+
+def _is_plain(template: str) -> bool:
+    """Whether nothing but references to fields would be read as more than text."""
+    rest = _FIELDS.sub("", template)
+    return not any(opening in rest for opening in ("{{", "{%", "{#"))
+
+
+def fill_fields(template: str, row: dict) -> str:
+    """The template with the row's values in it. A value is text or a number, and is never looked at for references.
+
+    Raises:
+        BadDocument: the row has none of the fields of a reference, or it holds something else.
+    """
+    def value(reference: re.Match) -> str:
+        names = reference[1].split(" or ")
+        held = next((row[name.strip()] for name in names if row.get(name.strip()) is not None), None)
+        if not isinstance(held, str | int | float):
+            said = "no such field" if held is None else f"a {type(held).__name__}"
+            raise BadDocument("no text", f"{reference[0]}: {said}; the row has {', '.join(map(str, row))}; expected text or a number")
+        return str(held)
+
+    return _FIELDS.sub(value, template)
+
+
 @dataclass
 class Benchmark:
     """One row of the results: where questions come from, how they are asked, how answers are checked."""
@@ -61,13 +93,13 @@ class Benchmark:
     task: str | None = None
     """A task or group of lm_eval, such as gsm8k or mmlu_pro. Either this or `data`."""
     data: str | None = None
-    """Questions of your own: a JSON Lines file, or `hub:NAME` or `hub:NAME@CONFIG`."""
+    """Questions of your own: a JSON Lines file, or `hub:OWNER/NAME` or `hub:OWNER/NAME@CONFIG`."""
     split: str = "test"
     """Split of a Hub data set, for `data`."""
     prompt: str = "Question: {{question}}\nAnswer:"
-    """Jinja template of the prompt over the fields of a row, for `data`."""
+    """The prompt, for `data`: text in which `{{field}}` stands for a field of the row, `{{field or other}}` for the first that it has."""
     reference: str = "{{answer}}"
-    """Jinja template of the right answer, for `data`; few-shot examples show it whole, and the check reads what stands after its last `####`."""
+    """The right answer in the same way, for `data`; few-shot examples show it whole, and the check reads what stands after its last `####`."""
     examples: str | None = None
     """A JSON Lines file of few-shot examples, for `data`."""
     until: list[str] = field(default_factory=lambda: ["Question:"])
@@ -97,9 +129,14 @@ class Benchmark:
         require_one_of("check", self.check, ("task", "math"))
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "must be at least 0")
         require(not (self.data and self.shots and not self.examples), "shots", self.shots, "needs examples: a JSON Lines file that they come from")
-        require(self.samples >= 1, "samples", self.samples, "must be at least 1")
+        require(1 <= self.samples <= MOST_SAMPLES, "samples", self.samples, f"must be at least 1 and at most {MOST_SAMPLES:,}")
         for name in ("thought_tokens", "answer_tokens"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            value = getattr(self, name)
+            require(value is None or 1 <= value <= MOST_TOKENS, name, value, f"must be at least 1 and at most {MOST_TOKENS:,}")
+        for name in ("prompt", "reference"):
+            require(_is_plain(getattr(self, name)), name, getattr(self, name),
+                    "is text with {{field}} or {{field or other}} in it, where names are of letters, digits, _ and -; no other template is read")
+        require(all(self.until), "until", self.until, "must hold texts that are not empty")
         for name in ("thought_temperature", "answer_temperature"):
             require(getattr(self, name) is None or 0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be finite and at least 0 (0 is greedy)")
 
@@ -113,6 +150,8 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
     tree = read_yaml(path)
     if not isinstance(tree, dict) or set(tree) != {"benchmarks"} or not isinstance(tree["benchmarks"], dict) or not tree["benchmarks"]:
         raise ConfigError(f"{path} must hold one section, `benchmarks:`, with a mapping from name to settings; got {list(tree) if isinstance(tree, dict) else tree!r}.")
+    for name in tree["benchmarks"]:
+        require(isinstance(name, str) and name.isprintable(), f"{path}: benchmarks", name, "needs names that can be printed")
     return {name: _read_benchmark(f"{path}: benchmarks.{name}", content) for name, content in tree["benchmarks"].items()}
 
 
@@ -490,7 +529,6 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
     if find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed. Write: pip install 'rlp-pretraining[eval]'.")
     import datasets
-    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -499,12 +537,8 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
     specs = {name: _own_task(name, benchmark) if benchmark.data else _known_task(name, benchmark.task, manager.all_tasks) for name, benchmark in benchmarks.items()}
     loaded = {}
     for name, spec in specs.items():
-        try:
+        with _data_errors(name, benchmarks[name]):
             tasks = list(manager.load([spec])["tasks"].values())
-        # What a download raises depends on library, cache and network.
-        except (OSError, ValueError, RuntimeError, ImportError, AssertionError, TemplateError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{name}: the data of {benchmarks[name].task or benchmarks[name].data} can not be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0]}. "
-                            "Run it where the Hugging Face Hub can be reached (some sets need a login), or write --tasks FILE.jsonl.") from error
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False):
                 raise ConfigError(f"{name}: the task {task.task_name} runs code that the model writes, which is not done here.")
@@ -521,23 +555,68 @@ def _known_task(name: str, task: str, known: list[str]) -> str:
     return task
 
 
+@contextmanager
+def _data_errors(name: str, benchmark: Benchmark) -> Iterator[None]:
+    """Around lm_eval's reading of a task's rows: what goes wrong there is a DataError."""
+    import datasets
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    # What a download raises, or a task of lm_eval on a row that it does not expect, depends on library, cache and network.
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AssertionError, SyntaxError, MemoryError,
+            TemplateError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: the data of {benchmark.task} can not be loaded: {type(error).__name__}: {first_line(error)}. "
+                        "Run it where the Hugging Face Hub can be reached (some sets need a login), or write --tasks FILE.jsonl.") from error
+
+
+class _Questions(list):
+    """Rows as lm_eval takes them: finished prompts and references."""
+
+    features = {"prompt": str, "reference": str}
+
+
 def _own_task(name: str, benchmark: Benchmark) -> dict:
-    """The lm_eval config of questions that are no task of lm_eval."""
-    source, split = benchmark.data, benchmark.split
-    if source.startswith("hub:"):
-        path, _, part = source.removeprefix("hub:").partition("@")
-        dataset = {"dataset_path": path, "dataset_name": part or None}
-    else:
-        files = {"test": source} | ({"examples": benchmark.examples} if benchmark.examples else {})
-        for file in files.values():
-            if not Path(file).is_file():
-                raise DataError(f"{name}: no file at {file!r}. Write the path of a JSON Lines file.")
-        dataset, split = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}, "test"
-    return dataset | {
-        "task": name, "output_type": "generate_until", "test_split": split, "doc_to_text": benchmark.prompt, "doc_to_target": benchmark.reference,
+    """The lm_eval config of questions that are no task of lm_eval. What it gets is finished text, and no template to fill."""
+    sources = {"test": benchmark.data} | ({"examples": benchmark.examples} if benchmark.examples else {})
+    rows = {split: _finished(source, benchmark, name) for split, source in sources.items()}
+    return {
+        "task": name, "output_type": "generate_until", "custom_dataset": lambda **_: rows, "test_split": "test",
+        "doc_to_text": itemgetter("prompt"), "doc_to_target": itemgetter("reference"),
         "fewshot_split": "examples" if benchmark.examples else None, "fewshot_config": {"sampler": "first_n"}, "num_fewshot": benchmark.shots or 0,
         "generation_kwargs": {"until": list(benchmark.until), "do_sample": False}, "metric_list": [{"metric": "exact_match"}],
     }
+
+
+def _finished(source: str, benchmark: Benchmark, name: str) -> _Questions:
+    """All questions of a file or a Hub data set.
+
+    Raises:
+        DataError: it can not be read, or a row lacks a field; with its line.
+    """
+    try:
+        rows, finished = open_rows([source], DataConfig(train=[source]), benchmark.split, name), _Questions()
+        for index in range(len(rows)):
+            row = _row(rows, index)
+            if row is not None:
+                finished.append({key: fill_fields(getattr(benchmark, key), row) for key in _Questions.features})
+    except BadDocument as error:
+        raise DataError(f"{name}: {rows.where(index)}: {error.args[0]} ({short(error.args[1])}). Mend the line, or the prompt and reference of the benchmark.") from error
+    except DataError as error:
+        raise DataError(f"{name}: the data of {source} can not be loaded: {error}") from error
+    if not finished:
+        raise DataError(f"{name}: {source} holds no question. Write a file with one JSON object on each line.")
+    return finished
+
+
+def _row(rows: Rows, index: int) -> dict | None:
+    """A row, or None for an empty line."""
+    try:
+        return rows.read(index)
+    except BadDocument as error:
+        if error.args[0] == "empty line":
+            return None
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -588,7 +667,7 @@ def run_benchmark(name: str, benchmark: Benchmark, tasks: list["Task"], thinker:
     start = time.monotonic()
     scores, rows, metrics = [], [], set()
     for task in tasks:
-        with redirect_stderr(io.StringIO()):  # lm_eval draws a bar for each task
+        with redirect_stderr(io.StringIO()), _data_errors(name, benchmark):  # lm_eval draws a bar for each task
             task.build_all_requests(limit=limit)
         lm = thinking_lm(thinker, answer_tokens=benchmark.answer_tokens)
         responses, replies = _ask(lm, task.instances, benchmark.samples)

@@ -6,6 +6,7 @@ and sampled, and a model card with the numbers of the run.
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from rlp.engine import Engine
 from rlp.faults import fault
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
+from rlp.metrics import visible_text
 from rlp.model import load_policy
 from rlp.run_folder import sync
 
@@ -128,16 +130,24 @@ def known_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[i
     return tuple(ids)
 
 
+def as_code(text: str) -> str:
+    """Text as Markdown code, in which nothing means anything: its control characters are spelled out, its backquotes are fenced in by more of them."""
+    shown = visible_text(text).replace("\n", "\\n").replace("\t", "\\t")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    inner = f" {shown} " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else shown
+    return f"{fence}{inner}{fence}"
+
+
 def model_card(config: Config, before: dict | None, after: dict | None, steps: int) -> str:
-    """README.md of an export: where it comes from, what it gained, how to think with it."""
+    """README.md of an export: where it comes from, what it gained, how to think with it. What a config says enters as code, and no Markdown."""
     objective = "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)" if config.objective.thinks else "continued pretraining (next-token loss)"
-    lines = ["---", "library_name: transformers", "tags: [rlp]", "---", "", f"# {Path(config.run.dir).name}", "",
-             f"`{config.model.path}` after {steps} steps of {objective}. The settings are in the run's `config.yaml`.", ""]
+    lines = ["---", "library_name: transformers", "tags: [rlp]", "---", "", f"# {as_code(Path(config.run.dir).name)}", "",
+             f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in the run's `config.yaml`.", ""]
     if before and after:
         lines += [f"Held-out panel of {after['panel_positions']} positions:", "", "| | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {before[name]:.4g} | {after[name]:.4g} |" for name in after if name in before and name != "panel_positions" and not name.endswith(("_low", "_high"))]
         lines.append("")
-    lines += [f"A thought stands after the prefix, between `{config.thought.open_marker}` and `{config.thought.close_marker}`, and is sampled at "
+    lines += [f"A thought stands after the prefix, between {as_code(config.thought.open_marker)} and {as_code(config.thought.close_marker)}, and is sampled at "
               f"temperature {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens, the close marker included; "
               "`thought_format.json` has the token ids. Predictions leave out the open marker's first token.", ""]
     return "\n".join(lines)

@@ -246,5 +246,5 @@ def draw(probe: Probe, own_start: bool, path: Path, *, title: str) -> None:
     for axes in (bars, spread):
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a name may hold dollar signs
     figure.savefig(path, dpi=130)

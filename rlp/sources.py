@@ -3,7 +3,7 @@
     jsonl, text    lines, read from the file where they stand
     gz, zst        unpacked once into `UNPACKED`, whole or not at all, and read there
     parquet        written once into `UNPACKED` as an Arrow file, which is memory-mapped
-    hub:NAME       prepared by `datasets`, in its own cache
+    hub:OWNER/NAME prepared by `datasets`, in its own cache
 
 Memory does not grow with a corpus but by 8 bytes a line. What a row must hold is not known here.
 """
@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow
@@ -31,6 +32,9 @@ from pyarrow import parquet
 from rlp.config import DataConfig
 from rlp.hub import settle_hub
 from rlp.metrics import Progress, Tell
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 UNPACKED = Path(constants.HF_HOME) / "rlp" / "unpacked"
 """Where unpacked files are kept (`HF_HOME` moves it); deleting it costs unpacking them again."""
@@ -124,7 +128,7 @@ def _expand(source: str, key: str) -> list[str]:
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) > 0]
     if not files:
         found = "an empty file" if any(os.path.isfile(path) for path in paths) else "no file"
-        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a .jsonl, .parquet or .txt file, a glob that matches some, or hub:NAME.")
+        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a .jsonl, .parquet or .txt file, a glob that matches some, or hub:OWNER/NAME.")
     return files
 
 
@@ -244,10 +248,28 @@ class ArrowRows:
 
     def __getitem__(self, index: int) -> dict:
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        try:
-            return self._reader.get_batch(batch).slice(index - int(self._starts[batch]), 1).to_pylist()[0]
-        except (ValueError, OverflowError) as error:
-            raise BadDocument("unreadable cell", f"{error}; expected text in UTF-8") from error
+        return _plain_row(self._reader.get_batch(batch).slice(index - int(self._starts[batch]), 1))
+
+
+class HubRows:
+    """Rows of a data set in the format `arrow`."""
+
+    def __init__(self, tables: "Dataset") -> None:
+        self._tables = tables
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __getitem__(self, index: int) -> dict:
+        return _plain_row(self._tables[index])
+
+
+def _plain_row(table: pyarrow.Table | pyarrow.RecordBatch) -> dict:
+    """The single row of a table, as plain values."""
+    try:
+        return table.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        raise BadDocument("unreadable cell", f"{error}; expected text in UTF-8") from error
 
 
 def _converted(path: Path, convert: Callable[[Path, BinaryIO], None], progress: Tell) -> Path:
@@ -336,15 +358,24 @@ def _parquet_to_arrow(path: Path, plain: BinaryIO) -> None:
     pyarrow.default_memory_pool().release_unused()
 
 
+_HUB_NAME = re.compile(r"(?!buckets/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""`datasets` takes a bare word for one of its own readers where it has one of that name, and then reads what lies here."""
+
+
 def _hub_table(source: str, split: str, key: str) -> Table:
-    """A Hub data set through `datasets`, its errors turned into ours."""
+    """A Hub data set through `datasets`, its errors turned into ours.
+
+    Rows are read as Arrow holds them: what the data set says of its columns may have files and addresses opened.
+    """
     settle_hub()
     import datasets
 
     datasets.disable_progress_bars()
     name, _, subset = source.removeprefix("hub:").partition("@")
+    if not _HUB_NAME.fullmatch(name) or name.endswith(".py") or os.path.exists(name):
+        raise DataError(f"{key}: {source!r} is no name of a Hub data set. Write hub:OWNER/NAME or hub:OWNER/NAME@CONFIG; files are named without hub:.")
     try:
-        rows = datasets.load_dataset(name, *filter(None, [subset]), split=split)
+        rows = HubRows(datasets.load_dataset(name, *filter(None, [subset]), split=split).with_format("arrow"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()

@@ -7,8 +7,11 @@ import os
 import pickle
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import markdown_it
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -21,13 +24,19 @@ from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import TINY
 
 import train as program
+from rlp.answers import same_answer
 from rlp.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.cli import main as rlp_command
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, RunConfig, load_config, without_secrets
-from rlp.export import known_ids, read_thought_format
+from rlp.evaluation import Benchmark, load_benchmarks, load_tasks
+from rlp.export import known_ids, model_card, read_thought_format
+from rlp.metrics import visible_text
 from rlp.model import load_policy, load_tokenizer
+from rlp.preflight import draw
+from rlp.probe import Probe
 from rlp.report import write_report
 from rlp.run_folder import environment
+from rlp.sources import DataError, open_rows
 
 TOKEN = "hf_" + "aBcD1234" * 4
 """What an access token of the Hub looks like."""
@@ -219,6 +228,79 @@ def test_no_path_holds_a_nul(key: str):
         load_config(BASE | {section: BASE.get(section, {}) | {name: "a\0b"}})
 
 
+# --- Benchmarks.
+
+PAYLOADS = ["{{ cycler.__init__.__globals__.os.system('touch MARK') }}", "{% for x in ().__class__.__base__.__subclasses__() %}{% endfor %}", "{{ question | attr('x') }}", "{{ question.__class__ }}",
+            "{# x #}", "{{question}} {{ 7 * 7 }}", "{{ lipsum.__globals__['os'].popen('touch MARK').read() }}", "{{", "{{ question or cycler() }}"]
+"""In Jinja, which lm-evaluation-harness fills templates with, the first and the seventh run a command."""
+
+
+@pytest.mark.parametrize("key", ["prompt", "reference"])
+@pytest.mark.parametrize("template", PAYLOADS)
+def test_a_benchmark_holds_no_template_but_fields(tmp_path: Path, key: str, template: str):
+    path = write(tmp_path / "b.yaml", json.dumps({"benchmarks": {"a": {"data": "x.jsonl", key: template.replace("MARK", str(tmp_path / "mark"))}}}).encode())
+    with pytest.raises(ConfigError, match=rf"benchmarks\.a: {key} is text with {{{{field}}}}"):
+        load_benchmarks(path)
+
+
+def test_what_a_row_of_a_benchmark_holds_is_text_and_no_template(tmp_path: Path):
+    """In the question, in the answer and in the examples shown before it: lm_eval gets finished text."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    mark = tmp_path / "mark"
+    attack = PAYLOADS[0].replace("MARK", str(mark))
+    rows = [{"question": attack, "answer": attack, "prompt": "{{answer}}"}, {"question": "{{answer}}", "answer": "[" * 5000 + "]", "prompt": 1}]
+    path = write(tmp_path / "x.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    benchmark = Benchmark(data=str(path), examples=str(path), shots=1, prompt="{{prompt or question}} {{question}} }}", reference="{{ answer }}")
+    (task,) = load_tasks({"a": benchmark})["a"]
+    task.build_all_requests()
+    prompts = [instance.args[0] for instance in task.instances]
+    assert prompts[0].endswith(f"{{{{answer}}}} {attack} }}}}") and prompts[1].endswith("1 {{answer}} }}") and prompts[1].count(attack) == 2
+    assert [task.doc_to_target(instance.doc) for instance in task.instances] == [attack, "[" * 5000 + "]"]
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("row, complaint", [({"question": None}, "no such field"), ({"other": 1}, "no such field"), ({"question": ["x"]}, "a list"), ({"question": {"a": 1}}, "a dict")])
+def test_a_row_without_a_question_is_said_with_its_line(tmp_path: Path, row: dict, complaint: str):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    path = write(tmp_path / "x.jsonl", b'{"question": "q", "answer": 1}\n\n' + json.dumps(row).encode())
+    with pytest.raises(DataError, match=rf"x\.jsonl:3: no text \({{{{question}}}}: {complaint}"):
+        load_tasks({"a": Benchmark(data=str(path))})
+
+
+def test_a_task_is_a_name_and_no_file(tmp_path: Path):
+    """A task file of lm_eval may name Python functions, which would be loaded."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\ndef f(doc): return ''\n")
+    task = write(tmp_path / "evil.yaml", b"task: evil\ndataset_path: json\ndoc_to_text: !function evil.f\ndoc_to_target: ''\ntest_split: test\n")
+    for name in (str(task), str(tmp_path), "evil", "evil.yaml"):
+        with pytest.raises(ConfigError, match="lm_eval has no task"):
+            load_tasks({"a": Benchmark(task=name)})
+    with pytest.raises(ConfigError, match="is not a YAML config"):
+        load_benchmarks(task.rename(tmp_path / "b.yaml"))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["", "@x", "json", "text@x", "..", "../x", "/etc", "{tmp}", "hf://datasets/x/y", "http://example.org/x", "a/b/c", "buckets/x", "x\n", "-", "zip://a::b", "evil.py", "a/evil.py"])
+def test_a_hub_name_is_no_path(tmp_path: Path, name: str):
+    """`datasets` takes a folder, an address or the name of one of its readers in the same place."""
+    write(tmp_path / "x.jsonl", GOOD)
+    name = name.format(tmp=tmp_path) if "{" in name else name
+    with pytest.raises(DataError, match="is no name of a Hub data set"):
+        open_rows([f"hub:{name}"], DataConfig(train=["x"]), "train", "data.train")
+
+
+def test_no_answer_and_no_reference_is_run(tmp_path: Path):
+    """Symbolic mathematics reads text by evaluating it, where it lets it."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra eval)")
+    mark = tmp_path / "mark"
+    attack = f"__import__('os').system('touch {mark}')"
+    for text in (attack, f"${attack}$", f"\\boxed{{{attack}}}", f"#### {attack}", f"\\boxed{{\\text{{{attack}}}}}", f"1 + {attack}", f"x = {attack}"):
+        for answer, reference in ((text, "18"), ("18", text), (text + "1", text)):
+            with suppress(Exception):
+                same_answer(answer, reference)
+    assert not mark.exists()
+
+
 # --- Secrets.
 
 @pytest.mark.parametrize("secret", [TOKEN, "ghp_" + "a1B2" * 9, "sk-proj-" + "x9" * 20, "AKIA" + "A1B2C3D4" * 2, "https://me:hunter2@example.org/data.jsonl", "eyJhbGciOiJIUzI1NiJ9abc.eyJzdWIi.abc"])
@@ -289,6 +371,29 @@ def test_what_a_run_folder_holds_does_nothing_to_the_terminal(tmp_path: Path, ca
     assert rlp_command(["view", str(run)]) == 3
     assert rlp_command(["view", str(tmp_path / ESCAPES)]) == 2
     assert harmless("".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a\n\n# Approved by everybody\n[x](http://evil)", "a`](http://evil)`", "``` x", "` `", "---\nlicense: mit", "a\x1b[2J\u202e", "\t", "|a|"])
+def test_a_model_card_holds_names_as_code(text: str):
+    """A run's name, the path of its model and the markers are Markdown nowhere, and the front matter stays ours."""
+    config = load_config(BASE | {"model": {"path": text}, "thought": {"open_marker": text, "close_marker": f"</{text}>"}})
+    card = model_card(config, None, None, 3)
+    assert card.split("\n---\n", 1)[0] == "---\nlibrary_name: transformers\ntags: [rlp]" and harmless(card)
+    tokens = markdown_it.MarkdownIt().parse(card.split("\n---\n", 1)[1])
+    assert [token.type for token in tokens] == ["heading_open", "inline", "heading_close"] + 2 * ["paragraph_open", "inline", "paragraph_close"]
+    inner = [child for token in tokens for child in token.children or ()]
+    assert {child.type for child in inner} <= {"text", "code_inline", "softbreak"}
+    codes = [child.content for child in inner if child.type == "code_inline"]
+    assert [codes[1], codes[3], codes[4]] == [visible_text(name).replace("\n", "\\n").replace("\t", "\\t") for name in (text, text, f"</{text}>")]
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "$x_{$", "a$b$c", "$" + "{" * 200 + "$"])
+def test_names_in_a_figure_are_no_mathematics(tmp_path: Path, name: str):
+    """matplotlib sets what stands between dollar signs."""
+    gains = np.array([0.5, -0.5])
+    probe = Probe(None, None, {"gain_over_no_think_nats": gains, "gain_over_shuffled_nats": gains}, None, {"gain_over_no_think_nats": 0.0, "gain_over_shuffled_nats": 0.0}, {})
+    draw(probe, True, tmp_path / "x.png", title=name)
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 # --- Data.
