@@ -3,6 +3,7 @@
     rlp view RUN        its logged thoughts, in the terminal
     rlp report RUN...   one HTML page about one or several runs
     rlp export STEP     a checkpoint as a Hugging Face folder
+    rlp add-markers MODEL   a Hugging Face folder whose tokenizer has the markers of thoughts as tokens
     rlp eval CHECKPOINT benchmark accuracy of a Hugging Face folder, with and without thoughts
     rlp match RUN       the config of a control that spends what the run has spent
     rlp splice RUN      documents with the start's own best thoughts in them, for the control mixed_sft
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_view(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_markers(commands)
     _add_eval(commands)
     _add_probe(commands)
     _add_match(commands)
@@ -100,6 +102,16 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("checkpoint", type=Path, metavar="STEP", help="a checkpoint, such as runs/NAME/checkpoints/step_100")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     export.set_defaults(command=export_step)
+
+
+def _add_markers(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("add-markers", help="write a model as a Hugging Face folder whose tokenizer has the two markers of a thought as tokens",
+                                  epilog="A run does the same with thought.add_markers=true. The rows of the new tokens begin as the mean of the tokens that wrote the markers before.")
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face folder or Hub name")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    command.add_argument("--open", default="<think>", metavar="TEXT", help="the open marker (<think>)")
+    command.add_argument("--close", default="</think>", metavar="TEXT", help="the close marker (</think>)")
+    command.set_defaults(command=add_markers)
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -243,6 +255,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     results, rows = [], {}
     tasks = load_tasks(benchmarks)
     evaluator = open_evaluator(arguments.checkpoint, device=device, dtype=arguments.dtype)
+    for note in evaluator.marker_notes():
+        console.print(visible_text(note))
     for result, said in run_benchmarks(benchmarks, tasks, evaluator, modes=arguments.modes, limit=arguments.limit, seed=arguments.seed, rows=arguments.batch_size):
         results.append(result)
         rows[result.benchmark, result.mode] = said
@@ -320,6 +334,16 @@ def export_step(arguments: argparse.Namespace) -> int:
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     print(arguments.out)
+    return 0
+
+
+def add_markers(arguments: argparse.Namespace) -> int:
+    """`rlp add-markers`."""
+    from rlp.config import ThoughtConfig
+    from rlp.export import export_with_markers  # it loads transformers, which the other commands do without
+
+    notes = export_with_markers(arguments.model, ThoughtConfig(open_marker=arguments.open, close_marker=arguments.close, add_markers=True), arguments.out)
+    print("\n".join([*map(visible_text, notes), str(arguments.out)]))
     return 0
 
 

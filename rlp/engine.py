@@ -150,19 +150,23 @@ def start_deepspeed(ranks: Ranks) -> None:
 
 
 @contextmanager
-def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> Iterator[None]:
+def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> Iterator[Callable[[list[nn.Parameter]], AbstractContextManager]]:
     """Under stage 3, models that transformers loads inside are sharded as they are read.
 
     A random model is built whole and sharded after: its weights then do not depend on the stage.
+
+    Yields:
+        a context in which given parameters are whole, to be written alike on every rank.
     """
     if config.engine.zero_stage < 3 or config.model.init == "random":
-        yield
+        yield lambda parameters: nullcontext()
         return
+    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept = HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))  # transformers holds a weak reference
     try:
-        yield
+        yield lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
     finally:
         del kept
         unset_hf_deepspeed_config()

@@ -43,7 +43,7 @@ from rlp.export import known_ids, read_thought_format
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import Progress
-from rlp.model import Markers, Policy, check_logits, compute_dtype, load_policy
+from rlp.model import Markers, Policy, check_logits, compute_dtype, load_policy, marker_notes
 from rlp.rollout import ForkedBranches, NoiseKey, draw, sample_thoughts
 from rlp.sources import BadDocument, DataError, Rows, open_rows
 
@@ -484,14 +484,18 @@ class Evaluator:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     form: ThoughtFormat
-    thought_tokens: int
-    """Budget that the checkpoint was trained with, or the paper's."""
+    thought: ThoughtConfig
+    """As the checkpoint was trained, or the paper's: its budget counts where a benchmark names none."""
+
+    def marker_notes(self) -> list[str]:
+        """`marker_notes` of the checkpoint."""
+        return marker_notes(self.tokenizer, self.form.markers, self.thought)
 
     def thinker(self, benchmark: Benchmark, *, thinks: bool, seed: int, rows: int) -> Thinker:
         """What answers a benchmark."""
         temperature = self.form.temperature if benchmark.thought_temperature is None else max(benchmark.thought_temperature, GREEDY)
         return Thinker(self.policy, self.tokenizer, replace(self.form, temperature=temperature), thinks=thinks, seed=seed, rows=rows,
-                       thought_tokens=benchmark.thought_tokens or self.thought_tokens, answer_temperature=benchmark.answer_temperature)
+                       thought_tokens=benchmark.thought_tokens or self.thought.max_thought_tokens, answer_temperature=benchmark.answer_temperature)
 
 
 def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto") -> Evaluator:
@@ -514,9 +518,9 @@ def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto"
         if tuple(manifest.get(name, own)) != own:
             raise ConfigError(f"{path}: {name} is {manifest[name]}, and the tokenizer of the folder writes {list(own)}. Write a folder with the tokenizer that the run used.")
     form = replace(inputs.form, instruction=known_ids(manifest.get("instruction_ids", ()), inputs.tokenizer))
-    policy = load_policy(config, inputs.tokenizer, compute_dtype(config, device), device).to(device).eval()
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, device), device).to(device).eval()
     check_logits(policy)
-    return Evaluator(policy, inputs.tokenizer, form, thought.max_thought_tokens)
+    return Evaluator(policy, inputs.tokenizer, form, thought)
 
 
 def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:

@@ -15,7 +15,7 @@ from rlp.data import Document, DocumentStream, candidate_positions, choose_posit
 from rlp.layout import thought_format
 from rlp.ledger import model_shapes
 from rlp.metrics import Progress, Tell
-from rlp.model import find_markers, load_tokenizer, quiet_transformers, read_model_config
+from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, vocabulary_with
 from rlp.sources import Rows, open_rows
 
 
@@ -25,9 +25,12 @@ class ModelInputs:
     def __init__(self, config: Config) -> None:
         quiet_transformers()
         self.config = config
-        self.tokenizer = load_tokenizer(config.model)
-        self.markers = find_markers(self.tokenizer, config.thought)
+        self.tokenizer, self.markers = open_tokenizer(config)
         self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
+
+    def marker_notes(self) -> list[str]:
+        """`marker_notes` of these markers."""
+        return marker_notes(self.tokenizer, self.markers, self.config.thought)
 
     def vocabulary_checksum(self) -> str:
         """Of all tokens and their ids: a checkpoint is of no use with others."""
@@ -82,6 +85,8 @@ class Inputs(PanelInputs):
         """
         super().__init__(config, warn, progress)
         self.architecture = read_model_config(config.model)
+        text = self.architecture.get_text_config()
+        text.vocab_size = vocabulary_with(self.markers, text.vocab_size)
         try:
             self.shapes = model_shapes(self.architecture)
         except ValueError as error:

@@ -31,10 +31,10 @@ from rlp.config import Config, ConfigError
 from rlp.data import PANEL_NOISE, Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.export import known_ids, master_weights
-from rlp.inputs import PanelInputs
+from rlp.inputs import ModelInputs, PanelInputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
 from rlp.metrics import Progress, Tell
-from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy, load_tokenizer, read_model_config
+from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy, read_model_config
 from rlp.objective import log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.scoring import greedy_targets, score
@@ -151,7 +151,7 @@ def probe_model(config: Config, ranks: Ranks, *, start: str | None = None, check
     form = replace(inputs.form, instruction=known_ids(instruction, inputs.tokenizer) or inputs.form.instruction)
     panel = held_out_panel(inputs)
     start_logprob = None if start is None else _start_logprob(start, panel, inputs, ranks)
-    arrange, policy = load_frozen(config, inputs, ranks)
+    arrange, policy = load_frozen(inputs, ranks)
     if checkpoint is not None:
         if start is None:
             start_logprob = no_think_logprob(arrange, policy, panel, form, config, ranks)
@@ -162,10 +162,11 @@ def probe_model(config: Config, ranks: Ranks, *, start: str | None = None, check
     return probe_panel(arrange, panel, policy, None, start_logprob, form, config, ranks)
 
 
-def load_frozen(config: Config, inputs: PanelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
+def load_frozen(inputs: ModelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
     """The layout that a model can run, and the model."""
+    config = inputs.config
     layout, _ = choose_layout(config, read_model_config(config.model))
-    policy = load_policy(config, inputs.tokenizer, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
     check_logits(policy)
     return {"repeated": repeated, "tree": tree}[layout], policy
 
@@ -173,9 +174,11 @@ def load_frozen(config: Config, inputs: PanelInputs, ranks: Ranks) -> tuple[Call
 def _start_logprob(start: str, panel: Panel, inputs: PanelInputs, ranks: Ranks) -> list[float]:
     """`no_think_logprob` of another checkpoint, which must read the same tokens."""
     config = replace(inputs.config, model=replace(inputs.config.model, path=start, init="pretrained"))
-    if load_tokenizer(config.model).get_vocab() != inputs.tokenizer.get_vocab():
-        raise ConfigError(f"start: the tokenizer of {start} is not that of {inputs.config.model.path}, so their log-probabilities are of other tokens. Write the checkpoint that the model was trained from.")
-    arrange, policy = load_frozen(config, inputs, ranks)
+    start_inputs = ModelInputs(config)
+    if start_inputs.tokenizer.get_vocab() != inputs.tokenizer.get_vocab():
+        raise ConfigError(f"start: the tokenizer of {start} is not that of {inputs.config.model.path}, so their log-probabilities are of other tokens. Write the checkpoint that the model "
+                          "was trained from; where the model was trained with thought.add_markers=true, write that too.")
+    arrange, policy = load_frozen(start_inputs, ranks)
     return no_think_logprob(arrange, policy, panel, inputs.form, config, ranks)
 
 

@@ -80,6 +80,8 @@ class Run:
             self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, self._known_steps())
             self.journal = Journal(self.folder, config, ranks, self.engine)
+            for note in self.inputs.marker_notes():
+                self.log.say(note)
             self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
             self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
@@ -93,8 +95,8 @@ class Run:
         start_deepspeed(ranks)
         quiet_libraries(self.folder, ranks)
         dtype = self.dtype = compute_dtype(config, ranks.device)
-        with sharded_construction(config, ranks, dtype):
-            policy, twin, start = (load_policy(config, self.inputs.tokenizer, dtype, ranks.device) if needed else None for needed in (True, *self._needs_copies()))
+        with sharded_construction(config, ranks, dtype) as whole:
+            policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *self._needs_copies()))
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
         check_logits(policy)
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
@@ -565,4 +567,4 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
         device_bytes = gigabytes * 10 ** 9
     share_of_rank(config.optim.batch_size, 0, world_size)
     plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=layout, form=form)
-    return "\n\n".join([to_yaml(config), inputs.show_example(), render_plan(plan)])
+    return "\n\n".join([to_yaml(config), *inputs.marker_notes(), inputs.show_example(), render_plan(plan)])

@@ -29,6 +29,7 @@ from rlp.distributed import Ranks
 from rlp.inputs import Inputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, tree
 from rlp.ledger import Ledger
+from rlp.metrics import visible_text
 from rlp.objective import information_gain, log_evidence
 from rlp.probe import load_frozen
 from rlp.rollout import NoiseKey, Rollout, sample_thoughts
@@ -55,7 +56,9 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     if config.position.selector in ("entropy", "surprisal"):
         raise ConfigError(f"position.selector: documents are spliced at positions that do not depend on the policy, got {config.position.selector}. Write position.selector=uniform or marker.")
     inputs = Inputs(config, warn=print)
-    arrange, policy = load_frozen(config, inputs, ranks)
+    for note in inputs.marker_notes():
+        print(visible_text(note))
+    arrange, policy = load_frozen(inputs, ranks)
     ledger = Ledger(inputs.shapes)
     temporary = out.with_name(f".tmp.{out.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)

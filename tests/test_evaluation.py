@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlp.answers import AnswerPool, Verdict
 from rlp.cli import main
-from rlp.config import ConfigError
+from rlp.config import ConfigError, ThoughtConfig
 from rlp.evaluation import Benchmark, Thinker, load_benchmarks, mean_and_error, run_benchmark, settle_samples, thinking_lm, thought_gain
 from rlp.layout import ThoughtFormat
 from rlp.model import Markers
@@ -128,7 +128,7 @@ def test_a_greedy_thought_is_the_models_own(policy, tokenizer):
     from rlp.evaluation import Evaluator
 
     form = thinker_of(policy, tokenizer, thinks=True)._form
-    thinker = Evaluator(policy, tokenizer, form, 5).thinker(Benchmark(task="t", thought_temperature=0.0), thinks=True, seed=0, rows=4)
+    thinker = Evaluator(policy, tokenizer, form, ThoughtConfig(max_thought_tokens=5)).thinker(Benchmark(task="t", thought_temperature=0.0), thinks=True, seed=0, rows=4)
     reply = thinker.replies(PROMPTS[:1], 1, until=[], answer_tokens=1)[0][0]
     tokens = [*tokenizer.encode(PROMPTS[0]), OPEN]
     for token in tokenizer.encode(reply.thought):

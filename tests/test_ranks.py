@@ -24,7 +24,7 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:  # noqa: F
     return folder
 
 
-@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "stage3_synced"])
+@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "stage3_synced", "stage3_markers"])
 def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):  # noqa: F811
     """Same documents, same positions, same thoughts, one gradient: in float32 the curves agree."""
     assert_same_run(trained("alone", **SETTINGS[name]), two_ranks / name, 1e-4)

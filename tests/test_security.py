@@ -31,7 +31,7 @@ from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConf
 from rlp.evaluation import Benchmark, load_benchmarks, load_tasks
 from rlp.export import known_ids, model_card, read_thought_format
 from rlp.metrics import visible_text
-from rlp.model import load_policy, load_tokenizer
+from rlp.model import load_policy, open_tokenizer
 from rlp.preflight import draw
 from rlp.probe import Probe
 from rlp.report import write_report
@@ -72,7 +72,7 @@ class Attack:
 
     def load(self) -> None:
         config = Config(run=RunConfig(dir="x"), model=ModelConfig(path=str(self.folder)), data=DataConfig(train=["x"]), budget=BudgetConfig(steps=1), engine=EngineConfig(layout="repeated"))
-        load_policy(config, load_tokenizer(config.model), torch.float32, torch.device("cpu"))
+        load_policy(config, *open_tokenizer(config), torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
