@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import rlp_kernels
 from rlp_kernels import folded, reference, triton_form
+from rounding import Bounds, assert_errs_like, token_logprob_bounds
 
 INTERPRETED = triton_form.INTERPRETED
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,6 +35,9 @@ CASES = (
 every_case = pytest.mark.parametrize("device, shape", CASES)
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])]
 every_device = pytest.mark.parametrize("device", DEVICES)
+
+# The gradient of the logits is rounded to bf16 before it is multiplied; the interpreter cuts instead of rounding.
+BF16_FACTOR_ERROR = torch.finfo(torch.bfloat16).eps / (1 if INTERPRETED else 2)
 
 # Small tiles, so that small inputs have several of everything: 3 parts of the vocabulary with 2 tiles each, 2 tiles of rows.
 SIZES = triton_form.Tiles(rows=32, columns=64, depth=32, warps=4, stages=2)
@@ -71,8 +75,9 @@ def twin(form, device):
 
 
 def coefficients(hidden):
-    """A fixed weighting of the log-probabilities, of both signs."""
-    return torch.linspace(-1.0, 1.0, len(hidden), device=hidden.device, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    """A fixed weighting of the log-probabilities, of both signs; the same numbers in float32 and float64."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return torch.linspace(-1.0, 1.0, len(hidden), device=hidden.device).to(dtype)
 
 
 def value_and_grads(function, hidden, head, target, **settings):
@@ -98,20 +103,27 @@ def way(name, device):
 @pytest.mark.parametrize("name", ["triton", "folded", "triton, gradient in forward"])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])  # 3: logits of deviation 2 are well inside the bend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_form_errs_at_most_twice_as_much_as_plain(device, shape, name, softcap, dtype):
-    """Both against float64 on the same rounded inputs; one spacing of the output dtype is forgiven."""
-    hidden, head, target, rows = make_inputs(device, shape, dtype)
-    settings = rows | {"softcap": softcap}
-    plain = value_and_grads(reference.token_logprobs, hidden, head, target, **settings)
-    ours = way(name, device)(hidden, head, target, **settings)
-    truth = value_and_grads(reference.token_logprobs, hidden.double(), head.double(), target, **settings)
-    for what, t, p, o in zip(("logprob", "hidden grad", "head grad"), truth, plain, ours, strict=True):
-        assert o.dtype == p.dtype and o.shape == p.shape
-        allowed = 2 * (p.double() - t).abs().max() + torch.finfo(p.dtype).eps * t.abs().max()
-        assert (o.double() - t).abs().max() <= allowed, what
-        # The largest error says little of small entries: the rms error is held too.
-        rms, plain_rms = ((x.double() - t).square().mean().sqrt() for x in (o, p))
-        assert rms <= 2 * plain_rms + torch.finfo(p.dtype).eps * t.square().mean().sqrt(), what
+def test_a_form_errs_no_more_than_rounding_and_at_most_twice_as_much_as_plain(device, shape, name, softcap, dtype):
+    """Both against float64 on the same rounded inputs."""
+    factor_error = BF16_FACTOR_ERROR if dtype == torch.bfloat16 and (name != "folded" or device == "cuda") else 0.0
+    draws = []
+    # Where the output is narrow its rounding is all there is, the same for both forms; in
+    # float32 a few draws even out the luck.
+    for seed in range(4 if dtype == torch.float32 and shape == SMALL else 1):
+        hidden, head, target, rows = make_inputs(device, shape, dtype, seed)
+        settings = rows | {"softcap": softcap}
+        plain = value_and_grads(reference.token_logprobs, hidden, head, target, **settings)
+        ours = way(name, device)(hidden, head, target, **settings)
+        truth = value_and_grads(reference.token_logprobs, hidden.double(), head.double(), target, **settings)
+        for o, p in zip(ours, plain, strict=True):
+            assert (o.dtype, o.shape) == (p.dtype, p.shape)
+        bounds = token_logprob_bounds(
+            hidden, head, target, coefficients(hidden), **settings, factor_error=factor_error
+        )
+        draws.append((plain, ours, truth, bounds))
+    *results, bounds = zip(*draws)
+    results = [tuple(map(torch.cat, zip(*parts))) for parts in results]
+    assert_errs_like(*results, Bounds.joined(bounds))
 
 
 @every_case
@@ -124,8 +136,15 @@ def test_reruns_are_equal_to_the_bit(device, shape, name):
 
 @every_case
 def test_a_log_probability_does_not_depend_on_the_rows_beside_it(device, shape):
-    """The parts of the vocabulary and their order are fixed, so a micro-batch gives the bits of the whole."""
+    """The parts of the vocabulary and their order are fixed, so a micro-batch gives the bits of the whole.
+
+    Interpreted, a product is one of NumPy's, whose rounding may depend on a row's place in the
+    matrix. So the products are exact here: multiples of 1/4 and 1/8, whose sums float32 holds.
+    What is summed after them is not.
+    """
     hidden, head, target, rows = make_inputs(device, shape, torch.bfloat16)
+    if INTERPRETED:
+        hidden, head = (4 * hidden).round() / 4, (8 * head).round() / 8
     logprobs = twin("triton", device)
     few = slice(19, 36)
     alone = logprobs(hidden[few], head, target[few], **{name: value[few] for name, value in rows.items()})
