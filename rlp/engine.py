@@ -309,14 +309,6 @@ class Engine:
             self._preemption.leave()
         return bool(answer)
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        """Whole parameters on every rank, to read."""
-        if self._stage < 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters)
-
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names as in the Hugging Face model; tied parameters once."""
         return list(self.policy.lm.named_parameters())

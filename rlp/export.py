@@ -4,6 +4,7 @@ Beside weights (safetensors), config and tokenizer it holds `thought_format.json
 and sampled, and a model card with the numbers of the run.
 """
 
+import copy
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlp.checkpoint import Checkpoint, CheckpointError
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, ThoughtConfig, load_config
@@ -32,14 +33,15 @@ from rlp.run_folder import sync
 def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, config: Config, form: ThoughtFormat, card: str) -> None:
     """Write the policy as a Hugging Face folder: safetensors, tokenizer, model card, and the thought format.
 
-    A collective: every rank takes part in gathering, the first one writes.
+    The weights are the float32 masters, whatever the compute dtype: those that the next trainer would
+    round for itself, and the same as `export_checkpoint` writes. A collective: every rank takes part in
+    putting them together, the first one writes.
     """
     fault("export.before_write")
     tensors = {}
-    for name, parameter in engine.parameters():
-        with engine.gathered([parameter]):
-            if ranks.is_first:
-                tensors[name] = parameter.detach().cpu().clone()
+    for name, value in engine.whole(engine.master):
+        if ranks.is_first:
+            tensors[name] = value.cpu()
     failure = None
     if ranks.is_first:
         try:
@@ -107,6 +109,7 @@ def master_weights(checkpoint: Checkpoint, lm: nn.Module) -> dict[str, Tensor]:
 def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, config: Config, form: ThoughtFormat, card: str) -> None:
     temporary = folder.with_name(f".tmp.{folder.name}.{secrets.token_hex(4)}")
     lm.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
+    _config_in_float32(lm).save_pretrained(temporary)  # transformers wrote the dtype that the model computes in
     tokenizer.save_pretrained(temporary)
     manifest = {
         "open_marker": config.thought.open_marker, "open_marker_ids": list(form.markers.open),
@@ -123,6 +126,14 @@ def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokeni
     fault("export.before_rename")
     os.replace(temporary, folder)
     fault("export.after_rename")
+
+
+def _config_in_float32(lm: PreTrainedModel) -> PretrainedConfig:
+    """The model's config, with the dtype of the weights that an export holds."""
+    config = copy.deepcopy(lm.config)
+    for part in (config, config.get_text_config()):
+        part.dtype = "float32"
+    return config
 
 
 THOUGHT_FORMAT = {"open_marker": str, "close_marker": str, "temperature": float, "target_temperature": float, "max_thought_tokens": int, "horizon": int,

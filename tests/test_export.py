@@ -10,16 +10,17 @@ from test_training import corpus, ranks, trained  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"engine__zero_stage": 3, "engine__dtype": "bfloat16"}])
+@pytest.mark.parametrize("settings", [{"engine__zero_stage": 0}, *({"engine__zero_stage": stage, "engine__dtype": "bfloat16"} for stage in (1, 2, 3))])
 def test_the_export_is_the_trained_policy(trained, settings):  # noqa: F811
-    """It loads with transformers alone, tied weights tied, equal to the checkpoint's master weights."""
+    """It loads with transformers alone, tied weights tied, equal to the checkpoint's float32 master weights."""
     folder = trained(**settings)
+    assert json.loads((folder / "export" / "config.json").read_text())["dtype"] == "float32"
     model, loading = AutoModelForCausalLM.from_pretrained(folder / "export", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     master = load_file(folder / "checkpoints" / "step_3" / "shard_00000-00000.safetensors")
     for name, parameter in model.named_parameters():
-        expected = master[f"master/{name}"].to(parameter.dtype).reshape(parameter.shape)
-        assert torch.equal(parameter.detach(), expected), name
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter.detach(), master[f"master/{name}"].reshape(parameter.shape)), name
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

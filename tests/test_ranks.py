@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_training import assert_same_run, corpus, curve, ranks, trained  # noqa: F401  (fixtures)
 from training import launch, read_lines
 from two_ranks import JOBS
+
+from rlp.checkpoint import open_checkpoint
 
 SETTINGS = {name: {key: value for key, value in settings.items() if value != "CORPUS"} for name, settings in JOBS.items()}
 
@@ -36,6 +39,14 @@ def test_bfloat16_runs_on_two_ranks(two_ranks):
     assert len(lines) == 3
     assert lines[-1]["optim/skipped"] == 0
     assert lines[-1]["teacher/distance"] > 0
+
+
+@pytest.mark.parametrize("name", ["stage0", "stage1_bf16", "stage2", "stage3"])
+def test_the_export_of_two_ranks_is_their_master_weights(two_ranks, name):
+    """Put together from both ranks' shards, in float32."""
+    checkpoint = open_checkpoint(two_ranks / name / "checkpoints" / "step_3")
+    for parameter, value in load_file(two_ranks / name / "export" / "model.safetensors").items():
+        assert torch.equal(value.flatten(), checkpoint.read("master", parameter, 0, value.numel()))
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(two_ranks, trained):  # noqa: F811
