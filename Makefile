@@ -9,7 +9,9 @@ WORLD := experiments/world/data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all gpu setup clean
+NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,kernels triton objective scoring layout tree rollout training ranks numerics probe))
+
+.PHONY: quickstart test test-all test-avx2 gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
@@ -20,6 +22,10 @@ test: $(VENV)/test.ok
 # The same and the long ones, each marked `slow`.
 test-all: $(VENV)/test.ok
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+
+# The numerical tests as on another processor: other vector instructions, other sums, two threads.
+test-avx2: $(VENV)/test.ok
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest --numprocesses 1 $(NUMERICAL)
 
 # On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
 gpu:

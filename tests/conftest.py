@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from rlp.data import Document
 from rlp.model import Markers, Policy
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 WORDS = ["<pad>", "<eos>", "<think>", "</think>", "<unk>", ".", *(f"w{i}" for i in range(42))]
 """The vocabulary of the tests: 48 words, one token each."""
