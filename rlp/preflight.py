@@ -9,17 +9,20 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from rlp.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.config import Config, ConfigError, load_config
 from rlp.distributed import start_ranks, stop_ranks
 from rlp.export import read_thought_format
 from rlp.figures import COLORS, GREY
-from rlp.metrics import EVALUATION
+from rlp.inputs import PanelInputs
+from rlp.metrics import EVALUATION, visible_text
 from rlp.probe import Probe, probe_model
 
 TABLE = {
@@ -32,6 +35,18 @@ TABLE = {
 """Rows of the table, in the words that they are told in."""
 
 GAINS = tuple(name for name in TABLE if name.startswith("gain_over_"))
+
+MIN_DOCUMENTS = 30
+"""Documents that a verdict needs: percentile intervals of fewer hold the mean in 80 to 89 % of the cases where they say 95."""
+
+MIN_GAINING_FRAC = 0.05
+"""Of positions, the lower end of its interval: where fewer gain, there is nothing to select. Ours."""
+
+FORMAT_SHARE = 0.5
+"""Of the gain, or the harm, of thinking: what an empty thought has to explain for the format to be named as its cause. Ours."""
+
+SHOWN_TAIL_TOKENS, SHOWN_CHARACTERS = 64, 240
+"""Of a prefix, its end that is written as text; and of any text, what the terminal gets."""
 
 FLAT_GROUP_NATS = 1e-4
 """Spread of reward within groups below which advantages are rounding."""
@@ -97,8 +112,10 @@ def probe_checkpoint(name: str, data: str, *, config: Path | None, start: str | 
     subject = find_subject(name, data, config, overrides)
     ranks = start_ranks()
     try:
-        probe = probe_model(subject.config, ranks, start=start, checkpoint=subject.checkpoint, instruction=subject.instruction,
-                            warn=lambda text: console.print(f"data: {text}"))
+        inputs = PanelInputs(subject.config, lambda text: console.print(visible_text(f"data: {text}")))
+        for note in inputs.marker_notes():
+            console.print(visible_text(note))
+        probe = probe_model(inputs, ranks, start=start, checkpoint=subject.checkpoint, instruction=subject.instruction)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -110,10 +127,10 @@ def probe_checkpoint(name: str, data: str, *, config: Path | None, start: str | 
     sentences = verdict(probe, subject.config)
     console.print(describe(name, data, probe, subject.config))
     console.print(table(probe, own_start))
-    console.print("\n".join(sentences))
+    console.print("\n".join([*sentences, "", *three_thoughts(probe, inputs.tokenizer)]))
     if out is not None:
         out.mkdir()
-        write_rows(probe, out / "rows.parquet")
+        write_rows(probe, inputs.tokenizer, out / "rows.parquet")
         draw(probe, own_start, out / "probe.png", title=f"{name}: {len(probe.panel)} positions of {data}")
         settings = {section: values for section, values in asdict(subject.config).items() if section in ("model", "data", "position", "thought", "target", "evaluation", "engine")}
         content = {"checkpoint": name, "start": start, "settings": settings, "means": probe.means, "intervals": probe.intervals, "verdict": sentences}
@@ -148,39 +165,86 @@ def table(probe: Probe, own_start: bool) -> Table:
 
 
 def verdict(probe: Probe, config: Config) -> list[str]:
-    """Whether there is signal, what the thoughts are worth, and what usually helps where there is none."""
-    sentences = [_signal(probe), _worth(probe), *_cautions(probe)]
-    return [sentence for sentence in sentences if sentence] + ([] if has_signal(probe) else _advice(probe, config))
+    """Whether there is signal; whether thoughts are on topic, and whether there is something to select; what they are worth;
+    and what usually helps where there is no signal."""
+    obstacle = _no_verdict(probe)
+    sentences = [obstacle] if obstacle else [_signal(probe), _topic(probe), _selection(probe)]
+    sentences += [_worth(probe), *_format(probe), *_cautions(probe)]
+    return sentences + ([] if has_signal(probe) else _advice(probe, config))
 
 
 def has_signal(probe: Probe) -> bool:
-    """Whether thoughts predict their own targets better than those of another document do, and siblings differ."""
-    low, _ = probe.intervals.get("gain_over_shuffled_nats", (0.0, 0.0))
-    return low > 0 and probe.means.get("reward_group_std_nats", 0.0) > FLAT_GROUP_NATS
+    """Whether thoughts are about their own text, some of them gain, and siblings differ."""
+    return _no_verdict(probe) is None and _is_on_topic(probe) and _some_gain(probe) and _siblings_differ(probe)
+
+
+def _no_verdict(probe: Probe) -> str | None:
+    """Why nothing can be said of the signal; None where something can."""
+    documents = len(probe.panel.documents)
+    if documents < MIN_DOCUMENTS:
+        return (f"No verdict: the panel holds {documents} document{'s' * (documents > 1)}, and below {MIN_DOCUMENTS} intervals are too short to be trusted. "
+                "Give it more documents, and write a larger evaluation.panel_positions.")
+    if "reward_group_std_nats" not in probe.means:
+        return "No verdict: one thought at each position has no siblings to be compared with. Write evaluation.thoughts_per_position=4."
+    return None
+
+
+def _is_on_topic(probe: Probe) -> bool:
+    """Whether thoughts predict their own targets better than those of another document do."""
+    return probe.intervals["gain_over_shuffled_nats"][0] > 0
+
+
+def _some_gain(probe: Probe) -> bool:
+    return probe.intervals["positive_gain_frac"][0] >= MIN_GAINING_FRAC
+
+
+def _siblings_differ(probe: Probe) -> bool:
+    return probe.means["reward_group_std_nats"] > FLAT_GROUP_NATS
 
 
 def _signal(probe: Probe) -> str:
-    if "gain_over_shuffled_nats" not in probe.intervals:
-        return "No verdict: the panel holds one document, so there are no intervals and no thoughts of another document. Give it more documents."
-    if "reward_group_std_nats" not in probe.means:
-        return "No verdict: one thought at each position has no siblings to be compared with. Write evaluation.thoughts_per_position=4."
-    gain, spread = probe.means["gain_over_shuffled_nats"], probe.means["reward_group_std_nats"]
-    low, high = probe.intervals["gain_over_shuffled_nats"]
-    if spread <= FLAT_GROUP_NATS:
-        return f"NO SIGNAL: the thoughts of a position all predict alike (spread {spread:.2g} nats), so every advantage is 0."
-    if low > 0:
-        return f"SIGNAL: a thought predicts its own target {gain:.3f} nats better than the thoughts of another document do, and siblings differ by {spread:.3f} nats: there is something to select."
-    if high < 0:
-        return f"NO SIGNAL: the thoughts of another document predict {-gain:.3f} nats better than a position's own."
-    return f"NO SIGNAL: a thought can not be told from the thoughts of another document ({gain:+.3f} nats, interval {low:+.3f} to {high:+.3f}). Siblings differ by {spread:.3f} nats, by chance as far as this panel can see."
+    if has_signal(probe):
+        return "SIGNAL: thoughts are about their own text, some of them gain, and siblings differ: there is something to select."
+    if not _siblings_differ(probe):
+        return "NO SIGNAL: the thoughts of a position all predict alike, so every advantage is 0."
+    if not _is_on_topic(probe):
+        return "NO SIGNAL: thoughts can not be told from those of another document, so what is selected is chance."
+    return "NO SIGNAL: thoughts are about their own text, and all but none of them gains: what is selected is the lesser harm."
+
+
+def _topic(probe: Probe) -> str:
+    gain, (low, high) = probe.means["gain_over_shuffled_nats"], probe.intervals["gain_over_shuffled_nats"]
+    said = "On topic: yes, a" if low > 0 else "On topic: no, another document's is the better one; a" if high < 0 else "On topic: not as far as this panel can see; a"
+    return f"{said} thought predicts its own target {gain:+.3f} nats (interval {low:+.3f} to {high:+.3f}) better than the thoughts of another document do."
+
+
+def _selection(probe: Probe) -> str:
+    gaining, (low, high) = probe.means["positive_gain_frac"], probe.intervals["positive_gain_frac"]
+    said = "yes" if _some_gain(probe) and _siblings_differ(probe) else "no"
+    return (f"Something to select: {said}, thoughts gain at {gaining:.0%} of the positions (interval {low:.0%} to {high:.0%}, its lower end has to be {MIN_GAINING_FRAC:.0%}), "
+            f"and siblings differ by {probe.means['reward_group_std_nats']:.2g} nats.")
 
 
 def _worth(probe: Probe) -> str:
     means = probe.means
     low, high = probe.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
     effect = "helps" if low > 0 else "harms" if high < 0 else "neither clearly helps nor harms"
-    return (f"Thinking {effect}: {means['gain_over_no_think_nats']:+.3f} nats against no thought and {means['gain_over_empty_nats']:+.3f} against an empty one; "
-            f"a gain at {means['positive_gain_frac']:.0%} of the positions.")
+    return f"Thinking {effect}: {means['gain_over_no_think_nats']:+.3f} nats against no thought and {means['gain_over_empty_nats']:+.3f} against an empty one."
+
+
+def _format(probe: Probe) -> list[str]:
+    """Where an empty thought explains most of what thinking gains or costs, that it does: then the words of a thought do not.
+
+        S_pred - S_no_think = (S_pred - S_empty) + (S_empty - S_no_think)
+    """
+    gain, (low, high) = probe.means["gain_over_no_think_nats"], probe.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
+    of_format = gain - probe.means["gain_over_empty_nats"]
+    if low <= 0 <= high or of_format / gain < FORMAT_SHARE:
+        return []
+    if gain > 0:
+        return [f"The markers do it: an empty thought, the two markers alone, gains {of_format:.2f} nats, thinking {gain:.2f}. The words of a thought add little."]
+    return [f"The markers do the harm: an empty thought, the two markers alone, costs {-of_format:.2f} nats, thinking {-gain:.2f}. The model has not learned "
+            "that after the close marker the text goes on; a warm start teaches it (docs/warm_start.md)."]
 
 
 def _cautions(probe: Probe) -> list[str]:
@@ -197,8 +261,8 @@ def _cautions(probe: Probe) -> list[str]:
 
 
 def _advice(probe: Probe, config: Config) -> list[str]:
-    """In the order of what it costs to try."""
-    lines = ["What usually helps:"]
+    """What is missing most often first, the rest in the order of what it costs to try."""
+    lines = ["What usually helps:", "  a warm start: train first on documents with thoughts between the markers, then probe again (docs/warm_start.md)"]
     if probe.means.get("reward_group_std_nats", 0.0) > FLAT_GROUP_NATS and probe.means.get("gain_over_shuffled_nats", 0.0) > 0:
         lines.append(f"  a larger panel, if the signal is only small: evaluation.panel_positions={4 * config.evaluation.panel_positions}")
     if config.position.selector != "marker":
@@ -207,11 +271,41 @@ def _advice(probe: Probe, config: Config) -> list[str]:
         lines.append("  a longer horizon, so that the reward is not the luck of one token: target.horizon=16")
     if config.thought.max_thought_tokens < 2048:
         lines.append("  a larger budget on real text: thought.max_thought_tokens=2048; budgets of 64 to 512 tokens did harm in the paper (Table S.1)")
-    return lines + ["  a warm start: train first on documents with thoughts between the markers, then probe again"]
+    return lines
 
 
-def write_rows(probe: Probe, path: Path) -> None:
-    """One row a position as Parquet: where it is, every token as its id, what each thought led to, and all columns."""
+def three_thoughts(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The thought with the largest gain over no thought, the one in the middle, and the one with the smallest."""
+    gain = probe.reasoned_logprob - probe.columns["no_think_logprob_nats"][:, None]
+    order = gain.argsort(axis=None, kind="stable")
+    lines = []
+    for name, index in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
+        m, g = (int(place) for place in np.unravel_index(index, gain.shape))
+        document, position = probe.panel.documents[probe.panel.positions.document[m]], int(probe.panel.positions.position[m])
+        cut = ", closed by force" if probe.thoughts.truncated[m, g] else ""
+        lines += [f"The {name} thought: {gain[m, g]:+.3f} nats against no thought (document {document.id}, position {position}, {len(probe.thoughts.tokens[m][g])} tokens{cut})",
+                  f"  text     {_shown(_tail(tokenizer, document.tokens, position), end=True)}",
+                  f"  thought  {_shown(tokenizer.decode(probe.thoughts.tokens[m][g]))}",
+                  f"  target   {_shown(tokenizer.decode(probe.panel.positions.target[m]))}"]
+    return lines
+
+
+def _tail(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, position: int) -> str:
+    """The end of a prefix."""
+    return tokenizer.decode(tokens[max(0, position - SHOWN_TAIL_TOKENS) : position])
+
+
+def _shown(text: str, *, end: bool = False) -> str:
+    """Text in one line between bars, control characters and line ends spelled out, a long one cut (at its start, for `end`)."""
+    text = visible_text(text).replace("\n", "\\n").replace("\t", "\\t")
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"...{text[-SHOWN_CHARACTERS:]}" if end else f"{text[:SHOWN_CHARACTERS]}..."
+    return f"|{text}|"
+
+
+def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """One row a position as Parquet: where it is, every token as its id and as text to read (of the prefix its end), what each
+    thought led to, and all columns."""
     positions, ids = probe.panel.positions, pyarrow.list_(pyarrow.int64())
     documents = [probe.panel.documents[d] for d in positions.document]
     columns = {
@@ -219,7 +313,10 @@ def write_rows(probe: Probe, path: Path) -> None:
         "prefix_tokens": pyarrow.array([document.tokens[:t] for document, t in zip(documents, positions.position)], ids),
         "target_tokens": pyarrow.array(list(positions.target), ids),
         "thought_tokens": pyarrow.array(probe.thoughts.tokens, pyarrow.list_(ids)), "thought_truncated": pyarrow.array(list(probe.thoughts.truncated)),
-        "thought_logprob_nats": pyarrow.array(list(probe.reasoned_logprob))}
+        "thought_logprob_nats": pyarrow.array(list(probe.reasoned_logprob)),
+        "prefix_tail": pyarrow.array([_tail(tokenizer, document.tokens, int(t)) for document, t in zip(documents, positions.position)]),
+        "thoughts": pyarrow.array([[tokenizer.decode(thought) for thought in group] for group in probe.thoughts.tokens]),
+        "target": pyarrow.array([tokenizer.decode(target) for target in positions.target])}
     parquet.write_table(pyarrow.table(columns | {name: pyarrow.array(values) for name, values in probe.columns.items()}), path)
 
 

@@ -131,23 +131,23 @@ class Probe:
         return self.means | ends
 
 
-def probe_model(config: Config, ranks: Ranks, *, start: str | None = None, checkpoint: Checkpoint | None = None, instruction: tuple[int, ...] = (),
-                warn: Callable[[str], None] = print) -> Probe:
+def probe_model(inputs: PanelInputs, ranks: Ranks, *, start: str | None = None, checkpoint: Checkpoint | None = None,
+                instruction: tuple[int, ...] = ()) -> Probe:
     """Probe a model on the held-out documents of a config; nothing is trained and nothing is written. A collective.
 
     The sections `model`, `data` (`held_out`), `position`, `thought`, `target` and `evaluation` count.
 
     Args:
+        inputs: of that config.
         start: folder or Hub name of the starting checkpoint. Default: the model itself, so that the gain over the start is that
             over its own no-think; for a run's checkpoint, the model that the run started from.
         checkpoint: of a run that started from `model.path`; its weights are probed.
         instruction: token ids of an instruction that no file holds; none for that of `thought.instruction_file`.
-        warn: told about skipped documents.
 
     Raises:
         ConfigError, DataError, CheckpointError: something that the config names is not there or does not fit.
     """
-    inputs = PanelInputs(config, warn)
+    config = inputs.config
     form = replace(inputs.form, instruction=known_ids(instruction, inputs.tokenizer) or inputs.form.instruction)
     panel = held_out_panel(inputs)
     start_logprob = None if start is None else _start_logprob(start, panel, inputs, ranks)

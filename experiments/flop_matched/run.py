@@ -136,10 +136,11 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
 def probe(model: Path, base: Path, ranks: object) -> dict[str, float]:
     """Held-out numbers of a model, its gain measured against the base."""
     from rlp.config import load_config
+    from rlp.inputs import PanelInputs
     from rlp.probe import probe_model
 
     config = load_config(QUICKSTART, [f"model.path={model}", "run.dir=unused", *PANEL])
-    return probe_model(config, ranks, start=str(base), warn=lambda text: None).means
+    return probe_model(PanelInputs(config, lambda text: None), ranks, start=str(base)).means
 
 
 def curve(run: Path) -> list[dict]:
