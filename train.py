@@ -12,6 +12,11 @@ Dimensions
     L  thought tokens;  H  target tokens
 """
 
+if __name__ == "__main__":
+    from rlp.launcher import watch_from_the_start
+
+    watch_from_the_start()  # the imports below take seconds
+
 import argparse
 import sys
 from dataclasses import dataclass, replace
@@ -24,6 +29,7 @@ from rlp.checkpoint import CheckpointError
 from rlp.config import Config, ConfigError, load_config
 from rlp.data import DataError, Document, Positions
 from rlp.distributed import Ranks, run_as_process, start_ranks, stop_ranks
+from rlp.launcher import LAUNCHER_GONE, LauncherGone, launchers
 from rlp.layout import Thoughts, Work
 from rlp.metrics import visible_text
 from rlp.monitor import Tally, thought_lengths, watch_ratio, watch_rewards, watch_thoughts
@@ -252,6 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     ranks = None
     try:
+        launchers().require()
         config = load_config(options.config, options.overrides)
         ranks = start_ranks(config.run.watchdog_s)
         if options.dry_run:
@@ -268,6 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, BAD_NUMERICS, ranks)
     except PeerLost as error:
         return fail(error, PEER_LOST, None)
+    except LauncherGone as error:
+        return fail(error, LAUNCHER_GONE, None)
 
 
 def fail(error: Exception, code: int, ranks: Ranks | None) -> int:

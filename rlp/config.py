@@ -42,14 +42,21 @@ def moment(text: str, start: float) -> float:
     Raises:
         ValueError: it is none of these.
     """
-    if re.fullmatch(r"\d+", text):
-        return start + int(text)
-    if match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
-        hours, minutes, seconds = map(int, match.groups())
-        return start + 3600 * hours + 60 * minutes + seconds
+    if (seconds := duration(text)) is not None:
+        return start + seconds
     if re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text):
         return datetime.datetime.fromisoformat(text).timestamp()
     raise ValueError(f"{text!r} is no time")
+
+
+def duration(text: str) -> float | None:
+    """Seconds that a text means, which is seconds or HH:MM:SS; None where it is neither."""
+    if re.fullmatch(r"\d+", text):
+        return float(text)
+    if match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+        hours, minutes, seconds = map(int, match.groups())
+        return 3600.0 * hours + 60 * minutes + seconds
+    return None
 
 
 def is_moment(text: str) -> bool:

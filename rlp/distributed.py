@@ -8,13 +8,16 @@ import datetime
 import itertools
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from rlp.terminal import INTERRUPTED, accept_any_text
 
@@ -60,48 +63,70 @@ class Ranks:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return int(vote.item())
 
-    def word(self, topic: str) -> str:
-        """A name for something to leave word of, not used before; the same on every rank that has asked as often."""
-        return f"{topic}/{next(_topics)}"
-
-    def words(self) -> "Words":
-        """Word between ranks, for one thread."""
-        return Words(self.store)
+    def words(self, topic: str) -> "Words":
+        """Word between ranks about something; every rank asks for the same topics in the same order."""
+        return Words(self.store, f"{topic}/{next(_topics)}")
 
 
 _topics = itertools.count()
 
+LISTEN_S = 0.25
+"""How often ranks listen for word of each other."""
+
 
 class Words:
-    """What ranks tell each other without waiting for each other, from threads that must go on when the main thread does not."""
+    """What ranks tell each other without waiting for each other, for threads that must go on when the main thread does not.
 
-    def __init__(self, store: dist.Store | None) -> None:
-        # A connection of its own: that of the main thread is locked while it waits for something.
-        self._store = store.clone() if store is not None else None
+    A thread of its own talks to the store: the rank that keeps the store may be stopped, and then whoever asks it waits.
+    """
 
-    def leave(self, word: str) -> bool:
-        """Leave word for every rank; True."""
-        if self._store is not None:
-            try:
-                self._store.set(word, "")
-            except RuntimeError:
-                self._store = None  # the rank that keeps the store is gone, and with it the run
-        return True
+    def __init__(self, store: dist.Store | None, word: str) -> None:
+        self._word = word
+        self._leaving = self._closed = self.heard = False
+        """`heard`: whether some rank has left word."""
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._talk, args=(store,), name=f"words {word}", daemon=True)
+        if store is not None:
+            self._thread.start()
 
-    def has(self, word: str) -> bool:
-        """Whether some rank has left this word."""
-        try:
-            return self._store is not None and self._store.check([word])
-        except RuntimeError:
-            self._store = None
-            return False
+    def leave(self) -> None:
+        """Leave word for every rank, as soon as the store takes it."""
+        self._leaving = True
+        self._wake.set()
+
+    def close(self) -> None:
+        """Neither tell nor listen any more."""
+        self._closed = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=LISTEN_S)
+
+    def _talk(self, store: dist.Store) -> None:
+        # RuntimeError: the rank that keeps the store is gone, and with it the run.
+        with suppress(RuntimeError):
+            # A connection of its own: that of the main thread is locked while it waits for something.
+            store, told = store.clone(), False
+            while True:
+                closed = self._closed
+                if self._leaving and not told:
+                    told = store.set(self._word, "") is None
+                self.heard = self.heard or store.check([self._word])
+                if closed:
+                    return
+                self._wake.wait(LISTEN_S)
+                self._wake.clear()
 
 
-def start_ranks(timeout_s: float = 0) -> Ranks:
+COLLECTIVES_S = 300.0
+"""A collective waits so much longer than the watchdog, which says more of a stall than a time-out does."""
+
+
+def start_ranks(watchdog_s: float = 0) -> Ranks:
     """Join the process group that the launcher describes, or form one of a single process.
 
     Args:
-        timeout_s: how long to wait for the others, one of which may have died on its way; 0: as long as torch does.
+        watchdog_s: `run.watchdog_s`. So long the others are waited for, one of which may have died on its way; a collective
+            waits longer, in this group and in all that are made later. 0: both wait as long as torch does.
 
     Raises:
         dist.DistError: they did not all come.
@@ -119,9 +144,28 @@ def start_ranks(timeout_s: float = 0) -> Ranks:
         torch.cuda.set_device(device)
     store = None
     if not dist.is_initialized():
-        store = dist.HashStore() if alone else next(dist.rendezvous("env://", **({"timeout": datetime.timedelta(seconds=timeout_s)} if timeout_s else {})))[0]
+        store = dist.HashStore() if alone else _meet(watchdog_s)
+        _wait_longer_than(watchdog_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
+
+
+def _meet(limit_s: float) -> dist.Store:
+    """The store where all ranks meet."""
+    limit = {"timeout": datetime.timedelta(seconds=limit_s)} if limit_s else {}
+    return next(dist.rendezvous("env://", **limit))[0]
+
+
+def _wait_longer_than(watchdog_s: float) -> None:
+    """Let collectives wait longer than the watchdog, in every process group that is made from here on.
+
+    DeepSpeed makes groups of its own and gives none a limit: they have torch's default of the backend, 10 minutes for NCCL.
+    """
+    if watchdog_s:
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            before = getattr(distributed_c10d, name)  # None without NCCL
+            wanted = datetime.timedelta(seconds=watchdog_s + COLLECTIVES_S)
+            setattr(distributed_c10d, name, before and max(before, wanted))
 
 
 def stop_ranks() -> None:

@@ -217,14 +217,17 @@ class Progress:
                 progress.advance(len(batch))
     """
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "", *, shown: bool = True, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, what: str, total: int | None = None, unit: str = "", *, shown: bool = True, say: Callable[[str], None] | None = None,
+                 on_advance: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             total: how much there is to do, in `unit`; None where nobody knows.
             unit: a word in the plural. `bytes` are told in MB and GB.
             shown: False says nothing, for ranks that do not speak.
             say: takes a line where there is no terminal; by default it goes to stderr.
+            on_advance: called where something moves, shown or not.
         """
+        self._on_advance = on_advance
         self._what, self._total, self._unit = what, total, unit
         self._shown, self._say = shown, say or (lambda text: say_line(text, sys.stderr))
         self._done, self._bar = 0, None
@@ -244,6 +247,7 @@ class Progress:
     def advance(self, amount: int = 1) -> None:
         """So much more is done; 0: something moves, and there is nothing to count."""
         self._done += amount
+        self._on_advance()
         if self._bar is not None:
             self._bar.update(amount)
         elif self._shown and time.monotonic() - self._told >= LINE_EVERY_S:

@@ -1,7 +1,7 @@
 """Asked to stop: by a signal, by the death of the launcher, by a time limit. All ranks stop at one place, together.
 
     who asks                                        who notices
-    SIGTERM, SIGINT, SIGUSR1, to any rank           the handler of that rank
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1, to any rank   the handler of that rank
     the launcher is gone                            a thread of each rank that it started; `deepspeed` dies of a signal and leaves its ranks
     checkpoint.save_by is reached                   the same thread
     another rank was asked                          the same thread; a launcher may signal its ranks one after another
@@ -21,24 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
-import psutil
-
-from rlp.config import ConfigError, moment
+from rlp.config import ConfigError, duration, moment
 from rlp.distributed import Ranks
+from rlp.launcher import POLL_S, launchers
+from rlp.terminal import INTERRUPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-POLL_S = 0.5
-"""How often the thread looks. `deepspeed` gives a rank 30 s after SIGTERM."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 SAME_KEYPRESS_S = 1.0
 """A launcher may pass on the SIGINT that its ranks have had from the terminal: within this time it counts once."""
-
-INTERRUPTED = 130
-"""Exit code of a second Ctrl-C, as shells have it."""
-
-LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
-"""A program or a module: one of these is among the first words of a launcher's command."""
 
 HEARSAY = "another rank was asked to stop"
 """Reason of a rank that only heard of it."""
@@ -52,6 +43,35 @@ class _Leave(Exception):
     """This rank leaves off sampling."""
 
 
+def steady_time() -> float:
+    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Deadline:
+    """`checkpoint.save_by`. The clock on the wall may be set while the run lasts.
+
+    A duration runs on the steady clock alone. So does a date, from how far away it is at the start; it has come as well
+    when the wall says so.
+    """
+
+    def __init__(self, text: str) -> None:
+        """
+        Raises:
+            ConfigError: it is past.
+        """
+        now, seconds = time.time(), duration(text)
+        self._on_the_wall = float("inf") if seconds is not None else moment(text, now)
+        left = seconds if seconds is not None else self._on_the_wall - now
+        if left <= 0:
+            raise ConfigError(f"checkpoint.save_by {text} is past: it is {time.strftime('%Y-%m-%dT%H:%M:%S')} here. Write a later time, or null.")
+        self._steady = steady_time() + left
+
+    def has_come(self) -> bool:
+        """Whether it is reached."""
+        return steady_time() >= self._steady or time.time() >= self._on_the_wall
+
+
 class Preemption:
     """Watches while it is entered; outside, `request` is the only one who asks."""
 
@@ -61,8 +81,8 @@ class Preemption:
             save_by: `checkpoint.save_by`.
         """
         self._ranks, self._save_by = ranks, save_by
-        self._deadline = float("inf")
-        self._launchers = _Launchers()
+        self._deadline: Deadline | None = None
+        self._launchers = launchers()
         self.reason: str | None = None
 
     @property
@@ -102,16 +122,15 @@ class Preemption:
         raise _Leave
 
     def __enter__(self) -> "Preemption":
-        if self._save_by is not None:
-            self._deadline = moment(self._save_by, time.time())
-            if self._deadline <= time.time():
-                raise ConfigError(f"checkpoint.save_by {self._save_by} is past: it is {time.strftime('%Y-%m-%dT%H:%M:%S')} here. Write a later time, or null.")
-        self._key = self._ranks.word("stop")
+        self._deadline = Deadline(self._save_by) if self._save_by is not None else None
+        self._others = self._ranks.words("stop")
+        self._launchers.handed_over = True
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         # Python runs handlers between bytecodes of the main thread, which may be waiting in a collective; this tells the thread at once.
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        asking = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in asking}
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
         self._thread.start()
         return self
@@ -123,6 +142,7 @@ class Preemption:
         signal.set_wakeup_fd(self._wakeup_before)
         self._sender.close()
         self._thread.join(timeout=2 * POLL_S)
+        self._others.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
@@ -132,7 +152,7 @@ class Preemption:
 
     def _watch(self) -> None:
         """The thread: until the other end of the socket is closed."""
-        interrupted_at, told, others = None, False, self._ranks.words()
+        interrupted_at = None
         while True:
             if select.select([self._receiver], [], [], POLL_S)[0]:
                 received = self._receiver.recv(64)
@@ -145,40 +165,13 @@ class Preemption:
                     interrupted_at = interrupted_at or time.monotonic()
             if (gone := self._launchers.gone()) is not None:
                 self.request(f"the launcher ({gone}) is gone")
-            if time.time() >= self._deadline:
+            if self._deadline is not None and self._deadline.has_come():
                 self.request(f"checkpoint.save_by {self._save_by} is reached")
-            if self.requested and not told:
-                told = others.leave(self._key)
-            elif others.has(self._key):
+            if self.requested:
+                self._others.leave()
+            elif self._others.heard:
                 self.request(HEARSAY)
 
     def _end_at_once(self) -> None:
         print(f"rank {self._ranks.rank}: interrupted twice, ended at once; nothing was saved after the newest checkpoint", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-
-
-class _Launchers:
-    """The processes above this one that launched it, as they are when the run starts; none where nobody did."""
-
-    def __init__(self) -> None:
-        # `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks; further up is the user's shell, which may go.
-        self._watched = [process for process in psutil.Process().parents()[:3] if _is_launcher(process)]
-
-    def gone(self) -> str | None:
-        """The one that has gone, or None while all are there."""
-        for process in self._watched:
-            if not _is_alive(process):
-                return f"process {process.pid}"
-        return None
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return any(os.path.basename(part) in LAUNCHERS for part in process.cmdline()[:4])
-    return False
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

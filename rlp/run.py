@@ -64,8 +64,8 @@ class Run:
         self.start_logprob: list[float] = []
         self.length_watch = LengthWatch()
         self.match = open_match(config)
-        self.watchdog.mark("data")
-        self.inputs = Inputs(config, self._warn, self._record_bad, self._progress)
+        with self.watchdog.working("data"):
+            self.inputs = Inputs(config, self._warn, self._record_bad, self._progress)
         self._data_state, self._made_step = self.inputs.stream.state(), 0
         self._weights_moved = False
         self._step_started = time.perf_counter()
@@ -76,14 +76,15 @@ class Run:
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
         try:
-            self.watchdog.mark("model")
-            self._build_model()
+            with self.watchdog.working("model"):
+                self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, self._known_steps())
             self.journal = Journal(self.folder, config, ranks, self.engine)
             for note in self.inputs.marker_notes():
                 self.log.say(note)
             self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
-            self._resume(resumes)
+            with self.watchdog.working("resume"):
+                self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
             if not resumes and ranks.is_first:
                 shutil.rmtree(self.folder.path)  # made a moment ago; without it the corrected command works as it stands
@@ -140,7 +141,7 @@ class Run:
 
     def _progress(self, what: str, total: int | None, unit: str) -> Progress:
         """A `Progress` that the first rank tells."""
-        return Progress(what, total, unit, shown=self.ranks.is_first, say=self._say)
+        return Progress(what, total, unit, shown=self.ranks.is_first, say=self._say, on_advance=self.watchdog.mark)
 
     def _known_steps(self) -> int | None:
         """Steps of the whole run, where nothing else limits it."""
@@ -405,7 +406,7 @@ class Run:
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
                  "guard": self.guard.state(), "start_logprob": self.start_logprob, "length_watch": self.length_watch.state(), "dtype": str(self.dtype),
                  "vocabulary": self.inputs.vocabulary_checksum()}
-        with self.wall.during("saving"):
+        with self.watchdog.working("save"), self.wall.during("saving"):
             saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
                                     settle=lambda: settle_logs(self.folder), say=self.log.say)
         self._saved_step = self.step if saved else self._saved_step
@@ -486,7 +487,8 @@ class Run:
         if self.ranks.is_first:
             for left in (self.folder.export, *self.folder.path.glob(".tmp.export.*")):
                 shutil.rmtree(left, ignore_errors=True)  # by an end that was interrupted: a complete run does not come here
-        export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
+        with self.watchdog.working("export"):
+            export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
         failure = None
         if self.ranks.is_first:
             try:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from huggingface_hub import constants
 from pyarrow import parquet
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 UNPACKED = Path(constants.HF_HOME) / "rlp" / "unpacked"
 """Where unpacked files are kept (`HF_HOME` moves it); deleting it costs unpacking them again."""
+
+LOOK_S = 1.0
+"""How often a rank looks how far another one is that unpacks a file."""
 
 MAX_EXPANSION, EXPANSION_MARGIN_BYTES = 200, 2 ** 27
 """A compressed file may unpack to so many times its size, plus the margin. Text shrinks to a third or a twentieth; a
@@ -278,11 +281,36 @@ def _converted(path: Path, convert: Callable[[Path, BinaryIO], None], progress: 
     name = hashlib.sha256(f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
     UNPACKED.mkdir(parents=True, exist_ok=True)
     plain = UNPACKED / name
-    with FileLock(UNPACKED / f"{name}.lock"):
+    with _waited_for(FileLock(UNPACKED / f"{name}.lock"), path, f"{name}.*.partial", progress):
         if not plain.exists():
             with progress(f"unpacking {path}", None, "bytes") as unpacked:
                 _write_whole(plain, path, convert, MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES, unpacked)
     return plain
+
+
+def _waited_for(lock: FileLock, path: Path, partial: str, progress: Tell) -> AcquireReturnProxy:
+    """The lock, held. While another process holds it, what that one writes is progress.
+
+    Args:
+        partial: matches the file that is being written.
+    """
+    with progress(f"waiting for another process to unpack {path}", None, "bytes") as waited:
+        seen = 0
+        while True:
+            try:
+                return lock.acquire(timeout=LOOK_S)
+            except Timeout:
+                written = sum(_size(file) for file in UNPACKED.glob(partial))
+            if written != seen:
+                waited.advance(max(0, written - seen))
+                seen = written
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0  # it has its name
 
 
 def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int, unpacked: Progress) -> None:

@@ -19,7 +19,7 @@ import rlp.preemption
 import train as program
 from rlp.config import ConfigError, moment
 from rlp.faults import VARIABLE, forget_passages
-from rlp.preemption import SIGNALS, Preemption
+from rlp.preemption import SIGNALS, Deadline, Preemption
 from rlp.watchdog import STALLED
 
 
@@ -75,9 +75,18 @@ def test_a_signal_to_one_rank_stops_both_in_the_middle_of_long_thoughts(harness)
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_asks(ranks, number):  # noqa: F811
+    signal.signal(number, signal.SIG_DFL)
     with Preemption(ranks) as preemption:
         signal.raise_signal(number)
         assert preemption.reason == number.name
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(ranks):  # noqa: F811
+    """As `nohup` has it: the terminal may go."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Preemption(ranks) as preemption:
+        signal.raise_signal(signal.SIGHUP)
+        assert not preemption.requested
 
 
 def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):  # noqa: F811
@@ -106,11 +115,11 @@ def wait_for(holds, limit_s: float = 60.0) -> None:
 
 def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ranks, monkeypatch, capsys):  # noqa: F811
     """`checkpoint.save_by` is reached in step 3: it is given up, and step 2 is saved."""
-    step = program.train_step
+    step, steady = program.train_step, rlp.preemption.steady_time
 
     def until_time_is_over(run):
         if run.step == 3:
-            run.preemption._deadline = 0.0
+            monkeypatch.setattr(rlp.preemption, "steady_time", lambda: steady() + 360_000)
             wait_for(lambda: run.preemption.requested)
         step(run)
 
@@ -119,6 +128,23 @@ def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ran
     assert program.train(config, ranks) == program.PREEMPTED
     assert "asked to stop (checkpoint.save_by 360000 is reached): step 2 is saved" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("save_by, steady, wall, come", [
+    ("01:00:00", 3599, 3599, False), ("01:00:00", 3600, 3600, True),
+    ("01:00:00", 3600, 3600 - 86_400, True), ("01:00:00", 3599, 3599 + 86_400, False),   # set back; set forward: a duration is one all the same
+    ("1970-01-02T01:00Z", 3599, 3599, False), ("1970-01-02T01:00Z", 3600, 3600, True),
+    ("1970-01-02T01:00Z", 3600, 0, True),                                                # set back after the start: not missed
+    ("1970-01-02T01:00Z", 60, 3600, True),                                               # set forward: it is that time
+])
+def test_a_clock_that_is_set_misses_no_deadline(monkeypatch, save_by, steady, wall, come):
+    """Seconds after a start at midnight of 2 January 1970, on the clock that nobody sets and on the one on the wall."""
+    monkeypatch.setattr(rlp.preemption.time, "time", lambda: 86_400.0)
+    monkeypatch.setattr(rlp.preemption, "steady_time", lambda: 7.0)
+    deadline = Deadline(save_by)
+    monkeypatch.setattr(rlp.preemption.time, "time", lambda: 86_400.0 + wall)
+    monkeypatch.setattr(rlp.preemption, "steady_time", lambda: 7.0 + steady)
+    assert deadline.has_come() == come
 
 
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("01:30:00", 5400), ("100:00:01", 360_001), ("1970-01-01T01:00:00+00:00", 3600 - 1000), ("1970-01-01 00:30Z", 1800 - 1000)])
