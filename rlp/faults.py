@@ -60,9 +60,12 @@ TENSOR_POINTS: dict[str, str] = {
 }
 """Where `poisoned` or `poisoned_gradient` stands."""
 
-ACTIONS = ("kill", "term", "exit", "raise", "enospc", "eio", "stall", "slow", "nan", "inf")
-"""SIGKILL; SIGTERM; an exit with code 9; an `InjectedFault`; an OSError of a full disk or of a broken one; a sleep without end; a
-sleep of a second; and, at a tensor point, one value that is not finite."""
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP, "stop": signal.SIGSTOP}
+"""Signals that a process can send itself. Somebody else has to send SIGCONT."""
+
+ACTIONS = (*SIGNALS, "past", "exit", "raise", "enospc", "eio", "stall", "slow", "nan", "inf")
+"""A signal; the clock on the wall set back by a day, for this process; an exit with code 9; an `InjectedFault`; an OSError of a full disk
+or of a broken one; a sleep without end; a sleep of a second; and, at a tensor point, one value that is not finite."""
 
 
 class InjectedFault(RuntimeError):
@@ -92,10 +95,11 @@ def fault(point: str, first: Callable[[], object] | None = None) -> None:
         return
     if first is not None:
         first()
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
+    elif action == "past":
+        now = time.time
+        time.time = lambda: now() - 86_400
     elif action == "exit":
         os._exit(9)
     elif action == "raise":

@@ -68,6 +68,7 @@ class Watchdog:
         self._silent_s = self._stood_still_s = 0.0
         """Without a mark, so far; and the longest time in which the process did not run."""
         self._work_counts = False
+        self._looked, self._cpu_s, self._moved_bytes = time.monotonic(), time.process_time(), _moved_bytes()
         self._ended = threading.Event()
 
     def mark(self, phase: str | None = None) -> None:
@@ -88,7 +89,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.mark()
-        self._looked, self._cpu_s, self._moved_bytes = time.monotonic(), time.process_time(), _moved_bytes()
+        self._look()
         if self._limit_s > 0:
             faulthandler.register(outside.SHOW, file=2, all_threads=True)
             command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(self._limit_s), str(self._poll_s)]

@@ -16,11 +16,12 @@ from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
 
 import rlp.preemption
+import rlp.watchdog
 import train as program
-from rlp.config import ConfigError, moment
+from rlp.config import ConfigError, RunConfig, moment
 from rlp.faults import VARIABLE, forget_passages
 from rlp.preemption import SIGNALS, Deadline, Preemption
-from rlp.watchdog import STALLED
+from rlp.watchdog import STALLED, Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +209,43 @@ def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
     assert "in fault" in (harness.folder / "stalled.log.rank1").read_text()
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_was_stopped_for_too_long_says_so_when_it_wakes(harness, stopped):
+    """Its peer shows what it waited in, and ends; whichever of the two keeps the store where ranks meet."""
+    name = f"stopped_{stopped}"
+    answer = harness.start(harness.folder / name, ranks=2, fault=f"backward:3:stop@rank{stopped}", settings={"run.watchdog_s": 4})
+    said = [(harness.folder / f"{name}.log.rank{rank}").read_text() for rank in (0, 1)]
+    assert answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == program.PEER_LOST, answer["text"]
+    assert re.search(rf"rank {1 - stopped} of 2: no progress for \d+ s in train .*its threads:", said[1 - stopped])
+    assert re.search(r"This process stood still for \d+ s .*, longer than run.watchdog_s=4: the others have waited .*run.resume=auto", said[stopped])
+    assert "Traceback" not in answer["text"]
+
+
+def test_a_run_of_one_process_that_is_stopped_and_continued_goes_on(harness):
+    """Ctrl-Z and `fg`, three times as long as the watchdog waits, twice."""
+    answer = harness.start(harness.folder / "continued", fault="backward:3:stop,score:9:stop", settings={"run.watchdog_s": 3}, wake_s=9)
+    assert answer["codes"] == [program.DONE], answer["text"]
+    assert (harness.folder / "continued" / "journal.jsonl").read_bytes() == (harness.reference(1, {}) / "journal.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("looks, silent, stood", [
+    ([(1, 0), (1, 0)], 2, 0),        # nothing is marked
+    ([(1, 0), (60, 0)], 2, 59),      # stopped for 59 s between two looks
+    ([(1, 0), (60, 55)], 61, 0),     # busy with something that holds Python's lock
+    ([(2, 0), (2, 0)], 4, 0),        # looks are late on a busy machine
+])
+def test_time_in_which_the_process_stands_still_is_no_stall(tmp_path, ranks, monkeypatch, looks, silent, stood):  # noqa: F811
+    """Of each look: seconds since the last, and of a processor."""
+    watchdog, now, used = Watchdog(ranks, RunConfig(dir=str(tmp_path), watchdog_s=100)), 0.0, 0.0
+    watchdog.mark()
+    for passed, worked in [(0, 0), *looks]:
+        now, used = now + passed, used + worked
+        monkeypatch.setattr(rlp.watchdog.time, "monotonic", lambda now=now: now)
+        monkeypatch.setattr(rlp.watchdog.time, "process_time", lambda used=used: used)
+        watchdog._look()
+    assert (watchdog._silent_s, watchdog._stood_still_s) == (silent, stood)
+
+
 ENDINGS = """
 import ctypes, json, os, sys, time
 from rlp.config import RunConfig
@@ -217,9 +255,12 @@ from rlp.watchdog import Watchdog
 ranks = start_ranks()
 
 def hold_the_lock():
-    with Watchdog(ranks, RunConfig(dir=sys.argv[1], watchdog_s=0.5)):
-        time.sleep(0.5)
-        ctypes.PyDLL(None).usleep(20_000_000)
+    sleep = ctypes.PyDLL(None).usleep
+    with Watchdog(ranks, RunConfig(dir=sys.argv[1], watchdog_s=2)) as watchdog:
+        sys.setswitchinterval(3600)  # from here on no other thread runs that this one does not let
+        watchdog.mark()
+        while True:
+            sleep(10_000_000)
 
 codes = {}
 for name, ending in {"held": hold_the_lock, "3": lambda: 3, "2": lambda: sys.exit(2), "no": lambda: sys.exit("no"), "error": lambda: 1 / 0}.items():
@@ -242,9 +283,11 @@ def endings(tmp_path_factory) -> tuple[dict[str, int], Path]:
 
 
 def test_a_stall_that_holds_pythons_lock_is_shown_too(endings):
-    """The watchdog's own thread can not run then."""
+    """The watchdog's own thread can not run then: the process beside it shows the stacks, and ends it."""
     codes, folder = endings
-    assert codes["held"] == 1 and "in hold_the_lock" in (folder / "held").read_text()
+    assert codes["held"] == -signal.SIGKILL
+    said = (folder / "held").read_text()
+    assert "no thread of it has run Python for" in said and "in hold_the_lock" in said
 
 
 def test_a_rank_that_loses_another_says_so_in_one_line(harness):

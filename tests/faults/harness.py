@@ -88,8 +88,12 @@ class Harness:
         self._server.stdin.close()
         self._server.wait(timeout=10)
 
-    def start(self, run: Path, *, ranks: int = 1, fault: str = "", settings: dict | None = None, limit_s: float = LIMIT_S) -> dict:
-        """Start or continue a run, and wait for its end; the answer of `run_ranks` and what was printed."""
+    def start(self, run: Path, *, ranks: int = 1, fault: str = "", settings: dict | None = None, limit_s: float = LIMIT_S, wake_s: float | None = None) -> dict:
+        """Start or continue a run, and wait for its end; the answer of `run_ranks` and what was printed.
+
+        Args:
+            wake_s: of `run_ranks`.
+        """
         base = self.folder / f"{run.name}.yaml"
         base.write_text(f"model: {{path: {self.model}}}\ndata: {{train: [{self.corpus}], held_out: [{self.corpus}]}}\nrun: {{dir: {run}, resume: auto}}\n")
         values = SETTINGS | (settings or {})
@@ -101,7 +105,7 @@ class Harness:
         for old in self.folder.glob(f"{run.name}.log.rank*"):
             old.unlink()
         job = {"arguments": [str(base), *(f"{key}={'null' if value is None else value}" for key, value in values.items())], "environment": {VARIABLE: fault},
-               "world_size": ranks, "log": str(log), "limit_s": limit_s, "kill": kill}
+               "world_size": ranks, "log": str(log), "limit_s": limit_s, "kill": kill, "wake_s": wake_s}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline()

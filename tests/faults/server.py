@@ -26,13 +26,17 @@ PRELOADED = ("train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", 
 """What a run imports late; a rank inherits it."""
 
 
-def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int, log: str, limit_s: float, kill: tuple[int, float] | None) -> dict:
+LOOK_S = 0.1
+
+
+def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int, log: str, limit_s: float, kill: tuple[int, float] | None, wake_s: float | None) -> dict:
     """Run `train.py` as ranks, and wait until all have ended.
 
     Args:
         log: each rank's output goes to LOG.rankN.
         limit_s: after which the rest is killed; its stacks are in the logs.
         kill: rank and seconds after the start, of a SIGKILL.
+        wake_s: a rank that has stopped itself is continued so long after it; None: when all others have ended.
 
     Returns:
         exit codes by rank (-9: killed by SIGKILL), whether the limit was met, and seconds: of all, from the first end to the last, and of
@@ -46,18 +50,27 @@ def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int
     pids = [_fork(arguments, environment | distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{log}.rank{rank}") for rank in range(world_size)]
     handles = [os.pidfd_open(pid) for pid in pids]
     codes: dict[int, int] = {}
+    stopped: dict[int, float] = {}
     first_end, hung = None, False
     while len(codes) < world_size:
         elapsed = time.monotonic() - started
-        due = [limit_s] + ([kill[1]] if kill else [])
-        ended, _, _ = select.select([handle for rank, handle in enumerate(handles) if rank not in codes], [], [], max(0.0, min(due) - elapsed))
+        due = min([limit_s] + ([kill[1]] if kill else []))
+        # That a process stops wakes nobody.
+        select.select([handle for rank, handle in enumerate(handles) if rank not in codes], [], [], min(LOOK_S, max(0.0, due - elapsed)))
         elapsed = time.monotonic() - started
         for rank, (pid, handle) in enumerate(zip(pids, handles)):
-            if handle in ended:
-                codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                os.close(handle)
-                first_end = elapsed if first_end is None else first_end
+            if rank in codes or not (status := os.waitpid(pid, os.WNOHANG | os.WUNTRACED))[0]:
+                continue
+            if os.WIFSTOPPED(status[1]):
+                stopped[rank] = elapsed
+                continue
+            codes[rank] = os.waitstatus_to_exitcode(status[1])
+            os.close(handle)
+            first_end = elapsed if first_end is None else first_end
         alive = [pid for rank, pid in enumerate(pids) if rank not in codes]
+        for rank in [rank for rank, since in stopped.items() if (elapsed - since >= wake_s if wake_s is not None else len(alive) == len(stopped))]:
+            os.kill(pids[rank], signal.SIGCONT)
+            del stopped[rank]
         if kill and elapsed >= kill[1]:
             if kill[0] not in codes:
                 os.kill(pids[kill[0]], signal.SIGKILL)
