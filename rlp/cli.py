@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from rlp.config import ConfigError
-from rlp.metrics import visible_text
-from rlp.report import is_report, write_report
+from rlp.metrics import quoted_text, visible_text
+from rlp.report import information_gain_of, is_report, write_report
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines
 from rlp.sources import DataError
 
@@ -359,7 +359,8 @@ def view_thoughts(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, emoji=False)
     shown = thoughts[: arguments.limit] if arguments.limit > 0 else thoughts
     for thought in shown:
-        console.print(_as_text(thought), end="\n\n")
+        console.print(_as_text(thought))
+        console.print()
     console.print(Text(f"{len(shown)} of {len(thoughts)} thoughts", style="dim"))
     return 0
 
@@ -393,20 +394,29 @@ def _sorted(thoughts: list[dict], order: str) -> list[dict]:
     return sorted(thoughts, key=lambda thought: unmeasured if thought.get("reward") is None else sign * thought["reward"])
 
 
-def _as_text(thought: dict) -> Text:
-    """One thought for the terminal. Text objects, so that markup that a model wrote stays text."""
-    reward = thought.get("reward")
-    truncated = ", truncated" if thought["truncated"] else ""
-    gained = "reward not measured" if reward is None else f"reward {reward:+.4f} nats"
+def _as_text(thought: dict) -> Group:
+    """One thought for the terminal. Text objects, so that markup that a model wrote stays text; each in a column of its own, so that its line ends stay there."""
+    parts = Table.grid(padding=(0, 2, 0, 0))
+    parts.add_column(no_wrap=True, style="cyan")
+    parts.add_column(overflow="fold")
+    parts.add_row("  context", Text(visible_text(thought["prefix_tail"]), "dim"))
+    parts.add_row("  thought", Text(visible_text(thought["thought"])) if thought["thought"].strip() else Text(quoted_text(thought["thought"])))
+    parts.add_row("  next", Text(quoted_text(thought["target"]), "bold"))
+    return Group(_numbers(thought), parts)
+
+
+def _numbers(thought: dict) -> Text:
+    """Where a thought stands, what it was rewarded for, and how probable the target was with it and without. What was not logged is left out."""
+    reward, gain = thought.get("reward"), information_gain_of(thought)
     color = "" if reward is None else "green" if reward > 0 else "red"
+    told = "reward not measured" if reward is None else f"reward {reward:+.4f}" if gain != reward else f"reward {reward:+.4f} nats"
+    told += "" if gain is None or gain == reward else f", information gain {gain:+.4f} nats"
+    logprobs = [f"{thought[key]:.3f} {words}" for key, words in (("reasoned_logprob", "with the thought"), ("baseline_logprob", "without")) if thought.get(key) is not None]
+    truncated = ", truncated" if thought["truncated"] else ""
     return Text.assemble(
-        (gained, f"bold {color}".strip()),
-        (f"  step {thought['step']}, document {thought['document']}, position {thought['position']}, {thought['thought_tokens']} tokens{truncated}\n", "bold"),
-        (visible_text(thought["prefix_tail"]), "dim"),
-        ("\n  thought  ", "cyan"),
-        visible_text(thought["thought"]),
-        ("\n  next     ", "cyan"),
-        (visible_text(thought["target"]), "bold"),
+        (told, f"bold {color}".strip()),
+        (f"  step {thought['step']}, document {thought['document']}, position {thought['position']}, {thought['thought_tokens']} tokens{truncated}", "bold"),
+        f"\nlog p(next) {', '.join(logprobs)}" if logprobs else "",
     )
 
 

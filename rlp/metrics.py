@@ -152,6 +152,12 @@ def visible_text(text: str) -> str:
     return "".join(_spelled(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t" else character for character in text)
 
 
+def quoted_text(text: str) -> str:
+    """Text in quotes on one line, white space to be seen: `"\\n"`, `" four"`. A single space is itself; any other is spelled out."""
+    shown = "".join(_spelled(character) if character.isspace() and character != " " or character == "\\" else character for character in text)
+    return f'"{visible_text(shown)}"'
+
+
 def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()
 

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlp.config import ConfigError, parse_yaml
 from rlp.figures import COLORS, GREY, LINES, Curve, Interval, draw_curves, draw_intervals
-from rlp.metrics import EVALUATION, METRICS, visible_text
+from rlp.metrics import EVALUATION, METRICS, quoted_text, visible_text
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines, write_atomically
+from rlp.verdict import match_words, verdict
 
 GENERATOR = '<meta name="generator" content="rlp report">'
 """In the head of every report, so that a report can be told from a file that somebody wrote."""
@@ -59,29 +60,35 @@ class Plot:
 
     title: str
     unit: str
+    note: str
+    """What it shows, for who sees it for the first time."""
     names: tuple[str, ...]
     labels: tuple[str, ...] = ("",)
 
 
 MAIN_PLOTS = (
-    Plot("Gain on held-out positions", "nats", ("gain_over_start_nats", "gain_over_ema_nats"), ("over the start", "over the EMA")),
-    Plot("Accuracy on held-out positions", "fraction", ("accuracy_with_thought", "accuracy_without_thought"), ("with a thought", "without")),
+    Plot("Gain on held-out positions", "nats", "How much a thought raises the log-probability of the token that really came next.",
+         ("gain_over_start_nats", "gain_over_ema_nats"), ("over the start", "over the EMA")),
+    Plot("Accuracy on held-out positions", "fraction", "How often the most probable token is the one that really came next.",
+         ("accuracy_with_thought", "accuracy_without_thought"), ("with a thought", "without")),
 )
 """Drawn over each axis."""
 
 PLOTS = (
-    Plot("Reward", "nats", ("reward/mean",)),
-    Plot("Positive reward", "fraction", ("reward/positive_frac", "reward/positive_positions_frac"), ("thoughts", "positions")),
-    Plot("Groups with nothing to learn", "fraction", ("reward/flat_groups_frac",)),
-    Plot("Thought length", "tokens", ("thought/tokens_mean", "thought/tokens_std"), ("mean", "standard deviation")),
-    Plot("Ends of thoughts", "fraction", ("thought/truncated_frac", "thought/empty_frac"), ("truncated", "empty")),
-    Plot("Distinct bigrams in a group", "fraction", ("thought/distinct_bigrams_frac",)),
-    Plot("Copying, the target said, other script", "fraction", ("thought/copied_frac", "thought/holds_target_frac", "thought/script_switch_frac"), ("copied", "target", "script")),
-    Plot("Entropy of thought tokens", "nats per token", ("policy/entropy",)),
-    Plot("Gradient norm", "", ("optim/grad_norm",)),
-    Plot("Loss on documents", "nats per token", ("lm/loss",)),
-    Plot("Loss on held-out documents", "nats per token", ("document_loss_nats",)),
-    Plot("Mass on the open marker, held out", "probability", ("open_marker_mass",)),
+    Plot("Reward", "nats", "Mean information gain of the step's thoughts.", ("reward/mean",)),
+    Plot("How many are rewarded", "fraction", "Thoughts, and positions on average over their thoughts, with a reward above 0.",
+         ("reward/positive_frac", "reward/positive_positions_frac"), ("thoughts", "positions")),
+    Plot("Positions with nothing to learn", "fraction", "All thoughts of the position have the same reward.", ("reward/flat_groups_frac",)),
+    Plot("Thought length", "tokens", "Sampled tokens, the close marker not counted.", ("thought/tokens_mean", "thought/tokens_std"), ("mean", "standard deviation")),
+    Plot("Thoughts cut off, thoughts empty", "fraction", "Ended by the budget; closed at once.", ("thought/truncated_frac", "thought/empty_frac"), ("cut off", "empty")),
+    Plot("Variety of thoughts", "fraction", "Different word pairs among the thoughts of a position. A fall: they become one template.", ("thought/distinct_bigrams_frac",)),
+    Plot("What thoughts repeat", "fraction", "Copied from the context; holding the target itself; written in another script than the context.",
+         ("thought/copied_frac", "thought/holds_target_frac", "thought/script_switch_frac"), ("context", "target", "other script")),
+    Plot("Entropy of thought tokens", "nats per token", "How open the choice of the next thought token is. Near 0: always the same thought.", ("policy/entropy",)),
+    Plot("Gradient norm", "", "Before clipping.", ("optim/grad_norm",)),
+    Plot("Loss on training documents", "nats per token", "Next-token loss without thoughts.", ("lm/loss",)),
+    Plot("Loss on held-out documents", "nats per token", "The same on documents that are not trained on.", ("document_loss_nats",)),
+    Plot("Urge to think", "probability", "Of the open marker where a thought may start, held out; left out of every prediction that is scored.", ("open_marker_mass",)),
 )
 
 AXES = {"step": "step", "tokens": "input tokens", "flops": "FLOPs", "seconds": "seconds of training"}
@@ -245,7 +252,7 @@ def _distinct(names: list[str], longer: list[str]) -> list[str]:
 def _render(runs: list[Run]) -> str:
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
                                    trim_blocks=True, lstrip_blocks=True)
-    templates.filters["visible"] = visible_text
+    templates.filters |= {"visible": visible_text, "quoted": quoted_text, "gain": information_gain_of}
     arms = _arms(runs)
     # One run is shown by its own name, the seed with it.
     alone = len(runs) == 1
@@ -258,6 +265,7 @@ def _render(runs: list[Run]) -> str:
         title=title,
         facts=_common_facts(runs),
         summary=[_arm_summary(arm) for arm in arms],
+        verdicts=[(arm, _verdict(arm)) for arm in arms],
         differences=_differences(arms),
         panel=_before_after(runs[0]),
         results=_results(arms, [name for name in BEFORE_AFTER if name not in (*list(GAINS)[1:], "panel_positions")]),
@@ -302,7 +310,8 @@ def _facts(run: Run) -> dict[str, str]:
 def _status(run: Run) -> str:
     if run.summary is None:
         return f"unfinished, at step {run.last_step}"
-    return f"finished, {run.summary.get('steps', run.last_step)} steps"
+    matched = match_words(run.summary.get("match"))
+    return f"finished, {run.summary.get('steps', run.last_step)} steps" + (f"; {matched}" if matched else "")
 
 
 def _cost(run: Run) -> str:
@@ -330,6 +339,14 @@ def _arm_summary(arm: Arm) -> dict:
     seeds = ", ".join(run.setting("run.seed") for run in arm.runs)
     status = _some([_status(run) for run in arm.runs])
     return {"arm": arm, "runs": len(arm.runs), "seeds": seeds, "status": status, "folders": ", ".join(run.label for run in arm.runs)}
+
+
+def _verdict(arm: Arm) -> list[str]:
+    """What an arm's numbers say, in words, and whether it may be compared."""
+    ends = [run.before_and_after() for run in arm.runs]
+    matches = dict.fromkeys(match_words(run.summary.get("match")) for run in arm.runs if run.summary is not None)
+    so_far = [] if all(run.summary is not None for run in arm.runs) else ["So far, as not every run has ended."]
+    return [*so_far, *verdict([before for before, _ in ends], [after for _, after in ends]), *(f"{words[0].upper()}{words[1:]}." for words in matches if words)]
 
 
 def _differences(arms: list[Arm]) -> list[tuple[str, list[str]]]:
@@ -416,8 +433,14 @@ def _results(arms: list[Arm], names: list[str]) -> dict:
 
 
 def _result_cells(names: list[str], lines: list[dict]) -> list[Cell]:
-    """Of one run, with its bootstrap intervals; of several, with their spread."""
-    return [_panel_cell(name, lines[0]) if len(lines) == 1 else _spread_cell([line.get(name) for line in lines], _form(name)) for name in names]
+    """Of one evaluation, with its bootstrap intervals; of several that differ, with their spread."""
+    different = [(name, _different(lines, name)) for name in names]
+    return [_panel_cell(name, some[0]) if len(some) == 1 else _spread_cell([line.get(name) for line in lines], _form(name)) for name, some in different]
+
+
+def _different(lines: list[dict], name: str) -> list[dict]:
+    """Evaluations that have a number, those that say the same of it once: runs from one start have one panel before them."""
+    return list({(line[name], line.get(f"{name}_low"), line.get(f"{name}_high")): line for line in lines if line.get(name) is not None}.values())
 
 
 def _post_training(arms: list[Arm]) -> list[tuple[Arm, str, list[Cell]]]:
@@ -436,8 +459,13 @@ def _ledger_table(run: Run) -> dict:
     ledger = run.ledger or {"phases": {}}
     total = ledger.get("flops") or math.nan
     rows = [(phase, f"{count['tokens_in']:,}", f"{count['tokens_generated']:,}", f"{count['tokens_trained']:,}", f"{count['flops']:.3g}",
-             "-" if math.isnan(total) else f"{count['flops'] / total:.0%}", duration(count["seconds"])) for phase, count in ledger["phases"].items()]
+             "-" if math.isnan(total) else f"{count['flops'] / total:.0%}", _phase_time(count)) for phase, count in ledger["phases"].items()]
     return {"rows": rows, "flops": number(ledger.get("flops"), ".3g"), "paper_flops": number(ledger.get("paper_flops"), ".3g"), "seconds": duration(ledger.get("seconds"))}
+
+
+def _phase_time(count: dict) -> str:
+    """A dash for work whose time was taken together with another phase's: FLOPs in no time are a lie."""
+    return "-" if count["flops"] and not count["seconds"] else duration(count["seconds"])
 
 
 def _ledger_comparison(arms: list[Arm]) -> dict:
@@ -467,7 +495,7 @@ def _main_plots(arms: list[Arm], alone: bool) -> list[dict]:
     """The main plots over each axis that all runs know; of one run over its steps, as nothing is compared."""
     drawn = []
     for axis, label in AXES.items() if not alone else (("step", AXES["step"]),):
-        figures = [figure for plot in MAIN_PLOTS if (figure := _figure(plot, arms, axis, alone, (6.6, 3.0)))]
+        figures = [figure for plot in MAIN_PLOTS if (figure := _figure(plot, arms, axis, alone, (5.2, 2.8)))]
         if figures:
             drawn.append({"axis": axis, "label": label, "figures": figures})
     return drawn
@@ -485,7 +513,7 @@ def _figure(plot: Plot, arms: list[Arm], axis: str, alone: bool, size: tuple[flo
     if not curves:
         return None
     keys = [(plot.labels[j], COLORS[j] if alone else "#555555", LINES[j]) for j in sorted(shown)] if len(plot.names) > 1 else []
-    return {"title": plot.title, "unit": plot.unit, "source": draw_curves(curves, keys, unit=plot.unit, x_label=AXES[axis], size=size)}
+    return {"title": plot.title, "unit": plot.unit, "note": plot.note, "source": draw_curves(curves, keys, unit=plot.unit, x_label=AXES[axis], size=size)}
 
 
 def arm_curve(arm: Arm, name: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
@@ -514,13 +542,12 @@ def _gains_figure(arms: list[Arm], alone: bool) -> dict | None:
 
 
 def _gain_intervals(lines: list[dict]) -> dict[str, Interval]:
-    """Gains by label: of one evaluation with its bootstrap interval; of several, their mean, least and largest."""
+    """Gains by label: of one evaluation with its bootstrap interval; of several that differ, their mean, least and largest."""
     intervals = {}
     for name, label in GAINS.items():
-        values = [line[name] for line in lines if line.get(name) is not None]
-        if len(values) == 1:
-            line = next(line for line in lines if line.get(name) is not None)
-            intervals[label] = Interval(values[0], line.get(f"{name}_low", values[0]), line.get(f"{name}_high", values[0]))
+        values, different = [line[name] for line in lines if line.get(name) is not None], _different(lines, name)
+        if len(different) == 1:
+            intervals[label] = Interval(values[0], different[0].get(f"{name}_low", values[0]), different[0].get(f"{name}_high", values[0]))
         elif values:
             intervals[label] = Interval(fmean(values), min(values), max(values))
     return intervals
@@ -533,6 +560,16 @@ def _thought_columns(run: Run) -> list[dict]:
     steps = sorted({thought["step"] for thought in run.thoughts})
     ends = steps if len(steps) < 2 else [steps[0], steps[-1]]
     return [{"step": step, **_extremes([thought for thought in run.thoughts if thought["step"] == step])} for step in ends]
+
+
+def information_gain_of(thought: dict) -> float | None:
+    """How much a logged thought raised the log-probability of its target, in nats: the reward of RLP, and not that of other rewards; None where it was not measured."""
+    reasoned, baseline = thought.get("reasoned_logprob"), thought.get("baseline_logprob")
+    derived = None if reasoned is None or baseline is None else reasoned - baseline
+    reward = thought.get("reward")
+    # Written as float32 differences: the two roundings of one number are one number.
+    same = derived is not None and reward is not None and math.isclose(derived, reward, rel_tol=1e-4, abs_tol=1e-5)
+    return reward if same else thought.get("information_gain", derived)
 
 
 def _extremes(thoughts: list[dict]) -> dict[str, list[dict]]:

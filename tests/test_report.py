@@ -9,10 +9,11 @@ import pytest
 
 from rlp.cli import main
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, RunConfig, to_yaml
-from rlp.figures import neighbour_mean
+from rlp.figures import GREY, Curve, draw_curves, neighbour_mean
 from rlp.metrics import METRICS, visible_text
 from rlp.report import _arms, _read_run, arm_curve, duration, without_seed, write_report
-from rlp.run_folder import RunFolder, append_json_line, write_json
+from rlp.run_folder import RunFolder, append_json_line, read_json, write_json
+from rlp.verdict import verdict
 
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> [bold red]x[/bold red] [/] {{ 7 * 7 }} \x1b[31mred\x1b[0m \x1b]0;title\x07 \u202e \x00 :smile:"
 
@@ -22,7 +23,7 @@ PANEL = {"gain_over_start_nats": -0.5, "gain_over_ema_nats": -0.5, "gain_over_no
 
 def make_thought(step, reward, **changes):
     thought = {"step": step, "document": 3, "position": 5, "prefix_tail": "two plus two is", "thought": f"thinking {reward}", "target": " four",
-               "reasoned_logprob": -1.0, "baseline_logprob": -1.5, "reward": reward, "advantage": reward, "thought_tokens": 4, "truncated": False}
+               "reasoned_logprob": -1.0, "baseline_logprob": None if reward is None else -1.0 - reward, "reward": reward, "advantage": reward, "thought_tokens": 4, "truncated": False}
     return thought | changes
 
 
@@ -212,8 +213,103 @@ def test_a_run_that_knows_nothing_of_later_files_has_a_page_beside_one_that_does
     append_json_line(young / "metrics.jsonl", {"step": 3} | dict.fromkeys(METRICS, 0.5))
     append_json_line(young / "alarms.jsonl", {"step": 3, "text": "loud"})
     text = Tags(page_of(old, young, out=tmp_path / "page.html")).text
-    assert "RLP: 2 arms" in text and "loud" in text and "Distinct bigrams in a group" in text
+    assert "RLP: 2 arms" in text and "loud" in text and "Variety of thoughts" in text
     assert "Distinct bigrams in a group" not in Tags(page_of(old, out=tmp_path / "page.html")).text
+
+
+def test_nothing_on_a_page_is_wider_than_a_telephone(tmp_path, undrawn):
+    """Tables scroll in boxes of their own or fold their cells, and nothing has a least width above 320 pixels unless that gives way to the window's."""
+    page = page_of(make_run(tmp_path / "first", thoughts=[make_thought(1, 0.5)]), make_run(tmp_path / "second"), out=tmp_path / "page.html")
+    page += page_of(tmp_path / "first", out=tmp_path / "other.html")
+    style = re.sub(r"min\(100%, \d+px\)|max-width: \d+px", "", "".join(re.findall(r"<style>(.*?)</style>", page, re.S)))
+    assert [width for width in re.findall(r"(?:width|minmax)\D{0,3}(\d+)px", style) if int(width) > 320] == []
+    assert page.count("<table") == page.count('<div class="wide"><table') + page.count('<table class="facts"') > 5
+    assert ".wide { overflow-x: auto; }" in page and re.search(r"\.facts \{[^}]*table-layout: fixed", page)
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.9), (123456.5, 123457.0), (1e-9, 2e-9), (-0.000123, 0.000125), (0.70001, 0.70002), (99999.25, 99999.75)])
+def test_labels_beside_a_curve_are_inside_the_figure_and_say_the_whole_number(values, monkeypatch):
+    """Wide ones too; and no `1e-5+7e-1` above the axes, where nobody sees it."""
+    figures = []
+    monkeypatch.setattr("rlp.figures._data_url", lambda figure: figures.append(figure) or "")
+    curve = Curve(np.array([0.0, 1.0]), np.array([values]), "black", "-", True)
+    draw_curves([curve], [], unit="", x_label="step", size=(4.4, 2.6))
+    axes, renderer = figures[0].axes[0], figures[0].canvas.get_renderer()
+    figures[0].canvas.draw()
+    inside = [label for label in axes.yaxis.get_ticklabels() if label.get_text() and axes.get_ylim()[0] <= label.get_position()[1] <= axes.get_ylim()[1]]
+    assert len(inside) >= 2 and all(label.get_window_extent(renderer).x0 >= 0 for label in inside)
+    assert axes.yaxis.get_major_formatter().get_offset() == ""
+
+
+BOUNDS = {"gain_over_start_nats_low": -0.6, "gain_over_start_nats_high": -0.4, "gain_over_empty_nats": -0.1, "gain_over_empty_nats_low": -0.2, "gain_over_empty_nats_high": 0.0}
+
+
+def test_what_two_arms_began_with_has_its_interval_on_every_row(tmp_path, monkeypatch, undrawn):
+    """Both have the same panel before them, also where one arm has measured a gain that the other has not."""
+    for name in ("first", "second"):
+        run = make_run(tmp_path / name)
+        before = PANEL | BOUNDS | ({"gain_over_ema_nats_low": -0.7, "gain_over_ema_nats_high": -0.3} if name == "first" else {})
+        before = before if name == "first" else {key: value for key, value in before.items() if "ema" not in key}
+        write_json(run / "summary.json", {"before": before, "after": before, "steps": 30, "seconds": 3.0, "flops": 2.5e12})
+    drawn = []
+    monkeypatch.setattr("rlp.report.draw_intervals", lambda rows, series, **options: drawn.append(dict(series)) or "data:,")
+    text = Tags(page_of(tmp_path / "first", tmp_path / "second", out=tmp_path / "page.html")).text
+    shown = {label: (interval.low, interval.high) for label, interval in drawn[0][GREY].items()}
+    assert shown["Gain over the start"] == (-0.6, -0.4) and shown["Gain over the EMA"] == (-0.7, -0.3) and shown["Gain over an empty thought"] == (-0.2, 0.0)
+    assert "-0.6000 to -0.4000" in text.split("before, all runs")[1].split("first")[0]
+
+
+def test_an_arm_that_is_not_matched_says_so_where_it_is_finished(tmp_path, undrawn):
+    run = make_run(tmp_path / "first")
+    for ratio, words in ((0.9543, "NOT MATCHED: flops 0.954 of the other run's, allowed 0.99 to 1.01: no comparison"), (1.0069, "matched: flops 1.007")):
+        summary = read_json(run / "summary.json") | {"match": {"by": "flops", "ratio": ratio}}
+        write_json(run / "summary.json", summary)
+        page = page_of(run, make_run(tmp_path / f"with_{ratio}"), out=tmp_path / "page.html")
+        assert f"finished, 30 steps; {words}" in Tags(page).text
+
+
+def test_work_without_a_time_of_its_own_is_not_said_to_take_none(tmp_path, undrawn):
+    run = make_run(tmp_path / "first")
+    ledger = read_json(run / "ledger.json")
+    ledger["phases"] |= {"lm": ledger["phases"]["decode"] | {"seconds": 0.0}, "score": dict.fromkeys(ledger["phases"]["decode"], 0)}
+    write_json(run / "ledger.json", ledger)
+    rows = re.findall(r"<tr><td>(\w+)</td>.*<td class=\"n\">(.*?)</td></tr>", page_of(run, out=tmp_path / "page.html"))
+    assert dict(rows)["decode"] == "3.0 s" and dict(rows)["lm"] == "-" and dict(rows)["score"] == "0.0 s"
+
+
+def panel_line(gain, own=-1.0, *, positions=64, **changes):
+    """An evaluation: gain over the start with an interval of 0.1 on either side; `own` is the log-probability without a thought, that of the start -1."""
+    means = {"gain_over_start_nats": gain, "gain_over_no_think_nats": gain - own - 1.0, "start_logprob_nats": -1.0, "no_think_logprob_nats": own}
+    ends = {f"{name}_{end}": mean + side for name, mean in means.items() for end, side in (("low", -0.1), ("high", 0.1))}
+    return means | ends | {"panel_positions": positions} | changes
+
+
+@pytest.mark.parametrize("before, after, said", [
+    ([panel_line(0.0)], [panel_line(0.5)], ["better than the starting model did without one: +0.500 nats (95 % interval +0.400 to +0.600); before training it was +0.000, so training raised it",
+                                            "Thoughts help", "No self-harm seen: without a thought it predicts about as the start did (+0.000 nats)"]),
+    ([panel_line(0.0)], [panel_line(0.05)], ["No effect: ", "training did not clearly change it", "No effect of thoughts"]),
+    ([panel_line(0.5)], [panel_line(-0.5)], ["worse than by the starting model without one", "training lowered it", "Thoughts harm"]),
+    ([panel_line(0.0)], [panel_line(0.05, own=-2.0)], ["No effect: ", "Thoughts help", "SELF-HARM: without a thought it predicts 1.000 nats worse than the start did"]),
+    ([panel_line(0.0)] * 2, [panel_line(0.5), panel_line(0.3)], ["+0.400 nats (95 % interval +0.200 to +0.600)"]),
+    ([{}], [panel_line(0.5)], ["+0.500 nats (95 % interval +0.400 to +0.600)."]),
+])
+def test_a_verdict_says_in_words_what_the_intervals_allow(before, after, said):
+    sentences = verdict(before, after)
+    assert len(sentences) == 2 and all(words in " ".join(sentences) for words in said)
+
+
+@pytest.mark.parametrize("after, said", [
+    ([{}], "nothing was measured"), ([panel_line(0.5, positions=29)], "has 29 documents"), ([panel_line(0.5, panel_documents=7)], "has 7 documents"),
+    ([PANEL], "no interval"), ([panel_line(0.5), panel_line(0.5, panel_documents=7)], "has 7 documents"),
+])
+def test_there_is_no_verdict_on_too_little(after, said):
+    sentences = verdict([{}], after)
+    assert len(sentences) == 1 and sentences[0].startswith("No verdict") and said in sentences[0]
+
+
+def test_a_page_begins_with_the_verdict(tmp_path, undrawn):
+    text = Tags(page_of(make_run(tmp_path / "first", steps=0, finished=False), out=tmp_path / "page.html")).text
+    assert text.index("In words") < text.index("No verdict: nothing was measured") < text.index("Before and after")
 
 
 def test_a_report_of_the_same_runs_is_the_same_file(tmp_path):
@@ -253,6 +349,24 @@ def test_view_prints_thoughts_as_they_are(tmp_path, capsys):
     assert "\x1b" not in out and "\x07" not in out and "\x00" not in out and "\u202e" not in out
     unwrapped = " ".join(out.split())
     assert "[bold red]x[/bold red] [/]" in unwrapped and ":smile:" in unwrapped and "reward +0.5000 nats" in unwrapped and "truncated" in unwrapped
+
+
+def test_view_shows_white_space_and_what_the_thought_changed(tmp_path, capsys):
+    """A target of white space is seen, a line end in a thought stays beside its name, and both log-probabilities are there."""
+    thoughts = [make_thought(1, 0.5, target="\n\n", thought="first\nsecond", prefix_tail="one\ntwo"), make_thought(1, 1.0, baseline_logprob=-1.25, target=" \t\u00a0", thought=" ")]
+    assert main(["view", str(make_run(tmp_path / "first", steps=0, thoughts=thoughts))]) == 0
+    first, second, _ = (text.splitlines() for text in capsys.readouterr().out.split("\n\n"))
+    assert [line.rstrip() for line in first] == [
+        "reward +0.5000 nats  step 1, document 3, position 5, 4 tokens", "log p(next) -1.000 with the thought, -1.500 without",
+        "  context  one", "           two", "  thought  first", "           second", '  next     "\\n\\n"']
+    assert second[0].startswith("reward +1.0000, information gain +0.2500 nats") and second[-2].rstrip() == '  thought  " "' and second[-1].rstrip() == '  next     " \\t\\xa0"'
+
+
+def test_view_leaves_out_what_was_not_logged(tmp_path, capsys):
+    thought = {key: value for key, value in make_thought(1, 0.5).items() if key not in ("reasoned_logprob", "baseline_logprob", "advantage", "reward")}
+    assert main(["view", str(make_run(tmp_path / "first", steps=0, thoughts=[thought]))]) == 0
+    out = capsys.readouterr().out
+    assert "reward not measured" in out and "log p" not in out
 
 
 def test_view_sorts_searches_and_limits(tmp_path, capsys):
