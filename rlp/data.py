@@ -178,13 +178,15 @@ class DocumentStream:
     """
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, seed: int, candidates: Callable[[np.ndarray], np.ndarray],
-                 warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None, weights: list[float] | None = None,
+                 warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None,
+                 why_none: Callable[[np.ndarray], str] = lambda tokens: "none of them can be chosen by the `position` section", weights: list[float] | None = None,
                  tokens_field: str | None = None, vocabulary: int = 0) -> None:
         """
         Args:
             candidates: token ids -> the positions that may be chosen; a document without one is bad.
             warn: called once for each reason, with the first row that it was met in.
             record: called with each bad row, `LISTED_PER_REASON` of each reason.
+            why_none: token ids without a candidate -> why there is none, in words.
             weights: `data.weights`, one for each source of the rows; None or empty reads them all as one.
             tokens_field: field that holds token ids, below `vocabulary`; None reads text by `data.template`.
         """
@@ -194,6 +196,7 @@ class DocumentStream:
         self._config = config
         self._seed = seed
         self._candidates = candidates
+        self._why_none = why_none
         self._warn = warn
         self._record = record
         self._tokens_field, self._vocabulary = tokens_field, vocabulary
@@ -266,7 +269,7 @@ class DocumentStream:
         else:
             tokens = ended(given_ids(row, self._tokens_field, self._vocabulary), self._tokenizer, self._config)
         if len(self._candidates(tokens)) == 0:
-            raise BadDocument("no position", f"{len(tokens)} tokens, and none of them can be chosen by the `position` section")
+            raise BadDocument("no position", f"{len(tokens)} tokens, and {self._why_none(tokens)}")
         return tokens
 
     def _count_bad(self, index: int, reason: str, detail: str) -> None:

@@ -237,15 +237,60 @@ def combine_parts(means: dict[str, float]) -> None:
             means["reward/length_correlation"] = covariance / math.sqrt(reward * length)
 
 
-class LengthWatch:
-    """Sees the mean thought length of every step, and says once that thoughts have collapsed."""
+@dataclass(frozen=True, slots=True)
+class Streak:
+    """What is wrong with a run when it is so in `STREAK_STEPS` steps in a row."""
+
+    metric: str
+    worst: float
+    """The value that the metric reaches then."""
+    above: bool
+    """Whether it is wrong from that value up, or down."""
+    words: str
+    """What is wrong, with places for the size of the mean of those steps and for their number, and what to do."""
+
+    def holds(self, value: float) -> bool:
+        return value >= self.worst if self.above else value <= self.worst
+
+
+STREAK_STEPS = 5
+"""Steps that measured a metric; a step that did not is passed over."""
+
+STREAKS = {
+    "truncated": Streak("thought/truncated_frac", 0.95, True,
+                        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model does not know how a thought ends. "
+                        "Warm it on text with thoughts in it (docs/warm_start.md), or raise thought.max_thought_tokens if its thoughts are long."),
+    "harm": Streak("reward/mean", -1.0, False,
+                   "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on average, so siblings are compared by how little harm they do. "
+                   "Ask `rlp probe` whether the markers alone do it, and warm the model on text with thoughts in it (docs/warm_start.md)."),
+}
+"""By name in a checkpoint. The limits are ours."""
+
+
+class Watch:
+    """Sees the numbers of every step, and says once each: thoughts have collapsed, are never closed, or harm."""
 
     def __init__(self) -> None:
         self._first: list[float] = []
         self._collapsed = False
+        self._streaks: dict[str, list[float]] = {name: [] for name in STREAKS}
+        self._said: list[str] = []
 
-    def see(self, tokens_mean: float) -> str | None:
-        """The alarm, at the first step after `COLLAPSE_STEPS` whose mean is below `COLLAPSE_FRACTION` of theirs; else None."""
+    def see(self, values: dict[str, float], *, has_baseline: bool = True) -> list[str]:
+        """The alarms of a step.
+
+        Args:
+            values: metrics of the step; what it did not measure is absent.
+            has_baseline: whether the reward is a gain over a prediction without a thought.
+        """
+        alarms = [self._see_length(values["thought/tokens_mean"])] if "thought/tokens_mean" in values else []
+        for name, streak in STREAKS.items():
+            if streak.metric in values and name not in self._said and (has_baseline or name != "harm"):
+                alarms.append(self._see_streak(name, streak, values[streak.metric]))
+        return [alarm for alarm in alarms if alarm]
+
+    def _see_length(self, tokens_mean: float) -> str | None:
+        """At the first step after `COLLAPSE_STEPS` whose mean is below `COLLAPSE_FRACTION` of theirs."""
         if len(self._first) < COLLAPSE_STEPS:
             self._first.append(tokens_mean)
             return None
@@ -256,9 +301,17 @@ class LengthWatch:
         return (f"thoughts have collapsed: {tokens_mean:.1f} tokens on average, {start:.1f} over the first {COLLAPSE_STEPS} steps. "
                 "Short thoughts earn more here than long ones: see reward/length_correlation, and whether the base model gains from thinking at all.")
 
+    def _see_streak(self, name: str, streak: Streak, value: float) -> str | None:
+        self._streaks[name] = [*self._streaks[name], value] if streak.holds(value) else []
+        if len(self._streaks[name]) < STREAK_STEPS:
+            return None
+        self._said.append(name)
+        return streak.words.format(abs(sum(self._streaks[name]) / STREAK_STEPS), STREAK_STEPS)
+
     def state(self) -> dict:
-        """What a checkpoint holds of it, so that a resumed run says it no second time."""
-        return {"first": self._first, "collapsed": self._collapsed}
+        """What a checkpoint holds of it, so that a resumed run says nothing a second time."""
+        return {"first": self._first, "collapsed": self._collapsed, "streaks": self._streaks, "said": self._said}
 
     def load_state(self, state: dict) -> None:
         self._first, self._collapsed = list(state["first"]), state["collapsed"]
+        self._streaks, self._said = {name: list(state["streaks"].get(name, [])) for name in STREAKS}, list(state["said"])

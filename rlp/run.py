@@ -29,7 +29,7 @@ from rlp.ledger import Ledger
 from rlp.match import open_match
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
-from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts
+from rlp.monitor import Watch, Tally, combine_parts, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.objective import information_gain
 from rlp.plan import FormatTokens, plan_run, render_plan
@@ -46,7 +46,7 @@ MAX_ON_POLICY_DEVIATION = 1e-3
 """Of the ratio from 1, in float32; the tested architectures stay below 1e-5."""
 
 
-STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "length_watch", "dtype", "vocabulary"}
+STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
 """What a checkpoint holds beside tensors."""
 
 
@@ -62,7 +62,7 @@ class Run:
         self.wall, self.pace = WallTime(), Pace()
         self.guard = Guard(config.optim, ranks)
         self.start_logprob: list[float] = []
-        self.length_watch = LengthWatch()
+        self.watch = Watch()
         self.match = open_match(config)
         with self.watchdog.working("data"):
             self.inputs = Inputs(config, self._warn, self._record_bad, self._progress)
@@ -282,7 +282,7 @@ class Run:
         self.journal.close_step(self.step, documents, values, applied=result.applied, tokens=self.ledger.input_tokens, flops=self.ledger.flops)
         if waiting := refused_logs(self.folder):
             self.log.say(f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory, and no checkpoint is made without them. Make room in {self.folder.path}")
-        if "thought/tokens_mean" in values and (alarm := self.length_watch.see(values["thought/tokens_mean"])):
+        for alarm in self.watch.see({name: value for name, value in values.items() if value is not None}, has_baseline=self.config.baseline.kind != "none"):
             self.log.alarm(self.step, alarm)
         self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
         self._stop_without_updates()
@@ -404,7 +404,7 @@ class Run:
         self.watchdog.mark("save")
         require_sound(self.engine, self.ranks, f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto and a lower optim.learning_rate.")
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
-                 "guard": self.guard.state(), "start_logprob": self.start_logprob, "length_watch": self.length_watch.state(), "dtype": str(self.dtype),
+                 "guard": self.guard.state(), "start_logprob": self.start_logprob, "watch": self.watch.state(), "dtype": str(self.dtype),
                  "vocabulary": self.inputs.vocabulary_checksum()}
         with self.watchdog.working("save"), self.wall.during("saving"):
             saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
@@ -465,7 +465,7 @@ class Run:
         self.guard.load_state(state["guard"])
         self._data_state, self._made_step = self.inputs.stream.state(), self.step
         self.start_logprob = state["start_logprob"]
-        self.length_watch.load_state(state["length_watch"])
+        self.watch.load_state(state["watch"])
 
     def is_complete(self) -> bool:
         """Whether this run folder already holds the end of its run."""

@@ -5,17 +5,19 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, architecture, tiny_policy, word_tokenizer
 from test_training import assert_same_run, corpus, exported, ranks, trained  # noqa: F401  (fixtures)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 
 import train as program
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
-from rlp.inputs import Inputs, ModelInputs
+from rlp.inputs import Inputs, ModelInputs, PanelInputs
 from rlp.model import Markers, embed_markers, find_markers, marker_notes
 from rlp.run import dry_run
 
@@ -23,6 +25,15 @@ TWO_WORDS = {"open_marker": "<pad> w1", "close_marker": "<pad> w2"}
 """Markers that the tokenizer of the tests writes with two tokens each, 0 and 7, 0 and 8; no document of the tests holds them."""
 ADDED = {f"thought__{key}": f"'{text}'" for key, text in TWO_WORDS.items()} | {"thought__add_markers": True}
 PIECES = {48: (0, 7), 49: (0, 8)}
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and one for a space with ab after it, as byte-level tokenizers have."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)} | {"ab": len(letters), "\u0120ab": len(letters) + 1}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("\u0120", "ab")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def grown(lm):
@@ -172,6 +183,21 @@ def test_the_ledger_counts_the_added_rows(tmp_path, model_folder, corpus):  # no
     """Two rows of 32 numbers in the tied table of the model."""
     plain, added = (Inputs(tiny_config(tmp_path / "run", model_folder, corpus, **settings), print).shapes for settings in ({}, ADDED))
     assert (added.vocabulary, added.parameters) == (plain.vocabulary + 2, plain.parameters + 2 * 32)
+
+
+def test_a_document_without_a_position_says_what_was_searched(tmp_path, model_folder, corpus):  # noqa: F811
+    """A marker that stands in the text as other tokens is not a marker that does not occur."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {"position__selector": "marker", "model__tokenizer": tmp_path / "tokenizer", "thought__open_marker": "'['", "thought__close_marker": "']'"}
+
+    def why(marker: str, text: str) -> str:
+        inputs = PanelInputs(tiny_config(tmp_path / "run", model_folder, corpus, **settings, position__marker=f"'{marker}'"), print)
+        return inputs.why_no_position(np.array(tokenizer.encode(text)))
+
+    assert "position.marker 'ab' is in the text, written with other tokens; write it as it stands there, such as with the space before it (' ab'); searched: token ids" in why("ab", "c ab c")
+    assert f"'xy' does not occur; searched: token ids {tokenizer.encode('xy')}, |x|y|" in why("xy", "c ab c")
+    assert "' ab' stands only where no position may be" in why(" ab", "c ab")
 
 
 def test_start_and_dry_run_say_it(trained, tmp_path, model_folder, corpus, ranks, capsys):  # noqa: F811

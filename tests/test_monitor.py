@@ -19,7 +19,7 @@ from rlp.data import Document, Positions
 from rlp.distributed import start_ranks
 from rlp.layout import Thoughts
 from rlp.metrics import METRICS
-from rlp.monitor import LengthWatch, Tally, combine_parts, token_scripts, watch_rewards, watch_thoughts
+from rlp.monitor import STREAK_STEPS, Tally, Watch, combine_parts, token_scripts, watch_rewards, watch_thoughts
 
 CLOSE = 3
 BUDGET = 6
@@ -172,23 +172,41 @@ def test_micro_batches_do_not_change_a_number_of_rewards():
 
 def test_collapsed_thoughts_are_said_once():
     """At the first step below a fifth of the mean of the first ten, and never again."""
-    watch = LengthWatch()
+    watch = Watch()
     lengths = [100.0] * 5 + [50.0] * 5 + [15.1, 15.0, 14.9, 90.0, 1.0]
-    said = [watch.see(length) for length in lengths]
-    assert [index for index, alarm in enumerate(said) if alarm] == [12]
-    assert "14.9 tokens on average, 75.0 over the first 10 steps" in said[12]
+    said = [watch.see({"thought/tokens_mean": length}) for length in lengths]
+    assert [index for index, alarms in enumerate(said) if alarms] == [12]
+    assert "14.9 tokens on average, 75.0 over the first 10 steps" in said[12][0]
+
+
+@pytest.mark.parametrize("metric, bad, good, words", [
+    ("thought/truncated_frac", 0.95, 0.94, "the budget ended 95% of the thoughts of the last 5 steps"), ("reward/mean", -1.0, -0.99, "over the last 5 steps a thought cost 1.00 nats")])
+def test_thoughts_that_never_close_and_thoughts_that_harm_are_said_once(metric, bad, good, words):
+    """At the fifth step in a row, with what to do; a good step begins the count again, one that measured nothing does not."""
+    watch = Watch()
+    steps = [bad] * 4 + [good] + [bad] * 3 + [None] + [bad] * 9
+    said = [watch.see({} if value is None else {metric: value}) for value in steps]
+    assert [index for index, alarms in enumerate(said) if alarms] == [10] and STREAK_STEPS == 5
+    assert words in said[10][0] and "docs/warm_start.md" in said[10][0]
+
+
+def test_a_reward_without_a_baseline_harms_nobody():
+    """It is a log-probability then, which is never above 0."""
+    watch = Watch()
+    assert not any(watch.see({"reward/mean": -7.0}, has_baseline=False) for _ in range(9))
 
 
 @pytest.mark.parametrize("cut", [4, 10, 12, 13])
 def test_a_resumed_watch_says_what_the_unbroken_one_says(cut):
     """Saved while it still learns the first lengths, after that, and after it has spoken; through JSON, as a checkpoint is."""
     lengths = [0.1 * step for step in range(1, 11)] + [0.3, 0.1, 0.01, 0.01]
-    unbroken, first, second = LengthWatch(), LengthWatch(), LengthWatch()
-    expected = [unbroken.see(length) for length in lengths]
-    said = [first.see(length) for length in lengths[:cut]]
+    steps = [{"thought/tokens_mean": length, "thought/truncated_frac": float(index >= 2), "reward/mean": -2.0 * (index >= 6)} for index, length in enumerate(lengths)]
+    unbroken, first, second = Watch(), Watch(), Watch()
+    expected = [unbroken.see(step) for step in steps]
+    said = [first.see(step) for step in steps[:cut]]
     second.load_state(json.loads(json.dumps(first.state())))
-    assert said + [second.see(length) for length in lengths[cut:]] == expected
-    assert sum(alarm is not None for alarm in expected) == 1
+    assert said + [second.see(step) for step in steps[cut:]] == expected
+    assert [index for index, alarms in enumerate(expected) if alarms] == [6, 10, 11]
 
 
 def test_a_resumed_run_keeps_its_alarms_and_its_metrics(tmp_path, model_folder, monkeypatch, capsys):

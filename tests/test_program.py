@@ -47,7 +47,8 @@ MISTAKES = {
     "no such data": (["data.train=[/nowhere/*.jsonl]"], program.BAD_DATA, "no file at '/nowhere/*.jsonl'"),
     "a field that no document has": (["data.template='{body}'"], program.BAD_DATA, "no field 'body'; the row has text"),
     "a marker that the tokenizer can not write": (["thought.open_marker=think-here"], program.BAD_CONFIG, "thought.open_marker: the tokenizer can not write"),
-    "a position marker that is in no document": (["position.selector=marker", "position.marker=w41 w41 w41 w41"], program.BAD_DATA, "no position"),
+    "a position marker that is in no document": (["position.selector=marker", "position.marker=w41 w41 w41 w41"], program.BAD_DATA,
+                                                 "position.marker 'w41 w41 w41 w41' does not occur; searched: token ids [47, 47, 47, 47], |w41|w41|w41|w41|"),
 }
 
 
