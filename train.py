@@ -49,6 +49,7 @@ def train(config: Config, ranks: Ranks) -> int:
     with Watchdog(ranks, config.run) as watchdog, Preemption(ranks, config.checkpoint.save_by) as preemption:
         run = Run(config, ranks, preemption, watchdog)
         if run.is_complete():
+            run.owe_report()
             run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
             return DONE
         try:

@@ -16,9 +16,7 @@ go, so there is a good one at every moment. No pickle is written or read.
 import errno
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from rlp.config import ConfigError
 from rlp.distributed import Ranks
 from rlp.engine import STATES, Engine
 from rlp.faults import fault
-from rlp.run_folder import sync
+from rlp.files import make_folder, name_folder, open_to_read, read_bytes, refuse_odd_entries, set_aside, temporary_of, write_new
 
 FORMAT = 3
 """Of the folder; another one is refused."""
@@ -58,17 +56,18 @@ def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state
     Returns:
         The folder, or None where some rank could not write: training may go on, the older checkpoints stand.
     """
-    temporary = ranks.broadcast(parent / f".tmp.step_{step}.{secrets.token_hex(4)}" if ranks.is_first else None)
+    final = parent / f"step_{step}"
+    temporary = ranks.broadcast(temporary_of(final) if ranks.is_first else None)
     failure, parts = None, {}
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        fault("save.before_folder")
+        make_folder(temporary, exist_ok=True)
         parts = _write_shard(temporary, engine, ranks)
         fault("save.after_shard")
     except (OSError, SafetensorError) as error:
         failure = f"rank {ranks.rank}: {error}"
     answers = ranks.gather((parts, failure))
     failures = [failure for _, failure in answers if failure]
-    final = parent / f"step_{step}"
     if ranks.is_first and not failures:
         shards = {name: entry for parts, _ in answers for name, entry in parts.items()}
         shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
@@ -95,10 +94,7 @@ def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
         fault("save.before_part")
         path = folder / f"shard_{ranks.rank:05d}-{index:05d}.safetensors"
         content = safetensors.torch.save(tensors)
-        with open(path, "xb") as file:
-            fault("save.torn_part", lambda: (file.write(content[: len(content) // 2]), file.flush()))
-            file.write(content)
-        sync(path)
+        write_new(path, content, point="save.torn_part")
         checksum = hashlib.sha256(content).hexdigest()
         if _digest(path) != checksum:
             raise OSError(errno.EIO, "reads back otherwise than it was written", str(path))
@@ -133,18 +129,14 @@ def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, 
 def _complete(temporary: Path, final: Path, meta: dict) -> None:
     """Write meta.json and COMPLETE, and give the folder its name."""
     fault("save.before_meta")
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False))
-    sync(temporary / "meta.json")
+    content = json.dumps(meta, indent=1, allow_nan=False).encode()
+    write_new(temporary / "meta.json", content, point="save.torn_meta")
     fault("save.before_complete")
-    (temporary / "COMPLETE").write_text(_digest(temporary / "meta.json"))
-    sync(temporary / "COMPLETE")
-    sync(temporary)
+    write_new(temporary / "COMPLETE", hashlib.sha256(content).hexdigest().encode(), point="save.torn_complete")
     if final.exists():
-        _set_aside(final)
-    fault("save.before_rename")
-    os.replace(temporary, final)
+        _set_aside(final, point="save.before_aside")
+    name_folder(temporary, final, point="save.before_rename")
     fault("save.after_rename")
-    sync(final.parent)
 
 
 def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
@@ -153,8 +145,7 @@ def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
     An old checkpoint loses its name first: half of one is never taken for damage.
     """
     for old in [path for path in _by_step(parent) if path != newest][keep - 1 :] if newest else []:
-        fault("purge.before_old")
-        os.replace(old, parent / f".tmp.{old.name}.{secrets.token_hex(4)}")
+        set_aside(old, f".tmp.{old.name}", point="purge.before_old")
     _remove_unfinished(parent)
 
 
@@ -177,7 +168,7 @@ def newest_name(parent: Path) -> Path | None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -230,6 +221,8 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
         ConfigError: written by another version.
     """
     checkpoint, problem = None, None
+    if path.is_dir():
+        refuse_odd_entries(path)
     try:
         checkpoint = _read_meta(path)
         names = sorted(checkpoint.shards)
@@ -251,10 +244,10 @@ def _read_meta(path: Path) -> Checkpoint:
     meta_path, complete = path / "meta.json", path / "COMPLETE"
     if not (meta_path.is_file() and complete.is_file()):
         raise CheckpointError(f"{path} is no complete checkpoint: expected meta.json and COMPLETE in it.")
-    if complete.read_bytes() != _digest(meta_path).encode():
+    if read_bytes(complete) != _digest(meta_path).encode():
         raise CheckpointError(f"{path}: meta.json is not the one that was written (its checksum differs).")
     try:
-        meta = json.loads(meta_path.read_bytes())
+        meta = json.loads(read_bytes(meta_path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: meta.json is not JSON: {error}.") from error
     if not isinstance(meta, dict):
@@ -305,18 +298,16 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None]) ->
             return open_checkpoint(path, ranks)
         except CheckpointError as error:
             rejected.append(str(error))
-            aside = ranks.broadcast(_set_aside(path).name if ranks.is_first else None)
+            aside = ranks.broadcast(_set_aside(path, point="resume.before_aside").name if ranks.is_first else None)
             say(f"{error} It is set aside as {aside}; the one before it is tried.")
     if rejected:
         raise CheckpointError("No good checkpoint is left: " + " ".join(rejected) + " Start a new run, or write run.resume=PATH of a good one.")
     return None
 
 
-def _set_aside(path: Path) -> Path:
+def _set_aside(path: Path, *, point: str) -> Path:
     """Give a folder a name that is no checkpoint's; nothing is deleted."""
-    aside = path.with_name(f"set_aside.{path.name}.{secrets.token_hex(4)}")
-    os.replace(path, aside)
-    return aside
+    return set_aside(path, f"set_aside.{path.name}", point=point)
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlp.config import ConfigError
+from rlp.files import append, write_new
 from rlp.metrics import quoted_text, visible_text
 from rlp.report import information_gain_of, is_report, write_report
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines
@@ -262,8 +263,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
         rows[result.benchmark, result.mode] = said
         console.print(f"{result.benchmark} {result.mode}: {result.questions} questions, {result.metric}, {result.seconds:.0f} s", style="dim")
         if arguments.rows:
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in said)
+            lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in said)
+            append(arguments.rows, lines.encode(), point="eval.torn_rows")
     gains = {name: thought_gain(rows[name, "think"], rows[name, "no_think"]) for name in benchmarks} if len(arguments.modes) == 2 else {}
     console.print(_result_table(results, gains))
     if arguments.json:
@@ -273,8 +274,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
             "results": [dataclasses.asdict(result) for result in results],
             "thought_gain": {name: {"accuracy": mean, "standard_error": error} for name, (mean, error) in gains.items()},
         }
-        with arguments.json.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        write_new(arguments.json, (json.dumps(content, indent=2) + "\n").encode(), point="eval.torn_json")
     return 0
 
 

@@ -6,10 +6,7 @@ and sampled, and a model card with the numbers of the run.
 
 import copy
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,11 +20,11 @@ from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfi
 from rlp.distributed import Ranks
 from rlp.engine import Engine
 from rlp.faults import fault
+from rlp.files import new_folder, write_new
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import visible_text
 from rlp.model import load_policy, load_with_markers
-from rlp.run_folder import sync
 
 
 def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, config: Config, form: ThoughtFormat, card: str) -> None:
@@ -85,14 +82,11 @@ def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> lis
     if not inputs.markers.pieces:
         raise ConfigError(f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and {thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens already. Use it as it is.")
     lm = load_with_markers(config, inputs.tokenizer, inputs.markers)
-    temporary = folder.with_name(f".tmp.{folder.name}.{secrets.token_hex(4)}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lm.save_pretrained(temporary, safe_serialization=True)
-        inputs.tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        with new_folder(folder, point="markers.before_rename") as new:
+            lm.save_pretrained(new, safe_serialization=True)
+            inputs.tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(f"--out: {folder} can not be written: {error}.") from error
     return inputs.marker_notes()
 
@@ -106,11 +100,8 @@ def master_weights(checkpoint: Checkpoint, lm: nn.Module) -> dict[str, Tensor]:
     return {name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape) for name, p in lm.named_parameters()}
 
 
-def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, config: Config, form: ThoughtFormat, card: str) -> None:
-    temporary = folder.with_name(f".tmp.{folder.name}.{secrets.token_hex(4)}")
-    lm.save_pretrained(temporary, state_dict=tensors, safe_serialization=True)
-    _config_in_float32(lm).save_pretrained(temporary)  # transformers wrote the dtype that the model computes in
-    tokenizer.save_pretrained(temporary)
+def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase,
+           config: Config, form: ThoughtFormat, card: str) -> None:
     manifest = {
         "open_marker": config.thought.open_marker, "open_marker_ids": list(form.markers.open),
         "close_marker": config.thought.close_marker, "close_marker_ids": list(form.markers.close),
@@ -119,12 +110,13 @@ def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokeni
         "max_thought_tokens": config.thought.max_thought_tokens, "horizon": form.horizon,
         "order": ["instruction", "prefix", "open_marker", "thought", "close_marker", "target"],
     }
-    (temporary / "thought_format.json").write_text(json.dumps(manifest, indent=2))
-    (temporary / "README.md").write_text(card)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    fault("export.before_rename")
-    os.replace(temporary, folder)
+    with new_folder(folder, point="export.before_rename") as new:
+        lm.save_pretrained(new, state_dict=tensors, safe_serialization=True)
+        _config_in_float32(lm).save_pretrained(new)  # transformers wrote the dtype that the model computes in
+        fault("export.torn_weights")
+        tokenizer.save_pretrained(new)
+        write_new(new / "thought_format.json", json.dumps(manifest, indent=2).encode(), point="export.torn_format")
+        write_new(new / "README.md", card.encode(), point="export.torn_card")
     fault("export.after_rename")
 
 

@@ -4,7 +4,7 @@
     RLP_FAULT=score.target:2-4:nan,rollout:5:stall  passages 2 to 4; a comma separates several; `2-` has no end
 
 Without the variable a point does nothing. Passages are counted from 1, on each rank by itself.
-`FAULT_POINTS` and `TENSOR_POINTS` are the places, `ACTIONS` what can happen there.
+`FAULT_POINTS`, `COMMAND_POINTS` and `TENSOR_POINTS` are the places, `ACTIONS` what can happen there.
 """
 
 import errno
@@ -21,12 +21,16 @@ from torch import Tensor
 VARIABLE = "RLP_FAULT"
 
 FAULT_POINTS: dict[str, str] = {
+    "folder.torn_config": "Half of the config.yaml of a new run is on disk.",
+    "folder.torn_environment": "Half of its environment.json is.",
     "folder.before_rename": "The folder of a new run is written and does not have its name yet.",
+    "resume.before_aside": "A checkpoint is damaged, and about to be set aside.",
     "resume.before_restore": "A checkpoint is verified and none of it is loaded.",
     "resume.before_truncate": "The checkpoint is loaded; one more log is about to be cut back to its step.",
     "append.before_line": "Before a line is added to a log (metrics, timing, thoughts, evaluation, journal).",
     "append.torn_line": "Half of a line is in the file.",
     "append.after_line": "After a line was added.",
+    "append.torn_rank_log": "Half of what a library said is in logs/rank_N.log.",
     "rollout": "Before the thoughts of a step are sampled.",
     "score": "Before a forward that scores rows: teacher, policy or panel.",
     "backward": "Before the backward of a micro-batch.",
@@ -34,21 +38,49 @@ FAULT_POINTS: dict[str, str] = {
     "teacher.refresh": "The weights have moved, the forward copy of the EMA has not.",
     "step.before_log": "A step is made, and nothing has been written of it.",
     "evaluation": "Before the held-out panel is scored.",
+    "save.before_folder": "Before the folder of a checkpoint is made, under another name.",
     "save.before_part": "Before a rank writes one more file of its shard.",
     "save.torn_part": "Half of such a file is on disk.",
     "save.after_shard": "A rank has written its shard, and does not know of the others.",
     "save.before_meta": "All shards are written, meta.json is not.",
+    "save.torn_meta": "Half of meta.json is on disk.",
     "save.before_complete": "meta.json is written, COMPLETE is not.",
+    "save.torn_complete": "Half of COMPLETE is on disk.",
+    "save.before_aside": "A checkpoint of the same step is there, and about to be set aside.",
     "save.before_rename": "The checkpoint is complete and does not have its name yet.",
     "save.after_rename": "The checkpoint has its name, and nobody has been told.",
     "purge.before_old": "Before an old checkpoint loses its name, to be deleted.",
     "purge.before_delete": "An old checkpoint has lost its name, and all its files are there.",
     "export.before_write": "Before the model is exported.",
+    "export.torn_weights": "The weights of an export are written, and nothing else of it.",
+    "export.torn_format": "Half of its thought_format.json is on disk.",
+    "export.torn_card": "Half of its model card is.",
     "export.before_rename": "The export is written and does not have its name yet.",
     "export.after_rename": "The export has its name; ledger, summary and report are missing.",
+    "end.torn_ledger": "Half of ledger.json is on disk.",
     "summary": "Before the summary, which makes a run complete.",
+    "end.torn_summary": "Half of summary.json is on disk.",
+    "report.torn_page": "Half of report.html is on disk.",
 }
-"""Where `fault` stands."""
+"""Where `fault` stands in a run. `GROUP.torn_FILE`: half of a file is on disk; `GROUP.before_ACT`: a name or a length is about to change."""
+
+COMMAND_POINTS: dict[str, str] = {
+    "unpack.torn_file": "A file of training data is unpacked, under another name.",
+    "match.torn_config": "`rlp match`: half of the config is on disk.",
+    "splice.torn_documents": "`rlp splice`: half of its documents.jsonl is on disk.",
+    "splice.torn_config": "Half of its config.yaml is.",
+    "splice.torn_ledger": "Half of its ledger.json is.",
+    "splice.torn_counts": "Half of its splice.json is.",
+    "splice.before_rename": "The folder is written and does not have its name yet.",
+    "probe.torn_rows": "`rlp probe`: rows.parquet is written, and not on disk.",
+    "probe.torn_picture": "probe.png is.",
+    "probe.torn_numbers": "Half of probe.json is on disk.",
+    "probe.before_rename": "The folder is written and does not have its name yet.",
+    "markers.before_rename": "`rlp add-markers`: the folder is written and does not have its name yet.",
+    "eval.torn_rows": "`rlp eval`: half of the answers of a benchmark are on disk.",
+    "eval.torn_json": "Half of the results are.",
+}
+"""Where it stands in what is done before a run or beside it."""
 
 TENSOR_POINTS: dict[str, str] = {
     "rollout.logprob": "Log-probabilities of sampled tokens under the behavior policy.",
@@ -155,7 +187,7 @@ def _due(point: str) -> str | None:
 
 def _parse(text: str) -> _Fault:
     match = re.fullmatch(r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)(@rank(?P<rank>\d+))?", text.strip())
-    known = FAULT_POINTS.keys() | TENSOR_POINTS.keys()
+    known = FAULT_POINTS.keys() | COMMAND_POINTS.keys() | TENSOR_POINTS.keys()
     if not match or match["point"] not in known or match["action"] not in ACTIONS:
         raise ValueError(f"{VARIABLE}: expected POINT:PASSAGE:ACTION or POINT:PASSAGE:ACTION@rankN, got {text!r}. "
                          f"Points: {', '.join(sorted(known))}. Actions: {', '.join(ACTIONS)}.")

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlp.config import Config, ConfigError, load_config, to_yaml
-from rlp.run_folder import DamagedFileError, RunFolder, read_json, write_atomically
+from rlp.files import write_atomically
+from rlp.run_folder import DamagedFileError, RunFolder, read_json
 
 TOLERANCE = 0.01
 """Largest relative difference of what two matched runs have spent."""
@@ -67,7 +68,7 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
         section, name = key.split(".")
         tree[section][name] = copy.copy(value)
     config = load_config(tree, overrides)
-    write_atomically(out, to_yaml(config).encode())
+    write_atomically(out, to_yaml(config).encode(), point="match.torn_config")
     return config
 
 
@@ -113,7 +114,7 @@ def open_match(config: Config) -> Match | None:
     if path is None:
         return None
     try:
-        other = read_json(Path(path))
+        other = read_json(Path(path).resolve())  # whoever writes the path may name a link
     except (OSError, DamagedFileError) as error:
         raise ConfigError(f"match.ledger: {path} can not be read: {error}. Write the ledger.json of the finished run, or match.ledger=null.") from error
     amount, limit = _amount(other, config.match.by, f"match.ledger: {path}"), dataclasses.asdict(config.budget)[config.match.by]

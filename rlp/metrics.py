@@ -24,7 +24,8 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import psutil
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from rlp.config import Config, ConfigError
 from rlp.distributed import Ranks
+from rlp.files import FolderLostError, open_log
 from rlp.run_folder import RunFolder, append_json_line
 
 
@@ -514,6 +516,18 @@ class _OnlyTo(logging.Filter):
         return False
 
 
+class _RankLog(logging.Handler):
+    """Adds what libraries say to a file. Where that can not be done it is lost: a run does not end for its libraries' words."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ConfigError, FolderLostError), open_log(self._path) as file:
+            file.write(self.format(record) + "\n")
+
+
 def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     """Send what libraries log, and Python's warnings, to `logs/rank_N.log`, and take their progress bars away.
 
@@ -522,7 +536,7 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     """
     import transformers.utils.logging as transformers_logging
 
-    handler = logging.FileHandler(folder.logs / f"rank_{ranks.rank}.log", encoding="utf-8", errors="backslashreplace")
+    handler = _RankLog(folder.logs / f"rank_{ranks.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for library in _LIBRARIES:
         # Torch gives some of its inner loggers handlers of their own.

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
@@ -21,6 +22,7 @@ from rlp.config import Config, ConfigError, load_config
 from rlp.distributed import start_ranks, stop_ranks
 from rlp.export import read_thought_format
 from rlp.figures import COLORS, GREY
+from rlp.files import new_file, new_folder, write_new
 from rlp.inputs import PanelInputs
 from rlp.metrics import EVALUATION, visible_text
 from rlp.probe import Probe, probe_model
@@ -129,12 +131,15 @@ def probe_checkpoint(name: str, data: str, *, config: Path | None, start: str | 
     console.print(table(probe, own_start))
     console.print("\n".join([*sentences, "", *three_thoughts(probe, inputs.tokenizer)]))
     if out is not None:
-        out.mkdir()
-        write_rows(probe, inputs.tokenizer, out / "rows.parquet")
-        draw(probe, own_start, out / "probe.png", title=f"{name}: {len(probe.panel)} positions of {data}")
         settings = {section: values for section, values in asdict(subject.config).items() if section in ("model", "data", "position", "thought", "target", "evaluation", "engine")}
         content = {"checkpoint": name, "start": start, "settings": settings, "means": probe.means, "intervals": probe.intervals, "verdict": sentences}
-        (out / "probe.json").write_text(json.dumps(content, indent=1, allow_nan=False))
+        with new_folder(out, point="probe.before_rename") as new:
+            with new_file(new / "rows.parquet", point="probe.torn_rows") as file:
+                write_rows(probe, inputs.tokenizer, file)
+            with new_file(new / "probe.png", point="probe.torn_picture") as file:
+                draw(probe, own_start, file, title=f"{name}: {len(probe.panel)} positions of {data}")
+            write_new(new / "probe.json", json.dumps(content, indent=1, allow_nan=False).encode(),
+                      point="probe.torn_numbers")
         console.print(f"written to {out}: probe.json, rows.parquet, probe.png")
 
 
@@ -303,7 +308,7 @@ def _shown(text: str, *, end: bool = False) -> str:
     return f"|{text}|"
 
 
-def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, file: BinaryIO) -> None:
     """One row a position as Parquet: where it is, every token as its id and as text to read (of the prefix its end), what each
     thought led to, and all columns."""
     positions, ids = probe.panel.positions, pyarrow.list_(pyarrow.int64())
@@ -317,10 +322,10 @@ def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, path: Path) -> 
         "prefix_tail": pyarrow.array([_tail(tokenizer, document.tokens, int(t)) for document, t in zip(documents, positions.position)]),
         "thoughts": pyarrow.array([[tokenizer.decode(thought) for thought in group] for group in probe.thoughts.tokens]),
         "target": pyarrow.array([tokenizer.decode(target) for target in positions.target])}
-    parquet.write_table(pyarrow.table(columns | {name: pyarrow.array(values) for name, values in probe.columns.items()}), path)
+    parquet.write_table(pyarrow.table(columns | {name: pyarrow.array(values) for name, values in probe.columns.items()}), file)
 
 
-def draw(probe: Probe, own_start: bool, path: Path, *, title: str) -> None:
+def draw(probe: Probe, own_start: bool, file: BinaryIO, *, title: str) -> None:
     """The gains with their intervals, and how the gains of single positions are spread."""
     from matplotlib.figure import Figure
 
@@ -344,4 +349,4 @@ def draw(probe: Probe, own_start: bool, path: Path, *, title: str) -> None:
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10, parse_math=False)  # a name may hold dollar signs
-    figure.savefig(path, dpi=130)
+    figure.savefig(file, format="png", dpi=130)

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlp.config import ConfigError, parse_yaml
 from rlp.figures import COLORS, GREY, LINES, Curve, Interval, draw_curves, draw_intervals
+from rlp.files import open_to_read, read_bytes, write_atomically
 from rlp.metrics import EVALUATION, METRICS, quoted_text, visible_text
-from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines, write_atomically
+from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines
 from rlp.verdict import match_words, verdict
 
 GENERATOR = '<meta name="generator" content="rlp report">'
@@ -180,19 +181,19 @@ def write_report(run_folders: list[Path], out: Path) -> None:
     folders = [open_run_folder(path) for path in run_folders]
     labels = _distinct([folder.name for folder in folders], [str(folder.path) for folder in folders])
     runs = [_read_run(folder, label) for folder, label in zip(folders, labels)]
-    write_atomically(Path(out), _render(runs).encode())
+    write_atomically(Path(out), _render(runs).encode(), point="report.torn_page")
 
 
 def is_report(path: Path) -> bool:
     """Whether a file was written by `write_report`."""
-    with open(path, "rb") as file:
+    with open_to_read(path.resolve()) as file:
         return GENERATOR.encode() in file.read(2000)
 
 
 # Reading
 
 def _read_run(folder: RunFolder, label: str) -> Run:
-    config_text = folder.config_yaml.read_text(encoding="utf-8", errors="replace")
+    config_text = read_bytes(folder.config_yaml).decode(errors="replace")
     config = _parsed(config_text, folder.config_yaml)
     return Run(
         label=label,

@@ -37,7 +37,7 @@ from rlp.preemption import Preemption, StopRequested
 from rlp.probe import held_out_panel, no_think_logprob, probe_panel
 from rlp.report import write_report
 from rlp.rollout import Rollout
-from rlp.run_folder import append_json_line, create_run_folder, cut_logs, open_run_folder, read_json, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
+from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder, cut_logs, open_run_folder, read_json, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
 from rlp.scoring import difficulty
 from rlp.teacher import Teacher
 from rlp.watchdog import Watchdog
@@ -120,7 +120,7 @@ class Run:
     def _carry_cost_of_data(self, path: Path) -> None:
         """Begin the ledger with what the data cost (`data.ledger`)."""
         try:
-            self.ledger.carry(read_json(path))
+            self.ledger.carry(read_json(path.resolve()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
         if self.progress() >= 1:
@@ -494,10 +494,10 @@ class Run:
             try:
                 settle_logs(self.folder)
                 fault("summary")
-                write_json(self.folder.ledger_json, self.ledger.to_json())
+                write_json(self.folder.ledger_json, self.ledger.to_json(), point="end.torn_ledger")
                 write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
-                                                      "match": match and {"by": match.by, "ratio": match.ratio(spent)}})
-                write_report([self.folder.path], self.folder.report_html)
+                                                      "match": match and {"by": match.by, "ratio": match.ratio(spent)}}, point="end.torn_summary")
+                self._write_report()
             except OSError as error:
                 failure = str(error)
         if failure := self.ranks.broadcast(failure):
@@ -507,6 +507,18 @@ class Run:
             self.log.say(match.table(spent))
         self.log.close()
         return match is None or match.holds(spent)
+
+    def owe_report(self) -> None:
+        """Make the report of a complete run that has none. A collective."""
+        if self.ranks.is_first and not self.folder.report_html.exists():
+            self._write_report()
+
+    def _write_report(self) -> None:
+        """Rank 0's: the page, which is made from the other files; a run does not fail for it."""
+        try:
+            write_report([self.folder.path], self.folder.report_html)
+        except (OSError, DamagedFileError) as error:
+            self.log.say(f"the report could not be written: {error}. Write it with: rlp report {self.folder.path}")
 
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
         lines = ["", f"{self.step} steps in {duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",

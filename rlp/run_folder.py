@@ -19,13 +19,11 @@ Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an inf
 """
 
 import datetime
-import errno
 import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ import torch
 from rlp.config import Config, ConfigError, to_yaml, without_secrets
 from rlp.distributed import Ranks
 from rlp.faults import fault
+from rlp.files import append, make_folder, new_folder, open_to_read, read_bytes, refuse_odd_entries, remove, sync, write_atomically, write_new
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Distributions whose versions `environment.json` records."""
@@ -142,27 +141,24 @@ def create_run_folder(config: Config, ranks: Ranks) -> RunFolder:
 
 def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
     """Rank 0's part: the reason why it can not be done, or None."""
-    new = None
+    exists = (f"run.dir {folder.path} exists and is never written over. "
+              "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
     try:
         if os.path.lexists(folder.path):
-            raise FileExistsError(folder.path)
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
+            return exists
         # Complete before it has its name: a run that dies here leaves nothing that a restart would refuse.
-        new = RunFolder(folder.path.with_name(f".tmp.{folder.path.name}.{os.getpid()}"))
-        os.mkdir(new.path)
-        for inner in (new.checkpoints, new.logs):
-            inner.mkdir()
-        write_atomically(new.config_yaml, to_yaml(config).encode())
-        write_json(new.environment_json, environment(devices))
-        fault("folder.before_rename")
-        os.rename(new.path, folder.path)
+        with new_folder(folder.path, point="folder.before_rename") as path:
+            new = RunFolder(path)
+            for inner in (new.checkpoints, new.logs):
+                make_folder(inner)
+            write_new(new.config_yaml, to_yaml(config).encode(), point="folder.torn_config")
+            write_new(new.environment_json, _as_json(environment(devices), "environment.json"),
+                      point="folder.torn_environment")
     except OSError as error:
-        if new is not None:
-            shutil.rmtree(new.path, ignore_errors=True)
         if folder.path.exists():
-            return (f"run.dir {folder.path} exists and is never written over. "
-                    "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
-        return f"run.dir {folder.path} can not be created: {error}. Write run.dir=OTHER, a folder that you may write to."
+            return exists
+        return (f"run.dir {folder.path} can not be created: {error}. "
+                "Write run.dir=OTHER, a folder that you may write to.")
     return None
 
 
@@ -170,14 +166,25 @@ def open_run_folder(path: str | Path) -> RunFolder:
     """The folder of a run that exists, finished or not.
 
     Raises:
-        ConfigError: there is nothing there, or something that no run has left.
+        ConfigError: there is nothing there, or something that no run has left: above all a link in it, which would lead
+            what is read and written elsewhere.
     """
     folder = RunFolder(Path(path))
     if not folder.path.exists():
         raise ConfigError(f"no run folder at {path}. Write the run.dir of a run, such as runs/quickstart.")
+    # The path that a user names may be a link; nothing in the folder may. Weights & Biases makes links, which nobody here reads.
+    if folder.path.is_dir():
+        refuse_odd_entries(folder.path, files=FILES, folders=("checkpoints", "export", "logs"), leave_out=("logs/wandb",))
     if not folder.config_yaml.is_file():
-        raise ConfigError(f"{path} is no run folder: it has no config.yaml. Write the run.dir of a run, such as runs/quickstart.")
+        raise ConfigError(f"{path} is no run folder: it has no config.yaml. "
+                          "Write the run.dir of a run, such as runs/quickstart.")
     return folder
+
+
+FILES = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "thoughts.jsonl", "evaluation.jsonl",
+         "bad_documents.jsonl", "alarms.jsonl", "journal.jsonl", "post_training.jsonl", "ledger.json", "summary.json",
+         "report.html")
+"""Of a run folder, beside its folders."""
 
 
 def environment(devices: list[str]) -> dict:
@@ -237,35 +244,30 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by its next version: a reader, or a crash, meets the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, *, point: str) -> None:
     """Write one JSON value to a file of its own, atomically.
+
+    Args:
+        point: the fault point that stands in the middle.
 
     Raises:
         ValueError: a number in it is not finite.
     """
-    _refuse_non_finite(value, path.name)
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, _as_json(value, path.name), point=point)
+
+
+def _as_json(value: object, name: str) -> bytes:
+    _refuse_non_finite(value, name)
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> object:
     """What `write_json` wrote."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is not JSON: {error}. It is written whole or not at all, so something else has changed it.") from error
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is not JSON: {error}. It is written whole or not at all, so something else has "
+                               "changed it.") from error
 
 
 def append_json_line(path: Path, value: dict) -> None:
@@ -293,11 +295,7 @@ _refused: dict[Path, tuple[int, bytes]] = {}
 def _append(path: Path, size: int, lines: bytes) -> None:
     """Add bytes to a file whose good length is `size`; whatever a failed attempt left behind that goes."""
     fault("append.before_line")
-    with open(path, "ab") as file:
-        if file.tell() != size:
-            file.truncate(size)
-        fault("append.torn_line", lambda: (file.write(lines[: len(lines) // 2]), file.flush()))
-        file.write(lines)
+    append(path, lines, point="append.torn_line", size=size)
     fault("append.after_line")
 
 
@@ -327,19 +325,7 @@ def cut_logs(folder: RunFolder, step: int) -> None:
         _refused.pop(path, None)
         truncate_after_step(path, step)
     for partial in folder.path.glob(".*.partial"):
-        partial.unlink()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can not sync a folder
-            raise
-    finally:
-        os.close(handle)
+        remove(partial)
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -367,11 +353,11 @@ def truncate_after_step(path: Path, step: int) -> None:
             raise DamagedFileError(f'{path}: a line has no whole number "step", so its place in the run is not known: {line[:80]!r}.')
         if value["step"] <= step:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
-    write_atomically(path, b"".join(kept))
+    write_atomically(path, b"".join(kept), point="resume.before_truncate")
 
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_bytes(path).splitlines(keepends=True)
     whole = []
     for number, line in enumerate(lines, start=1):
         value = _object(line)

@@ -10,7 +10,6 @@ Memory does not grow with a corpus but by 8 bytes a line. What a row must hold i
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from rlp.config import DataConfig
+from rlp.files import give_name, make_folder, new_file
 from rlp.hub import settle_hub
 from rlp.metrics import Progress, Tell
 
@@ -279,7 +279,7 @@ def _converted(path: Path, convert: Callable[[Path, BinaryIO], None], progress: 
     """The plain form of a file, made the first time and kept; ranks wait for the one that makes it."""
     status = path.stat()
     name = hashlib.sha256(f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    UNPACKED.mkdir(parents=True, exist_ok=True)
+    make_folder(UNPACKED, exist_ok=True)
     plain = UNPACKED / name
     with _waited_for(FileLock(UNPACKED / f"{name}.lock"), path, f"{name}.*.partial", progress):
         if not plain.exists():
@@ -315,31 +315,33 @@ def _size(path: Path) -> int:
 
 def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int, unpacked: Progress) -> None:
     """Make the plain file, all of it or nothing."""
-    partial = plain.with_name(f"{plain.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _BoundedFile(open(partial, "wb", buffering=0)) as file:
-            file.bound, file.unpacked = bound, unpacked
-            convert(path, file)
-            if file.tell() == 0:
-                raise OSError("it holds nothing")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, plain)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = plain.with_name(f"{plain.name}.{secrets.token_hex(8)}.partial")
+    with new_file(partial, point="unpack.torn_file") as file:
+        bounded = _BoundedFile(file, bound, unpacked)
+        convert(path, bounded)
+        if file.tell() == 0:
+            raise OSError("it holds nothing")
+    give_name(partial, plain)
 
 
-class _BoundedFile(io.BufferedWriter):
-    """A file that refuses to grow beyond `bound` bytes, and tells how far it is."""
+class _BoundedFile:
+    """A file that refuses to grow beyond `bound` bytes, and tells how far it is. Whoever opened it closes it."""
 
-    bound = 0
-    unpacked: Progress
+    closed = False
+
+    def __init__(self, file: BinaryIO, bound: int, unpacked: Progress) -> None:
+        self._file, self._bound, self._unpacked = file, bound, unpacked
+        self.tell, self.flush = file.tell, file.flush
+
+    def close(self) -> None:
+        pass
 
     def write(self, content: bytes) -> int:
-        if self.tell() + len(content) > self.bound:
-            raise OSError(f"it unpacks to more than {self.bound:,} bytes, {MAX_EXPANSION} times its size; if that is right, unpack it yourself")
-        self.unpacked.advance(len(content))
-        return super().write(content)
+        if self._file.tell() + len(content) > self._bound:
+            raise OSError(f"it unpacks to more than {self._bound:,} bytes, {MAX_EXPANSION} times its size; "
+                          "if that is right, unpack it yourself")
+        self._unpacked.advance(len(content))
+        return self._file.write(content)
 
 
 def _gunzip(path: Path, plain: BinaryIO) -> None:

@@ -15,8 +15,6 @@ Dimensions
 """
 
 import json
-import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from einops import rearrange
 from rlp.config import Config, ConfigError, to_yaml
 from rlp.data import Document, Positions, choose_positions
 from rlp.distributed import Ranks
+from rlp.files import new_folder, write_new
 from rlp.inputs import Inputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, tree
 from rlp.ledger import Ledger
@@ -60,8 +59,6 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         print(visible_text(note))
     arrange, policy = load_frozen(inputs, ranks)
     ledger = Ledger(inputs.shapes)
-    temporary = out.with_name(f".tmp.{out.name}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
     rewards, rows, longest = [], [], 0
     for step, start in enumerate(range(0, num_documents, config.optim.batch_size), start=1):
         documents = inputs.stream.next_documents(min(config.optim.batch_size, num_documents - start))
@@ -85,11 +82,12 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     reward = np.concatenate(rewards)
     told = {"documents": len(reward), "with_thought_frac": float((reward.max(axis=1) > 0).mean()), "best_reward_mean_nats": float(reward.max(axis=1).mean()),
             "reward_mean_nats": float(reward.mean()), "group_size": config.thought.group_size, "longest_insert_tokens": longest}
-    (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (temporary / "documents.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    write_json(temporary / "ledger.json", ledger.to_json())
-    write_json(temporary / "splice.json", told)
-    os.replace(temporary, out)
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with new_folder(out, point="splice.before_rename") as new:
+        write_new(new / "config.yaml", to_yaml(config).encode(), point="splice.torn_config")
+        write_new(new / "documents.jsonl", lines.encode(), point="splice.torn_documents")
+        write_json(new / "ledger.json", ledger.to_json(), point="splice.torn_ledger")
+        write_json(new / "splice.json", told, point="splice.torn_counts")
     return told
 
 

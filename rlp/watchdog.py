@@ -18,16 +18,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import psutil
 import torch.distributed as dist
 
 from rlp import outside
-from rlp.config import RunConfig
+from rlp.config import ConfigError, RunConfig
 from rlp.distributed import LISTEN_S, Ranks
+from rlp.files import FolderLostError, open_log
 
 STALLED = 70
 """Exit code of a run whose watchdog has barked."""
@@ -173,12 +175,15 @@ class Watchdog:
         self._write(f"rank {self._ranks.rank}: ended with exit code {STALLED}\n", stderr=True)
 
     def _write(self, text: str, *, stderr: bool, threads: bool = False) -> None:
-        with ExitStack() as opened:
-            files = [sys.__stderr__] if stderr else []
-            if self._log.parent.is_dir():
-                files.append(opened.enter_context(open(self._log, "a", encoding="utf-8")))
-            for file in files:
-                file.write(text)
-                file.flush()
-                if threads:
-                    faulthandler.dump_traceback(file=file, all_threads=True)
+        if stderr:
+            _show(text, sys.__stderr__, threads)
+        # A disk that is full, or a folder that is gone, keeps nobody from ending.
+        with suppress(OSError, ConfigError, FolderLostError), open_log(self._log) as file:
+            _show(text, file, threads)
+
+
+def _show(text: str, file: TextIO, threads: bool) -> None:
+    file.write(text)
+    file.flush()
+    if threads:
+        faulthandler.dump_traceback(file=file, all_threads=True)

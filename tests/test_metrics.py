@@ -92,18 +92,18 @@ def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"summary.json: after: gain\[1\] is (nan|inf)"):
-            write_json(tmp_path / "summary.json", {"after": {"gain": [0.0, value]}})
+            write_json(tmp_path / "summary.json", {"after": {"gain": [0.0, value]}}, point="end.torn_summary")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "ledger.json"
-    write_json(path, {"flops": 1})
+    write_json(path, {"flops": 1}, point="end.torn_ledger")
     with pytest.raises(TypeError):
-        write_json(path, {"flops": object()})
+        write_json(path, {"flops": object()}, point="end.torn_ledger")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
-        write_json(tmp_path / "folder", {"flops": 2})
+        write_json(tmp_path / "folder", {"flops": 2}, point="end.torn_ledger")
     assert read_json(path) == {"flops": 1} and sorted(tmp_path.iterdir()) == [tmp_path / "folder", path]
 
 

@@ -42,8 +42,8 @@ def make_run(path, steps=30, finished=True, thoughts=(), *, after=0.75, seed=0, 
         append_json_line(folder.evaluation_jsonl, {"step": step, **PANEL, "gain_over_start_nats": gain})
     if finished:
         count = {"tokens_in": 1234, "tokens_generated": 56, "tokens_trained": 7, "flops": 2.5e12, "seconds": 3.0}
-        write_json(folder.ledger_json, {"phases": {"decode": count}, "input_tokens": 5000 + seed, "flops": 2.5e12, "paper_flops": 99000.0, "seconds": 3.0})
-        write_json(folder.summary_json, {"before": PANEL, "after": PANEL | {"gain_over_start_nats": after}, "steps": steps, "seconds": 3.0, "flops": 2.5e12})
+        write_json(folder.ledger_json, {"phases": {"decode": count}, "input_tokens": 5000 + seed, "flops": 2.5e12, "paper_flops": 99000.0, "seconds": 3.0}, point="end.torn_ledger")
+        write_json(folder.summary_json, {"before": PANEL, "after": PANEL | {"gain_over_start_nats": after}, "steps": steps, "seconds": 3.0, "flops": 2.5e12}, point="end.torn_summary")
     return path
 
 

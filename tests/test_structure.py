@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = ("terminal", "launcher", "outside", "faults", "config", "distributed", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
+ORDER = ("terminal", "launcher", "outside", "faults", "config", "files", "distributed", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
          "teacher", "ledger", "match", "inputs", "checkpoint", "journal", "export", "probe", "splice", "answers", "evaluation", "plan", "figures", "verdict", "report", "preflight", "run", "cli", "__main__")
 """A module of `rlp` imports only those to its left."""
 
@@ -71,6 +71,44 @@ def unsafe(source: str) -> list[str]:
             found += [f"{word.arg}=" for word in node.keywords if word.arg in ("allow_pickle", "trust_remote_code") and not (isinstance(word.value, ast.Constant) and word.value.value is False)]
             found += [node.func.id] if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec") else []
     return found
+
+
+WRITERS = {"write_text", "write_bytes", "touch", "mkdir", "makedirs", "rename", "renames", "link", "symlink", "symlink_to",
+           "hardlink_to", "truncate", "ftruncate", "utime", "copy2", "copyfile", "copytree", "move", "FileHandler", "mkstemp",
+           "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory"}
+"""Attributes by which a file is made, named or changed, beside `open`."""
+
+
+def writes(source: str) -> list[str]:
+    """Where a source makes, names or changes a file by itself."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function, home = node.func, None
+        name = function.id if isinstance(function, ast.Name) else function.attr if isinstance(function, ast.Attribute) else ""
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            home = function.value.id
+        modes = [argument.value for argument in [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
+        nowhere = bool(node.args) and ast.unparse(node.args[0]) == "os.devnull"
+        if name == "open" and not nowhere and (home == "os" or any(set(mode) & set("wax+") and len(mode) <= 3 for mode in modes)):
+            found.append(f"{home or ''}.open")
+        if name in WRITERS or (home, name) in (("os", "replace"), ("shutil", "copy")):
+            found.append(f"{home}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in [*MODULES, ROOT / "train.py"] if path.stem != "files"], ids=lambda path: path.name)
+def test_only_files_writes(path: Path):
+    """One place knows how a file is opened safely, written whole and made to fail in tests."""
+    assert writes(path.read_text()) == []
+
+
+@pytest.mark.parametrize("source", ["open(p, 'w')", "p.open('ab')", "open(p, mode='r+')", "os.open(p, 1)", "p.write_text('')", "os.replace(a, b)", "p.mkdir()",
+                                    "shutil.move(a, b)", "logging.FileHandler(p)", "tempfile.NamedTemporaryFile()"])
+def test_the_checker_sees_a_write(source: str):
+    assert writes(source) != []
 
 
 def test_every_module_has_a_place_in_the_order():
