@@ -35,7 +35,7 @@ import torch
 from rlp.config import Config, ConfigError, to_yaml, without_secrets
 from rlp.distributed import Ranks
 from rlp.faults import fault
-from rlp.files import append, make_folder, new_folder, open_to_read, read_bytes, refuse_odd_entries, remove, sync, write_atomically, write_new
+from rlp.files import append, make_folder, new_folder, read_bytes, refuse_odd_entries, remove, sync, write_atomically, write_new
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Distributions whose versions `environment.json` records."""
