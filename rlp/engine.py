@@ -192,7 +192,8 @@ def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.d
     settings = deepspeed_config(config, ranks, dtype)
     settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     engine = _initialize(model=module, config=settings)
-    deepspeed.zero.register_external_parameter(module, module.head)
+    for parameter in module.head_parameters():
+        deepspeed.zero.register_external_parameter(module, parameter)
     return engine.module
 
 
@@ -221,7 +222,8 @@ class Engine:
         if self._stage == 3:
             import deepspeed
 
-            deepspeed.zero.register_external_parameter(policy, policy.head)
+            for parameter in policy.head_parameters():
+                deepspeed.zero.register_external_parameter(policy, parameter)
 
     def __call__(self, *arguments: object) -> object:
         """Forward of the policy with gradient, as `Policy.forward`."""

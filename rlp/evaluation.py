@@ -36,6 +36,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase
 
+from rlp.admission import check_model
 from rlp.answers import AnswerPool
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, first_line, read_yaml, require, require_one_of
 from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise, short
@@ -43,7 +44,7 @@ from rlp.export import known_ids, read_thought_format
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import Progress
-from rlp.model import Markers, Policy, check_logits, compute_dtype, load_policy, marker_notes
+from rlp.model import Markers, Policy, compute_dtype, load_policy, marker_notes
 from rlp.rollout import ForkedBranches, NoiseKey, draw, sample_thoughts
 from rlp.sources import BadDocument, DataError, Rows, open_rows
 
@@ -519,7 +520,7 @@ def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto"
             raise ConfigError(f"{path}: {name} is {manifest[name]}, and the tokenizer of the folder writes {list(own)}. Write a folder with the tokenizer that the run used.")
     form = replace(inputs.form, instruction=known_ids(manifest.get("instruction_ids", ()), inputs.tokenizer))
     policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, device), device).to(device).eval()
-    check_logits(policy)
+    check_model(policy)
     return Evaluator(policy, inputs.tokenizer, form, thought)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rlp.admission import context_limit, why_unfit
 from rlp.config import Config, ConfigError
 from rlp.data import Document, DocumentStream, candidate_positions, choose_positions, marker_ids
-from rlp.layout import thought_format
+from rlp.layout import sequence_parts, thought_format
 from rlp.ledger import model_shapes
 from rlp.metrics import Progress, Tell
 from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, vocabulary_with
@@ -60,9 +61,33 @@ class PanelInputs(ModelInputs):
             progress: makes a `Progress`, for data that takes long to open.
         """
         super().__init__(config)
+        self.architecture = read_model_config(config.model)
+        if missing := why_unfit(self.architecture):
+            raise ConfigError(f"model.path: {self.architecture.model_type} can not be trained: {missing}. Choose another model.")
+        self._refuse_long_sequences()
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
         self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out", progress) if config.data.held_out else None
+
+    def _refuse_long_sequences(self) -> None:
+        """Refuse settings whose longest sequence is beyond what the model reads, naming values that fit."""
+        limit, thinks = context_limit(self.architecture), self.config.objective.thinks or bool(self.config.data.held_out)
+        parts = sequence_parts(self.form, self.config.data.max_document_tokens, self.config.thought.max_thought_tokens if thinks else None)
+        longest = sum(parts.values())
+        if limit is None or longest <= limit.tokens:
+            return
+        words = " + ".join(f"{name} {tokens}" for name, tokens in parts.items() if tokens)
+        raise ConfigError(f"model.path: the longest sequence has {longest} tokens ({words}), and the model reads at most "
+                          f"{limit.tokens} ({limit.key} in its config.json). {self._shorter(longest - limit.tokens, thinks)} {limit.advice()}")
+
+    def _shorter(self, over: int, thinks: bool) -> str:
+        """Which settings take that many tokens off the longest sequence."""
+        document, thought = self.config.data.max_document_tokens - over, self.config.thought.max_thought_tokens - over
+        fitting = [f"data.max_document_tokens={document}"] if document >= self.config.position.min_prefix_tokens + self.config.target.horizon else []
+        fitting += [f"thought.max_thought_tokens={thought}"] if thinks and thought > 0 else []
+        if not fitting:
+            return f"Write smaller values of data.max_document_tokens and thought.max_thought_tokens: together {over} less."
+        return f"Write {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.form.instruction else ''}."
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
@@ -102,13 +127,12 @@ class Inputs(PanelInputs):
             progress: as `PanelInputs`.
         """
         super().__init__(config, warn, progress)
-        self.architecture = read_model_config(config.model)
         text = self.architecture.get_text_config()
         text.vocab_size = vocabulary_with(self.markers, text.vocab_size)
         try:
             self.shapes = model_shapes(self.architecture)
         except ValueError as error:
-            raise ConfigError(f"model.path: the work of {self.architecture.model_type} can not be counted: {error}") from error
+            raise ConfigError(f"model.path: {config.model.path!r}: {error}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
         self.stream = self._train_stream(rows, warn, record)
         self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(1)  # data that is all bad is refused here

@@ -142,6 +142,23 @@ class Layout:
     """Of the document rows."""
 
 
+def sequence_parts(form: ThoughtFormat, document_tokens: int, thought_tokens: int | None) -> dict[str, int]:
+    """What the longest sequence that a model is run on is made of, in either layout; its length is the sum.
+
+        I + (P - H) + O + L + E + H - 1
+
+    with I, O, E the tokens of instruction, open marker and close marker. The position stands at the end of its document,
+    the close marker is forced after a whole budget, and the last target is predicted and never read.
+
+    Args:
+        document_tokens, thought_tokens: P and L, the longest; L is None where no thoughts are sampled.
+    """
+    if thought_tokens is None:
+        return {"document": document_tokens}
+    return {"instruction": len(form.instruction), "document": document_tokens, "open marker": len(form.markers.open), "thought": thought_tokens,
+            "close marker": len(form.markers.close), "last target (not read)": -1}
+
+
 def repeated(documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, form: ThoughtFormat, *,
              lm: bool, no_think: bool, device: torch.device) -> Layout:
     """One row per thought, and one per document where the LM loss or a no-think log-probability is wanted.

@@ -1,8 +1,8 @@
 """The policy: a causal language model that thinks and predicts, its tokenizer and thought markers.
 
 Any `AutoModelForCausalLM` whose logits are a matrix product of its last hidden state (with an
-optional scale and soft cap) works: the loader checks that identity on a few tokens and refuses
-a model that breaks it. Training state, layouts and rewards are not known here.
+optional bias, scale and soft cap) works; `admission` proves that of a loaded model, and refuses
+one that breaks it. Training state, layouts and rewards are not known here.
 
 Dimensions
     R  rows of tokens, padded on the right (scoring) or on the left (prefill)
@@ -27,6 +27,7 @@ from rlp_kernels import token_argmax, token_entropy, token_logprobs
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from rlp.attention import SharedKeys, Tree, register, why_no_tree
@@ -70,11 +71,36 @@ class Policy(nn.Module):
         self._takes_positions = "position_ids" in signature
         self.logit_scale, self.softcap = _logit_transform(lm.config)
         _scan_as_decoded(lm)
+        self.train(self.training)
 
     @property
     def head(self) -> nn.Parameter:
         """[V, D], the matrix that turns hidden states into logits."""
         return self.lm.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> nn.Parameter | None:
+        """[V], what is added to the logits; None in most models."""
+        return getattr(self.lm.get_output_embeddings(), "bias", None)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What `forward` reads of the LM head: parameters of a module that it does not call."""
+        return [parameter for parameter in (self.head, self.head_bias) if parameter is not None]
+
+    def train(self, mode: bool = True) -> "Policy":
+        """As of any module, but the network under it stays in evaluation mode, with its gradient.
+
+        What training mode adds in a language model is noise: dropout, router jitter, dropped layers, experts drawn
+        by lot. Sampler and trainer would be two policies, and the ratio of eq. 8 not 1 on-policy. One thing else hangs
+        on the mode: a layer recomputes its activations (`engine.activation_checkpointing`) in training mode only. Such
+        a layer, not what is in it, is in the mode asked for.
+        """
+        super().train(mode)
+        self.lm.eval()
+        for layer in self.lm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = mode and layer.gradient_checkpointing
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -91,11 +117,10 @@ class Policy(nn.Module):
             return getattr(self, f"_{task}")(*arguments)
         return self._answer(task, *arguments)
 
-    def _check(self, tokens: Tensor) -> tuple[float, float, Tensor]:
-        """Largest difference between the model's own logits and ours, the largest logit, and its own logits after the last token."""
-        own = self.lm(input_ids=tokens).logits.float()[0]
-        ours = self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0]).float()
-        return (own - ours).abs().max().item(), own.abs().max().item(), own[-1:]
+    def _check(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own logits [T, V] over a row of tokens [1, T], in its dtype, and ours, in float32 at least."""
+        own = self.lm(input_ids=tokens).logits[0]
+        return own, self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0])
 
     def _answer(self, statistic: str, tokens: Tensor, position: Tensor | None, tree: Tree | None, row: Tensor, column: Tensor, target: Tensor,
                 inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
@@ -122,16 +147,18 @@ class Policy(nn.Module):
         packed = {} if tree is None else {"tree": tree, "position_ids": position, "attention_mask": tokens.new_zeros(1, 1, 1, 1)}
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
+        transform = {"softcap": self.softcap, "bias": self.head_bias}
         if statistic == "greedy":
-            return token_argmax(queried, self.head, excluded=excluded, softcap=self.softcap) == target
+            return token_argmax(queried, self.head, excluded=excluded, **transform) == target
+        tempered = {"inverse_temperature": inverse_temperature, "excluded": excluded, **transform}
         if statistic == "entropy":
-            return token_entropy(queried, self.head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap)
-        logprobs = token_logprobs(queried, self.head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=self.softcap, form=self.logprob_form)
+            return token_entropy(queried, self.head, **tempered)
+        logprobs = token_logprobs(queried, self.head, target, **tempered, form=self.logprob_form)
         if statistic == "logprob":
             return logprobs
         asked = excluded >= 0
         with torch.no_grad():
-            best = token_argmax(queried[asked], self.head, excluded=excluded[asked], softcap=self.softcap)
+            best = token_argmax(queried[asked], self.head, excluded=excluded[asked], **transform)
         return logprobs, torch.zeros_like(asked).masked_scatter(asked, best == target[asked])
 
     @contextmanager
@@ -205,6 +232,8 @@ class Policy(nn.Module):
             logits = torch.mm(hidden, self.head.t(), out_dtype=wide)
         else:
             logits = hidden.to(wide) @ self.head.to(wide).t()
+        if self.head_bias is not None:
+            logits = logits + self.head_bias.to(wide)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
@@ -317,7 +346,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def read_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The architecture, with every dropout off: a dropped unit would make the ratio of eq. 8 differ from 1 on-policy."""
+    """The architecture, with every dropout off, for the layers that `Policy.train` leaves in training mode."""
     _settle_hub(config.path)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
@@ -457,30 +486,6 @@ def _refuse_pickles(source: str) -> None:
         odd = [name for name in files if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name)]
         if odd:
             raise ValueError(f"{index} names {odd[0]!r}; expected safetensors files in the same folder")
-
-
-def check_logits(policy: Policy) -> None:
-    """Refuse a model whose logits are not `softcap(scale * hidden @ head.T)`, or whose cached decoding is another model.
-
-    Raises:
-        ConfigError: one of the two does not hold on eight tokens, so sampler, scorer and model would disagree.
-    """
-    head, name = policy.lm.get_output_embeddings(), type(policy.lm).__name__
-    has_bias = getattr(head, "bias", None) is not None
-    tokens = torch.arange(8, device=policy.device)[None]
-    everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    with policy.sampling():
-        error, size, own = policy("check", tokens)
-        _, cache = policy.prefill(tokens[:, :7], everywhere[:, :7])
-        apart = (policy.decode(tokens[:, 7], everywhere, tokens[:, 7], cache) - own).abs().max().item()
-    # bfloat16 logits carry 8 bits: 2 ** -7 of the largest is their own rounding; a pass through many layers adds some of it up.
-    unit = max(size, 1.0) * (2 ** -7 if policy.head.dtype == torch.bfloat16 else 2 ** -13)
-    if has_bias or error > unit:
-        raise ConfigError(f"model.path: the logits of {name} differ from head @ hidden by {error:.3g} (bias: {has_bias}). "
-                          "This architecture transforms its logits in a way that is not known here; add it to `_logit_transform` in rlp/model.py.")
-    if apart > 16 * unit:
-        raise ConfigError(f"model.path: {name} decodes with a cache to logits that are {apart:.3g} away from its own without one, so thoughts would be "
-                          "sampled from another policy than the one that is trained. Report it to transformers, or choose another model.")
 
 
 def quiet_transformers() -> None:

@@ -26,6 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from rlp.admission import check_model
 from rlp.checkpoint import Checkpoint
 from rlp.config import Config, ConfigError
 from rlp.data import PANEL_NOISE, Document, Positions, choose_positions
@@ -34,7 +35,7 @@ from rlp.export import known_ids, master_weights
 from rlp.inputs import ModelInputs, PanelInputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
 from rlp.metrics import Progress, Tell
-from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy, read_model_config
+from rlp.model import Policy, choose_layout, compute_dtype, load_policy, read_model_config
 from rlp.objective import log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.scoring import greedy_targets, score
@@ -167,7 +168,7 @@ def load_frozen(inputs: ModelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
     config = inputs.config
     layout, _ = choose_layout(config, read_model_config(config.model))
     policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
-    check_logits(policy)
+    check_model(policy)
     return {"repeated": repeated, "tree": tree}[layout], policy
 
 

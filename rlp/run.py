@@ -15,6 +15,7 @@ import torch
 from rlp_kernels import choose_form
 from torch import Tensor
 
+from rlp.admission import check_model
 from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, refuse_other_run, restore, save_checkpoint
 from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from rlp.data import DataError, Document, Positions, choose_positions, share_of_rank
@@ -28,7 +29,7 @@ from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.ledger import Ledger
 from rlp.match import open_match
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
-from rlp.model import check_logits, choose_layout, compute_dtype, load_policy
+from rlp.model import choose_layout, compute_dtype, load_policy
 from rlp.monitor import Watch, Tally, combine_parts, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.objective import information_gain
@@ -99,7 +100,7 @@ class Run:
         with sharded_construction(config, ranks, dtype) as whole:
             policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *self._needs_copies()))
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
-        check_logits(policy)
+        check_model(policy, agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None))
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
         self.ledger = Ledger(self.inputs.shapes, on_phase=self.watchdog.mark)

@@ -127,6 +127,48 @@ def test_a_form_errs_no_more_than_rounding_and_at_most_twice_as_much_as_plain(de
 
 
 @every_case
+@pytest.mark.parametrize("form", ["triton", "folded"])
+@pytest.mark.parametrize("dtype, softcap", [(torch.bfloat16, 3.0), (torch.float32, 0.0)])
+def test_a_form_with_a_bias_errs_at_most_twice_as_much_as_plain(device, shape, form, softcap, dtype):
+    """In the mean over all entries, both against float64 on the same rounded inputs; the bias has a gradient too.
+
+    Forgiven are one spacing of the output dtype, and what rounding a float32 logit does to its probability: a share of eps |z|.
+    """
+    hidden, head, target, rows = make_inputs(device, shape, dtype)
+    bias = torch.randn(len(head), generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+
+    def value_and_biased_grads(function, *inputs):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        logprob = function(*inputs[:2], target, bias=inputs[2], **rows, softcap=softcap)
+        return logprob.detach(), *torch.autograd.grad(logprob, inputs, coefficients(inputs[0]))
+
+    plain, ours = (value_and_biased_grads(function, hidden, head, bias) for function in (reference.token_logprobs, twin(form, device)))
+    truth = value_and_biased_grads(reference.token_logprobs, hidden.double(), head.double(), bias.double())
+    largest = reference.token_logits(hidden.double(), head.double(), **rows | {"excluded": torch.full_like(target, -1)}, softcap=softcap, bias=bias.double()).abs().max()
+    for what, t, p, o in zip(("logprob", "hidden grad", "head grad", "bias grad"), truth, plain, ours, strict=True):
+        assert o.dtype == p.dtype and o.shape == p.shape
+        rms, plain_rms, size = (x.double().square().mean().sqrt() for x in (o.double() - t, p.double() - t, t))
+        assert rms <= 2 * plain_rms + (torch.finfo(p.dtype).eps + torch.finfo(torch.float32).eps * largest) * size, what
+
+
+@every_device
+def test_paired_rows_with_biases_are_those_of_each_model_alone(device):
+    """To the bit, with another bias for the teacher than for the policy."""
+    policy_hidden, policy_head, _, _ = make_inputs(device, (36, 203, 40), torch.float32)
+    teacher_hidden, teacher_head, target, rows = make_inputs(device, (12, 203, 40), torch.float32, seed=1)
+    excluded, biases = rows["excluded"], torch.randn(2, 203, generator=torch.Generator(device).manual_seed(2), device=device)
+    pair = (policy_hidden, policy_head, teacher_hidden, teacher_head, target)
+    parts = PARTS if device == "cpu" else {}
+    reasoned, baseline, _ = triton_form.paired_logprobs(
+        *pair, group_size=3, excluded=excluded, policy_bias=biases[0], teacher_bias=biases[1], **parts)
+    one, logprobs = torch.ones(36, device=device), partial(triton_form.token_logprobs, **parts)
+    position = torch.arange(36, device=device) // 3
+    alone = logprobs(policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position], bias=biases[0])
+    assert torch.equal(reasoned.flatten(), alone)
+    assert torch.equal(baseline, logprobs(teacher_hidden, teacher_head, target, inverse_temperature=one[:12], excluded=excluded, bias=biases[1]))
+
+
+@every_case
 @pytest.mark.parametrize("name", ["triton", "folded", "triton, gradient in forward"])
 def test_reruns_are_equal_to_the_bit(device, shape, name):
     hidden, head, target, rows = make_inputs(device, shape, torch.bfloat16)

@@ -58,14 +58,15 @@ def token_logprobs(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     form: str = "auto",
 ) -> Tensor:
     """Log-probability of each row's target, with the row's excluded token out of the softmax.
 
-        z       = softcap(hidden . head^T)              softcap(z) = c tanh(z / c)
+        z       = softcap(hidden . head^T + bias)       softcap(z) = c tanh(z / c)
         logprob = log softmax(z * inverse_temperature)[target],    logit of excluded = -inf
 
-    Differentiable once, in hidden and head; their gradients accumulate in float32 and come in
+    Differentiable once, in hidden, head and bias; their gradients accumulate in float32 and come in
     the inputs' dtype. bf16 inputs are multiplied with float32 accumulation and the logits stay
     float32, also under autocast.
 
@@ -80,6 +81,7 @@ def token_logprobs(
         inverse_temperature: [N] float32, 1 / temperature of each row, positive. No gradient.
         excluded: [N] int64, the token that cannot occur in this row, -1 for none.
         softcap: c, 0 for none (Gemma 2 uses 30).
+        bias: [V], same dtype, None for none (Phi and GPT-J have one). Under ZeRO-3 as the head.
         form: one of `FORMS`, or "auto" to take what `choose_form` says.
 
     Returns:
@@ -89,13 +91,13 @@ def token_logprobs(
         ValueError: a shape, dtype or value is not as above; the message names the argument and the row.
         ImportError: the form needs Triton, which is not installed.
     """
-    _check_logits("token_logprobs", hidden, head, excluded, softcap)
+    _check_logits("token_logprobs", hidden, head, excluded, softcap, bias)
     _check_rows("token_logprobs", "target", target, hidden, torch.int64)
     _check_inverse_temperature("token_logprobs", inverse_temperature, hidden)
     _check_values("token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature)
     module = _module("token_logprobs", form, FORMS, hidden, head)
     return module.token_logprobs(
-        hidden, head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap
+        hidden, head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap, bias=bias
     )
 
 
@@ -122,7 +124,8 @@ def token_logprobs_with_grad(
     The price is memory and traffic. The logits of one tile of rows, float32, live from the pass that
     sums them up to the pass that turns them into gradients: [R, V] of at most `chunked.MAX_KEPT_BYTES`, 2 GiB.
     The gradient of the head grows in a float32 [V, D]. Both are gone when the call returns,
-    and so is every trace of it: nothing is saved for a backward pass, and the results carry no graph.
+    and so is every trace of it: nothing is saved for a backward pass, and the results carry no graph. A head with a bias is
+    not served.
     A caller hands them on with `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient.
 
     Args:
@@ -160,6 +163,8 @@ def paired_logprobs(
     *,
     group_size: int,
     excluded: Tensor,
+    policy_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each position's target scored by the policy after each of its G thoughts and by the teacher without one.
@@ -177,6 +182,7 @@ def paired_logprobs(
         target: [M] int64.
         group_size: G.
         excluded: [M] int64, the token that cannot occur, -1 for none.
+        policy_bias, teacher_bias: [V], what is added to the logits of each; None for both where there is none.
         form: "plain", "chunked", "triton", or "auto".
 
     Returns:
@@ -186,7 +192,7 @@ def paired_logprobs(
         ValueError, ImportError: as `token_logprobs`.
     """
     where = "paired_logprobs"
-    _check_logits(f"{where} teacher", teacher_hidden, teacher_head, excluded, 0.0)
+    _check_logits(f"{where} teacher", teacher_hidden, teacher_head, excluded, 0.0, teacher_bias)
     _check_rows(where, "target", target, teacher_hidden, torch.int64)
     expected = [group_size * len(target), teacher_head.shape[1]]
     if group_size < 1 or list(policy_hidden.shape) != expected or policy_head.shape != teacher_head.shape:
@@ -201,10 +207,14 @@ def paired_logprobs(
         )
     if {policy_hidden.device, policy_head.device} != {teacher_hidden.device}:
         raise ValueError(f"{where}: policy and teacher must share a device, got {policy_hidden.device}, {policy_head.device} and {teacher_hidden.device}.")
+    if (policy_bias is None) != (teacher_bias is None):
+        raise ValueError(f"{where}: policy_bias and teacher_bias must both be given, or neither.")
+    _check_bias(f"{where} policy", policy_bias, policy_head)
     _check_values(where, teacher_head, excluded, target=target)
     module = _module(where, form, ("plain", "chunked", "triton"), policy_hidden, policy_head)
     return module.paired_logprobs(
-        policy_hidden, policy_head, teacher_hidden, teacher_head, target, group_size=group_size, excluded=excluded
+        policy_hidden, policy_head, teacher_hidden, teacher_head, target, group_size=group_size, excluded=excluded,
+        policy_bias=policy_bias, teacher_bias=teacher_bias
     )
 
 
@@ -215,6 +225,7 @@ def token_entropy(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient and never with [N, V] in memory.
 
@@ -223,15 +234,17 @@ def token_entropy(
     Returns:
         [N] float32, nats; float64 for float64 inputs.
     """
-    _check_logits("token_entropy", hidden, head, excluded, softcap)
+    _check_logits("token_entropy", hidden, head, excluded, softcap, bias)
     _check_inverse_temperature("token_entropy", inverse_temperature, hidden)
     _check_values("token_entropy", head, excluded, inverse_temperature=inverse_temperature)
     return chunked.token_entropy(
-        hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap
+        hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap, bias=bias
     )
 
 
-def token_argmax(hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0) -> Tensor:
+def token_argmax(
+    hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
     """Most probable token of each row, the lowest index on ties, never with [N, V] in memory.
 
     Temperature does not move the maximum, so there is none. Arguments as in `token_logprobs`.
@@ -239,9 +252,9 @@ def token_argmax(hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: flo
     Returns:
         [N] int64.
     """
-    _check_logits("token_argmax", hidden, head, excluded, softcap)
+    _check_logits("token_argmax", hidden, head, excluded, softcap, bias)
     _check_values("token_argmax", head, excluded)
-    return chunked.token_argmax(hidden, head, excluded=excluded, softcap=softcap)
+    return chunked.token_argmax(hidden, head, excluded=excluded, softcap=softcap, bias=bias)
 
 
 def choose_form(
@@ -290,7 +303,9 @@ def _module(where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head:
         ) from error
 
 
-def _check_logits(where: str, hidden: Tensor, head: Tensor, excluded: Tensor, softcap: float) -> None:
+def _check_logits(
+    where: str, hidden: Tensor, head: Tensor, excluded: Tensor, softcap: float, bias: Tensor | None = None
+) -> None:
     """Refuse arguments from which no [N, V] logits can be made; looks at no tensor's values."""
     if head.dim() != 2 or head.numel() == 0:
         raise ValueError(
@@ -311,6 +326,17 @@ def _check_logits(where: str, hidden: Tensor, head: Tensor, excluded: Tensor, so
     if not (softcap >= 0 and math.isfinite(softcap)):
         raise ValueError(f"{where}: softcap must be positive, or 0 for none, got {softcap}.")
     _check_rows(where, "excluded", excluded, hidden, torch.int64)
+    _check_bias(where, bias, head)
+
+
+def _check_bias(where: str, bias: Tensor | None, head: Tensor) -> None:
+    """Refuse a bias that does not belong to the head."""
+    expected = f"[{head.shape[0]}] {head.dtype} on {head.device}"
+    if bias is not None and f"{list(bias.shape)} {bias.dtype} on {bias.device}" != expected:
+        raise ValueError(
+            f"{where}: bias must be {expected}, one value per row of head, got {list(bias.shape)} {bias.dtype} on "
+            f"{bias.device}. Under ZeRO-3 a released parameter is [0]: gather it first."
+        )
 
 
 def _check_inverse_temperature(where: str, inverse_temperature: Tensor, hidden: Tensor) -> None:

@@ -50,6 +50,7 @@ def token_logprobs(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     row_tile: int = ROW_TILE,
     vocabulary_tile: int = VOCABULARY_TILE,
 ) -> Tensor:
@@ -59,7 +60,7 @@ def token_logprobs(
     sizes bound the memory; they change the result by rounding only.
     """
     return _TokenLogprobs.apply(
-        hidden, head, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile
+        hidden, head, bias, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile
     )
 
 
@@ -82,7 +83,7 @@ def token_logprobs_with_grad(
     Arguments and result are those of `rlp_kernels.token_logprobs_with_grad`. `row_tile` is how
     many rows keep all their logits at once; by default as many as fit `MAX_KEPT_BYTES`.
     """
-    logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
+    logits = _Logits(hidden, head, None, inverse_temperature, excluded, softcap)
 
     def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maximum, total = (part[rows] for part in logits.empty_softmax())
@@ -120,6 +121,8 @@ def paired_logprobs(
     *,
     group_size: int,
     excluded: Tensor,
+    policy_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each position's target scored after G thoughts and without one, and the difference.
 
@@ -128,10 +131,10 @@ def paired_logprobs(
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
     reasoned_logprob = token_logprobs(
-        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position]
+        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position], bias=policy_bias
     ).reshape(-1, group_size)
     baseline_logprob = token_logprobs(
-        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded
+        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded, bias=teacher_bias
     )
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
@@ -144,6 +147,7 @@ def token_entropy(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     row_tile: int = ROW_TILE,
     vocabulary_tile: int = VOCABULARY_TILE,
 ) -> Tensor:
@@ -155,7 +159,7 @@ def token_entropy(
 
     When m grows by d, both sums shrink by exp(-d), and U also loses d for every unit of Z.
     """
-    logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
+    logits = _Logits(hidden, head, bias, inverse_temperature, excluded, softcap)
     maximum, total = logits.empty_softmax()
     weighted = torch.zeros_like(total)
     for columns in tiles(head.shape[0], vocabulary_tile):
@@ -179,12 +183,13 @@ def token_argmax(
     *,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     row_tile: int = ROW_TILE,
     vocabulary_tile: int = VOCABULARY_TILE,
 ) -> Tensor:
     """Most probable token of each row, [N] int64; the lowest index wins ties."""
     one = torch.ones(hidden.shape[0], device=hidden.device)
-    logits = _Logits(hidden, head, one, excluded, softcap)
+    logits = _Logits(hidden, head, bias, one, excluded, softcap)
     best, _ = logits.empty_softmax()
     token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     for columns in tiles(head.shape[0], vocabulary_tile):
@@ -211,6 +216,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: FunctionCtx,
         hidden: Tensor,
         head: Tensor,
+        bias: Tensor | None,
         target: Tensor,
         inverse_temperature: Tensor,
         excluded: Tensor,
@@ -218,7 +224,7 @@ class _TokenLogprobs(torch.autograd.Function):
         row_tile: int,
         vocabulary_tile: int,
     ) -> Tensor:
-        logits = _Logits(hidden, head, inverse_temperature, excluded, softcap)
+        logits = _Logits(hidden, head, bias, inverse_temperature, excluded, softcap)
         maximum, total = logits.empty_softmax()
         target_logit = torch.zeros_like(total)
         for columns in tiles(head.shape[0], vocabulary_tile):
@@ -229,7 +235,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # The log-sum-exp stays in two parts. Near probability one, the difference of two large
         # numbers would lose the digits of a small log-probability, which log_softmax keeps.
         log_total = total.log()
-        ctx.save_for_backward(hidden, head, target, inverse_temperature, excluded, maximum, log_total)
+        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
         ctx.softcap, ctx.row_tile, ctx.vocabulary_tile = softcap, row_tile, vocabulary_tile
         ctx.head_shape = head.shape
         return (target_logit - maximum) - log_total
@@ -237,26 +243,26 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
-        refuse_released(head, ctx.head_shape)
-        logits = _Logits(hidden, head, inverse_temperature, excluded, ctx.softcap)
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        refuse_released(head, bias, ctx.head_shape)
+        logits = _Logits(hidden, head, bias, inverse_temperature, excluded, ctx.softcap)
 
         def logit_grad(rows: slice, columns: slice) -> Tensor:
             capped = logits.capped(rows, columns)
             row_softmax = (target[rows], maximum[rows], log_total[rows], logprob_grad[rows])
             return _logit_grad(logits, capped, *row_softmax, rows, columns)
 
-        hidden_grad, head_grad = gradients(
+        input_grads = gradients(
             hidden,
             head,
             logit_grad=logit_grad,
             accumulate=accumulate,
             dtype=product_dtype(hidden),
-            wanted=ctx.needs_input_grad[:2],
+            wanted=ctx.needs_input_grad[:3],
             row_tile=ctx.row_tile,
             vocabulary_tile=ctx.vocabulary_tile,
         )
-        return hidden_grad, head_grad, None, None, None, None, None, None
+        return *input_grads, None, None, None, None, None, None
 
 
 def gradients(
@@ -266,25 +272,26 @@ def gradients(
     logit_grad: Callable[[slice, slice], Tensor],
     accumulate: Callable[[Tensor, Tensor, Tensor], None],
     dtype: torch.dtype,
-    wanted: tuple[bool, bool],
+    wanted: tuple[bool, bool, bool],
     row_tile: int,
     vocabulary_tile: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients in hidden and head from tiles of the gradient in the logits, which are made and dropped.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in hidden, head and bias from tiles of the gradient in the logits, which are made and dropped.
 
     Args:
         logit_grad: (rows, columns) to the gradient of that tile of logits, [R, W].
         accumulate: (total, left, right) adds left @ right to the float32 total, in place.
         dtype: what the two factors of a product are in.
-        wanted: whether hidden and head need a gradient.
+        wanted: whether hidden, head and bias need a gradient.
         row_tile, vocabulary_tile: R and W.
 
     Returns:
-        [N, D] and [V, D] in the inputs' dtype, None where not wanted.
+        [N, D], [V, D] and [V] in the inputs' dtype, None where not wanted.
     """
-    wants_hidden, wants_head = wanted
+    wants_hidden, wants_head, wants_bias = wanted
     hidden_grad = _zeros(hidden) if wants_hidden else None
     head_grad = torch.empty_like(head) if wants_head else None
+    bias_grad = hidden.new_zeros(head.shape[0], dtype=wide_dtype(hidden)) if wants_bias else None
     for columns in tiles(head.shape[0], vocabulary_tile):
         head_tile = head[columns].to(dtype)
         head_tile_grad = _zeros(head_tile) if wants_head else None
@@ -294,11 +301,13 @@ def gradients(
                 accumulate(hidden_grad[rows], grad, head_tile)
             if wants_head:
                 accumulate(head_tile_grad, grad.T, hidden[rows].to(dtype))
+            if wants_bias:
+                bias_grad[columns] += grad.sum(dim=0, dtype=bias_grad.dtype)
         if wants_head:
             head_grad[columns] = head_tile_grad
     if wants_hidden:
         hidden_grad = hidden_grad.to(hidden.dtype)
-    return hidden_grad, head_grad
+    return hidden_grad, head_grad, bias_grad.to(hidden.dtype) if wants_bias else None
 
 
 def gradients_in_forward(
@@ -373,13 +382,14 @@ def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
     return rows // 128 * 128 or rows
 
 
-def refuse_released(head: Tensor, shape: torch.Size) -> None:
-    """Refuse a head whose storage was released after the forward pass and not gathered again."""
-    if head.shape != shape:
-        raise ValueError(
-            f"token_logprobs backward: head was {list(shape)} in the forward pass and is "
-            f"{list(head.shape)} here. Under ZeRO-3, gather the head before the backward pass reaches it."
-        )
+def refuse_released(head: Tensor, bias: Tensor | None, shape: torch.Size) -> None:
+    """Refuse a head or bias whose storage was released after the forward pass and not gathered again."""
+    for name, parameter, expected in (("head", head, shape), ("bias", bias, shape[:1])):
+        if parameter is not None and parameter.shape != expected:
+            raise ValueError(
+                f"token_logprobs backward: {name} was {list(expected)} in the forward pass and is "
+                f"{list(parameter.shape)} here. Under ZeRO-3, gather the {name} before the backward pass reaches it."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +400,8 @@ class _Logits:
     """[N, D]."""
     head: Tensor
     """[V, D]."""
+    bias: Tensor | None
+    """[V]; None for none."""
     inverse_temperature: Tensor
     """[N] float32."""
     excluded: Tensor
@@ -408,7 +420,7 @@ class _Logits:
         return maximum, torch.zeros_like(maximum)
 
     def capped(self, rows: slice, columns: slice) -> Tensor:
-        """softcap(hidden . head^T) of a tile, [R, W], float32 from the accumulator on."""
+        """softcap(hidden . head^T + bias) of a tile, [R, W], float32 from the accumulator on."""
         hidden, head = self.hidden[rows], self.head[columns]
         # Autocast would turn the float32 product back into a bf16 one.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -416,6 +428,8 @@ class _Logits:
                 logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
             else:
                 logits = torch.mm(widened(hidden), widened(head).T)
+        if self.bias is not None:
+            logits.add_(widened(self.bias[columns]))
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
@@ -451,7 +465,7 @@ def _logit_grad(
     rows: slice,
     columns: slice,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T of one tile, [R, W]; uses up `capped`, the tile's logits.
+    """Gradient with respect to hidden . head^T + bias of one tile, [R, W]; uses up `capped`, the tile's logits.
 
         d logprob / dz_v = ([v = target] - p_v) * inverse_temperature * (1 - (softcap(z_v) / c)^2)
 

@@ -41,6 +41,7 @@ def token_logprobs(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     row_tile: int = ROW_TILE,
     vocabulary_tile: int = VOCABULARY_TILE,
 ) -> Tensor:
@@ -53,7 +54,7 @@ def token_logprobs(
     if hidden.is_cuda and hidden.dtype != torch.float32:
         refuse_narrow_product(hidden.device, hidden.dtype)
     return _TokenLogprobs.apply(
-        hidden, head, target, inverse_temperature, excluded, float(softcap), row_tile, vocabulary_tile
+        hidden, head, bias, target, inverse_temperature, excluded, float(softcap), row_tile, vocabulary_tile
     )
 
 
@@ -82,6 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: FunctionCtx,
         hidden: Tensor,
         head: Tensor,
+        bias: Tensor | None,
         target: Tensor,
         inverse_temperature: Tensor,
         excluded: Tensor,
@@ -101,40 +103,40 @@ class _TokenLogprobs(torch.autograd.Function):
         ]
         with torch.cuda.device_of(hidden):
             for columns in chunked.tiles(head.shape[0], vocabulary_tile):
-                head_tile = head[columns]
+                head_tile, bias_tile = head[columns], None if bias is None else bias[columns]
                 for row_hidden, rows, *softmax in row_parts:
-                    _fold(_product(row_hidden, head_tile, buffer), rows, columns, *softmax)
+                    _fold(_product(row_hidden, head_tile, bias_tile, buffer), rows, columns, *softmax)
         log_total = total.log_()
-        ctx.save_for_backward(hidden, head, target, inverse_temperature, excluded, maximum, log_total)
+        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
         ctx.softcap, ctx.row_tile, ctx.vocabulary_tile, ctx.head_shape = softcap, row_tile, vocabulary_tile, head.shape
         return (target_logit - maximum) - log_total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
-        chunked.refuse_released(head, ctx.head_shape)
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        chunked.refuse_released(head, bias, ctx.head_shape)
         every_row = Rows(target, inverse_temperature, excluded, ctx.softcap)
         dtype = chunked.product_dtype(hidden)
         buffer = _tile_buffer(hidden, head, ctx.row_tile, ctx.vocabulary_tile)
 
         def logit_grad(rows: slice, columns: slice) -> Tensor:
-            product = _product(hidden[rows], head[columns], buffer)
+            product = _product(hidden[rows], head[columns], None if bias is None else bias[columns], buffer)
             row_softmax = (maximum[rows], log_total[rows], logprob_grad[rows])
             return logit_grad_of(product, every_row.of(rows), *row_softmax, columns, dtype)
 
         with torch.cuda.device_of(hidden):
-            hidden_grad, head_grad = chunked.gradients(
+            input_grads = chunked.gradients(
                 hidden,
                 head,
                 logit_grad=logit_grad,
                 accumulate=chunked.accumulate,
                 dtype=dtype,
-                wanted=ctx.needs_input_grad[:2],
+                wanted=ctx.needs_input_grad[:3],
                 row_tile=ctx.row_tile,
                 vocabulary_tile=ctx.vocabulary_tile,
             )
-        return hidden_grad, head_grad, None, None, None, None, None, None
+        return *input_grads, None, None, None, None, None, None
 
 
 def _tile_buffer(hidden: Tensor, head: Tensor, row_tile: int, vocabulary_tile: int) -> Tensor:
@@ -143,14 +145,16 @@ def _tile_buffer(hidden: Tensor, head: Tensor, row_tile: int, vocabulary_tile: i
     return hidden.new_empty(num_logits, dtype=torch.float32)
 
 
-def _product(hidden: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
-    """hidden . head^T of a tile, [R, W], float32 from the accumulator on, in the buffer's memory."""
+def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """hidden . head^T + bias of a tile, [R, W], float32 from the accumulator on, in the buffer's memory."""
     num_rows, num_words = hidden.shape[0], head.shape[0]
     product = buffer[: num_rows * num_words].reshape(num_rows, num_words)
     # `out=` is not autocast, so the float32 product stays one.
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=product)
-    return torch.mm(widened(hidden), widened(head).T, out=product)
+        torch.mm(hidden, head.T, out_dtype=torch.float32, out=product)
+    else:
+        torch.mm(widened(hidden), widened(head).T, out=product)
+    return product if bias is None else product.add_(widened(bias))
 
 
 def _fold(

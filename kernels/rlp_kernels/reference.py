@@ -26,15 +26,17 @@ def token_logprobs(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each row's target, with the row's excluded token out of the softmax.
 
-        z       = softcap(hidden . head^T)              softcap(z) = c tanh(z / c)
+        z       = softcap(hidden . head^T + bias)       softcap(z) = c tanh(z / c)
         logprob = log softmax(z * inverse_temperature)[target],    logit of excluded = -inf
 
     Arguments and result are those of `rlp_kernels.token_logprobs`, which checks them.
     """
-    logits = token_logits(hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap)
+    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    logits = token_logits(hidden, head, **settings, bias=bias)
     return logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
 
 
@@ -71,6 +73,8 @@ def paired_logprobs(
     *,
     group_size: int,
     excluded: Tensor,
+    policy_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each position's target scored after G thoughts and without one, and the difference.
 
@@ -81,10 +85,10 @@ def paired_logprobs(
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
     reasoned_logprob = token_logprobs(
-        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position]
+        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position], bias=policy_bias
     ).reshape(-1, group_size)
     baseline_logprob = token_logprobs(
-        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded
+        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded, bias=teacher_bias
     )
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
@@ -96,26 +100,38 @@ def token_entropy(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Entropy of each row's softmax, [N], nats: -sum_v p_v log p_v over the tokens that are not excluded."""
-    logits = token_logits(hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap)
+    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    logits = token_logits(hidden, head, **settings, bias=bias)
     return torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
 
 
-def token_argmax(hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0) -> Tensor:
+def token_argmax(
+    hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
     """Most probable token of each row, [N] int64; the lowest index wins ties."""
     one = torch.ones(hidden.shape[0], device=hidden.device)
-    logits = token_logits(hidden, head, inverse_temperature=one, excluded=excluded, softcap=softcap)
+    logits = token_logits(hidden, head, inverse_temperature=one, excluded=excluded, softcap=softcap, bias=bias)
     return logits.argmax(dim=1)
 
 
 def token_logits(
-    hidden: Tensor, head: Tensor, *, inverse_temperature: Tensor, excluded: Tensor, softcap: float
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    excluded: Tensor,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Capped and tempered logits, [N, V], -inf at each row's excluded token."""
     # Autocast would turn the float32 product back into a bf16 one.
     with torch.autocast(hidden.device.type, enabled=False):
         logits = widened(hidden) @ widened(head).T
+    if bias is not None:
+        logits = logits + widened(bias)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     token = torch.arange(head.shape[0], device=head.device)

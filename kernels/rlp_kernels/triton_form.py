@@ -87,6 +87,7 @@ def token_logprobs(
     inverse_temperature: Tensor,
     excluded: Tensor,
     softcap: float = 0.0,
+    bias: Tensor | None = None,
     sizes: Tiles | None = None,
     split_words: int = SPLIT_WORDS,
     row_tile: int = ROW_TILE,
@@ -98,9 +99,8 @@ def token_logprobs(
     change the result by rounding only.
     """
     check_device("triton", hidden)
-    return _TokenLogprobs.apply(
-        hidden, head, target, inverse_temperature, excluded, float(softcap), sizes, split_words, row_tile, vocabulary_tile
-    )
+    rows = (target, inverse_temperature, excluded, float(softcap))
+    return _TokenLogprobs.apply(hidden, head, bias, *rows, sizes, split_words, row_tile, vocabulary_tile)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def token_logprobs_with_grad(
     dtype = product_dtype(hidden.dtype)
 
     def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        maximum, log_total, logprob = _softmax(hidden[rows], head, every_row.of(rows), sizes, split_words, kept=kept)
+        maximum, log_total, logprob = _softmax(hidden[rows], head, None, every_row.of(rows), sizes, split_words, kept=kept)
         return logprob, maximum, log_total
 
     def logit_grad(kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -159,6 +159,8 @@ def paired_logprobs(
     *,
     group_size: int,
     excluded: Tensor,
+    policy_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     sizes: Tiles | None = None,
     split_words: int = SPLIT_WORDS,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,10 +171,10 @@ def paired_logprobs(
     """
     check_device("triton", policy_hidden)
     position = Rows(target, torch.ones(len(target), device=target.device), excluded, softcap=0.0)
-    teacher = (teacher_hidden, teacher_head)
+    teacher = (teacher_hidden, teacher_head, teacher_bias)
     with torch.cuda.device_of(policy_hidden):
         _, _, logprob = _softmax(
-            policy_hidden, policy_head, position, sizes, split_words, teacher=teacher, group_size=group_size
+            policy_hidden, policy_head, policy_bias, position, sizes, split_words, teacher=teacher, group_size=group_size
         )
     num_rows = policy_hidden.shape[0]
     reasoned_logprob, baseline_logprob = logprob[:num_rows].reshape(-1, group_size), logprob[num_rows:]
@@ -255,6 +257,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: FunctionCtx,
         hidden: Tensor,
         head: Tensor,
+        bias: Tensor | None,
         target: Tensor,
         inverse_temperature: Tensor,
         excluded: Tensor,
@@ -266,8 +269,8 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         every_row = Rows(target, inverse_temperature, excluded, softcap)
         with torch.cuda.device_of(hidden):
-            maximum, log_total, logprob = _softmax(hidden, head, every_row, sizes, split_words)
-        ctx.save_for_backward(hidden, head, target, inverse_temperature, excluded, maximum, log_total)
+            maximum, log_total, logprob = _softmax(hidden, head, bias, every_row, sizes, split_words)
+        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
         ctx.softcap, ctx.sizes, ctx.head_shape = softcap, sizes, head.shape
         ctx.row_tile, ctx.vocabulary_tile = row_tile, vocabulary_tile
         return logprob
@@ -275,49 +278,51 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
-        chunked.refuse_released(head, ctx.head_shape)
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        chunked.refuse_released(head, bias, ctx.head_shape)
         every_row = Rows(target, inverse_temperature, excluded, ctx.softcap)
         dtype = product_dtype(hidden.dtype)
 
         def logit_grad(rows: slice, columns: slice) -> Tensor:
             row_softmax = (maximum[rows], log_total[rows], logprob_grad[rows])
-            return _recomputed_logit_grad(
-                hidden[rows], head[columns], every_row.of(rows), *row_softmax, columns, dtype, ctx.sizes
-            )
+            words = (head[columns], None if bias is None else bias[columns])
+            return _recomputed_logit_grad(hidden[rows], *words, every_row.of(rows), *row_softmax, columns, dtype, ctx.sizes)
 
         with torch.cuda.device_of(hidden):
-            hidden_grad, head_grad = chunked.gradients(
+            input_grads = chunked.gradients(
                 hidden,
                 head,
                 logit_grad=logit_grad,
                 accumulate=partial(_accumulate, sizes=ctx.sizes, inputs=hidden.dtype),
                 dtype=dtype,
-                wanted=ctx.needs_input_grad[:2],
+                wanted=ctx.needs_input_grad[:3],
                 row_tile=ctx.row_tile,
                 vocabulary_tile=ctx.vocabulary_tile,
             )
-        return hidden_grad, head_grad, *[None] * 8
+        return *input_grads, *[None] * 8
 
 
 def _softmax(
     hidden: Tensor,
     head: Tensor,
+    bias: Tensor | None,
     rows: Rows,
     sizes: Tiles | None,
     split_words: int,
     *,
     kept: Tensor | None = None,
-    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
     group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit, log of the sum of exponentials above it, and log-probability: [N] each, [N + M] with a teacher.
 
-    With `kept`, [N, V] float32, hidden . head^T is stored there as well.
+    With `kept`, [N, V] float32, hidden . head^T + bias is stored there as well. Of policy and teacher both or neither have a bias.
     """
     sizes = sizes or (FLOAT_TILES if hidden.dtype == torch.float32 else HALF_TILES)
     (num_rows, width), vocabulary = hidden.shape, head.shape[0]
-    teacher_hidden, teacher_head = teacher or (hidden, head)
+    teacher_hidden, teacher_head, teacher_bias = teacher or (hidden, head, bias)
+    # A kernel takes a pointer in any case: where there is no bias, one that it does not read.
+    biases = (hidden, teacher_hidden) if bias is None else (bias, teacher_bias)
     num_teacher_rows = teacher_hidden.shape[0] if teacher else 0
     num_results = num_rows + num_teacher_rows
     num_splits = triton.cdiv(vocabulary, split_words)
@@ -328,10 +333,11 @@ def _softmax(
     row_tiles = triton.cdiv(num_rows, sizes.rows) + triton.cdiv(num_teacher_rows, sizes.rows)
     _split_softmax_kernel[(row_tiles * num_splits,)](
         split_maximum, split_total, target_logit, split_maximum if kept is None else kept,
-        hidden, head, teacher_hidden, teacher_head, *rows.tensors,
+        hidden, head, teacher_hidden, teacher_head, *biases, *rows.tensors,
         num_rows, num_teacher_rows, vocabulary, width, num_splits, group_size,
         *hidden.stride(), *head.stride(), *teacher_hidden.stride(), *teacher_head.stride(), rows.softcap,
-        SPLIT_WORDS=split_words, PAIRED=teacher is not None, KEPT=kept is not None, CAPPED=rows.softcap > 0,
+        SPLIT_WORDS=split_words, PAIRED=teacher is not None, KEPT=kept is not None, BIASED=bias is not None,
+        CAPPED=rows.softcap > 0,
         **_product_settings(sizes, hidden.dtype, width, _exact_precision(hidden.dtype)),
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_results, 128),)](
@@ -344,6 +350,7 @@ def _softmax(
 def _recomputed_logit_grad(
     hidden: Tensor,
     head: Tensor,
+    bias: Tensor | None,
     rows: Rows,
     maximum: Tensor,
     log_total: Tensor,
@@ -352,15 +359,15 @@ def _recomputed_logit_grad(
     dtype: torch.dtype,
     sizes: Tiles | None,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T of one tile, [R, W], from the tile's rows and words."""
+    """Gradient with respect to hidden . head^T + bias of one tile, [R, W], from the tile's rows and words."""
     sizes = sizes or (FLOAT_TILES if hidden.dtype == torch.float32 else HALF_TILES)
     (num_rows, width), num_words = hidden.shape, head.shape[0]
     grad = hidden.new_empty(num_rows, num_words, dtype=dtype)
     grid = (triton.cdiv(num_rows, sizes.rows) * triton.cdiv(num_words, sizes.columns),)
     _recomputed_logit_grad_kernel[grid](
-        grad, hidden, head, *rows.tensors, maximum, log_total, logprob_grad.contiguous(),
+        grad, hidden, head, head if bias is None else bias, *rows.tensors, maximum, log_total, logprob_grad.contiguous(),
         num_rows, num_words, width, columns.start, *hidden.stride(), *head.stride(), rows.softcap,
-        CAPPED=rows.softcap > 0,
+        BIASED=bias is not None, CAPPED=rows.softcap > 0,
         **_product_settings(sizes, hidden.dtype, width, _exact_precision(hidden.dtype)),
     )  # fmt: skip
     return grad
@@ -402,11 +409,11 @@ def _product_settings(sizes: Tiles, dtype: torch.dtype, depth: int, precision: s
 @triton.jit
 def _split_softmax_kernel(
     split_maximum, split_total, target_logit, kept,
-    hidden, head, teacher_hidden, teacher_head, target, inverse_temperature, excluded,
+    hidden, head, teacher_hidden, teacher_head, bias, teacher_bias, target, inverse_temperature, excluded,
     num_rows, num_teacher_rows, vocabulary, width, num_splits, group_size,
     hidden_row, hidden_column, head_row, head_column,
     teacher_hidden_row, teacher_hidden_column, teacher_head_row, teacher_head_column, softcap,
-    SPLIT_WORDS: tl.constexpr, PAIRED: tl.constexpr, KEPT: tl.constexpr, CAPPED: tl.constexpr,
+    SPLIT_WORDS: tl.constexpr, PAIRED: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, WIDENED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -421,37 +428,37 @@ def _split_softmax_kernel(
         if tile < policy_tiles:
             _split_softmax(
                 split_maximum + split * num_results, split_total + split * num_results, target_logit, kept,
-                hidden, head, target, inverse_temperature, excluded,
+                hidden, head, bias, target, inverse_temperature, excluded,
                 tile, split, num_rows, vocabulary, width, group_size,
                 hidden_row, hidden_column, head_row, head_column, softcap,
-                SPLIT_WORDS, KEPT, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
+                SPLIT_WORDS, KEPT, BIASED, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
             )  # fmt: skip
         else:
             first = split * num_results + num_rows
             _split_softmax(
                 split_maximum + first, split_total + first, target_logit + num_rows, kept,
-                teacher_hidden, teacher_head, target, inverse_temperature, excluded,
+                teacher_hidden, teacher_head, teacher_bias, target, inverse_temperature, excluded,
                 tile - policy_tiles, split, num_teacher_rows, vocabulary, width, 1,
                 teacher_hidden_row, teacher_hidden_column, teacher_head_row, teacher_head_column, softcap,
-                SPLIT_WORDS, KEPT, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
+                SPLIT_WORDS, KEPT, BIASED, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
             )  # fmt: skip
     else:
         _split_softmax(
             split_maximum + split * num_results, split_total + split * num_results, target_logit, kept,
-            hidden, head, target, inverse_temperature, excluded,
+            hidden, head, bias, target, inverse_temperature, excluded,
             tile, split, num_rows, vocabulary, width, group_size,
             hidden_row, hidden_column, head_row, head_column, softcap,
-            SPLIT_WORDS, KEPT, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
+            SPLIT_WORDS, KEPT, BIASED, CAPPED, ROWS, COLUMNS, DEPTH, EVEN, WIDENED, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _split_softmax(
     split_maximum, split_total, target_logit, kept,
-    hidden, head, target, inverse_temperature, excluded,
+    hidden, head, bias, target, inverse_temperature, excluded,
     tile, split, num_rows, vocabulary, width, group_size,
     hidden_row, hidden_column, head_row, head_column, softcap,
-    SPLIT_WORDS: tl.constexpr, KEPT: tl.constexpr, CAPPED: tl.constexpr,
+    SPLIT_WORDS: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, WIDENED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -473,6 +480,8 @@ def _split_softmax(
             tl.zeros((ROWS, COLUMNS), tl.float32), hidden, head, row, word, in_rows, in_words, width,
             hidden_row, hidden_column, head_column, head_row, DEPTH, EVEN, WIDENED, PRECISION,
         )  # fmt: skip
+        if BIASED:
+            product += tl.load(bias + word, mask=in_words, other=0.0).to(tl.float32)[None, :]
         if KEPT:
             offset = row.to(tl.int64)[:, None] * vocabulary + word[None, :]
             tl.store(kept + offset, product, mask=in_rows[:, None] & in_words[None, :])
@@ -515,13 +524,13 @@ def _merge_kernel(
 
 @triton.jit
 def _recomputed_logit_grad_kernel(
-    grad, hidden, head, target, inverse_temperature, excluded, maximum, log_total, logprob_grad,
+    grad, hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total, logprob_grad,
     num_rows, num_words, width, first_word, hidden_row, hidden_column, head_row, head_column, softcap,
-    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, WIDENED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden . head^T of a tile once more, and from it the gradient."""
+    """hidden . head^T + bias of a tile once more, and from it the gradient."""
     row_tiles, word_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_words, COLUMNS)
     row_tile, word_tile = _grouped(tl.program_id(0), row_tiles, word_tiles)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -531,6 +540,8 @@ def _recomputed_logit_grad_kernel(
         tl.zeros((ROWS, COLUMNS), tl.float32), hidden, head, row, word, in_rows, in_words, width,
         hidden_row, hidden_column, head_column, head_row, DEPTH, EVEN, WIDENED, PRECISION,
     )  # fmt: skip
+    if BIASED:
+        product += tl.load(bias + word, mask=in_words, other=0.0).to(tl.float32)[None, :]
     tile_grad = _logit_grad(
         product, target, inverse_temperature, excluded, maximum, log_total, logprob_grad,
         row, in_rows, first_word + word, softcap, CAPPED,

@@ -1,0 +1,249 @@
+"""Any causal language model is trained rightly, or refused with a sentence before a run folder is there."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, WORDS, architecture, random_documents, tiny_policy
+from test_training import corpus, ranks  # noqa: F401  (fixtures)
+from torch import nn
+from training import tiny_config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from rlp.admission import check_model, context_limit, why_unfit, why_unsound
+from rlp.config import Config, ConfigError
+from rlp.data import Positions
+from rlp.inputs import Inputs, PanelInputs
+from rlp.layout import ThoughtFormat, Thoughts, repeated, sequence_parts, tree
+from rlp.model import Markers, Policy
+from rlp.run import dry_run
+
+MARKERS = Markers(open=(2,), close=(3,))
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2}
+COMMON = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+
+
+def config_of(name: str, **fields: object) -> PretrainedConfig:
+    """A tiny architecture of any name; only the fields that it has are given to it."""
+    cls = CONFIG_MAPPING[name]
+    known = {**cls().to_dict(), **cls.attribute_map}
+    return cls(**{key: value for key, value in (COMMON | WIDTHS).items() if key in known} | fields)
+
+
+def policy_of(config: PretrainedConfig) -> Policy:
+    torch.manual_seed(0)
+    return Policy(AutoModelForCausalLM.from_config(config).float(), MARKERS)
+
+
+def written(folder: Path, config: PretrainedConfig, tokenizer: object) -> Path:
+    """A folder with the config of a model, to be initialized at random, and a tokenizer."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- Noise.
+
+NOISY = {
+    "phimoe": {"num_local_experts": 4},                                          # jitter of input and router, and experts drawn by lot, all on by default
+    "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.2},
+    "opt": {"layerdrop": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "biogpt": {"layerdrop": 0.5},
+    "xglm": {"layerdrop": 0.5, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
+    "gpt2": {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+TOKENS = torch.arange(5, 45)[None]
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_model_in_training_draws_nothing_by_chance(name: str):
+    """Whatever the noise is called: trainer and sampler are one policy. Without `Policy.train` four draw layers or experts by lot."""
+    policy = policy_of(config_of(name, **NOISY[name]))
+    policy.eval()
+    expected = policy.lm(input_ids=TOKENS).logits
+    policy.train()
+    assert policy.training
+    before = torch.get_rng_state()
+    for _ in range(8):
+        assert torch.equal(policy.lm(input_ids=TOKENS).logits, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert why_unsound(policy) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phimoe"])
+def test_activation_checkpointing_recomputes_and_changes_no_gradient(name: str):
+    """In training mode the layers recompute, so that less is kept; their noise stays off."""
+    config = config_of(name, **NOISY[name]) if name in NOISY else architecture(name)
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        policy = policy_of(config)
+        if checkpointing:
+            policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train()
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = policy.lm.base_model(input_ids=TOKENS, use_cache=False).last_hidden_state.square().sum()
+        loss.backward()
+        gradients.append({key: parameter.grad for key, parameter in policy.lm.named_parameters() if parameter.grad is not None})
+    assert kept[1] < kept[0] / 4
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+class Noisy(nn.Module):
+    """A layer of a model with noise behind it that no mode turns off."""
+
+    def __init__(self, layer: nn.Module, noise: object) -> None:
+        super().__init__()
+        self.layer, self.noise = layer, noise
+
+    def forward(self, *arguments: object, **words: object) -> torch.Tensor:
+        return self.layer(*arguments, **words) * self.noise()
+
+
+PRIVATE = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("noise, refusal", [
+    (lambda: 1 + 1e-9 * torch.rand(()), "draws random numbers"),
+    (lambda: 1 + 1e-9 * random.random(), "draws random numbers"),
+    (lambda: 1 + 1e-9 * np.random.uniform(), "draws random numbers"),
+    (lambda: 1 + torch.rand((), generator=PRIVATE), "differ"),
+])
+def test_noise_that_no_mode_turns_off_is_found_however_small_and_changes_no_random_state(noise: object, refusal: str):
+    """The proof looks at what is drawn, so noise below rounding, and a layer that is dropped once in a thousand passes, are found too."""
+    policy = tiny_policy()
+    policy.lm.model.layers[1].mlp = Noisy(policy.lm.model.layers[1].mlp, noise)
+    policy.train()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    assert refusal in why_unsound(policy)
+    assert policy.training
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and np.random.get_state()[1].tobytes() == states[2]
+    with pytest.raises(ConfigError, match=r"model.path: Qwen3ForCausalLM can not be trained: "):
+        check_model(policy)
+
+
+def test_what_one_rank_finds_all_ranks_refuse():
+    with pytest.raises(ConfigError, match="can not be trained: another rank"):
+        check_model(tiny_policy(), agree=lambda refusal: refusal or "another rank saw it")
+
+
+# --- Logits and caches.
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_architectures_here_are_sound(name: str):
+    assert why_unfit(architecture(name)) is None
+    assert why_unsound(tiny_policy(name)) is None
+
+
+def test_logits_that_are_transformed_otherwise_are_found():
+    """By a factor that the config does not name."""
+    scaled = tiny_policy()
+    scaled.logit_scale = 1.1
+    assert "`_logit_transform` in rlp/model.py" in why_unsound(scaled)
+
+
+def test_a_cache_whose_fork_mixes_rows_is_found(monkeypatch: pytest.MonkeyPatch):
+    """Both rows of the cache hold a prefix; taken for each other they continue the wrong one."""
+    policy = tiny_policy()
+    assert why_unsound(policy) is None
+    fork = Policy.fork
+    monkeypatch.setattr(Policy, "fork", lambda self, cache, index: fork(self, cache, index.flip(0) * 0))
+    assert "forked" in why_unsound(policy)
+
+
+XLSTM = {"hidden_size": 128, "num_heads": 2, "num_hidden_layers": 2, "num_blocks": 2, "vocab_size": len(WORDS)}
+UNFIT = {
+    "rwkv": ({}, "takes no cache"),
+    "openai-gpt": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, "takes no cache"),
+    "llama4_text": ({"intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8}, "no body that runs without the LM head"),
+    "xlstm": (XLSTM, "cache .xLSTMCache. can not be forked"),
+    "minimax": ({"num_local_experts": 4, "head_dim": 8}, "cache .MiniMaxCache. can not be forked"),
+    "bert": ({}, "gives no cache back"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_without_what_rlp_needs_is_refused_before_a_folder_is_made(tmp_path: Path, tokenizer, corpus: Path, name: str):  # noqa: F811
+    fields, missing = UNFIT[name]
+    model = written(tmp_path / "model", config_of(name, **fields), tokenizer)
+    config = tiny_config(tmp_path / "run", model, corpus, model__init="random")
+    with pytest.raises(ConfigError, match=rf"model.path: {name.replace('-', '.')} can not be trained: .*{missing}"):
+        Inputs(config, warn=print)
+    assert not (tmp_path / "run").exists()
+
+
+# --- The longest sequence.
+
+def form_of(*, instruction: int = 0, open_marker: int = 1, close: int = 1, horizon: int = 1) -> ThoughtFormat:
+    return ThoughtFormat(markers=Markers(open=tuple(range(2, 2 + open_marker)), close=(3,) * close), instruction=(7,) * instruction, begin=None,
+                         temperature=1.0, target_temperature=1.0, horizon=horizon)
+
+
+@pytest.mark.parametrize("form", [form_of(), form_of(instruction=3, open_marker=2, close=2, horizon=4)])
+def test_the_longest_sequence_is_that_of_the_layouts(form: ThoughtFormat):
+    """A position at the end of the longest document, and a thought that the budget ends."""
+    documents, budget = random_documents([9]), 6
+    at = 9 - form.horizon
+    positions = Positions(document=np.array([0]), position=np.array([at]), target=documents[0].tokens[None, at:])
+    whole = torch.ones(1, 2, budget, dtype=torch.bool)
+    thoughts = Thoughts(whole.long() * 9, whole, whole.float() * 0, whole.float() * 0, truncated=torch.ones(1, 2, dtype=torch.bool))
+    longest = sum(sequence_parts(form, 9, budget).values())
+    wanted = {"lm": True, "no_think": True, "device": torch.device("cpu")}
+    assert repeated(documents, positions, thoughts, form, **wanted).tokens.shape[1] == longest
+    assert int(tree(documents, positions, thoughts, form, **wanted).position.max()) + 1 == longest
+    assert repeated(documents, None, None, form, **wanted | {"no_think": False}).tokens.shape[1] == sum(sequence_parts(form, 9, None).values())
+
+
+def limited(tmp_path: Path, tokenizer: object, corpus: Path, **overrides: object) -> Config:  # noqa: F811
+    """A run of a GPT-NeoX that reads 32 positions."""
+    config = config_of("gpt_neox", max_position_embeddings=32)
+    return tiny_config(tmp_path / "run", written(tmp_path / "model", config, tokenizer), corpus, model__init="random", **overrides)
+
+
+def test_settings_beyond_what_the_model_reads_are_refused_with_settings_that_fit(tmp_path: Path, tokenizer, corpus: Path, ranks):  # noqa: F811
+    """30 + 1 + 5 + 1 - 1 tokens are 4 too many; in a plan as at the start; either advice is taken."""
+    beyond = limited(tmp_path, tokenizer, corpus, data__max_document_tokens=30)
+    words = (r"longest sequence has 36 tokens \(document 30 \+ open marker 1 \+ thought 5 \+ close marker 1 \+ last target \(not read\) -1\), and the model reads at most 32 "
+             r"\(max_position_embeddings in its config.json\). Write data.max_document_tokens=26 or thought.max_thought_tokens=1. Its positions are rotary")
+    with pytest.raises(ConfigError, match=words):
+        dry_run(beyond, "", ranks)
+    with pytest.raises(ConfigError, match=words):
+        PanelInputs(beyond, warn=print)
+    for fitting in ({"data__max_document_tokens": 26}, {"data__max_document_tokens": 30, "thought__max_thought_tokens": 1}):
+        Inputs(limited(tmp_path, tokenizer, corpus, **fitting), warn=print)
+    with pytest.raises(ConfigError, match=r"Write smaller values of data.max_document_tokens and thought.max_thought_tokens: together 136 less"):
+        Inputs(limited(tmp_path, tokenizer, corpus, data__max_document_tokens=100, thought__max_thought_tokens=67), warn=print)
+
+
+def test_without_thoughts_the_document_alone_has_to_fit(tmp_path: Path, tokenizer, corpus: Path):  # noqa: F811
+    """And with a held-out panel, on which thoughts are sampled, it does not."""
+    plain = {"objective__policy_weight": 0.0, "objective__lm_weight": 1.0}
+    Inputs(limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=32), warn=print)
+    with pytest.raises(ConfigError, match="Write data.max_document_tokens=32. "):
+        Inputs(limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=33), warn=print)
+    with pytest.raises(ConfigError, match="longest sequence has 38 tokens"):
+        Inputs(limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=32, data__held_out=json.dumps([str(corpus)])), warn=print)
+
+
+@pytest.mark.parametrize("name, fields, limit", [
+    ("gpt2", {"n_positions": 64}, (64, "n_positions", False)),
+    ("opt", {"max_position_embeddings": 64, "ffn_dim": 64}, (64, "max_position_embeddings", False)),
+    ("mpt", {"max_seq_len": 64}, (64, "max_seq_len", False)),
+    ("llama", {"max_position_embeddings": 64}, (64, "max_position_embeddings", True)),
+    ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}},
+     (256, "max_position_embeddings", True)),
+    ("mistral", {"max_position_embeddings": 64, "sliding_window": 8}, (64, "max_position_embeddings", True)),
+    ("mamba", {}, None), ("recurrent_gemma", {}, None), ("bloom", {}, None),
+])
+def test_the_limit_is_the_one_that_the_config_names(name: str, fields: dict, limit: tuple | None):
+    """By its own key. Rope scaling raises it; a sliding window is none."""
+    found = context_limit(config_of(name, **fields))
+    assert (found and (found.tokens, found.key, found.rotary)) == limit
