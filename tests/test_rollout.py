@@ -298,9 +298,11 @@ def test_tokens_after_the_end_are_padding_without_numbers():
 
 def test_sampling_leaves_no_gradient_and_no_mode_behind():
     policy = tiny_policy()
+    policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
+    modes = [module.training for module in policy.modules()]
     thoughts = think(policy, thought_format()).thoughts
-    assert policy.training and policy.lm.training
+    assert policy.training and any(modes[1:]) and [module.training for module in policy.modules()] == modes
     assert not thoughts.behavior_logprob.requires_grad and not thoughts.entropy.requires_grad
 
 
