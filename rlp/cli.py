@@ -148,7 +148,7 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
                                 epilog="Settings: section.key=value as in a config, above all evaluation.panel_positions, evaluation.thoughts_per_position, thought.max_thought_tokens, "
                                        "thought.temperature, position.selector=marker position.marker=TEXT, target.horizon, data.template. What is not set is as the checkpoint says, then as --config says.")
     probe.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder or Hub name, or a checkpoint of a run, such as runs/NAME/checkpoints/step_100")
-    probe.add_argument("data", metavar="DATA", help="held-out documents: a .jsonl, .parquet or .txt file, a glob, or hub:OWNER/NAME")
+    probe.add_argument("data", metavar="DATA", help="held-out documents: a .jsonl, .parquet, .csv or .txt file, a glob, or hub:OWNER/NAME")
     probe.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
     probe.add_argument("--config", type=Path, metavar="FILE", help="a YAML config or a run folder, for settings")
     probe.add_argument("--start", metavar="CHECKPOINT", help="the starting checkpoint, to report the gain over it too; known where CHECKPOINT is that of a run")

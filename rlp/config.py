@@ -129,8 +129,11 @@ class DataConfig:
     held_out: list[str] = field(default_factory=list)
     """The same, for the held-out panel. Empty: no evaluation."""
     format: str = "auto"
-    """auto (by file ending), jsonl, parquet or text (one document a line). gz and zst are unpacked, once, and Parquet
-    is written as Arrow, below `HF_HOME`; plain lines are read where they stand."""
+    """auto (by file ending), jsonl, parquet, csv, tsv (both with a header that names the fields, in UTF-8, all fields text) or
+    text (one document a line). gz and zst are unpacked, once, and Parquet is written as Arrow, below `HF_HOME`; the
+    others are read where they stand."""
+    delimiter: str | None = None
+    """The character between the fields of csv and tsv files, such as ";"; by default a comma and a tab."""
     split: str = "train"
     """Split of a Hub data set."""
     held_out_split: str = "test"
@@ -154,7 +157,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(len(self.weights) in (0, len(self.train)), "data.weights", self.weights, f"needs one weight for each of the {len(self.train)} entries of data.train, or none")
         require(all(0 < weight < math.inf for weight in self.weights), "data.weights", self.weights, "must be finite and above 0; leave out an entry that is not to be read")
-        require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "text"))
+        require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "csv", "tsv", "text"))
+        require(self.delimiter is None or len(self.delimiter) == 1 and self.delimiter.isascii() and self.delimiter not in "\"\r\n", "data.delimiter", self.delimiter,
+                "must be one ASCII character, and no quote or line end")
         require(self.max_document_tokens >= 2, "data.max_document_tokens", self.max_document_tokens, "must be at least 2 (a prefix and a target)")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "is a fraction from 0 to 1")
         require(_names_fields(self.template), "data.template", self.template,

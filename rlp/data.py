@@ -27,6 +27,9 @@ POSITION_NOISE, THOUGHT_NOISE, PANEL_NOISE, ORDER_NOISE, SOURCE_NOISE, BENCHMARK
 LISTED_PER_REASON = 100
 """Bad rows told one by one for each reason; the counts go on."""
 
+FEWEST_JUDGED = 100
+"""Rows of a large corpus before which its bad ones are no fraction of it: the first row may be one."""
+
 
 def keyed_noise(*, seed: int, purpose: int, step: int = 0, document: int = 0, occurrence: int = 0,
                 position: int = 0, thought: int = 0) -> np.random.Generator:
@@ -278,12 +281,19 @@ class DocumentStream:
         if count <= LISTED_PER_REASON:
             self._record({"reason": reason, "count": count, "where": where, "detail": detail})
         # A blank line between documents is no fault of the data.
-        num_bad, num_read = sum(self.bad.values()) - self.bad.get("empty line", 0), self.cursor
-        if num_bad > self._config.max_bad_fraction * max(num_read, 100):
-            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {num_read} rows read are bad ({self._counts()}), "
-                            f"more than data.max_bad_fraction = {self._config.max_bad_fraction:g} allows. Mend the data, or raise data.max_bad_fraction to skip such rows.")
+        num_bad, num_rows = sum(self.bad.values()) - self.bad.get("empty line", 0), self._rows_to_judge_by()
+        if num_bad > self._config.max_bad_fraction * num_rows:
+            raise DataError(f"{where}: {reason} ({detail}). {num_bad} of {self.cursor} rows read are bad ({self._counts()}), "
+                            f"more than data.max_bad_fraction = {self._config.max_bad_fraction:g} allows. Mend the data, or raise data.max_bad_fraction "
+                            f"to {min(1.0, math.ceil(200 * num_bad / num_rows) / 100):g} or more to skip such rows.")
         if count == 1:
             self._warn(f"skipped {where}: {reason} ({detail}); further such rows are counted silently")
+
+    def _rows_to_judge_by(self) -> int:
+        """Rows that a fraction of bad ones is taken of: those read, but at least `FEWEST_JUDGED`, and of a smaller corpus whole epochs, as a
+        few rows are met again and again."""
+        size = len(self._rows)
+        return max(self.cursor, FEWEST_JUDGED) if size >= FEWEST_JUDGED else math.ceil(self.cursor / size) * size
 
     def _counts(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.bad.items())

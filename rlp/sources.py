@@ -1,6 +1,7 @@
 """Rows of files, globs and Hub data sets, each of which can be read at once.
 
     jsonl, text    lines, read from the file where they stand
+    csv, tsv       records below a header, likewise; a record ends at a line end that no quotes hold
     gz, zst        unpacked once into `UNPACKED`, whole or not at all, and read there
     parquet        written once into `UNPACKED` as an Arrow file, which is memory-mapped
     hub:OWNER/NAME prepared by `datasets`, in its own cache
@@ -8,6 +9,8 @@
 Memory does not grow with a corpus but by 8 bytes a line. What a row must hold is not known here.
 """
 
+import codecs
+import csv
 import gzip
 import hashlib
 import json
@@ -16,6 +19,7 @@ import re
 import secrets
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -67,6 +71,8 @@ class Table:
     """Reading one gives a mapping from field to value, or raises BadDocument."""
     identity: str
     """Differs where the content does."""
+    line_of: Callable[[int], int] = lambda row: row + 1
+    """Where a row begins, for messages: its line in the file, or its number where there are no lines."""
 
 
 class Rows:
@@ -86,8 +92,8 @@ class Rows:
 
     def where(self, index: int) -> str:
         """File and line of a row."""
-        table, line = self._locate(index)
-        return f"{self.tables[table].name}:{line + 1}"
+        table, row = self._locate(index)
+        return f"{self.tables[table].name}:{self.tables[table].line_of(row)}"
 
     def read(self, index: int) -> dict:
         """A row as a mapping from field to value."""
@@ -116,7 +122,7 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str, prog
         if source.startswith("hub:"):
             tables.append([_hub_table(source, split, key)])
         else:
-            tables.append([_file_table(path, _format_of(path, config.format, key), key, progress) for path in _expand(source, key)])
+            tables.append([_file_table(path, _format_of(path, config.format, key), config.delimiter, key, progress) for path in _expand(source, key)])
     rows = Rows(tables)
     for source, size in zip(sources, rows.source_sizes):
         if size == 0:
@@ -130,35 +136,58 @@ def _expand(source: str, key: str) -> list[str]:
     paths = sorted(glob(source, recursive=True)) if has_magic(source) and not os.path.exists(source) else [source]
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) > 0]
     if not files:
-        found = "an empty file" if any(os.path.isfile(path) for path in paths) else "no file"
-        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a .jsonl, .parquet or .txt file, a glob that matches some, or hub:OWNER/NAME.")
+        found = "an empty file" if any(os.path.isfile(path) for path in paths) else _what_else(source)
+        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a {KINDS} file, a glob that matches some, or hub:OWNER/NAME.")
     return files
+
+
+def _what_else(source: str) -> str:
+    """What is there in place of files."""
+    if os.path.isdir(source):
+        endings = Counter(ending for name in os.listdir(source) if (ending := _plain_ending(name)) in FORMATS)
+        example = f" (its files are named by a glob: {os.path.join(source, '*' + endings.most_common(1)[0][0])!r})" if endings else ""
+        return f"a folder, and no file{example},"
+    return "something that is no file" if os.path.exists(source) else "no file"
+
+
+FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".text": "text", ".md": "text"}
+"""What a file is, by its ending."""
+
+KINDS = ".jsonl, .parquet, .csv, .tsv or .txt"
+"""For messages."""
+
+
+def _plain_ending(path: str) -> str:
+    """The ending of a file before it was packed."""
+    endings = [suffix for suffix in Path(path).suffixes if suffix not in UNPACKERS]
+    return endings[-1] if endings else ""
 
 
 def _format_of(path: str, wanted: str, key: str) -> str:
     if wanted != "auto":
         return wanted
-    endings = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in UNPACKERS]
-    kind = endings.get(suffixes[-1] if suffixes else "")
+    kind = FORMATS.get(_plain_ending(path))
     if kind is None:
-        raise DataError(f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl, parquet or text.")
+        raise DataError(f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl, parquet, csv, tsv or text.")
     return kind
 
 
-def _file_table(path: str, form: str, key: str, progress: Tell) -> Table:
+def _file_table(path: str, form: str, delimiter: str | None, key: str, progress: Tell) -> Table:
     try:
         plain = Path(path)
         if plain.suffix in UNPACKERS:
             plain = _converted(plain, UNPACKERS[plain.suffix], progress)
         if form == "parquet":
             rows = ArrowRows(_converted(plain, _parquet_to_arrow, progress))
+        elif form in DELIMITERS:
+            rows = Records(plain, delimiter or DELIMITERS[form], progress)
+            return Table(path, rows, identity(Path(path)), rows.line_of)
         else:
             rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form], progress)
         return Table(path, rows, identity(Path(path)))
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException, ValueError, LookupError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise DataError(f"{key}: {path!r} can not be read: {reason}. Expected a readable .jsonl, .parquet or .txt file, whole, and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it).") from error
+        raise DataError(f"{key}: {path!r} can not be read: {reason}. Expected a readable {KINDS} file, whole, and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it).") from error
 
 
 def identity(path: Path) -> str:
@@ -177,23 +206,24 @@ def identity(path: Path) -> str:
 class Lines:
     """Lines of a plain file, found by where they end: 8 bytes of memory each."""
 
-    def __init__(self, path: Path, parse: Callable[[str], dict], progress: Tell = Progress) -> None:
+    def __init__(self, path: Path, parse: Callable[[str], object], progress: Tell = Progress, find_ends: Callable[[BinaryIO, Progress], np.ndarray] | None = None) -> None:
         """
         Args:
             parse: text of a line -> the row, or BadDocument.
             progress: as in `open_rows`.
+            find_ends: where lines end, if at other places than line ends.
         """
         self._path = path
         self._parse = parse
         with open(path, "rb") as file:
             self._stamp = _stamp(file.fileno())
             with progress(f"finding the lines of {path}", self._stamp[0], "bytes") as found:
-                self._ends = _line_ends(file, found)
+                self._ends = (find_ends or _line_ends)(file, found)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> object:
         start = int(self._ends[index - 1]) if index else 0
         try:
             with open(self._path, "rb") as file:
@@ -227,6 +257,126 @@ def _line_ends(file: BinaryIO, found: Progress) -> np.ndarray:
         found.advance(len(chunk))
     ends = np.concatenate([np.zeros(0, dtype=np.int64), *ends])
     return ends if offset == (ends[-1] if len(ends) else 0) else np.append(ends, offset)
+
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+class Records:
+    """Rows of a CSV file (RFC 4180), found by where they end: 8 bytes of memory each, 16 where quotes hold line ends. Every field is text.
+
+    The first record names the fields. A record of another number of fields is a bad document.
+    """
+
+    def __init__(self, path: Path, delimiter: str, progress: Tell = Progress) -> None:
+        """
+        Raises:
+            ValueError: the header is no list of different names, or a quote is never closed.
+        """
+        self._delimiter = delimiter
+        self._first_lines: np.ndarray | None = None
+        self._records = Lines(path, self._fields, progress, self._find_ends)
+        self._names = self._header() if len(self._records) else []
+
+    def __len__(self) -> int:
+        return max(0, len(self._records) - 1)
+
+    def __getitem__(self, index: int) -> dict:
+        fields = self._records[index + 1]
+        if len(fields) != len(self._names):
+            lines = int(self._first_lines[index + 2] - self._first_lines[index + 1]) if self._first_lines is not None else 1
+            span = f" in {lines} lines, held together by quotes" if lines > 1 else ""
+            raise BadDocument("broken CSV", f"{len(fields)} fields{span}; the header names {len(self._names)}: {', '.join(self._names)}")
+        return dict(zip(self._names, fields))
+
+    def line_of(self, index: int) -> int:
+        """The line of the file in which a row begins, 1 for the first."""
+        return index + 2 if self._first_lines is None else int(self._first_lines[index + 1])
+
+    def _header(self) -> list[str]:
+        try:
+            names = self._records[0]
+        except BadDocument as error:
+            raise ValueError(f"the header, its first line: {error.args[0]} ({error.args[1]})") from error
+        if len(set(names)) < len(names) or not all(name.strip() for name in names):
+            raise ValueError(f"the header, its first line, must name each field once, got {names}")
+        return names
+
+    def _fields(self, record: str) -> list[str]:
+        csv.field_size_limit(2 ** 31 - 1)
+        try:
+            rows = list(csv.reader([record], delimiter=self._delimiter))
+        except csv.Error as error:
+            raise BadDocument("broken CSV", f"{error}; expected fields with {self._delimiter!r} between them, in double quotes where they hold it, a quote or a line end") from error
+        return rows[0]
+
+    def _find_ends(self, file: BinaryIO, found: Progress) -> np.ndarray:
+        """[records] int64: offset right after each record; and where a record has several lines, the line that each begins with."""
+        scan, ends, lines = _QuoteScan(self._delimiter), [], []
+        while chunk := file.read(2 ** 20):
+            here, newlines = scan.ends(chunk)
+            ends.append(here)
+            lines.append(newlines)
+            found.advance(len(chunk))
+        ends, lines = (np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (ends, lines))
+        if scan.is_open:
+            raise ValueError(f"the quote in the record that begins in line {1 + (int(lines[-1]) if len(lines) else 0)} is never closed, so it may be cut off")
+        if scan.offset > (ends[-1] if len(ends) else 0):
+            ends, lines = np.append(ends, scan.offset), np.append(lines, scan.lines + 1)
+        if len(lines) and lines[-1] > len(lines):
+            self._first_lines = np.concatenate([[0], lines]) + 1
+        return ends
+
+
+class _QuoteScan:
+    """Finds the ends of records in pieces of a file. A quote opens at the start of a field only; inside, two of them are one of the text."""
+
+    def __init__(self, delimiter: str) -> None:
+        self.quoted = False
+        self.offset = self.lines = 0
+        """Bytes and line ends seen so far."""
+        self._delimiter = delimiter.encode()
+        self._event = re.compile(rb'\n|(?<=[\n' + re.escape(self._delimiter) + rb'])"')
+        self._previous = b"\n"
+        self._undecided = False
+        """The last byte was a quote in quotes, which ends them or not."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a quote is still to be closed, were this the end."""
+        return self.quoted and not self._undecided
+
+    def ends(self, chunk: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets right after the records that end in the next piece, and how many line ends there are up to each."""
+        newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + self.offset + 1
+        ends = newlines if not self.quoted and b'"' not in chunk else np.array(self._walk(chunk), dtype=np.int64)
+        lines = np.searchsorted(newlines, ends, side="right") + self.lines
+        self.offset, self.lines, self._previous = self.offset + len(chunk), self.lines + len(newlines), chunk[-1:]
+        return ends, lines
+
+    def _walk(self, chunk: bytes) -> list[int]:
+        if self.offset == 0 and chunk.startswith(codecs.BOM_UTF8):
+            chunk = chunk.replace(codecs.BOM_UTF8, 3 * self._delimiter, 1)  # a quote behind it is at the start of a field
+        data, place, ends = self._previous + chunk, 1, []
+        if self._undecided:
+            self.quoted, self._undecided = data[1:2] == b'"', False
+            place += self.quoted
+        while True:
+            if self.quoted:
+                place = data.find(b'"', place) + 1
+                self._undecided = place == len(data)
+                if place == 0 or self._undecided:
+                    break
+                self.quoted = data[place : place + 1] == b'"'
+                place += self.quoted
+            elif (event := self._event.search(data, place)) is None:
+                break
+            else:
+                place = event.end()
+                self.quoted = event[0] == b'"'
+                if not self.quoted:
+                    ends.append(self.offset + place - 1)
+        return ends
 
 
 def _parse_json(line: str) -> dict:

@@ -183,7 +183,7 @@ def test_an_empty_file_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["x.docx", "x", "x.bin.gz"])
 def test_an_unknown_ending_is_refused_with_what_to_write(tmp_path: Path, name: str):
-    with pytest.raises(DataError, match=r"can not tell the format of .* Write data.format=jsonl, parquet or text"):
+    with pytest.raises(DataError, match=r"can not tell the format of .* Write data.format=jsonl, parquet, csv, tsv or text"):
         Reader([write(tmp_path / name, GOOD)])
 
 
@@ -206,7 +206,7 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, name: str):
     with pytest.raises(DataError) as refused:
         Reader([write(tmp_path / name, UNREADABLE[name])])
     message = str(refused.value)
-    assert message.startswith(f"data.train: '{tmp_path / name}' can not be read: ") and "Expected a readable .jsonl, .parquet or .txt file" in message
+    assert message.startswith(f"data.train: '{tmp_path / name}' can not be read: ") and "Expected a readable .jsonl, .parquet, .csv, .tsv or .txt file" in message
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path):
