@@ -32,12 +32,17 @@ from rlp.distributed import Ranks
 from rlp.engine import STATES, Engine
 from rlp.faults import fault
 from rlp.files import make_folder, name_folder, open_to_read, read_bytes, refuse_odd_entries, set_aside, temporary_of, write_new
+from rlp.forms import META
 
 FORMAT = 3
 """Of the folder; another one is refused."""
 
 PART_BYTES = 2 ** 26
 """Tensor data in a file, at most. A save takes about three times this much memory, however large the model is."""
+
+
+MAX_META_BYTES = 2 ** 28
+"""Of meta.json: some hundred bytes for each part of 64 MiB of tensors."""
 
 
 class CheckpointError(Exception):
@@ -191,8 +196,7 @@ class Checkpoint:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """[numel] float32: part of a flattened parameter's `master`, moment or EMA, from whichever shards hold it."""
-        values = torch.zeros(numel)
-        filled = 0
+        values, pieces = torch.zeros(numel), []
         for file, shard in self.shards.items():
             if name not in shard["fragments"]:
                 continue
@@ -205,12 +209,27 @@ class Checkpoint:
                     low, high = max(start, begin), min(start + numel, begin + shape[0])
                     if low < high:
                         values[low - start : high - start] = piece[low - begin : high - begin]
-                        filled += high - low
+                        pieces.append((low, high))
             except SafetensorError as error:
                 raise CheckpointError(f"{self.path}: {kind} of {name} can not be read from {file}: {error}.") from error
+        filled = sum(high - low for low, high in pieces)
         if filled != numel:
             raise CheckpointError(f"{self.path}: {kind} of {name} has {filled} of the {numel} values asked for. It was made by another model.")
+        pieces.sort()
+        if any(end != begin for (_, end), (begin, _) in zip(pieces, pieces[1:])):
+            raise CheckpointError(f"{self.path}: pieces of {kind} of {name} overlap, and others are missing.")
         return values
+
+    @property
+    def config(self) -> dict:
+        """Of the run that made it, as nested mappings.
+
+        Raises:
+            CheckpointError: it holds none.
+        """
+        if "config" not in self.state:
+            raise CheckpointError(f"{self.path} holds no config of a run.")
+        return self.state["config"]
 
 
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -246,6 +265,8 @@ def _read_meta(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is no complete checkpoint: expected meta.json and COMPLETE in it.")
     if read_bytes(complete) != _digest(meta_path).encode():
         raise CheckpointError(f"{path}: meta.json is not the one that was written (its checksum differs).")
+    if meta_path.stat().st_size > MAX_META_BYTES:
+        raise CheckpointError(f"{path}: meta.json is larger than {MAX_META_BYTES:,} bytes, which no checkpoint needs.")
     try:
         meta = json.loads(read_bytes(meta_path))
     except (ValueError, RecursionError) as error:
@@ -253,29 +274,10 @@ def _read_meta(path: Path) -> Checkpoint:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: meta.json must be a JSON object, got {type(meta).__name__}.")
     if meta.get("format") != FORMAT:
-        raise ConfigError(f"run.resume: {path} has format {meta.get('format', 1)}; this version of rlp reads format {FORMAT}. Continue with the version that wrote it.")
-    problem = _problem_of(meta)
-    if problem:
-        raise CheckpointError(f"{path}: meta.json {problem}.")
+        raise ConfigError(f"run.resume: {path} has format {repr(meta.get('format', 1))[:20]}; this version of rlp reads format {FORMAT}. Continue with the version that wrote it.")
+    if problem := META.problem(meta, ""):
+        raise CheckpointError(f"{path}: meta.json: {problem}.")
     return Checkpoint(path=path, step=meta["step"], state=meta["state"], shapes=meta["shapes"], shards=meta["shards"])
-
-
-def _problem_of(meta: dict) -> str | None:
-    """What keeps a meta.json, which may be a stranger's, from being read as one; None where nothing does."""
-    def is_count(value: object) -> bool:
-        return type(value) is int and 0 <= value < 2 ** 63
-
-    if not (is_count(meta.get("step")) and all(isinstance(meta.get(key), dict) for key in ("state", "shapes", "shards"))):
-        return "lacks a step, state, shapes or shards"
-    if not all(isinstance(shape, list) and all(map(is_count, shape)) for shape in meta["shapes"].values()):
-        return "holds a shape that is no list of whole numbers"
-    for name, entry in meta["shards"].items():
-        if not re.fullmatch(r"shard_\d{5}-\d{5}\.safetensors", name):
-            return f"names {name!r}, which is no shard of the checkpoint"
-        whole = isinstance(entry, dict) and is_count(entry.get("size")) and is_count(entry.get("adam_step")) and isinstance(entry.get("sha256"), str)
-        if not (whole and isinstance(entry.get("fragments"), dict) and all(map(is_count, entry["fragments"].values()))):
-            return f"says of {name} no size, checksum, adam_step or fragments"
-    return None
 
 
 def _verify(file: Path, entry: dict) -> None:

@@ -21,6 +21,7 @@ from rlp.distributed import Ranks
 from rlp.engine import Engine
 from rlp.faults import fault
 from rlp.files import new_folder, write_new
+from rlp.forms import THOUGHT_FORMAT, Fields
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import visible_text
@@ -58,7 +59,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """
     if folder.exists():
         raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
-    config = load_config(checkpoint.state["config"])
+    config = load_config(checkpoint.config)
     inputs = ModelInputs(config)
     policy = load_policy(config, inputs.tokenizer, inputs.markers, torch.float32, torch.device("cpu"))
     tensors = master_weights(checkpoint, policy.lm)
@@ -128,16 +129,11 @@ def _config_in_float32(lm: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-THOUGHT_FORMAT = {"open_marker": str, "close_marker": str, "temperature": float, "target_temperature": float, "max_thought_tokens": int, "horizon": int,
-                  "open_marker_ids": list, "close_marker_ids": list, "instruction_ids": list}
-"""What readers use of `thought_format.json`, and of which type it is; lists hold token ids."""
-
-
 def read_thought_format(path: Path) -> dict:
     """`thought_format.json` of a folder that may be a stranger's, what is used of it; empty where there is no such file.
 
     Raises:
-        ConfigError: it is no JSON object, or a value in it has another type than `_write` gives it.
+        ConfigError: it is no JSON object, or has another form than `_write` gives it.
     """
     if not path.is_file():
         return {}
@@ -145,13 +141,8 @@ def read_thought_format(path: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}. Export the checkpoint again with `rlp export`.") from error
-    if not isinstance(manifest, dict):
-        raise ConfigError(f"{path} is no thought format: expected an object with open_marker, close_marker and so on, got {type(manifest).__name__}. Export the checkpoint again with `rlp export`.")
-    for key, expected in THOUGHT_FORMAT.items():
-        value = manifest.get(key, expected())
-        ids = value if expected is list and isinstance(value, list) else []
-        if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) or not all(type(token) is int and 0 <= token < 2 ** 31 for token in ids):
-            raise ConfigError(f"{path} is no thought format: {key} is {repr(value)[:80]}, expected {'token ids' if expected is list else expected.__name__}. Export the checkpoint again with `rlp export`.")
+    if said := Fields({}, THOUGHT_FORMAT).problem(manifest, ""):
+        raise ConfigError(f"{path} is no thought format: {said}. Export the checkpoint again with `rlp export`.")
     return {key: manifest[key] for key in THOUGHT_FORMAT if key in manifest}
 
 

@@ -424,9 +424,9 @@ class Ledger:
 
     def load_state(self, state: dict) -> None:
         """Continue from what `state` returned."""
-        expected = {item.name for item in dataclasses.fields(Account)}
-        if set(state) != expected or set(state["phases"]) != set(PHASES):
-            raise ValueError(f"Ledger.load_state: expected the keys {sorted(expected)} with phases {list(PHASES)}, got {sorted(state)}. "
+        expected, counts = ({item.name for item in dataclasses.fields(kind)} for kind in (Account, PhaseCount))
+        if set(state) != expected or set(state["phases"]) != set(PHASES) or any(set(phase) != counts for phase in state["phases"].values()):
+            raise ValueError(f"Ledger.load_state: expected the keys {sorted(expected)} with phases {list(PHASES)}, got {sorted(state)[:20]}. "
                              "The checkpoint was written by another version; resume with that one.")
         phases = {phase: PhaseCount(**state["phases"][phase]) for phase in PHASES}
         self._total = Account(**{**state, "phases": phases})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlp.config import Config, ConfigError, load_config, to_yaml
 from rlp.files import write_atomically
+from rlp.forms import WHOLE_LEDGER
 from rlp.run_folder import DamagedFileError, RunFolder, read_json
 
 TOLERANCE = 0.01
@@ -73,8 +74,8 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
 
 
 def _amount(ledger: dict, by: str, path: Path | str) -> float:
-    amount = ledger.get(AMOUNTS[by]) if isinstance(ledger, dict) else None
-    if not isinstance(amount, int | float) or not amount > 0:
+    amount = ledger.get(AMOUNTS[by])
+    if amount is None or not amount > 0:
         raise ConfigError(f"{path}: {AMOUNTS[by]} is {amount!r}; expected what a finished run has spent.")
     return amount
 
@@ -98,7 +99,7 @@ class Match:
         """Both ledgers, line by line."""
         lines = [f"{'ledger':<24}{'matched run':>14}{'this run':>14}{'ratio':>9}"]
         rows = [(name, self.other[name], own[name]) for name in ("steps", "input_tokens", "flops", "paper_flops", "paper_flops_sampled", "seconds")]
-        rows += [(f"{phase} flops", self.other["phases"][phase]["flops"], own["phases"][phase]["flops"]) for phase in self.other["phases"]]
+        rows += [(f"{phase} flops", self.other["phases"][phase]["flops"], own["phases"][phase]["flops"]) for phase in own["phases"] if phase in self.other["phases"]]
         lines += [f"{name:<24}{theirs:>14.4g}{ours:>14.4g}{ours / theirs if theirs else float('nan'):>9.3f}" for name, theirs, ours in rows if theirs or ours]
         verdict = "matched" if self.holds(own) else "NOT MATCHED: the two are no comparison. Smaller steps (optim.batch_size) come nearer"
         return "\n".join([*lines, f"{AMOUNTS[self.by]}: ratio {self.ratio(own):.4f}, allowed 1 +- {TOLERANCE:g}: {verdict}"])
@@ -114,7 +115,7 @@ def open_match(config: Config) -> Match | None:
     if path is None:
         return None
     try:
-        other = read_json(Path(path).resolve())  # whoever writes the path may name a link
+        other = read_json(Path(path).resolve(), WHOLE_LEDGER)  # whoever writes the path may name a link
     except (OSError, DamagedFileError) as error:
         raise ConfigError(f"match.ledger: {path} can not be read: {error}. Write the ledger.json of the finished run, or match.ledger=null.") from error
     amount, limit = _amount(other, config.match.by, f"match.ledger: {path}"), dataclasses.asdict(config.budget)[config.match.by]

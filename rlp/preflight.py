@@ -80,8 +80,8 @@ def find_subject(name: str, data: str, config: Path | None, overrides: list[str]
     if (path / "meta.json").is_file():
         if config is not None:
             raise ConfigError(f"--config {config}: {path} is a checkpoint of a run and holds the config of its run. Leave --config out, and write single settings as section.key=value.")
-        checkpoint = _open(path)
-        return Subject(load_config(checkpoint.state["config"], [*overrides, documents]), checkpoint, ())
+        checkpoint, own = _open(path)
+        return Subject(load_config(own, [*overrides, documents]), checkpoint, ())
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} is a run folder. Write one of its models, such as {path / 'export'} or a folder in {path / 'checkpoints'}.")
     manifest = read_thought_format(path / "thought_format.json")
@@ -94,9 +94,11 @@ def find_subject(name: str, data: str, config: Path | None, overrides: list[str]
     return Subject(resolved, None, () if resolved.thought.instruction_file else tuple(manifest.get("instruction_ids", ())))
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path) -> tuple[Checkpoint, dict]:
+    """A checkpoint and the config of its run."""
     try:
-        return open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
+        return checkpoint, checkpoint.config
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
 

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from omegaconf import DictConfig, OmegaConf
 
 from rlp.config import ConfigError, parse_yaml
 from rlp.figures import COLORS, GREY, LINES, Curve, Interval, draw_curves, draw_intervals
 from rlp.files import open_to_read, read_bytes, write_atomically
+from rlp.forms import CONFIG
 from rlp.metrics import EVALUATION, METRICS, quoted_text, visible_text
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json, read_json_lines
 from rlp.verdict import match_words, verdict
@@ -103,7 +103,7 @@ class Run:
     arm: str
     """Identity of its arm: `run.arm`, or its path without the seed at its end."""
     config_text: str
-    config: DictConfig
+    config: dict[str, dict[str, object]]
     """Read without its rules: the config of a run may be older than they are."""
     environment: dict | None
     metrics: list[dict]
@@ -121,8 +121,9 @@ class Run:
 
     def setting(self, key: str) -> str:
         """A setting as text; a dash where the config has none."""
-        value = OmegaConf.select(self.config, key, default="-")
-        return ", ".join(map(str, value)) if OmegaConf.is_list(value) else str(value)
+        section, _, name = key.partition(".")
+        value = self.config.get(section, {}).get(name, "-")
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     def before_and_after(self) -> tuple[dict, dict]:
         """First and last evaluation of the panel; of an unfinished run, the latest."""
@@ -133,7 +134,7 @@ class Run:
     def totals(self) -> dict:
         """input_tokens, flops, paper_flops, seconds: of the ledger, or as far as an unfinished run has come."""
         if self.ledger is not None:
-            return self.ledger
+            return {"phases": {}} | self.ledger
         last = self.metrics[-1] if self.metrics else {}
         return {"input_tokens": last.get("budget/tokens"), "flops": last.get("budget/flops"), "phases": {}}
 
@@ -197,7 +198,7 @@ def _read_run(folder: RunFolder, label: str) -> Run:
     config = _parsed(config_text, folder.config_yaml)
     return Run(
         label=label,
-        arm=str(OmegaConf.select(config, "run.arm") or without_seed(folder.path.resolve(), OmegaConf.select(config, "run.seed"))),
+        arm=str(config.get("run", {}).get("arm") or without_seed(folder.path.resolve(), config.get("run", {}).get("seed"))),
         config_text=config_text,
         config=config,
         environment=_json_if_any(folder.environment_json),
@@ -214,18 +215,18 @@ def _read_run(folder: RunFolder, label: str) -> Run:
 
 def without_seed(path: Path, seed: int | None) -> Path:
     """A run's path without the part at its end that names its seed: of `a/rlp_seed3`, `a/rlp-s3` and `a/rlp/3` it is `a/rlp`."""
-    name = re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name)
+    name = re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name) if isinstance(seed, int) else path.name
     return path.with_name(name) if name else path.parent
 
 
-def _parsed(config_text: str, path: Path) -> DictConfig:
+def _parsed(config_text: str, path: Path) -> dict[str, dict[str, object]]:
     try:
         tree = parse_yaml(config_text, str(path))
     except ConfigError as error:
         raise DamagedFileError(str(error)) from error
-    if not isinstance(tree, dict):
-        raise DamagedFileError(f"{path} must hold sections such as `model:` and `data:`, got {config_text[:80]!r}.")
-    return OmegaConf.create(tree)
+    if said := CONFIG.problem(tree, ""):
+        raise DamagedFileError(f"{path} must hold sections such as `model:` and `data:` with settings in them: {said}.")
+    return tree
 
 
 def _json_if_any(path: Path) -> dict | None:
@@ -251,7 +252,7 @@ def _distinct(names: list[str], longer: list[str]) -> list[str]:
 # The page
 
 def _render(runs: list[Run]) -> str:
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible,
                                    trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"visible": visible_text, "quoted": quoted_text, "gain": information_gain_of}
     arms = _arms(runs)
@@ -282,6 +283,11 @@ def _render(runs: list[Run]) -> str:
         environments=[_environment_rows(run) for run in runs],
         definitions=[(name, *metric) for name, metric in (METRICS | EVALUATION).items() if not name.endswith(("_low", "_high"))],
     )
+
+
+def _visible(value: object) -> object:
+    """What enters the page, before it is escaped: control characters and halves of characters are spelled out."""
+    return visible_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _common_facts(runs: list[Run]) -> list[tuple[str, str]]:
@@ -358,10 +364,9 @@ def _differences(arms: list[Arm]) -> list[tuple[str, list[str]]]:
     return [(key, row) for key, row in cells.items() if len({flat.get(key, "-") for flat in settings.values()}) > 1]
 
 
-def _flat(config: DictConfig) -> dict[str, str]:
+def _flat(config: dict[str, dict[str, object]]) -> dict[str, str]:
     """Settings by dotted key, as text."""
-    sections = OmegaConf.to_container(config)
-    return {f"{section}.{name}": str(value) for section, values in sections.items() if isinstance(values, dict) for name, value in values.items()}
+    return {f"{section}.{name}": str(value) for section, values in config.items() for name, value in values.items()}
 
 
 def _some(values: list[str]) -> str:
@@ -457,7 +462,7 @@ def _post_training(arms: list[Arm]) -> list[tuple[Arm, str, list[Cell]]]:
 
 def _ledger_table(run: Run) -> dict:
     """One run, phase by phase."""
-    ledger = run.ledger or {"phases": {}}
+    ledger = {"phases": {}} | (run.ledger or {})
     total = ledger.get("flops") or math.nan
     rows = [(phase, f"{count['tokens_in']:,}", f"{count['tokens_generated']:,}", f"{count['tokens_trained']:,}", f"{count['flops']:.3g}",
              "-" if math.isnan(total) else f"{count['flops'] / total:.0%}", _phase_time(count)) for phase, count in ledger["phases"].items()]
@@ -588,4 +593,4 @@ def _environment_rows(run: Run) -> list[tuple[str, str]]:
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner or 'not installed'}" for name, inner in value.items())
-    return ", ".join(value) if isinstance(value, list) else "-" if value is None else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)

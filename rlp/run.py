@@ -23,6 +23,7 @@ from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.faults import fault
+from rlp.forms import WHOLE_LEDGER
 from rlp.inputs import Inputs
 from rlp.journal import Journal
 from rlp.layout import Thoughts, Work, repeated, tree
@@ -121,7 +122,7 @@ class Run:
     def _carry_cost_of_data(self, path: Path) -> None:
         """Begin the ledger with what the data cost (`data.ledger`)."""
         try:
-            self.ledger.carry(read_json(path.resolve()))
+            self.ledger.carry(read_json(path.resolve(), WHOLE_LEDGER))
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
         if self.progress() >= 1:
@@ -381,6 +382,9 @@ class Run:
         fault("evaluation")
         if not hasattr(self, "panel"):
             self.panel = held_out_panel(self.inputs)
+        if self.start_logprob and len(self.start_logprob) != len(self.panel):
+            raise CheckpointError(f"the checkpoint that this run continues holds start_logprob of {len(self.start_logprob)} positions, and the held-out panel has {len(self.panel)}. "
+                                  "It was made with another panel, or somebody has changed it.")
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
         values = probe_panel(self.arrange, self.panel, self.engine.policy, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks,
@@ -461,7 +465,10 @@ class Run:
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
-        self.ledger.load_state(state["ledger"])
+        try:
+            self.ledger.load_state(state["ledger"])
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self.step, self.seconds = checkpoint.step, state["seconds"]
         self.guard.load_state(state["guard"])
         self._data_state, self._made_step = self.inputs.stream.state(), self.step

@@ -36,6 +36,7 @@ from rlp.config import Config, ConfigError, to_yaml, without_secrets
 from rlp.distributed import Ranks
 from rlp.faults import fault
 from rlp.files import append, make_folder, new_folder, read_bytes, refuse_odd_entries, remove, sync, write_atomically, write_new
+from rlp.forms import RUN_FILES, Form
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Distributions whose versions `environment.json` records."""
@@ -261,13 +262,24 @@ def _as_json(value: object, name: str) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path) -> object:
-    """What `write_json` wrote."""
+def read_json(path: Path, form: Form | None = None) -> object:
+    """What `write_json` wrote.
+
+    Args:
+        form: of the value; None: that of a file of this name (`RUN_FILES`).
+
+    Raises:
+        DamagedFileError: it is no JSON, or has another form.
+    """
     try:
-        return json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not JSON: {error}. It is written whole or not at all, so something else has "
                                "changed it.") from error
+    form = form or RUN_FILES.get(path.name)
+    if form is not None and (said := form.problem(value, "")):
+        raise DamagedFileError(f"{path}: {said}. No run writes this, so something else has changed the file.")
+    return value
 
 
 def append_json_line(path: Path, value: dict) -> None:
@@ -332,9 +344,9 @@ def read_json_lines(path: Path) -> list[dict]:
     """Every whole line of a JSONL file, in order. A torn last line, of a run that was killed, is left out.
 
     Raises:
-        DamagedFileError: a line before the last is no JSON object.
+        DamagedFileError: a line before the last is no JSON object, or a line has not the form of the file (`RUN_FILES`).
     """
-    return [value for _, value in _whole_lines(path)]
+    return [value for _, value in _whole_lines(path, RUN_FILES.get(path.name))]
 
 
 def truncate_after_step(path: Path, step: int) -> None:
@@ -348,7 +360,7 @@ def truncate_after_step(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line, value in _whole_lines(path):
+    for line, value in _whole_lines(path, None):
         if not isinstance(value.get("step"), int):
             raise DamagedFileError(f'{path}: a line has no whole number "step", so its place in the run is not known: {line[:80]!r}.')
         if value["step"] <= step:
@@ -356,12 +368,14 @@ def truncate_after_step(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept), point="resume.before_truncate")
 
 
-def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
+def _whole_lines(path: Path, form: Form | None) -> list[tuple[bytes, dict]]:
     lines = read_bytes(path).splitlines(keepends=True)
     whole = []
     for number, line in enumerate(lines, start=1):
         value = _object(line)
         if value is not None:
+            if form is not None and (said := form.problem(value, "")):
+                raise DamagedFileError(f"{path}, line {number} of {len(lines)}: {said}. No run writes this, so something else has changed the file.")
             whole.append((line, value))
         elif number < len(lines) or line.endswith(b"\n"):
             raise DamagedFileError(f"{path}, line {number} of {len(lines)}: expected a JSON object, got {line[:80]!r}. "
@@ -372,7 +386,7 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
 def _object(line: bytes) -> dict | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
