@@ -175,7 +175,7 @@ NAME, TEXT, LINE = Text(MAX_NAME), Text(), Text(2 ** 16)
 CHECKSUM = Text(64, "[0-9a-f]{16,64}")
 HEX_FLOAT = Text(40, r"-?0x[01](\.[0-9a-f]{1,13})?p[+-]?(\d{1,3}|10[01]\d|102[0-3])|-?inf|nan")
 """What `float.hex` writes, with an exponent that a float has."""
-MEASURED = Table(Maybe(NUMBER))
+MEASURED = Table(NUMBER)
 TOKEN_IDS = Many(Whole(most=2 ** 31 - 1))
 
 # --- A ledger.
@@ -222,9 +222,9 @@ _STEP = {"step": STEP}
 RUN_FILES: dict[str, Form] = {
     "environment.json": Fields({"devices": Many(NAME), "cpu": NAME, "cores": Maybe(COUNT), "world_size": COUNT},
                                {"date": NAME, "commit": Maybe(NAME), "dirty": Maybe(Flag()), "command": TEXT, "python": NAME, "platform": NAME, "packages": Table(Maybe(NAME))}),
-    "metrics.jsonl": Fields(_STEP, rest=Maybe(NUMBER)),
-    "timing.jsonl": Fields(_STEP, rest=Maybe(NUMBER)),
-    "evaluation.jsonl": Fields(_STEP, rest=Maybe(NUMBER)),
+    "metrics.jsonl": Fields(_STEP, rest=NUMBER),
+    "timing.jsonl": Fields(_STEP, rest=NUMBER),
+    "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
         _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "reasoned_logprob": NUMBER, "thought_tokens": COUNT, "truncated": Flag()},
         {name: Maybe(NUMBER) for name in ("baseline_logprob", "reward", "advantage")}),
