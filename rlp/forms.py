@@ -226,8 +226,8 @@ RUN_FILES: dict[str, Form] = {
     "timing.jsonl": Fields(_STEP, rest=NUMBER),
     "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
-        _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "reasoned_logprob": NUMBER, "thought_tokens": COUNT, "truncated": Flag()},
-        {name: Maybe(NUMBER) for name in ("baseline_logprob", "reward", "advantage")}),
+        _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "thought_tokens": COUNT, "truncated": Flag()},
+        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "advantage")}),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
     "bad_documents.jsonl": Fields(_STEP),
     "journal.jsonl": Fields(_STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT), "tokens": COUNT, "flops": HEX_FLOAT}, {"thoughts": CHECKSUM, "state": CHECKSUM}),
