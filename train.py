@@ -30,9 +30,9 @@ from rlp.config import Config, ConfigError, load_config
 from rlp.data import DataError, Document, Positions
 from rlp.distributed import Ranks, run_as_process, start_ranks, stop_ranks
 from rlp.launcher import LAUNCHER_GONE, LauncherGone, launchers
-from rlp.layout import Thoughts, Work
+from rlp.layout import Layout, Thoughts, Work
 from rlp.metrics import visible_text
-from rlp.monitor import Tally, thought_lengths, watch_ratio, watch_rewards, watch_thoughts
+from rlp.monitor import Tally, thought_lengths, watch_gains, watch_ratio, watch_rewards, watch_thoughts
 from rlp.objective import clipped_surrogate, greedy_match, group_relative_advantage, information_gain, kl_to_start, log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.numerics import NumericsError
@@ -80,17 +80,22 @@ def train_step(run: Run) -> None:
     config, tally = run.config, Tally()
     documents = run.next_documents()                                              # x_0 .. x_T
     positions, thoughts = think(run, documents, tally) if config.objective.thinks else (None, None)
-    divisors = run.ranks.sum([thoughts.truncated.numel() if thoughts else 0, sum(len(document.tokens) - 1 for document in documents)])
-    batches = [compare(run, documents, positions, thoughts, start) for start in range(0, len(documents), config.optim.micro_batch_size)]
-    advantages: list[Tensor | None] = [None] * len(batches)
+    divisors = run.ranks.sum([thoughts.truncated.numel() if thoughts else 0,
+                              sum(len(document.tokens) - 1 for document in documents)])
+    batches = [compare(run, documents, positions, thoughts, start)
+               for start in range(0, len(documents), config.optim.micro_batch_size)]
+    rewards, before = controls(run, batches, thoughts)
 
-    phase = "train" if config.objective.thinks else "lm"
-    for _ in range(config.optim.updates_per_rollout):
+    # One forward and backward pass serves thoughts and documents: its seconds are shared out as its FLOPs.
+    phases = ("train", "lm") if config.objective.thinks else ("lm",)
+    for update in range(config.optim.updates_per_rollout):
+        given = before
         for index, batch in enumerate(batches):
             run.safe_point()
-            with run.ledger.time(phase):
-                advantages[index] = learn(run, batch, advantages[index], divisors, tally)
-        with run.ledger.time(phase):
+            with run.ledger.time(*phases):
+                rewards[index] = learn(run, batch, rewards[index], given, divisors, tally, first=update == 0)
+            given = None if before is None else rewards[index][-1:]
+        with run.ledger.time(*phases):
             result = run.update(tally, documents)                                 # theta and phi, or neither
     run.end_step(tally, result, documents)
 
@@ -111,6 +116,12 @@ class MicroBatch:
         """The same with some thoughts of each group only."""
         return replace(self, thoughts=self.thoughts.siblings(group))
 
+    def last_position(self) -> "MicroBatch":
+        """Its last position alone, in its document."""
+        positions = self.positions.of_documents(len(self.documents) - 1, len(self.documents))
+        baseline_logprob = None if self.baseline_logprob is None else self.baseline_logprob[-1:]
+        return MicroBatch(self.documents[-1:], positions.last(), self.thoughts[-1:], baseline_logprob)
+
 
 def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions, Thoughts]:
     """Choose positions and sample a group of thoughts at each."""
@@ -119,7 +130,8 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
     with run.ledger.time("decode"), run.engine.generation():
         rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
             run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
-            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.agree)
+            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.agree,
+            prefill=lambda: run.ledger.time("prefill"))
     run.count_rollout(rollout)
     run.journal.add_thoughts(positions, rollout.thoughts)
     watch_thoughts(tally, documents, positions, rollout.thoughts, run.scripts,
@@ -143,109 +155,182 @@ def compare(run: Run, documents: list[Document], positions: Positions | None, th
     return MicroBatch(documents, positions, thoughts, baseline_logprob)
 
 
-def learn(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[float], tally: Tally) -> Tensor | None:
+def learn(run: Run, batch: MicroBatch, reward: Tensor | None, before: Tensor | None, divisors: list[float],
+          tally: Tally, *, first: bool) -> Tensor | None:
     """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its groups.
 
     A group in slices is scored once more, without gradient and before: each thought is compared with all its siblings.
-    So are foreign thoughts, which have a reward and no gradient.
 
     Args:
-        advantage: [M, G], of an earlier update with the same thoughts; None before the first.
+        reward: [M, G], where it is known: after the first update with the same thoughts, or of a control.
+        before: [1, G], reward of the position before the first one, where every position is given that of the
+            position before it (`reward.placebo: shuffled_reward`).
+        first: whether this is the first update with the thoughts; what they are worth is told then.
 
     Returns:
-        the advantage.
+        the reward.
     """
-    group_size = batch.thoughts.tokens.shape[1] if batch.thoughts else 0
-    size = run.config.optim.thoughts_per_forward or group_size
-    placebo = run.config.reward.placebo if batch.thoughts else "none"
-    if placebo != "none" and len(batch.positions.position) < 2:
-        raise ConfigError(f"reward.placebo: {placebo} exchanges the positions of a micro-batch, and step {run.step} has one with a single position. Write an optim.micro_batch_size that leaves none.")
-    if size >= group_size and placebo != "foreign_thought":
-        loss, advantage = micro_batch_loss(run, batch, advantage, divisors, tally, lm=run.config.objective.lm_weight > 0)
-        run.engine.backward(loss)
-        return advantage
-    slices = [slice(first, first + size) for first in range(0, group_size, size)]
-    if advantage is None:
-        judged = replace(batch, thoughts=batch.thoughts.exchanged()) if placebo == "foreign_thought" else batch
-        parts = [score_ahead(run, judged.siblings(group)) for group in slices]
-        reasoned_logprob, matched = (torch.cat(part, dim=1) if part[0] is not None else None for part in zip(*parts))
-        advantage = judge(run, batch, reasoned_logprob, matched, tally)
+    lm = run.config.objective.lm_weight > 0
+    if batch.thoughts is None:
+        layout, scores = forward(run, batch, lm=lm)
+        run.engine.backward(text_loss(run, layout, scores, divisors, tally))
+        return None
+
+    slices = group_slices(run, batch)
+    if reward is None and len(slices) > 1:
+        reward = rewards_of(run, batch, *score_ahead(run, batch))
+    reasoned = []
     for group in slices:
-        loss, _ = micro_batch_loss(run, batch.siblings(group), advantage[:, group], divisors, tally, lm=run.config.objective.lm_weight > 0 and group.start == 0)
-        run.engine.backward(loss)
-    return advantage
+        part = batch.siblings(group)
+        layout, scores = forward(run, part, lm=lm and group.start == 0, matched=run.asks_for_matches and reward is None)
+        reasoned_logprob, matched = evidence(run, part, scores, "train")          # S_pred   [M, G]   eq. 3
+        if reward is None:
+            reward = rewards_of(run, batch, reasoned_logprob.detach(), matched)   # r(c)     [M, G]   eq. 5
+        fed = reward if before is None else torch.cat([before, reward[:-1]])
+        advantage = group_relative_advantage(fed)                                 # A        [M, G]   eq. 7
+        loss = thought_loss(run, part, layout, scores, reasoned_logprob, advantage[:, group], divisors, tally, first=first)
+        run.engine.backward(loss + text_loss(run, layout, scores, divisors, tally))
+        reasoned.append(reasoned_logprob.detach())
+    if first:
+        tell(run, batch, torch.cat(reasoned, dim=1), fed, advantage, tally)
+    return reward
+
+
+def group_slices(run: Run, batch: MicroBatch) -> list[slice]:
+    """Which thoughts of each group are run together (`optim.thoughts_per_forward`)."""
+    group_size = batch.thoughts.tokens.shape[1]
+    size = min(run.config.optim.thoughts_per_forward or group_size, group_size)
+    return [slice(start, start + size) for start in range(0, group_size, size)]
+
+
+def forward(run: Run, batch: MicroBatch, *, lm: bool, matched: bool = False) -> tuple[Layout, Scores]:
+    """One pass of the policy, with gradient, over thoughts and documents."""
+    layout = run.arrange(batch.documents, batch.positions, batch.thoughts, run.inputs.form, lm=lm,
+                         no_think=lm and batch.thoughts is not None, device=run.ranks.device)
+    run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
+    run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
+    return layout, score(run.engine, layout, matched=matched)
 
 
 @torch.no_grad()
 def score_ahead(run: Run, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-    """`evidence` without gradient."""
-    layout = run.arrange(batch.documents, batch.positions, batch.thoughts, run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
-    run.count("score", layout.thought_work, passes=1)
-    return evidence(run, batch, score(run.engine.policy, layout, matched=run.asks_for_matches))
+    """`evidence` of whole groups, without gradient."""
+    parts = []
+    with run.ledger.time("score"):
+        for group in group_slices(run, batch):
+            part = batch.siblings(group)
+            layout = run.arrange(part.documents, part.positions, part.thoughts, run.inputs.form, lm=False,
+                                 no_think=False, device=run.ranks.device)
+            run.count("score", layout.thought_work, passes=1)
+            scores = score(run.engine.policy, layout, matched=run.asks_for_matches)
+            parts.append(evidence(run, part, scores, "score"))
+
+    reasoned_logprob, matched = zip(*parts)
+    return torch.cat(reasoned_logprob, dim=1), torch.cat(matched, dim=1) if run.asks_for_matches else None
 
 
-def evidence(run: Run, batch: MicroBatch, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """S_pred [M, G], and whether the targets are the most probable tokens [M, G], where the reward asks for it."""
+def evidence(run: Run, batch: MicroBatch, scores: Scores, phase: str) -> tuple[Tensor, Tensor | None]:
+    """S_pred [M, G], and whether the targets are the most probable tokens [M, G], where they were asked for it."""
     group_size = batch.thoughts.tokens.shape[1]
-    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)                # S_pred   [M, G]   eq. 3
+    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)
     if scores.matched is None:
         return reasoned_logprob, None
-    run.count("score", Work(head_rows=scores.target.numel()), passes=1)
+    run.count(phase, Work(head_rows=scores.target.numel()), passes=1)
     return reasoned_logprob, rearrange(scores.matched, "(m g) -> m g", g=group_size)
 
 
-def judge(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None, tally: Tally) -> Tensor:
-    """Reward and advantage of whole groups, from S_pred [M, G]. Without a baseline the reward is S_pred: it cancels in eq. 7."""
-    scored = batch.baseline_logprob is not None
-    reward = information_gain(reasoned_logprob, batch.baseline_logprob) if scored else reasoned_logprob    # r(c)     [M, G]   eq. 5
-    used = reward if matched is None else greedy_match(matched)
-    if run.config.reward.placebo == "shuffled_reward":
-        used = used.roll(1, dims=0)
-    advantage = group_relative_advantage(used)                                                             # A        [M, G]   eq. 7
+def rewards_of(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None) -> Tensor:
+    """[M, G] reward of whole groups. Without a baseline it is S_pred: what is missing cancels in eq. 7."""
     if matched is not None:
-        tally.add("reward/matched_frac", matched)
-    tally.add("policy/reasoned_logprob", reasoned_logprob)
-    if scored:
-        tally.add("baseline/logprob", batch.baseline_logprob)
-        watch_rewards(tally, reward, thought_lengths(batch.thoughts, len(run.inputs.markers.close)))
-        run.tell_thoughts(batch.documents, batch.positions, batch.thoughts, reasoned_logprob, batch.baseline_logprob, advantage)
-    return advantage
+        return greedy_match(matched)
+    if batch.baseline_logprob is None:
+        return reasoned_logprob
+    return information_gain(reasoned_logprob, batch.baseline_logprob)
 
 
-def micro_batch_loss(run: Run, batch: MicroBatch, advantage: Tensor | None, divisors: list[float], tally: Tally, *, lm: bool) -> tuple[Tensor, Tensor | None]:
-    """One forward, and from it the advantage, where it is not given, and every term of the loss."""
-    weights, thoughts, (num_thoughts, num_lm_tokens) = run.config.objective, batch.thoughts, divisors
-    layout = run.arrange(batch.documents, batch.positions, thoughts, run.inputs.form, lm=lm, no_think=lm and thoughts is not None, device=run.ranks.device)
-    run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
-    run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
-    scores = score(run.engine, layout, matched=run.asks_for_matches and advantage is None)
-    loss = torch.zeros((), device=run.ranks.device)
-    if lm:
-        loss = loss - weights.lm_weight * scores.document.sum() / num_lm_tokens
-        tally.add("lm/loss", -scores.document[layout.document_mask])
-    if thoughts is None:
-        return loss, None
-
-    reasoned_logprob, matched = evidence(run, batch, scores)
-    if advantage is None:
-        advantage = judge(run, batch, reasoned_logprob.detach(), matched, tally)
+def thought_loss(run: Run, batch: MicroBatch, layout: Layout, scores: Scores, reasoned_logprob: Tensor,
+                 advantage: Tensor, divisors: list[float], tally: Tally, *, first: bool) -> Tensor:
+    """The terms of the loss that thoughts have."""
+    weights, thoughts, num_thoughts = run.config.objective, batch.thoughts, divisors[0]
     mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
     surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"),   # [N]   eq. 8
                                   clip_low=weights.clip_low, clip_high=weights.clip_high)
-    loss = loss + weights.policy_weight * surrogate.sum() / num_thoughts
+    loss = weights.policy_weight * surrogate.sum() / num_thoughts
     if weights.predictor_weight > 0:
         loss = loss - weights.predictor_weight * reasoned_logprob.sum() / num_thoughts
     if weights.kl_weight > 0:
-        with torch.no_grad():
-            start_logprob = score(run.start, layout).thought
-        run.count("teacher", layout.thought_work + layout.document_work, passes=1)
-        kl = kl_to_start(scores.thought, start_logprob, mask)
+        kl = kl_to_start(scores.thought, start_logprob(run, layout), mask)
         loss = loss + weights.kl_weight * kl.sum() / num_thoughts
         tally.add("kl/start", kl)
-    watch_ratio(tally, scores.thought, thoughts, weights.clip_low, weights.clip_high)
-    if lm:
+    watch_ratio(tally, scores.thought, thoughts, weights.clip_low, weights.clip_high, first=first)
+    return loss
+
+
+@torch.no_grad()
+def start_logprob(run: Run, layout: Layout) -> Tensor:
+    """[N, L] log-probabilities of the thoughts' tokens under the starting checkpoint."""
+    run.count("teacher", layout.thought_work + layout.document_work, passes=1)
+    with run.ledger.time("teacher"):
+        return score(run.start, layout).thought
+
+
+def text_loss(run: Run, layout: Layout, scores: Scores, divisors: list[float], tally: Tally) -> Tensor:
+    """The next-token loss on the documents; 0 for a pass without them."""
+    if scores.document.numel() == 0:
+        return torch.zeros((), device=run.ranks.device)
+    tally.add("lm/loss", -scores.document[layout.document_mask])
+    if scores.open_marker.numel():
         tally.add("policy/open_marker_mass", scores.open_marker.exp())
-    return loss, advantage
+    return -run.config.objective.lm_weight * scores.document.sum() / divisors[1]
+
+
+def tell(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, reward: Tensor, advantage: Tensor, tally: Tally) -> None:
+    """What the thoughts of a micro-batch were worth: the reward that eq. 7 is fed, and the information gain."""
+    tally.add("policy/reasoned_logprob", reasoned_logprob)
+    scored = batch.baseline_logprob is not None
+    measured = scored or run.asks_for_matches
+    watch_rewards(tally, reward, thought_lengths(batch.thoughts, len(run.inputs.markers.close)), measured=measured)
+    values = {"reasoned_logprob": reasoned_logprob, "advantage": advantage} | ({"reward": reward} if measured else {})
+    if scored:
+        gain = information_gain(reasoned_logprob, batch.baseline_logprob)
+        tally.add("baseline/logprob", batch.baseline_logprob)
+        watch_gains(tally, gain)
+        values |= {"baseline_logprob": batch.baseline_logprob[:, None].expand_as(gain), "gain": gain}
+    run.offer_thoughts(batch.documents, batch.positions, batch.thoughts, values)
+
+
+def controls(run: Run, batches: list[MicroBatch], thoughts: Thoughts | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """`reward.placebo`: rewards that say nothing about the thoughts they are given to.
+
+    Each position of the step gets what the position before it has, and the first what the last has, in the
+    order of the documents over all ranks: micro-batches and ranks change nothing.
+
+        foreign_thought    the position before gives its thoughts, which are scored here in place of its own
+        shuffled_reward    it gives its rewards, which `learn` has by then; only those of the last position are
+                           scored ahead
+
+    Returns:
+        for each micro-batch its rewards [M, G] where they are known here, and `before` of the first one.
+    """
+    placebo, ranks = run.config.reward.placebo, run.ranks
+    if thoughts is None or placebo == "none":
+        return [None] * len(batches), None
+    if sum(ranks.gather(len(thoughts.tokens))) < 2:
+        raise ConfigError(f"reward.placebo: {placebo} exchanges the positions of a step, and step {run.step} has a "
+                          "single one. Write an optim.batch_size of 2 or more.")
+    if placebo == "shuffled_reward":
+        last = batches[-1].last_position()
+        reward = rewards_of(run, last, *score_ahead(run, last))
+        return [None] * len(batches), ranks.gather(reward.cpu())[ranks.rank - 1].to(ranks.device)
+
+    foreign = thoughts.exchanged(ranks.gather(thoughts[-1:].to("cpu"))[ranks.rank - 1].to(ranks.device))
+    rewards, start = [], 0
+    for batch in batches:
+        run.safe_point()
+        stop = start + len(batch.thoughts.tokens)
+        rewards.append(rewards_of(run, batch, *score_ahead(run, replace(batch, thoughts=foreign[start:stop]))))
+        start = stop
+    return rewards, None
 
 
 def main(arguments: list[str] | None = None) -> int:

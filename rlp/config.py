@@ -259,8 +259,9 @@ class RewardConfig:
     """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token after the thought, else 0
     (the next-token reward of RPT, arXiv 2506.08007)."""
     placebo: str = "none"
-    """`shuffled_reward`: each position's thoughts get the rewards of another position's. `foreign_thought`: the reward of each
-    thought is measured with a thought of another position in its place. Neither says anything about the thought."""
+    """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the step, whatever the
+    micro-batches and ranks. `foreign_thought`: the reward of each thought is measured with a thought of that position in its
+    place. Neither says anything about the thought."""
 
     def __post_init__(self) -> None:
         require_one_of("reward.kind", self.kind, ("information_gain", "greedy_match"))
@@ -312,7 +313,8 @@ class BaselineConfig:
     ema_decay: float = 0.999
     """Weight of the old average per optimizer step (the paper's tau, 0.999)."""
     every_n_steps: int = 1
-    """Score the baseline on every n-th step; between, rewards are reported without it."""
+    """Score the baseline on every n-th step; between, no gain is reported, and of an information-gain reward only
+    what does not depend on the baseline: its spread within groups, and how it goes with length."""
 
     def __post_init__(self) -> None:
         require_one_of("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
@@ -529,9 +531,9 @@ class Config:
         limits = dataclasses.asdict(self.budget)
         require(any(limit is not None for limit in limits.values()), "budget", limits, f"needs at least one of {', '.join(limits)}")
         require(self.match.ledger is None or limits[self.match.by] is not None, "match.by", self.match.by, f"needs budget.{self.match.by}, the amount to match")
-        alone = self.optim.micro_batch_size == 1 and self.position.per_document == 1
+        alone = self.optim.batch_size == 1 and self.position.per_document == 1
         require(self.reward.placebo == "none" or not alone, "reward.placebo", self.reward.placebo,
-                "exchanges the positions of a micro-batch, which has a single one here; write optim.micro_batch_size=2 or more")
+                "exchanges the positions of a step, which has a single one here; write optim.batch_size=2 or more")
         shortest = self.position.min_prefix_tokens + self.target.horizon
         require(shortest <= self.data.max_document_tokens, "data.max_document_tokens", self.data.max_document_tokens,
                 f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens")

@@ -76,6 +76,10 @@ class Positions:
         chosen = self.slice_of_documents(start, stop)
         return Positions(self.document[chosen] - start, self.position[chosen], self.target[chosen])
 
+    def last(self) -> "Positions":
+        """The last position alone."""
+        return Positions(self.document[-1:], self.position[-1:], self.target[-1:])
+
     def last_of(self, document: int) -> int:
         """The last position of a document that has some."""
         return int(self.position[self.slice_of_documents(document, document + 1)].max())

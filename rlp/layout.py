@@ -75,16 +75,33 @@ class Thoughts:
 
     def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
         """Those of some positions."""
-        return Thoughts(self.tokens[positions], self.mask[positions], self.behavior_logprob[positions],
-                        self.entropy[positions], self.truncated[positions])
+        return Thoughts(*(part[positions] for part in self.parts()))
 
     def siblings(self, group: slice) -> "Thoughts":
         """Some thoughts of each position."""
         return self[:, group]
 
-    def exchanged(self) -> "Thoughts":
-        """Each position with the thoughts of the position before it, the first with those of the last."""
-        return Thoughts(*(part.roll(1, dims=0) for part in (self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated)))
+    def exchanged(self, before: "Thoughts") -> "Thoughts":
+        """Each position with the thoughts of the position before it.
+
+        Args:
+            before: what the first one gets: the thoughts of one position, of any length L.
+        """
+        shorter = before.tokens.shape[2] - self.tokens.shape[2]
+        mine, others = self[:-1].padded(max(shorter, 0)), before.padded(max(-shorter, 0))
+        return Thoughts(*(torch.cat(pair) for pair in zip(others.parts(), mine.parts())))
+
+    def padded(self, count: int) -> "Thoughts":
+        """With `count` places more on the right of each thought."""
+        return Thoughts(*(torch.nn.functional.pad(part, (0, count)) for part in self.parts()[:-1]), self.truncated)
+
+    def to(self, device: torch.device | str) -> "Thoughts":
+        """The same on a device."""
+        return Thoughts(*(part.to(device) for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Its fields in order."""
+        return self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated
 
 
 @dataclass(frozen=True, slots=True)

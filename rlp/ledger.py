@@ -322,6 +322,8 @@ class Ledger:
         self._step = Account()
         self._total = Account()
         self._carried = Account()
+        self._running: str | None = None
+        self._seconds_inside = 0.0
 
     @property
     def steps(self) -> int:
@@ -390,17 +392,28 @@ class Ledger:
         self._step.paper_flops_sampled += sampled_tokens
 
     @contextmanager
-    def time(self, phase: str) -> Iterator[None]:
-        """Add the seconds of the block to the phase; waits for the GPU at both ends."""
-        count = self._phase(phase)
-        self._on_phase(phase)
+    def time(self, *phases: str) -> Iterator[None]:
+        """Add the seconds of the block to its phases; waits for the GPU at both ends.
+
+        Blocks may lie in each other: the seconds of an inner one are not the outer one's as well. Phases
+        that share a pass through the model can not be timed apart: its seconds are divided among them as
+        the FLOPs that the step has counted for them by its end.
+        """
+        counts = [self._phase(phase) for phase in phases]
+        outer, self._running = self._running, phases[0]
+        seconds_outside, self._seconds_inside = self._seconds_inside, 0.0
+        self._on_phase(self._running)
         _wait_for_device()
         start = time.perf_counter()
         try:
             yield
         finally:
             _wait_for_device()
-            count.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            _divide(seconds - self._seconds_inside, counts)
+            self._running, self._seconds_inside = outer, seconds_outside + seconds
+            if outer is not None:
+                self._on_phase(outer)
 
     def close_step(self, ranks: Ranks) -> dict:
         """Sum the step over the ranks, add it to the run, and start the next one. Every rank calls it.
@@ -443,6 +456,13 @@ class Ledger:
         if phase not in PHASES:
             raise ValueError(f"Ledger: unknown phase {phase!r}; the phases are {', '.join(PHASES)}.")
         return self._step.phases[phase]
+
+
+def _divide(seconds: float, counts: list[PhaseCount]) -> None:
+    """Add seconds to phases in proportion to their FLOPs; to the first of them where none has any."""
+    flops = sum(count.flops for count in counts)
+    for index, count in enumerate(counts):
+        count.seconds += seconds * (count.flops / flops if flops else float(index == 0))
 
 
 def _wait_for_device() -> None:

@@ -34,6 +34,9 @@ COLLAPSE_STEPS = 10
 COLLAPSE_FRACTION = 0.2
 """Mean thought length, as a fraction of that of the first steps, below which thoughts have collapsed."""
 
+PREFIX_TAIL_TOKENS = 64
+"""Of the context before a thought that is told with it."""
+
 TOKENS_AT_ONCE = 2 ** 20
 """Thought and prefix tokens that are looked at together: 8 MB for each of about ten int64 temporaries."""
 
@@ -199,13 +202,19 @@ def thought_lengths(thoughts: Thoughts, close_tokens: int) -> Tensor:
     return thoughts.mask.sum(dim=2) - close_tokens * (~thoughts.truncated).long()
 
 
-def watch_rewards(tally: Tally, reward: Tensor, lengths: Tensor) -> None:
-    """The reward [M, G], its spread within groups, and how it goes with length within groups."""
+def watch_rewards(tally: Tally, reward: Tensor, lengths: Tensor, *, measured: bool = True) -> None:
+    """The reward [M, G] that eq. 7 is fed, its spread within groups, and how it goes with length within groups.
+
+    Args:
+        measured: False where the reward is known up to a number of its own for each position: of its spread
+            alone something can be said.
+    """
     centered = reward - reward.mean(dim=1, keepdim=True)
     length = lengths.double() - lengths.double().mean(dim=1, keepdim=True)
-    tally.add("reward/mean", reward)
-    tally.add("reward/positive_frac", reward > 0)
-    tally.add("reward/positive_positions_frac", reward.mean(dim=1) > 0)
+    if measured:
+        tally.add("reward/mean", reward)
+        tally.add("reward/positive_frac", reward > 0)
+        tally.add("reward/positive_positions_frac", reward.mean(dim=1) > 0)
     tally.add("reward/flat_groups_frac", reward.amax(dim=1) - reward.amin(dim=1) <= FLAT_NATS)
     tally.add("reward/group_std", reward.std(dim=1))
     tally.add("length_covariance", centered * length)
@@ -213,13 +222,28 @@ def watch_rewards(tally: Tally, reward: Tensor, lengths: Tensor) -> None:
     tally.add("length_variance", length.square())
 
 
-def watch_ratio(tally: Tally, logprob: Tensor, thoughts: Thoughts, clip_low: float, clip_high: float) -> None:
-    """How far the policy [N, L] is from the behavior policy: 0 on-policy, up to rounding."""
+def watch_gains(tally: Tally, gain: Tensor) -> None:
+    """The information gain [M, G] of thoughts, whatever they are rewarded for."""
+    tally.add("gain/mean", gain)
+    tally.add("gain/positive_frac", gain > 0)
+    tally.add("gain/positive_positions_frac", gain.mean(dim=1) > 0)
+
+
+def watch_ratio(tally: Tally, logprob: Tensor, thoughts: Thoughts, clip_low: float, clip_high: float, *, first: bool) -> None:
+    """How far the policy [N, L] is from the behavior policy: 0 on-policy, up to rounding.
+
+    Args:
+        first: whether no update was made with these thoughts yet: the two are the same policy then.
+    """
     mask = rearrange(thoughts.mask, "m g l -> (m g) l")
     log_ratio = (logprob.detach() - rearrange(thoughts.behavior_logprob, "m g l -> (m g) l"))[mask]
     ratio = log_ratio.exp()
+    if first:
+        # Float64: of ratios near 1 a float32 sum has nothing left.
+        exact = log_ratio.double()
+        tally.add_largest("policy/behavior_mismatch_max", exact.abs())
+        tally.add("policy/behavior_mismatch_kl", exact.expm1() - exact)
     tally.add_largest("policy/ratio_max_deviation", (ratio - 1).abs())
-    tally.add("policy/behavior_mismatch_kl", ratio - 1 - log_ratio)
     tally.add("policy/clip_frac", (ratio < 1 - clip_low) | (ratio > 1 + clip_high))
 
 
@@ -260,11 +284,104 @@ STREAKS = {
     "truncated": Streak("thought/truncated_frac", 0.95, True,
                         "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model does not know how a thought ends. "
                         "Warm it on text with thoughts in it (docs/warm_start.md), or raise thought.max_thought_tokens if its thoughts are long."),
-    "harm": Streak("reward/mean", -1.0, False,
+    "harm": Streak("gain/mean", -1.0, False,
                    "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on average, so siblings are compared by how little harm they do. "
                    "Ask `rlp probe` whether the markers alone do it, and warm the model on text with thoughts in it (docs/warm_start.md)."),
 }
 """By name in a checkpoint. The limits are ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How far sampler and trainer may be apart where they hold the same weights, in nats per token."""
+
+    largest: float
+    """Of |log rho| over all tokens of a step: above it, an alarm."""
+    kl: float
+    """Mean of rho - 1 - log rho, about half the mean square of log rho: above it, an alarm."""
+
+
+MISMATCH = {
+    torch.float32: Mismatch(largest=1e-3, kl=1e-6),
+    torch.bfloat16: Mismatch(largest=1.0, kl=1e-3),
+}
+"""What rounding alone stays below, by compute dtype.
+
+float32: log-probabilities of one policy computed in two ways differ by 1e-5 at most on the tested
+architectures; a hundred times that is no rounding, and a KL of 1e-6 is that of 1.4e-3 at every token.
+
+bfloat16 has 8 bits: a hidden state is rounded by up to 2^-9 of its size in each of the operations on its way,
+and logits of size 10 to 20 move by some hundredths of a nat. A KL of 1e-3 is that of 0.045 nats rms. The
+largest of a million such errors is about 5 rms, 0.2 nats, and unlikely tokens err more: a factor of e in
+a probability is no rounding."""
+
+END_KL = 1e-2
+"""Mean of rho - 1 - log rho above which a run ends, in any dtype: 0.14 nats rms at every token. What is trained then
+is not the policy that was sampled from."""
+
+
+def mismatch_of(means: dict[str, float], dtype: torch.dtype) -> str | None:
+    """What is wrong with the ratios of a step before its first update, in words.
+
+    None where they are those of rounding, or not finite: an update from those is refused with words of its own.
+    """
+    limit = MISMATCH[dtype]
+    kl, largest = (means.get(f"policy/behavior_mismatch_{name}", 0.0) for name in ("kl", "max"))
+    if not (math.isfinite(kl) and math.isfinite(largest) and (kl > limit.kl or largest > limit.largest)):
+        return None
+    return (f"sampler and trainer hold the same weights, and their log-probabilities of thought tokens differ by up to {largest:.3g} nats "
+            f"(expected at most {limit.largest:g} in {str(dtype).removeprefix('torch.')}), with a KL of {kl:.3g} nats a token (at most {limit.kl:g})")
+
+
+class TopThoughts:
+    """The most and the least helpful thoughts of a step, over all its micro-batches and ranks."""
+
+    def __init__(self, count: int) -> None:
+        """
+        Args:
+            count: thoughts to keep, half of them the most helpful ones.
+        """
+        self._half = count // 2
+        self._held: list[tuple[float, int, dict]] = []
+        self._offered = 0
+
+    def offer(self, documents: list[Document], positions: Positions, thoughts: Thoughts, values: dict[str, Tensor], close_tokens: int) -> None:
+        """Look at the thoughts of a micro-batch. Those are most helpful that have the largest reward; where it was
+        not measured, the largest advantage.
+
+        Args:
+            values: [M, G] each, by name; `advantage` is among them. Values that are not finite are not kept: JSON
+                has no word for them, and the update is refused with one.
+        """
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            return
+        helpful = values.get("reward", values["advantage"]).flatten()
+        order = helpful.argsort(descending=True, stable=True).tolist()
+        lengths = thought_lengths(thoughts, close_tokens)
+        for index in dict.fromkeys([*order[: self._half], *order[len(order) - min(self._half, len(order)) :]]):
+            m, g = divmod(index, thoughts.tokens.shape[1])
+            document, position = documents[positions.document[m]], int(positions.position[m])
+            self._held.append((-float(helpful[index]), self._offered + index, {
+                "document": document.id, "position": position,
+                "prefix_tail": document.tokens[max(0, position - PREFIX_TAIL_TOKENS) : position].tolist(),
+                "thought": thoughts.tokens[m, g, : int(lengths[m, g])].tolist(), "target": positions.target[m].tolist(),
+                **{name: float(value[m, g]) for name, value in values.items()},
+                "thought_tokens": int(lengths[m, g]), "truncated": bool(thoughts.truncated[m, g])}))
+        self._offered += len(order)
+        self._held = self._ends(self._held, self._half)
+
+    def gather(self, ranks: Ranks) -> list[dict]:
+        """The thoughts of all ranks, the most helpful first; text as token ids. A collective."""
+        parts = ranks.gather((self._held, self._offered))
+        held = [(key, (rank, place), told) for rank, (mine, _) in enumerate(parts) for key, place, told in mine]
+        offered = sum(offered for _, offered in parts)
+        return [told for _, _, told in self._ends(held, min(self._half, offered // 2))]
+
+    @staticmethod
+    def _ends(held: list[tuple], half: int) -> list[tuple]:
+        """The first and the last of them, in order, none of them twice."""
+        ordered = sorted(held, key=lambda entry: entry[:2])
+        return ordered if len(ordered) <= 2 * half else ordered[:half] + ordered[len(ordered) - half :]
 
 
 class Watch:

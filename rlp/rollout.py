@@ -11,7 +11,7 @@ Dimensions
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,8 @@ class Rollout:
 
 
 def sample_thoughts(policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, noise: NoiseKey, *,
-                    group_size: int, max_thought_tokens: int, rows: int, shared: bool = False, agree: Callable[[bool], bool] = bool) -> Rollout:
+                    group_size: int, max_thought_tokens: int, rows: int, shared: bool = False, agree: Callable[[bool], bool] = bool,
+                    prefill: Callable[[], AbstractContextManager] = nullcontext) -> Rollout:
     """Sample G thoughts at each position.
 
     Args:
@@ -60,6 +61,7 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
             run trees; else run each prefix once and fork its cache.
         agree: told "this rank still samples", answers "some rank does". Ranks that gather weights together
             during sampling must take the same number of decoding steps; alone, the answer is the question.
+        prefill: makes what is entered while prefixes are run, to tell their time from that of decoding.
     """
     fault("rollout")
     uniforms = torch.from_numpy(np.stack([
@@ -75,7 +77,8 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
         here = slice(start, start + size)
         some = Positions(positions.document[here], positions.position[here], positions.target[here])
         branches = (_SharedBranches if shared else ForkedBranches)(policy, documents, some, form, group_size)
-        part = _decode(branches, uniforms[start * group_size : (start + size) * group_size].to(policy.device), form, agree)
+        numbers = uniforms[start * group_size : (start + size) * group_size].to(policy.device)
+        part = _decode(branches, numbers, form, agree, prefill)
         if not idle:
             parts.append(part)
             work += branches.prefill_work
@@ -218,7 +221,8 @@ class _SharedBranches(_Branches):
         self._position = self._position[index]
 
 
-def _decode(branches: _Branches, uniforms: Tensor, form: ThoughtFormat, agree: Callable[[bool], bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _decode(branches: _Branches, uniforms: Tensor, form: ThoughtFormat, agree: Callable[[bool], bool],
+            prefill: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample until every thought has ended: tokens, mask, log-probabilities, entropies [N, longest], and which the budget ended [N]."""
     num_rows, budget = uniforms.shape
     tokens = torch.zeros(num_rows, budget, dtype=torch.int64, device=uniforms.device)
@@ -226,7 +230,8 @@ def _decode(branches: _Branches, uniforms: Tensor, form: ThoughtFormat, agree: C
     close = torch.tensor(form.markers.close, device=uniforms.device)
     rows = torch.arange(num_rows, device=uniforms.device)
     with branches.sampling():
-        logits = branches.first()
+        with prefill():
+            logits = branches.first()
         logprobs, entropies = logits.new_zeros(tokens.shape), logits.new_zeros(tokens.shape)
         for u in range(budget):
             token, logprob, entropy = draw(logits, uniforms[rows, u], form.temperature)

@@ -31,9 +31,8 @@ from rlp.ledger import Ledger
 from rlp.match import open_match
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import choose_layout, compute_dtype, load_policy
-from rlp.monitor import Watch, Tally, combine_parts, token_scripts
+from rlp.monitor import END_KL, Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
-from rlp.objective import information_gain
 from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.preemption import Preemption, StopRequested
 from rlp.probe import held_out_panel, no_think_logprob, probe_panel
@@ -43,10 +42,6 @@ from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder
 from rlp.scoring import difficulty
 from rlp.teacher import Teacher
 from rlp.watchdog import Watchdog
-
-MAX_ON_POLICY_DEVIATION = 1e-3
-"""Of the ratio from 1, in float32; the tested architectures stay below 1e-5."""
-
 
 STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
 """What a checkpoint holds beside tensors."""
@@ -205,7 +200,8 @@ class Run:
         self.progress_before = self.progress()
         self.step += 1
         self._step_started = time.perf_counter()
-        self._told_thoughts = 0
+        tells = self.step == 1 or self.due(self.config.logging.every_n_steps)
+        self._top_thoughts = TopThoughts(self.config.logging.thoughts) if tells else None
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -281,12 +277,13 @@ class Run:
         }
         unusable = sorted(name for name, value in values.items() if value is not None and not math.isfinite(value))
         self.log.step(self.step, {name: value for name, value in values.items() if name not in unusable})
+        self._tell_thoughts()
         self.journal.close_step(self.step, documents, values, applied=result.applied, tokens=self.ledger.input_tokens, flops=self.ledger.flops)
         if waiting := refused_logs(self.folder):
             self.log.say(f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory, and no checkpoint is made without them. Make room in {self.folder.path}")
         for alarm in self.watch.see({name: value for name, value in values.items() if value is not None}, has_baseline=self.config.baseline.kind != "none"):
             self.log.alarm(self.step, alarm)
-        self._alarm_off_policy(values.get("policy/ratio_max_deviation", 0.0))
+        self._watch_mismatch(values)
         self._stop_without_updates()
 
     def _stop_without_updates(self) -> None:
@@ -307,12 +304,19 @@ class Run:
         newest = self.ranks.broadcast(newest_name(self.folder.checkpoints) if self.ranks.is_first else None)
         return f"The newest sound checkpoint is {newest}." if newest else f"There is no checkpoint in {self.folder.checkpoints} yet."
 
-    def _alarm_off_policy(self, deviation: float) -> None:
-        """On-policy in float32 the ratio is 1 to rounding: say loudly where it is not."""
-        on_policy = self.config.optim.updates_per_rollout == 1 and self.engine.policy.head.dtype == torch.float32
-        if on_policy and deviation > MAX_ON_POLICY_DEVIATION:
-            self.log.alarm(self.step, f"a ratio deviates from 1 by {deviation:.3g} on-policy (expected below {MAX_ON_POLICY_DEVIATION:g}): "
-                           "sampler and trainer compute different log-probabilities. Compare with engine.layout=repeated, and report it.")
+    def _watch_mismatch(self, values: dict[str, float | None]) -> None:
+        """Say loudly where sampler and trainer are two policies, and end a run that can not be trained like that.
+
+        Raises:
+            NumericsError: it ends.
+        """
+        mismatch = mismatch_of(values, self.dtype)
+        if mismatch is None:
+            return
+        advice = "Compare with engine.layout=repeated and engine.dtype=float32, and report it."
+        if values["policy/behavior_mismatch_kl"] > END_KL:
+            raise NumericsError(f"step {self.step}: {mismatch}. Above {END_KL:g} the thoughts are not the policy's that is trained. {self._where_to_go_on()} {advice}")
+        self.log.alarm(self.step, f"{mismatch}. {advice}")
 
     def _peak_memory(self) -> float:
         local = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -322,34 +326,17 @@ class Run:
         """Whether something done every n steps is done at this step; never for 0."""
         return every_n_steps > 0 and self.step % every_n_steps == 0
 
-    def tell_thoughts(self, documents: list[Document], positions: Positions, thoughts: Thoughts, reasoned_logprob: Tensor, baseline_logprob: Tensor, advantage: Tensor) -> None:
-        """Write the most and the least helpful thoughts of a micro-batch, on the first rank, at logging intervals.
+    def offer_thoughts(self, documents: list[Document], positions: Positions, thoughts: Thoughts, values: dict[str, Tensor]) -> None:
+        """`TopThoughts.offer`, on steps that tell thoughts."""
+        if self._top_thoughts is not None:
+            self._top_thoughts.offer(documents, positions, thoughts, values, len(self.inputs.markers.close))
 
-        Args:
-            reasoned_logprob, advantage: [M, G].
-            baseline_logprob: [M].
-        """
-        if not (self.ranks.is_first and (self.step == 1 or self.due(self.config.logging.every_n_steps))):
-            return
-        reward = information_gain(reasoned_logprob, baseline_logprob)
-        if not bool(reward.isfinite().all()):
-            return  # `Guard` says so; JSON has no word for it
-        group_size = reward.shape[1]
-        order = reward.flatten().argsort(descending=True, stable=True).tolist()
-        half = min(self.config.logging.thoughts - self._told_thoughts, len(order)) // 2
-        self._told_thoughts += 2 * half
-        for index in [*order[:half], *order[len(order) - half:]]:
-            m, g = divmod(index, group_size)
-            document, position = documents[positions.document[m]], int(positions.position[m])
-            tokens = thoughts.tokens[m, g][thoughts.mask[m, g]].tolist()
-            kept = tokens if thoughts.truncated[m, g] else tokens[: len(tokens) - len(self.inputs.markers.close)]
-            append_json_line(self.folder.thoughts_jsonl, {
-                "step": self.step, "document": document.id, "position": position,
-                "prefix_tail": self.inputs.tokenizer.decode(document.tokens[max(0, position - 64) : position]),
-                "thought": self.inputs.tokenizer.decode(kept), "target": self.inputs.tokenizer.decode(positions.target[m]),
-                "reasoned_logprob": float(reasoned_logprob[m, g]), "baseline_logprob": float(baseline_logprob[m]),
-                "reward": float(reward[m, g]), "advantage": float(advantage[m, g]),
-                "thought_tokens": len(kept), "truncated": bool(thoughts.truncated[m, g])})
+    def _tell_thoughts(self) -> None:
+        """Write the most and the least helpful thoughts of the step, at logging intervals. A collective."""
+        told = self._top_thoughts.gather(self.ranks) if self._top_thoughts is not None else []
+        for thought in told if self.ranks.is_first else []:
+            texts = {name: self.inputs.tokenizer.decode(thought[name]) for name in ("prefix_tail", "thought", "target")}
+            append_json_line(self.folder.thoughts_jsonl, {"step": self.step} | thought | texts)
 
     # Counting
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from test_training import corpus, ranks, trained  # noqa: F401
-from training import read_lines, tiny_config
+from test_training import assert_same_run, corpus, ranks, trained  # noqa: F401
+from training import read_lines, tiny_config, write_corpus
 
 import train as program
 from conftest import random_documents, tiny_policy
@@ -68,9 +68,12 @@ def test_a_match_is_found_where_there_is_one():
 
 
 def test_exchanged_thoughts_are_those_of_the_position_before():
-    """Every field moves, whole groups at a time."""
+    """Every field moves, whole groups at a time; the first position gets what it is handed, longer or shorter."""
     _, _, thoughts = two_documents_with_thoughts(tiny_policy("qwen3"))
-    exchanged = thoughts.exchanged()
+    longer, shorter = thoughts[-1:].padded(2), thoughts[-1:]
+    assert thoughts.exchanged(longer).tokens.shape[2] == thoughts.tokens.shape[2] + 2
+    assert torch.equal(thoughts.padded(2).exchanged(shorter).tokens, thoughts.exchanged(longer).tokens)
+    exchanged = thoughts.exchanged(thoughts[-1:])
     for name in ("tokens", "mask", "behavior_logprob", "entropy", "truncated"):
         assert torch.equal(getattr(exchanged, name)[1], getattr(thoughts, name)[0]) and torch.equal(getattr(exchanged, name)[0], getattr(thoughts, name)[1])
 
@@ -88,11 +91,14 @@ ALL_TOLD = {"budget__steps": 1, "logging__thoughts": 64, "optim__micro_batch_siz
 
 
 def test_rpt_rewards_the_right_greedy_token(trained):  # noqa: F811
-    """The advantage is that of rewards 0 and 1; the gain is reported as ever."""
+    """The reward that is told is the one that the advantage is made of, 0 or 1; the gain stands beside it."""
     folder = trained("rpt", reward__kind="greedy_match", target__horizon=1, **ALL_TOLD)
     line = read_lines(folder / "metrics.jsonl")[0]
     same = read_lines(trained("rlp", **ALL_TOLD) / "metrics.jsonl")[0]
-    assert line["reward/mean"] == same["reward/mean"] and 0 <= line["reward/matched_frac"] <= 1 and "reward/matched_frac" not in same
+    assert line["gain/mean"] == same["gain/mean"] == same["reward/mean"]
+    rewards = told_groups(folder, "reward")
+    assert set(rewards.flatten().tolist()) <= {0.0, 1.0} and line["reward/mean"] == line["reward/positive_frac"] == float(rewards.mean())
+    torch.testing.assert_close(group_relative_advantage(rewards), told_groups(folder, "advantage"), atol=1e-6, rtol=0)
     steps = told_groups(folder, "advantage").unique() * 3
     # G = 4 and rewards of 0 or 1: 4/3 (r - mean) is a multiple of 1/3.
     torch.testing.assert_close(steps, steps.round(), atol=1e-6, rtol=0)
@@ -101,8 +107,9 @@ def test_rpt_rewards_the_right_greedy_token(trained):  # noqa: F811
 def test_shuffled_rewards_belong_to_another_position(trained):  # noqa: F811
     """No position keeps the advantages that its own rewards would give, and all advantages are given to somebody."""
     folder = trained("shuffled", reward__placebo="shuffled_reward", **ALL_TOLD)
-    own = group_relative_advantage(told_groups(folder, "reward")).sort(dim=1).values
+    own = group_relative_advantage(told_groups(folder, "gain")).sort(dim=1).values
     given = told_groups(folder, "advantage").sort(dim=1).values
+    torch.testing.assert_close(group_relative_advantage(told_groups(folder, "reward")).sort(dim=1).values, given, atol=1e-6, rtol=0)
     assert not torch.isclose(own, given, atol=1e-6).all(dim=1).any()
     for group in given:
         assert torch.isclose(own, group, atol=1e-5).all(dim=1).sum() == 1
@@ -117,18 +124,29 @@ def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(tmp_path, model_fo
     documents = run.next_documents()
     positions, thoughts = program.think(run, documents, tally)
     batch = program.compare(run, documents, positions, thoughts, 0)
-    got = program.learn(run, batch, None, [thoughts.truncated.numel(), 1], tally)
-    exchanged = repeated(documents, positions, thoughts.exchanged(), run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
+    (got,), before = program.controls(run, [batch], thoughts)
+    exchanged = repeated(documents, positions, thoughts.exchanged(thoughts[-1:]), run.inputs.form, lm=False, no_think=False, device=run.ranks.device)
     reasoned = rearrange(score(run.engine.policy, exchanged).target.mean(dim=1), "(m g) -> m g", g=4).detach()
-    torch.testing.assert_close(got, group_relative_advantage(reasoned - batch.baseline_logprob[:, None]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, reasoned - batch.baseline_logprob[:, None], atol=1e-5, rtol=1e-4)
+    assert before is None
 
 
-def test_a_placebo_needs_two_positions_in_a_micro_batch(tmp_path, model_folder, corpus, ranks):  # noqa: F811
+@pytest.mark.parametrize("placebo", ["shuffled_reward", "foreign_thought"])
+def test_micro_batches_do_not_change_a_placebo(trained, placebo):  # noqa: F811
+    """The positions of the step are exchanged: documents one by one, in pairs or all at once, groups whole or in slices."""
+    folders = [trained(f"of_{size}", reward__placebo=placebo, budget__steps=2, optim__micro_batch_size=size) for size in (1, 2, 4)]
+    folders.append(trained("slices", reward__placebo=placebo, budget__steps=2, optim__thoughts_per_forward=3))
+    for folder in folders[1:]:
+        assert_same_run(folders[0], folder, 1e-4)
+
+
+def test_a_placebo_needs_two_positions_in_a_step(tmp_path, model_folder, ranks):
     """A position can not be exchanged with itself: refused by the config where it is sure, by the step where it happens."""
+    short = write_corpus(tmp_path / "short.jsonl", ["w1 w2"] * 4)
     with pytest.raises(ConfigError, match="reward.placebo"):
-        tiny_config(tmp_path / "one", model_folder, corpus, reward__placebo="shuffled_reward", position__per_document=1, optim__micro_batch_size=1)
-    config = tiny_config(tmp_path / "two", model_folder, corpus, reward__placebo="shuffled_reward", position__per_document=1, optim__batch_size=3, optim__micro_batch_size=2)
-    with pytest.raises(ConfigError, match="single position"):
+        tiny_config(tmp_path / "one", model_folder, short, reward__placebo="shuffled_reward", position__per_document=1, optim__batch_size=1)
+    config = tiny_config(tmp_path / "two", model_folder, short, reward__placebo="shuffled_reward", position__per_document=2, optim__batch_size=1)
+    with pytest.raises(ConfigError, match="single one"):
         program.train(config, ranks)
 
 

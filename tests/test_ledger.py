@@ -255,3 +255,35 @@ def test_time_is_counted_even_when_the_block_fails() -> None:
     with ledger.time("score"):
         pass
     assert 0 < ledger.close_step(ALONE)["phases"]["score"]["seconds"] < 1
+
+
+def test_an_inner_block_takes_its_seconds_from_the_outer_one(monkeypatch) -> None:
+    """Seconds go where the FLOPs go: a pass of another phase inside a block is not the block's. The watchdog hears of both ends."""
+    clock = iter([0.0, 1.0, 4.0, 4.5, 5.5, 10.0])
+    monkeypatch.setattr("rlp.ledger.time.perf_counter", lambda: next(clock))
+    phases = []
+    ledger = Ledger(HAND, on_phase=phases.append)
+    with ledger.time("train"):
+        with ledger.time("teacher"):
+            pass
+        with ledger.time("score"):
+            pass
+    seconds = {phase: count["seconds"] for phase, count in ledger.close_step(ALONE)["phases"].items() if count["seconds"]}
+    assert seconds == {"train": 6.0, "teacher": 3.0, "score": 1.0}
+    assert phases == ["train", "teacher", "train", "score", "train"]
+
+
+def test_phases_that_share_a_pass_divide_its_seconds_as_its_flops(monkeypatch) -> None:
+    """Three quarters of the FLOPs, three quarters of the seconds; to the first phase where none has any."""
+    clock = iter([0.0, 8.0, 8.0, 10.0])
+    monkeypatch.setattr("rlp.ledger.time.perf_counter", lambda: next(clock))
+    ledger = Ledger(HAND)
+    with ledger.time("train", "lm"):
+        ledger.add("train", Work(tokens=30), passes=3)
+        ledger.add("lm", Work(tokens=10), passes=3)
+    step = ledger.close_step(ALONE)["phases"]
+    assert (step["train"]["seconds"], step["lm"]["seconds"]) == (6.0, 2.0)
+    with ledger.time("train", "lm"):
+        pass
+    step = ledger.close_step(ALONE)["phases"]
+    assert (step["train"]["seconds"], step["lm"]["seconds"]) == (2.0, 0.0)

@@ -19,7 +19,7 @@ from rlp.data import Document, Positions
 from rlp.distributed import start_ranks
 from rlp.layout import Thoughts
 from rlp.metrics import METRICS
-from rlp.monitor import STREAK_STEPS, Tally, Watch, combine_parts, token_scripts, watch_rewards, watch_thoughts
+from rlp.monitor import STREAK_STEPS, Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts, watch_ratio, watch_rewards, watch_thoughts
 
 CLOSE = 3
 BUDGET = 6
@@ -130,6 +130,67 @@ def test_rewards_by_position_and_groups_that_teach_nothing():
     assert means["reward/flat_groups_frac"] == pytest.approx(1 / 3)
 
 
+def test_of_a_reward_without_its_baseline_only_the_spread_is_told():
+    """The level is not known; what does not depend on it is the same as with it."""
+    reward, lengths = torch.tensor([[2.0, -0.5, -0.5], [-1.0, 0.5, -0.5]]).double(), torch.tensor([[3, 1, 2], [1, 2, 4]])
+    known, unknown = Tally(), Tally()
+    watch_rewards(known, reward, lengths)
+    watch_rewards(unknown, reward - torch.tensor([[5.0], [7.0]]), lengths, measured=False)
+    known, unknown = means_of(known), means_of(unknown)
+    assert known.keys() - unknown.keys() == {"reward/mean", "reward/positive_frac", "reward/positive_positions_frac"}
+    assert unknown == pytest.approx({name: known[name] for name in unknown}, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype, log_ratio, alarmed", [
+    (torch.float32, [1e-5, -1e-5, 0.0], False), (torch.float32, [2e-3, 0.0, 0.0], True), (torch.float32, [1.5e-3, -1.5e-3, 1.5e-3], True),
+    # 0.02 nats rms is rounding in bfloat16, 0.05 at every token is not, nor is one token that is wrong altogether.
+    (torch.bfloat16, [0.02, -0.02, 0.02], False), (torch.bfloat16, [0.05, -0.05, 0.05], True), (torch.bfloat16, [1.1] + [0.0] * 10_000, True),
+    (torch.bfloat16, [math.inf, 0.0, 0.0], False)])
+def test_a_mismatch_of_sampler_and_trainer_is_told_from_rounding(dtype, log_ratio, alarmed):
+    """By dtype; before the first update alone, as the ratio may be anything after it. What is not finite is the guard's."""
+    logprob = torch.tensor([log_ratio])
+    thoughts = Thoughts(torch.zeros(1, 1, len(log_ratio), dtype=torch.int64), torch.ones(1, 1, len(log_ratio), dtype=torch.bool), torch.zeros(1, 1, len(log_ratio)),
+                        torch.zeros(1, 1, len(log_ratio)), torch.zeros(1, 1, dtype=torch.bool))
+    first, second = Tally(), Tally()
+    watch_ratio(first, logprob, thoughts, 0.2, 0.2, first=True)
+    watch_ratio(second, logprob, thoughts, 0.2, 0.2, first=False)
+    assert (mismatch_of(means_of(first), dtype) is not None) == alarmed
+    assert mismatch_of(means_of(second), dtype) is None
+
+
+def offered(reward: torch.Tensor, starts: list[int], count: int) -> TopThoughts:
+    """Thoughts with these rewards [M, G], position by position in micro-batches that begin at `starts`."""
+    top = TopThoughts(count)
+    for start, stop in zip(starts, [*starts[1:], len(reward)]):
+        part = reward[start:stop]
+        documents = [Document(id=m, tokens=np.array([7, 8, 9])) for m in range(start, stop)]
+        positions = Positions(np.arange(stop - start), np.full(stop - start, 2), np.full((stop - start, 1), 9))
+        top.offer(documents, positions, thoughts_of([[[10 + g, CLOSE] for g in range(part.shape[1])]] * (stop - start)), {"reward": part, "advantage": part}, close_tokens=1)
+    return top
+
+
+def test_the_thoughts_told_are_the_best_and_the_worst_of_all_micro_batches_and_ranks():
+    """Of 24 rewards the four largest and the four smallest, largest first, however they come."""
+    reward = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    expected = reward.flatten().sort(descending=True).values
+    expected = torch.cat([expected[:4], expected[-4:]]).tolist()
+    alone = SimpleNamespace(gather=lambda mine: [mine])
+    for starts in ([0], [0, 1, 2, 3, 4, 5], [0, 4]):
+        told = offered(reward, starts, 8).gather(alone)
+        assert [thought["reward"] for thought in told] == expected
+        assert all(float(reward[thought["document"], thought["thought"][0] - 10]) == thought["reward"] for thought in told)
+    parts = []
+    for rank_reward in (reward[:2], reward[2:]):
+        offered(rank_reward, [0], 8).gather(SimpleNamespace(gather=lambda mine: parts.append(mine) or [mine]))
+    assert [thought["reward"] for thought in TopThoughts(8).gather(SimpleNamespace(gather=lambda mine: parts))] == expected
+    assert [thought["reward"] for thought in offered(reward[:1], [0], 64).gather(alone)] == reward[0].sort(descending=True).values.tolist()
+
+
+def test_thoughts_that_are_not_finite_are_not_told():
+    reward = torch.tensor([[1.0, math.nan], [2.0, 3.0]])
+    assert [thought["reward"] for thought in offered(reward, [0, 1], 8).gather(SimpleNamespace(gather=lambda mine: [mine]))] == [3.0, 2.0]
+
+
 @pytest.fixture(scope="module")
 def random_step():
     """Eight groups of four random thoughts over twelve tokens, with prefixes and targets of the same."""
@@ -180,7 +241,7 @@ def test_collapsed_thoughts_are_said_once():
 
 
 @pytest.mark.parametrize("metric, bad, good, words", [
-    ("thought/truncated_frac", 0.95, 0.94, "the budget ended 95% of the thoughts of the last 5 steps"), ("reward/mean", -1.0, -0.99, "over the last 5 steps a thought cost 1.00 nats")])
+    ("thought/truncated_frac", 0.95, 0.94, "the budget ended 95% of the thoughts of the last 5 steps"), ("gain/mean", -1.0, -0.99, "over the last 5 steps a thought cost 1.00 nats")])
 def test_thoughts_that_never_close_and_thoughts_that_harm_are_said_once(metric, bad, good, words):
     """At the fifth step in a row, with what to do; a good step begins the count again, one that measured nothing does not."""
     watch = Watch()
@@ -193,14 +254,14 @@ def test_thoughts_that_never_close_and_thoughts_that_harm_are_said_once(metric, 
 def test_a_reward_without_a_baseline_harms_nobody():
     """It is a log-probability then, which is never above 0."""
     watch = Watch()
-    assert not any(watch.see({"reward/mean": -7.0}, has_baseline=False) for _ in range(9))
+    assert not any(watch.see({"gain/mean": -7.0}, has_baseline=False) for _ in range(9))
 
 
 @pytest.mark.parametrize("cut", [4, 10, 12, 13])
 def test_a_resumed_watch_says_what_the_unbroken_one_says(cut):
     """Saved while it still learns the first lengths, after that, and after it has spoken; through JSON, as a checkpoint is."""
     lengths = [0.1 * step for step in range(1, 11)] + [0.3, 0.1, 0.01, 0.01]
-    steps = [{"thought/tokens_mean": length, "thought/truncated_frac": float(index >= 2), "reward/mean": -2.0 * (index >= 6)} for index, length in enumerate(lengths)]
+    steps = [{"thought/tokens_mean": length, "thought/truncated_frac": float(index >= 2), "gain/mean": -2.0 * (index >= 6)} for index, length in enumerate(lengths)]
     unbroken, first, second = Watch(), Watch(), Watch()
     expected = [unbroken.see(step) for step in steps]
     said = [first.see(step) for step in steps[:cut]]

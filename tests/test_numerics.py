@@ -77,7 +77,7 @@ def test_weights_that_are_not_finite_are_never_saved(harness):
     assert list((harness.folder / "overflow" / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["master", "exp_avg_sq", "ema"])
+@pytest.mark.parametrize("kind", ["master", "exp_avg_sq", "lag"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_newest_sound_checkpoint_stands_and_is_named(tmp_path, model_folder, corpus, ranks, stage, kind):  # noqa: F811
     """One value of the weights, a moment or the EMA is infinite: no save, and the message says which parameter, and where to go on."""

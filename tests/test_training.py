@@ -194,6 +194,25 @@ def test_continued_pretraining_samples_no_thought(trained):
     assert not any(name.startswith(("reward/", "thought/")) for line in read_lines(folder / "metrics.jsonl") for name in line)
 
 
+@pytest.mark.parametrize("setting", [{"objective__kl_weight": 0.5}, {"optim__thoughts_per_forward": 3}, {"reward__kind": "greedy_match"},
+                                     {"reward__placebo": "foreign_thought"}, {"reward__placebo": "shuffled_reward", "objective__lm_weight": 0}])
+def test_a_phase_has_seconds_where_it_has_flops_and_nowhere_else(trained, setting):
+    """Passes that lie in one another, and passes that phases share."""
+    phases = json.loads((trained(budget__steps=1, **setting) / "ledger.json").read_text())["phases"]
+    assert {name for name, count in phases.items() if count["flops"]} == {name for name, count in phases.items() if count["seconds"]}
+    assert {"prefill", "decode", "train"} <= {name for name, count in phases.items() if count["seconds"]}
+
+
+def test_thoughts_are_told_at_logging_steps_whether_or_not_the_baseline_was_scored(trained):
+    """Every second step scores the baseline, every fourth is told: what was not measured is left out, and the order is by advantage then."""
+    folder = trained(baseline__every_n_steps=2, logging__every_n_steps=4, budget__steps=4)
+    lines = read_lines(folder / "thoughts.jsonl")
+    assert {line["step"] for line in lines} == {1, 4}
+    assert all(("gain" in line) == ("reward" in line) == ("baseline_logprob" in line) == (line["step"] == 1) for line in lines)
+    told = [line["advantage"] for line in lines if line["step"] == 4]
+    assert told == sorted(told, reverse=True) and len(told) == 16
+
+
 def test_the_first_steps_follow_the_golden_curve(trained):
     """Reward, gradient norm and thought length of three steps, as first recorded.
 
