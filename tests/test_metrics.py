@@ -399,17 +399,20 @@ def test_what_is_left_follows_the_last_steps():
     assert Pace().left_s(0.0, 5.0, 1.0) is None and pace.left_s(0.1, 30.0, -0.01) == 0
 
 
-def test_every_second_of_a_process_belongs_to_one_part(clock):
+def test_every_second_of_a_process_belongs_to_one_part(clock, monkeypatch):
+    """Of a process that began 7 seconds ago."""
+    born = time.time() - 7
+    monkeypatch.setattr(metrics.time, "time", lambda: born + 7)
+    monkeypatch.setattr(metrics.psutil.Process, "create_time", lambda process: born)
     wall = WallTime()
-    age = wall.so_far()["start"]
     clock[0] += 20
     wall.enter("training")
     clock[0] += 5
     with wall.during("evaluation"):
         clock[0] += 60
     clock[0] += 2
-    assert wall.told().endswith("evaluation 1:00, start " + metrics.duration(age + 20) + ", training 7.0 s")
-    assert sum(wall.so_far().values()) == pytest.approx(age + 87)
+    assert wall.told() == "1:34: evaluation 1:00, start 27 s, training 7.0 s"
+    assert wall.so_far() == pytest.approx({"start": 27, "evaluation": 60, "training": 7})
 
 
 def test_a_line_comes_after_half_a_minute_where_steps_are_long(tmp_path, capsys, clock):
