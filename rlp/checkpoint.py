@@ -285,13 +285,16 @@ def _verify(file: Path, entry: dict) -> None:
         raise CheckpointError(f"{file.parent}: {file.name} is missing or damaged (its size or checksum differs).")
 
 
-def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *, changes: bool = True) -> Checkpoint | None:
     """The newest good checkpoint of a run; bad ones are said, and set aside. None where there never was one. A collective.
+
+    Args:
+        changes: False leaves the folder as it is (a dry run): what is bad is said alone.
 
     Raises:
         CheckpointError: there are checkpoints, or were, and none is good.
     """
-    if ranks.is_first:
+    if ranks.is_first and changes:
         _remove_unfinished(parent)
     paths, earlier = ranks.broadcast((_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None)
     rejected = [f"{path} was set aside earlier." for path in earlier]
@@ -300,6 +303,9 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None]) ->
             return open_checkpoint(path, ranks)
         except CheckpointError as error:
             rejected.append(str(error))
+            if not changes:
+                say(f"{error} The run sets it aside and tries the one before it.")
+                continue
             aside = ranks.broadcast(_set_aside(path, point="resume.before_aside").name if ranks.is_first else None)
             say(f"{error} It is set aside as {aside}; the one before it is tried.")
     if rejected:
@@ -320,11 +326,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
     """
     fault("resume.before_restore")
     fragments = engine.fragments()
-    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
-    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys() if shapes.get(name) != checkpoint.shapes.get(name))
-    if odd:
-        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as {odd[0]}, "
-                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and {shapes.get(odd[0], 'none')} here.")
+    refuse_other_model(checkpoint, {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()})
     states = STATES if engine.keeps_ema else STATES[:2]
     for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
         if checkpoint.adam_step > 0:
@@ -335,6 +337,14 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
         for name in states if checkpoint.adam_step > 0 else ():
             fragment.view(engine.state_of(fragment.flat)[name]).copy_(checkpoint.read(name, *where))
     engine.write_weights(engine.policy, lambda *where: checkpoint.read("master", *where))
+
+
+def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
+    """Refuse a checkpoint whose parameters are not those of a model, by name and shape."""
+    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys() if shapes.get(name) != checkpoint.shapes.get(name))
+    if odd:
+        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as {odd[0]}, "
+                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and {shapes.get(odd[0], 'none')} here.")
 
 
 def refuse_other_run(saved: dict, config: dict, path: Path) -> None:

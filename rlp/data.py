@@ -237,14 +237,22 @@ class DocumentStream:
         return {"cursors": [source.cursor for source in self._sources], "given": self._given, "bad": dict(self.bad), "files": self._files}
 
     def load_state(self, state: dict) -> None:
+        self.refuse_state(state)
+        for source, cursor in zip(self._sources, state["cursors"]):
+            source.cursor = cursor
+        self._given, self.bad = state["given"], dict(state["bad"])
+
+    def refuse_state(self, state: dict) -> None:
+        """Refuse a state of other files.
+
+        Raises:
+            DataError: a file has changed, or there are more or fewer of them.
+        """
         for (name, was), (_, found) in zip(state["files"], self._files):
             if was != found:
                 raise DataError(f"data.train: {name} is not what the checkpoint was made from: it had {was}, it has {found}. Put the file back, or start a new run.")
         if len(state["files"]) != len(self._files) or len(state["cursors"]) != len(self._sources):
             raise DataError(f"data.train names {len(self._files)} files; the checkpoint was made from {len(state['files'])}. Continue with the same files, or start a new run.")
-        for source, cursor in zip(self._sources, state["cursors"]):
-            source.cursor = cursor
-        self._given, self.bad = state["given"], dict(state["bad"])
 
     def _next_document(self) -> Document:
         source = self._source_of(self._given)

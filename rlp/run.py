@@ -16,35 +16,30 @@ from rlp_kernels import choose_form
 from torch import Tensor
 
 from rlp.admission import check_model
-from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, refuse_other_run, restore, save_checkpoint
-from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
-from rlp.data import DataError, Document, Positions, choose_positions, share_of_rank
+from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, restore, save_checkpoint
+from rlp.config import Config, ConfigError, OptimConfig, to_yaml
+from rlp.data import DataError, Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.faults import fault
-from rlp.forms import WHOLE_LEDGER
-from rlp.inputs import Inputs
 from rlp.journal import Journal
 from rlp.layout import Thoughts, Work, repeated, tree
-from rlp.ledger import Ledger
-from rlp.match import open_match
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
-from rlp.model import choose_layout, compute_dtype, load_policy
+from rlp.model import compute_dtype, load_policy
 from rlp.monitor import END_KL, Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.preemption import Preemption, StopRequested
-from rlp.probe import held_out_panel, no_think_logprob, probe_panel
+from rlp.probe import no_think_logprob, probe_panel
 from rlp.report import write_report
 from rlp.rollout import Rollout
-from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder, cut_logs, open_run_folder, read_json, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
+from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder, cut_logs, open_run_folder, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
 from rlp.scoring import difficulty
+from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse
 from rlp.teacher import Teacher
 from rlp.watchdog import Watchdog
 
-STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
-"""What a checkpoint holds beside tensors."""
 
 
 class Run:
@@ -53,24 +48,22 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, preemption: Preemption | None = None, watchdog: Watchdog | None = None) -> None:
         self.config, self.ranks = config, ranks
         self.preemption, self.watchdog = preemption or Preemption(ranks), watchdog or Watchdog(ranks, config.run)
-        self.share = share_of_rank(config.optim.batch_size, ranks.rank, ranks.world_size)
         self.step = 0
         self.seconds = 0.0
         self.wall, self.pace = WallTime(), Pace()
         self.guard = Guard(config.optim, ranks)
         self.start_logprob: list[float] = []
         self.watch = Watch()
-        self.match = open_match(config)
         with self.watchdog.working("data"):
-            self.inputs = Inputs(config, self._warn, self._record_bad, self._progress)
+            opened = Opened(config, ranks.world_size, ranks.rank, warn=self._warn, record=self._record_bad, progress=self._progress)
+        self._opened, self.inputs, self.share, self.match, self.panel = opened, opened.inputs, opened.share, opened.match, opened.panel
         self._data_state, self._made_step = self.inputs.stream.state(), 0
         self._weights_moved = False
         self._step_started = time.perf_counter()
         self._saved_step: int | None = None
         self._say(f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million parameters")
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
-        layout, why = choose_layout(config, self.inputs.architecture)
-        self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[layout], layout == "tree"
+        self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[opened.layout], opened.layout == "tree"
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
         try:
             with self.watchdog.working("model"):
@@ -79,7 +72,7 @@ class Run:
             self.journal = Journal(self.folder, config, ranks, self.engine)
             for note in self.inputs.marker_notes():
                 self.log.say(note)
-            self.log.say(f"layout {layout}: {why}; log-probabilities: {self._logprob_form()}")
+            self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
             with self.watchdog.working("resume"):
                 self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
@@ -99,9 +92,7 @@ class Run:
         check_model(policy, agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None))
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
-        self.ledger = Ledger(self.inputs.shapes, on_phase=self.watchdog.mark)
-        if config.data.ledger is not None:
-            self._carry_cost_of_data(Path(config.data.ledger))
+        self.ledger = begin_ledger(config, self.inputs.shapes, on_phase=self.watchdog.mark)
         self.scripts = token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device) if config.objective.thinks else None
 
     def _logprob_form(self) -> str:
@@ -113,15 +104,6 @@ class Run:
         thoughts = positions * config.thought.group_size * config.thought.max_thought_tokens // 2 if config.objective.thinks else 0
         rows = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
         return choose_form(rows, shapes.vocabulary, width=shapes.width, dtype=self.dtype, device=self.ranks.device.type)
-
-    def _carry_cost_of_data(self, path: Path) -> None:
-        """Begin the ledger with what the data cost (`data.ledger`)."""
-        try:
-            self.ledger.carry(read_json(path.resolve(), WHOLE_LEDGER))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
-        if self.progress() >= 1:
-            raise ConfigError(f"budget: making the data has spent it already ({path}): {self.ledger.spent()} of {asdict(self.config.budget)}. Make fewer documents, or write a larger budget.")
 
     def _needs_copies(self) -> tuple[bool, bool]:
         """Whether the run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
@@ -178,8 +160,7 @@ class Run:
 
     def progress(self) -> float:
         """Largest fraction spent of any limit of the budget."""
-        spent = {"steps": self.step, **self.ledger.spent()}
-        return max(spent[name] / limit for name, limit in asdict(self.config.budget).items() if limit is not None)
+        return budget_spent(self.config.budget, self.step, self.ledger)
 
     def is_spent(self) -> bool:
         """Whether the run ends: its steps are made, or the next step would leave another limit farther behind than this one is before it."""
@@ -359,7 +340,7 @@ class Run:
 
     def evaluate(self) -> dict | None:
         """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
-        if self.inputs.held_out is None:
+        if self.panel is None:
             return None
         with self.wall.during("evaluation"):
             return self._evaluate()
@@ -367,11 +348,6 @@ class Run:
     def _evaluate(self) -> dict:
         self.watchdog.mark("evaluation")
         fault("evaluation")
-        if not hasattr(self, "panel"):
-            self.panel = held_out_panel(self.inputs)
-        if self.start_logprob and len(self.start_logprob) != len(self.panel):
-            raise CheckpointError(f"the checkpoint that this run continues holds start_logprob of {len(self.start_logprob)} positions, and the held-out panel has {len(self.panel)}. "
-                                  "It was made with another panel, or somebody has changed it.")
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
         values = probe_panel(self.arrange, self.panel, self.engine.policy, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks,
@@ -421,34 +397,17 @@ class Run:
         self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def _start_again(self) -> None:
-        """Begin at step 0 in the folder of a run that was killed before its first checkpoint; nothing that a checkpoint held is lost.
-
-        Raises:
-            ConfigError: the run is past its first checkpoint, so there was one, or it could not be written.
-        """
-        folder, every = self.folder, self.config.checkpoint.every_n_steps
+        """Begin at step 0 in the folder of a run that was killed before its first checkpoint (`refuse_new_start`)."""
         if self.is_complete():
             return
-        refuse_other_run(asdict(load_config(folder.config_yaml)), asdict(self.config), folder.path)
-        lines = self.ranks.broadcast(read_json_lines(folder.metrics_jsonl) if self.ranks.is_first and folder.metrics_jsonl.exists() else [])
-        steps = lines[-1]["step"] if lines else 0
-        if 0 < every < steps:
-            raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint every {every}, and {folder.checkpoints} holds none. "
-                              "Put one back there, or write run.dir=OTHER run.resume=never for a new run.")
+        steps = refuse_new_start(self.folder, self.config, self.ranks)
         if self.ranks.is_first:
-            cut_logs(folder, -1)
-        self.log.say(f"{folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
+            cut_logs(self.folder, -1)
+        self.log.say(f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
 
     def _load(self, checkpoint: Checkpoint) -> None:
+        refuse_checkpoint(checkpoint, self.config, self._opened, self.dtype)
         state = checkpoint.state
-        lacking = sorted(STATE - set(state)) + sorted(set(asdict(self.config)) - set(state.get("config", {})))
-        if lacking:
-            raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
-        refuse_other_run(state["config"], asdict(self.config), checkpoint.path)
-        if state["dtype"] != str(self.dtype):
-            raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {self.dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
-        if state["vocabulary"] != self.inputs.vocabulary_checksum():
-            raise ConfigError(f"run.resume: {checkpoint.path} was made with another tokenizer than the one in model.path {self.config.model.path}: their tokens differ. Put that one back.")
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
@@ -566,14 +525,15 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     """
     if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
         raise ConfigError(f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this machine.")
-    inputs = Inputs(config, warn=lambda text: None)
-    form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
-    layout, _ = choose_layout(config, inputs.architecture)
     on_gpu = ranks.device.type == "cuda"
     world_size, device_bytes = ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
     if machine:
         world_size, gigabytes = map(int, machine.split("x"))
         device_bytes = gigabytes * 10 ** 9
-    share_of_rank(config.optim.batch_size, 0, world_size)
-    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=layout, form=form)
-    return "\n\n".join([to_yaml(config), *inputs.marker_notes(), inputs.show_example(), render_plan(plan)])
+    notes: list[str] = []
+    opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
+    inputs = opened.inputs
+    form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
+    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=opened.layout, form=form)
+    notes += inputs.marker_notes() + rehearse(config, opened, ranks)
+    return "\n\n".join([to_yaml(config), *notes, inputs.show_example(), render_plan(plan)])

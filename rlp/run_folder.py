@@ -142,11 +142,9 @@ def create_run_folder(config: Config, ranks: Ranks) -> RunFolder:
 
 def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
     """Rank 0's part: the reason why it can not be done, or None."""
-    exists = (f"run.dir {folder.path} exists and is never written over. "
-              "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
+    if obstacle := why_no_run_folder(folder.path):
+        return obstacle
     try:
-        if os.path.lexists(folder.path):
-            return exists
         # Complete before it has its name: a run that dies here leaves nothing that a restart would refuse.
         with new_folder(folder.path, point="folder.before_rename") as path:
             new = RunFolder(path)
@@ -156,11 +154,24 @@ def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
             write_new(new.environment_json, _as_json(environment(devices), "environment.json"),
                       point="folder.torn_environment")
     except OSError as error:
-        if folder.path.exists():
-            return exists
-        return (f"run.dir {folder.path} can not be created: {error}. "
-                "Write run.dir=OTHER, a folder that you may write to.")
+        return _refusal(folder.path, error)
     return None
+
+
+def why_no_run_folder(path: Path) -> str | None:
+    """Why a new run can not make its folder here; None where nothing is known that keeps it from doing so. Nothing is made."""
+    if os.path.lexists(path):
+        return _refusal(path, FileExistsError())
+    parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+    return _refusal(path, OSError(code, os.strerror(code), str(parent))) if code else None
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    if os.path.lexists(path):
+        return (f"run.dir {path} exists and is never written over. "
+                "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
+    return f"run.dir {path} can not be created: {error}. Write run.dir=OTHER, a folder that you may write to."
 
 
 def open_run_folder(path: str | Path) -> RunFolder:

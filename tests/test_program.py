@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, rank_environment
+from transformers import AutoModelForCausalLM
 
 import train as program
+from conftest import architecture, word_tokenizer
 
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
@@ -61,6 +65,88 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(arguments, tmp_path,
     assert output.err.startswith("error: ") and message in output.err
     assert "Traceback" not in output.err
     assert not (tmp_path / "run").exists()
+    assert program.main([*arguments, *overrides, "--dry-run"]) == code
+    assert capsys.readouterr().err == output.err
+
+
+def without_a_weight(folder: Path, model: Path) -> Path:
+    """The model with one tensor taken out."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+REFUSED_AT_START = {
+    "a folder that exists": (["run.dir=TMP/old"], program.BAD_CONFIG, "exists and is never written over"),
+    "a folder below a file": (["run.dir=TMP/tiny.yaml/run"], program.BAD_CONFIG, "can not be created: [Errno 20] Not a directory"),
+    "a model that lacks a weight": (["model.path=LACKING"], program.BAD_CONFIG, "lacks 1 weights that the architecture has, such as model.norm.weight"),
+    "a layout that the attention can not run": (["engine.layout=tree", "model.attention=flash_attention_2"], program.BAD_CONFIG, "engine.layout"),
+    "a batch that leaves a position alone": (["reward.placebo=shuffled_reward", "position.per_document=1", "optim.batch_size=5"], program.BAD_CONFIG, "leaves one alone"),
+    "no run to match": (["match.ledger=TMP/none.json", "budget.flops=1e9"], program.BAD_CONFIG, "match.ledger: TMP/none.json can not be read"),
+    "no ledger of the data": (["data.ledger=TMP/none.json"], program.BAD_CONFIG, "data.ledger: TMP/none.json can not be read"),
+    "held-out documents without a position": (["data.held_out=[TMP/short.jsonl]"], program.BAD_DATA, "short.jsonl"),
+    "no checkpoint": (["run.resume=TMP/none"], program.BAD_CONFIG, "is no complete checkpoint"),
+    "a run of other settings": (["run.dir=TMP/old", "run.resume=auto", "optim.learning_rate=1"], program.BAD_CONFIG, "optim.learning_rate was 0.01, is 1.0"),
+    "a checkpoint of another dtype": (["run.resume=TMP/old/checkpoints/step_1", "engine.dtype=bfloat16", "engine.zero_stage=1"], program.BAD_CONFIG, "engine.dtype"),
+    "a checkpoint of another model": (["run.resume=TMP/old/checkpoints/step_1", "model.path=LARGER"], program.BAD_CONFIG, "model.path"),
+    "markers added to a run without": (["run.dir=TMP/old", "run.resume=auto", "thought.open_marker='<pad> w1'", "thought.add_markers=true"], program.BAD_CONFIG, "thought.add_markers was False, is True"),
+}
+
+
+def test_the_dry_run_refuses_what_the_run_refuses(arguments, tmp_path, model_folder, capsys):
+    """With the same message and exit code, and it leaves every file as it is."""
+    lacking, larger = without_a_weight(tmp_path / "lacking", model_folder), tmp_path / "larger"
+    AutoModelForCausalLM.from_config(architecture("llama")).save_pretrained(larger)
+    word_tokenizer().save_pretrained(larger)
+    (tmp_path / "short.jsonl").write_text('{"text": "w1"}\n' * 4)
+    assert program.main([*arguments, f"run.dir={tmp_path / 'old'}", "budget.steps=1"]) == program.DONE
+    shutil.rmtree(tmp_path / "old" / "export")
+    (tmp_path / "old" / "summary.json").unlink()
+    capsys.readouterr()
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+    for name, (overrides, code, message) in REFUSED_AT_START.items():
+        words = [word.replace("TMP", str(tmp_path)).replace("LACKING", str(lacking)).replace("LARGER", str(larger)) for word in overrides]
+        before = files()
+        assert program.main([*arguments, *words, "--dry-run"]) == code, name
+        said = capsys.readouterr().err
+        assert files() == before, name
+        assert program.main([*arguments, *words]) == code, name
+        assert capsys.readouterr().err == said, name
+        assert message.replace("TMP", str(tmp_path)) in said, name
+
+
+def test_the_dry_run_says_what_a_resumed_run_would_do(arguments, tmp_path, capsys):
+    """From which checkpoint it continues; that it begins again; that it is complete. A damaged checkpoint stays where it is."""
+    run = [*arguments, "run.resume=auto", "budget.steps=2", "checkpoint.every_n_steps=1"]
+
+    def dry() -> str:
+        assert program.main([*run, "--dry-run"]) == program.DONE
+        return capsys.readouterr().out
+
+    assert "weights: loaded and checked" in dry() and not (tmp_path / "run").exists()
+    assert program.main(run) == program.DONE
+    assert "is complete: the run would do nothing" in dry()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert f"the run continues from {tmp_path}/run/checkpoints/step_2 at step 2" in dry()
+    (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").write_text("x")
+    said = dry()
+    assert "The run sets it aside" in said and "step_1 at step 1" in said and (tmp_path / "run" / "checkpoints" / "step_2").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "the run begins again at step 0" in dry()
+
+
+def test_the_dry_run_says_that_large_weights_are_left_out(arguments, capsys, monkeypatch):
+    """What only they show is then seen when the run starts."""
+    monkeypatch.setattr("rlp.start.CHECKED_PARAMETERS", 1000)
+    assert program.main([*arguments, "--dry-run"]) == program.DONE
+    assert "weights: not loaded" in capsys.readouterr().out
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(arguments, tmp_path, model_folder, capsys):

@@ -1,0 +1,159 @@
+"""What a run refuses before its first step: the same checks, with the same messages, for the run and for its dry run.
+
+`Opened` holds what a config names, opened and found good. The functions after it ask what can only be asked with a folder,
+a checkpoint or the weights in hand. Nothing is written here.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_model, refuse_other_run
+from rlp.config import BudgetConfig, Config, ConfigError, load_config
+from rlp.data import share_of_rank
+from rlp.distributed import Ranks
+from rlp.forms import WHOLE_LEDGER
+from rlp.inputs import Inputs
+from rlp.ledger import Ledger, ModelShapes
+from rlp.match import open_match
+from rlp.metrics import Progress, Tell, require_wandb
+from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy
+from rlp.probe import held_out_panel
+from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
+
+STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
+"""What a checkpoint holds beside tensors."""
+
+CHECKED_PARAMETERS = 400_000_000
+"""Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some seconds."""
+
+
+class Opened:
+    """What a config names, opened: data, tokenizer, panel, the run to match. It is in order, as far as can be seen without weights."""
+
+    def __init__(self, config: Config, world_size: int, rank: int, *, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None,
+                 progress: Tell = Progress) -> None:
+        """
+        Args:
+            warn, record, progress: as `Inputs`.
+
+        Raises:
+            ConfigError, DataError: something is not there or does not fit.
+        """
+        self.share = share_of_rank(config.optim.batch_size, rank, world_size)
+        require_wandb(config.logging.wandb)
+        self.match = open_match(config)
+        self.inputs = Inputs(config, warn, record, progress)
+        self.layout, self.why_layout = choose_layout(config, self.inputs.architecture)
+        begin_ledger(config, self.inputs.shapes)
+        self.panel = None if self.inputs.held_out is None else held_out_panel(self.inputs)
+
+
+def begin_ledger(config: Config, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None) -> Ledger:
+    """A ledger that begins with what the data cost (`data.ledger`).
+
+    Raises:
+        ConfigError: that can not be read, or is the whole budget.
+    """
+    ledger, path = Ledger(shapes, on_phase=on_phase), config.data.ledger
+    if path is None:
+        return ledger
+    try:
+        ledger.carry(read_json(Path(path).resolve(), WHOLE_LEDGER))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
+    if budget_spent(config.budget, 0, ledger) >= 1:
+        raise ConfigError(f"budget: making the data has spent it already ({path}): {ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or write a larger budget.")
+    return ledger
+
+
+def budget_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
+    """Largest fraction spent of any limit of the budget."""
+    spent = {"steps": step, **ledger.spent()}
+    return max(spent[name] / limit for name, limit in asdict(budget).items() if limit is not None)
+
+
+def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened, dtype: torch.dtype) -> None:
+    """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors are not looked at.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: made by another version, other settings, another dtype, tokenizer or data.
+    """
+    state, inputs = checkpoint.state, opened.inputs
+    lacking = sorted(STATE - set(state)) + sorted(set(asdict(config)) - set(state.get("config", {})))
+    if lacking:
+        raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
+    refuse_other_run(state["config"], asdict(config), checkpoint.path)
+    if state["dtype"] != str(dtype):
+        raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
+    if state["vocabulary"] != inputs.vocabulary_checksum():
+        raise ConfigError(f"run.resume: {checkpoint.path} was made with another tokenizer than the one in model.path {config.model.path}: their tokens differ. Put that one back.")
+    inputs.stream.refuse_state(state["data"])
+    known, panel = len(state["start_logprob"]), opened.panel
+    if known and panel is not None and known != len(panel):
+        raise CheckpointError(f"{checkpoint.path} holds start_logprob of {known} positions, and the held-out panel has {len(panel)}. It was made with another panel, or somebody has changed it.")
+
+
+def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> int:
+    """Refuse to begin again, at step 0, in the folder of a run without a checkpoint, unless nothing that a checkpoint held is lost.
+
+    Returns:
+        steps that it has logged.
+
+    Raises:
+        ConfigError: other settings, or the run is past its first checkpoint, so there was one, or it could not be written.
+    """
+    every = config.checkpoint.every_n_steps
+    refuse_other_run(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
+    lines = ranks.broadcast(read_json_lines(folder.metrics_jsonl) if ranks.is_first and folder.metrics_jsonl.exists() else [])
+    steps = lines[-1]["step"] if lines else 0
+    if 0 < every < steps:
+        raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint every {every}, and {folder.checkpoints} holds none. "
+                          "Put one back there, or write run.dir=OTHER run.resume=never for a new run.")
+    return steps
+
+
+def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
+    """Ask of folder, weights and checkpoint what a run would, and leave all of them as they are.
+
+    Returns:
+        what the run would do, and what was not looked at.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what the run would raise.
+    """
+    said: list[str] = []
+    checkpoint = _checkpoint(config, ranks, said)
+    if checkpoint is not None:
+        refuse_checkpoint(checkpoint, config, opened, compute_dtype(config, ranks.device))
+        said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
+    if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
+        return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion parameters are too many for a dry run; what only they show is seen when the run starts"]
+    policy = _checked_policy(config, opened.inputs, ranks)
+    if checkpoint is not None:
+        refuse_other_model(checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()})
+    return [*said, "weights: loaded and checked"]
+
+
+def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | None:
+    """What the run would continue from; `said` gets what the run would say."""
+    path = Path(config.run.dir)
+    if config.run.resume == "auto" and path.exists():
+        folder = open_run_folder(path)
+        found = newest_checkpoint(folder.checkpoints, ranks, said.append, changes=False)
+        if folder.summary_json.exists():
+            said.append(f"{path} is complete: the run would do nothing")
+        elif found is None:
+            said.append(f"the run begins again at step 0: {path} has no checkpoint and {refuse_new_start(folder, config, ranks)} steps")
+        return found
+    if obstacle := why_no_run_folder(path):
+        raise ConfigError(obstacle)
+    return None if config.run.resume in ("auto", "never") else open_checkpoint(Path(config.run.resume), ranks)
+
+
+def _checked_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Policy:
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
+    check_logits(policy)
+    return policy
