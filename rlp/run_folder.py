@@ -19,6 +19,7 @@ Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an inf
 """
 
 import datetime
+import errno
 import json
 import math
 import os
