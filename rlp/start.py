@@ -19,8 +19,8 @@ from rlp.inputs import Inputs
 from rlp.ledger import Ledger, ModelShapes
 from rlp.match import open_match
 from rlp.metrics import Progress, Tell, require_wandb
-from rlp.model import Policy, check_logits, choose_layout, compute_dtype, load_policy
-from rlp.probe import held_out_panel
+from rlp.model import choose_layout, compute_dtype
+from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
 
 STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
@@ -131,7 +131,7 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
         said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
     if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
         return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion parameters are too many for a dry run; what only they show is seen when the run starts"]
-    policy = _checked_policy(config, opened.inputs, ranks)
+    _, policy = load_frozen(opened.inputs, ranks)
     if checkpoint is not None:
         refuse_other_model(checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()})
     return [*said, "weights: loaded and checked"]
@@ -151,9 +151,3 @@ def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | N
     if obstacle := why_no_run_folder(path):
         raise ConfigError(obstacle)
     return None if config.run.resume in ("auto", "never") else open_checkpoint(Path(config.run.resume), ranks)
-
-
-def _checked_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Policy:
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
-    check_logits(policy)
-    return policy
