@@ -83,7 +83,6 @@ REFUSED_AT_START = {
     "a folder below a file": (["run.dir=TMP/tiny.yaml/run"], program.BAD_CONFIG, "can not be created: [Errno 20] Not a directory"),
     "a model that lacks a weight": (["model.path=LACKING"], program.BAD_CONFIG, "lacks 1 weights that the architecture has, such as model.norm.weight"),
     "a layout that the attention can not run": (["engine.layout=tree", "model.attention=flash_attention_2"], program.BAD_CONFIG, "engine.layout"),
-    "a batch that leaves a position alone": (["reward.placebo=shuffled_reward", "position.per_document=1", "optim.batch_size=5"], program.BAD_CONFIG, "leaves one alone"),
     "no run to match": (["match.ledger=TMP/none.json", "budget.flops=1e9"], program.BAD_CONFIG, "match.ledger: TMP/none.json can not be read"),
     "no ledger of the data": (["data.ledger=TMP/none.json"], program.BAD_CONFIG, "data.ledger: TMP/none.json can not be read"),
     "held-out documents without a position": (["data.held_out=[TMP/short.jsonl]"], program.BAD_DATA, "short.jsonl"),
