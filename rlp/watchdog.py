@@ -152,6 +152,7 @@ class Watchdog:
                 break
         else:
             return
+        self._dismiss()
         self._ended.wait(3 * max(self._poll_s, LISTEN_S))  # for the others to hear, and to show theirs
         os._exit(STALLED)
 

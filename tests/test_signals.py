@@ -1,6 +1,7 @@
 """A run that is asked to stop saves and says so; one that hangs shows where; none leaves a process behind."""
 
 import datetime
+import gzip
 import json
 import os
 import re
@@ -8,19 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
 
 import rlp.preemption
+import rlp.run
 import rlp.watchdog
 import train as program
+from rlp import sources
 from rlp.config import ConfigError, RunConfig, moment
+from rlp.distributed import COLLECTIVES_S
 from rlp.faults import VARIABLE, forget_passages
+from rlp.metrics import Progress
 from rlp.preemption import SIGNALS, Deadline, Preemption
+from rlp.run import Run
 from rlp.watchdog import STALLED, Watchdog
 
 
@@ -246,13 +254,100 @@ def test_time_in_which_the_process_stands_still_is_no_stall(tmp_path, ranks, mon
     assert (watchdog._silent_s, watchdog._stood_still_s) == (silent, stood)
 
 
+def looked(watchdog: Watchdog) -> None:
+    """Wait until the watchdog has seen what was marked so far."""
+    wait_for(lambda: watchdog._marks_seen == watchdog._marks)
+
+
+@pytest.fixture
+def bark(monkeypatch) -> list[int]:
+    """Exit codes with which a watchdog would have ended this process."""
+    ended = []
+    monkeypatch.setattr(rlp.watchdog.os, "_exit", ended.append)
+    return ended
+
+
+class StopHere(Exception):
+    """A test has seen enough."""
+
+
+def stop_here(*_: object) -> None:
+    raise StopHere
+
+
+def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_stall(tmp_path, model_folder, ranks, bark, monkeypatch):  # noqa: F811
+    """Four times as long, piece by piece, with the watchdog looking at each."""
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}\n' * 20))
+    config = tiny_config(tmp_path / "run", model_folder, packed, run__watchdog_s=1)
+    monkeypatch.setattr(sources, "UNPACKED", tmp_path / "unpacked")
+    with Watchdog(ranks, config.run) as watchdog:
+        def slowly(path, plain):
+            with gzip.open(path) as file:
+                for line in file:
+                    plain.write(line)
+                    looked(watchdog)
+
+        def lines_slowly(file, found):
+            for _ in range(8):
+                found.advance(0)
+                looked(watchdog)
+            return ends(file, found)
+
+        ends = sources._line_ends
+        monkeypatch.setitem(sources.UNPACKERS, ".gz", slowly)
+        monkeypatch.setattr(sources, "_line_ends", lines_slowly)
+        monkeypatch.setattr(watchdog, "working", lambda phase: nullcontext())  # pieces alone are to count
+        monkeypatch.setattr(rlp.run, "choose_layout", stop_here)  # what comes after the data
+        with pytest.raises(StopHere):
+            Run(config, ranks, watchdog=watchdog)
+    assert not bark
+
+
+def test_a_rank_that_waits_for_another_to_unpack_counts_what_that_one_writes(tmp_path, monkeypatch):
+    """And goes on with the file when the other has it."""
+    monkeypatch.setattr(sources, "UNPACKED", tmp_path)
+    monkeypatch.setattr(sources, "LOOK_S", 0.02)
+    moved, name = [], "x"
+    with FileLock(tmp_path / "x.lock") as held:
+        def grow(amount):
+            moved.append(amount)
+            (tmp_path / f"{name}.1.partial").write_bytes(b"." * 100 * (1 + len(moved)))
+            if len(moved) == 3:
+                held.release(force=True)
+
+        (tmp_path / f"{name}.1.partial").write_bytes(b"." * 100)
+        with sources._waited_for(FileLock(tmp_path / "x.lock"), Path("corpus.gz"), "x.*.partial", lambda *what: Moved(grow)):
+            assert moved == [100, 100, 100]
+
+
+class Moved(Progress):
+    """Tells a test what was done."""
+
+    def __init__(self, grow):
+        super().__init__("")
+        self.advance = grow
+
+
+def test_what_a_library_computes_or_reads_is_progress_while_it_works(tmp_path, ranks, bark):  # noqa: F811
+    """Nothing else marks anything then; a library that only waits has stalled."""
+    with Watchdog(ranks, RunConfig(dir=str(tmp_path), watchdog_s=1)) as watchdog:
+        with watchdog.working("model"):
+            begun = time.process_time()
+            while time.process_time() - begun < 3:
+                pass
+            assert not bark
+            wait_for(lambda: bark)
+    assert set(bark) == {STALLED}
+
+
 ENDINGS = """
-import ctypes, json, os, sys, time
+import ctypes, datetime, json, os, sys, time
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from rlp.config import RunConfig
 from rlp.distributed import run_as_process, start_ranks
 from rlp.watchdog import Watchdog
-
-ranks = start_ranks()
 
 def hold_the_lock():
     sleep = ctypes.PyDLL(None).usleep
@@ -262,6 +357,11 @@ def hold_the_lock():
         while True:
             sleep(10_000_000)
 
+distributed_c10d.default_pg_nccl_timeout = datetime.timedelta(minutes=10)
+ranks = start_ranks(watchdog_s=2000)
+limits = [group._get_backend(ranks.device).options._timeout.total_seconds() for group in (dist.group.WORLD, dist.new_group([0]))]
+limits.append(distributed_c10d.default_pg_nccl_timeout.total_seconds())
+
 codes = {}
 for name, ending in {"held": hold_the_lock, "3": lambda: 3, "2": lambda: sys.exit(2), "no": lambda: sys.exit("no"), "error": lambda: 1 / 0}.items():
     pid = os.fork()
@@ -270,24 +370,31 @@ for name, ending in {"held": hold_the_lock, "3": lambda: 3, "2": lambda: sys.exi
         run_as_process(ending)
     codes[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 print(json.dumps(codes))
+print(json.dumps(limits))
 """
 """Children of a small process: a test process that has run much may be too large to fork."""
 
 
 @pytest.fixture(scope="module")
-def endings(tmp_path_factory) -> tuple[dict[str, int], Path]:
-    """Exit codes of `ENDINGS` by name, and the folder of what each wrote to stderr."""
+def endings(tmp_path_factory) -> tuple[dict[str, int], Path, list[float]]:
+    """Exit codes of `ENDINGS` by name, the folder of what each wrote to stderr, and how long collectives wait, in seconds."""
     folder = tmp_path_factory.mktemp("endings")
     done = subprocess.run([sys.executable, "-c", ENDINGS, str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True)
-    return json.loads(done.stdout.splitlines()[-1]), folder
+    codes, limits = map(json.loads, done.stdout.splitlines()[-2:])
+    return codes, folder, limits
 
 
 def test_a_stall_that_holds_pythons_lock_is_shown_too(endings):
     """The watchdog's own thread can not run then: the process beside it shows the stacks, and ends it."""
-    codes, folder = endings
+    codes, folder, _ = endings
     assert codes["held"] == -signal.SIGKILL
     said = (folder / "held").read_text()
     assert "no thread of it has run Python for" in said and "in hold_the_lock" in said
+
+
+def test_collectives_wait_longer_than_the_watchdog(endings):
+    """In the group of all ranks, in one that is made later as DeepSpeed makes its own, and under NCCL, whose default is 10 minutes."""
+    assert endings[2] == [2000 + COLLECTIVES_S] * 3
 
 
 def test_a_rank_that_loses_another_says_so_in_one_line(harness):
