@@ -197,7 +197,7 @@ STATE = Fields({}, {
     "seconds": AMOUNT,
     "guard": Fields({"norms": Many(AMOUNT), "skipped": COUNT, "spikes": COUNT, "in_a_row": COUNT}),
     "start_logprob": Many(NUMBER),
-    "length_watch": Fields({"first": Many(AMOUNT), "collapsed": Flag()}),
+    "watch": Fields({"first": Many(AMOUNT), "collapsed": Flag(), "streaks": Table(Many(NUMBER)), "said": Many(NAME)}),
     "dtype": NAME,
     "vocabulary": NAME,
 })
