@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from rlp.machine import usable_cores
 from rlp.terminal import INTERRUPTED, accept_any_text
 
 
@@ -121,6 +122,14 @@ COLLECTIVES_S = 300.0
 """A collective waits so much longer than the watchdog, which says more of a stall than a time-out does."""
 
 
+def share_cores() -> None:
+    """Let torch use the cores that are this rank's, where `OMP_NUM_THREADS` does not say how many: an equal part of those that its
+    machine, or container, has for all ranks on it."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        neighbours = next((int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)  # torchrun's, DeepSpeed's
+        torch.set_num_threads(max(1, usable_cores() // neighbours))
+
+
 def start_ranks(watchdog_s: float = 0) -> Ranks:
     """Join the process group that the launcher describes, or form one of a single process.
 
@@ -131,6 +140,7 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
     Raises:
         dist.DistError: they did not all come.
     """
+    share_cores()
     on_gpu = torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
     alone = "WORLD_SIZE" not in os.environ

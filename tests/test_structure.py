@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = ("terminal", "launcher", "outside", "faults", "forms", "config", "files", "distributed", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "admission", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
+ORDER = ("machine", "terminal", "launcher", "outside", "faults", "forms", "config", "files", "distributed", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "admission", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
          "teacher", "ledger", "match", "inputs", "checkpoint", "journal", "export", "probe", "splice", "answers", "evaluation", "plan", "figures", "verdict", "report", "preflight", "start", "run", "cli", "__main__")
 """A module of `rlp` imports only those to its left."""
 

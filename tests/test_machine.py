@@ -1,0 +1,143 @@
+"""What a run takes from the machine: how threads wait, cores, memory, disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torch
+from torch.optim.adamw import adamw
+
+from rlp import distributed, engine, machine
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAMS = [path for path in (ROOT / "train.py", *sorted((ROOT / "kernels").glob("*.py")), *sorted((ROOT / "experiments").rglob("*.py")))
+            if path.name == "train.py" or "__main__" in path.read_text()]
+"""Whatever can be started."""
+
+WHAT_TORCH_FINDS = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch finds", os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+if sys.argv[1].endswith(".py"):
+    program = sys.argv[1]
+    sys.path.insert(0, os.path.dirname(program))
+    sys.argv = [program, "--help"]
+    runpy.run_path(program, run_name="__main__")
+else:
+    __import__(sys.argv[1])
+"""
+
+
+def what_torch_finds(program, **environment):
+    """What the OpenMP runtime is told where a program loads torch; the program ends there."""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", WHAT_TORCH_FINDS, str(program)], env=kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
+                          capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return next((line for line in done.stdout.splitlines() if line.startswith("torch finds")), "no torch here")
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "rlp.cli", "rlp.run"], ids=lambda program: str(program).removeprefix(f"{ROOT}/"))
+def test_waiting_threads_sleep_in_every_program(program):
+    """The policy is read when torch loads, so it is set before, whatever is imported first."""
+    assert what_torch_finds(program) in ("torch finds passive", "no torch here")
+
+
+def test_the_users_own_policy_stays():
+    assert what_torch_finds(ROOT / "train.py", OMP_WAIT_POLICY="active") == "torch finds active"
+
+
+def test_train_loads_torch():
+    """Else the tests above would say nothing."""
+    assert what_torch_finds(ROOT / "train.py") == "torch finds passive"
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_an_update_goes_piece_by_piece_and_changes_no_bit(monkeypatch, ema_decay):
+    """AdamW as torch has it, on a tensor of three pieces, the last one short; no tensor of the whole size is made beside the state."""
+    monkeypatch.setattr(engine, "PIECE_ELEMENTS", 100 // torch.get_num_threads())
+    pieces = []
+    monkeypatch.setattr(engine, "adamw", lambda weights, *rest, **options: pieces.append(weights[0].numel()) or adamw(weights, *rest, **options))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(12, 21, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer, reference = engine.AdamWithEMA([{"params": [ours]}], ema_decay=ema_decay, **options), torch.optim.AdamW([theirs], **options)
+
+    average = start.double()
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(12, 21, generator=generator)
+        optimizer.step()
+        reference.step()
+        average = average.lerp(theirs.detach().double(), 0.1)
+
+    assert torch.equal(ours, theirs) and max(pieces) <= 100 and sum(pieces) == 3 * 252
+    assert all(torch.equal(optimizer.state[ours][name], reference.state[theirs][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    if ema_decay is None:
+        assert "lag" not in optimizer.state[ours]
+    else:
+        torch.testing.assert_close((ours.detach() - optimizer.state[ours]["lag"]).double(), average, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """What the kernel tells of control groups, written by the test: file name -> content."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "OF_THIS_PROCESS", tmp_path / "of_this_process")
+
+    def write(groups, **files):
+        (tmp_path / "of_this_process").write_text(groups)
+        for name, content in files.items():
+            path = tmp_path / "cgroup" / name.replace("__", "/").replace("_DOT_", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+
+    return write
+
+
+def test_a_container_is_asked_for_its_limits_and_not_the_machine(kernel):
+    """Version 2: the tightest of the nested groups counts, and cached files can be dropped."""
+    kernel("0::/job/step\n", **{"job__cpu_DOT_max": "150000 100000\n", "job__step__cpu_DOT_max": "max 100000\n",
+                                "job__memory_DOT_max": "3000000000\n", "job__memory_DOT_current": "2500000000\n",
+                                "job__memory_DOT_stat": "anon 5\ninactive_file 400000000\n", "job__step__memory_DOT_max": "max\n"})
+    assert machine.available_memory_bytes() == 900_000_000
+    assert machine.usable_cores() == min(2, len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("environment, threads", [({}, 6), ({"LOCAL_WORLD_SIZE": "4"}, 1), ({"LOCAL_SIZE": "2"}, 3), ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "5"}, None)])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, environment, threads):
+    """torchrun gives each rank one thread and DeepSpeed gives each all cores; what the user says of threads stays."""
+    asked = []
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.share_cores()
+    assert asked == ([] if threads is None else [threads])
+
+
+def test_the_older_control_groups_are_read_too(kernel):
+    """Version 1, seen from within: the process's own path is not there, and the root is its group."""
+    kernel("4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n", **{
+        "memory__memory_DOT_limit_in_bytes": "2000000000\n", "memory__memory_DOT_usage_in_bytes": "500000000\n", "memory__memory_DOT_stat": "total_inactive_file 0\n",
+        "cpu__cpu_DOT_cfs_quota_us": "100000\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"})
+    assert machine.available_memory_bytes() == 1_500_000_000 and machine.usable_cores() == 1
+
+
+def test_without_limits_the_machine_counts(kernel):
+    kernel("4:memory:/\n0::/\n", **{"memory__memory_DOT_limit_in_bytes": "9223372036854771712\n", "memory__memory_DOT_usage_in_bytes": "5\n",
+                                    "cpu_DOT_max": "max 100000\n"})
+    assert machine.usable_cores() == len(os.sched_getaffinity(0))
+    assert 0 < machine.available_memory_bytes() < 2 ** 50
