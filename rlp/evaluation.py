@@ -41,6 +41,7 @@ from rlp.answers import AnswerPool
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, first_line, read_yaml, require, require_one_of
 from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise, short
 from rlp.export import known_ids, read_thought_format
+from rlp.hub import settle_hub
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import Progress
@@ -537,6 +538,8 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if any(benchmark.task or str(benchmark.data).startswith("hub:") for benchmark in benchmarks.values()):
+        settle_hub()  # lm_eval asks for each file, and again and again
     datasets.disable_progress_bars()
     manager = TaskManager(include_defaults=any(benchmark.task for benchmark in benchmarks.values()))
     specs = {name: _own_task(name, benchmark) if benchmark.data else _known_task(name, benchmark.task, manager.all_tasks) for name, benchmark in benchmarks.items()}

@@ -547,13 +547,13 @@ def _hub_table(source: str, split: str, key: str) -> Table:
 
     Rows are read as Arrow holds them: what the data set says of its columns may have files and addresses opened.
     """
+    name, _, subset = source.removeprefix("hub:").partition("@")
+    if not _HUB_NAME.fullmatch(name) or name.endswith(".py") or os.path.exists(name):
+        raise DataError(f"{key}: {source!r} is no name of a Hub data set. Write hub:OWNER/NAME or hub:OWNER/NAME@CONFIG; files are named without hub:.")
     settle_hub()
     import datasets
 
     datasets.disable_progress_bars()
-    name, _, subset = source.removeprefix("hub:").partition("@")
-    if not _HUB_NAME.fullmatch(name) or name.endswith(".py") or os.path.exists(name):
-        raise DataError(f"{key}: {source!r} is no name of a Hub data set. Write hub:OWNER/NAME or hub:OWNER/NAME@CONFIG; files are named without hub:.")
     try:
         rows = HubRows(datasets.load_dataset(name, *filter(None, [subset]), split=split).with_format("arrow"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -517,3 +517,27 @@ def test_a_hub_that_answers_is_used(hub_unknown, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(httpx, "head", lambda address, timeout: httpx.Response(503))
     hub.settle_hub()
     assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("HTTPS_PROXY", "socks9://there", r"the proxy that HTTPS_PROXY names can not be used: .* Write http://HOST:PORT, or unset it"),
+    ("HTTPS_PROXY", "http://[::bad", r"the proxy that HTTPS_PROXY names can not be used"),
+    ("HF_ENDPOINT", "garbage", r"HF_ENDPOINT is 'garbage', which is no address. Write one such as https://huggingface.co"),
+    ("HF_ENDPOINT", "https://there:port", r"HF_ENDPOINT is 'https://there:port', which is no address \("),
+])
+def test_a_proxy_or_an_endpoint_that_is_none_is_a_config_error(hub_unknown, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str):
+    """Said before anything is asked; the libraries raise whatever their parsers do."""
+    for other in [other for other in os.environ if other.lower().endswith("_proxy")]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    if name == "HF_ENDPOINT":
+        monkeypatch.setattr(constants, "ENDPOINT", value)
+    with pytest.raises(ConfigError, match=words):
+        load_tokenizer(ModelConfig(path="someone/model"))
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub:@part"])
+def test_hub_with_nothing_after_it_asks_nobody(hub_unknown, monkeypatch: pytest.MonkeyPatch, source: str):
+    monkeypatch.setattr(httpx, "head", lambda address, timeout: pytest.fail("the Hub was asked"))
+    with pytest.raises(DataError, match="is no name of a Hub data set. Write hub:OWNER/NAME"):
+        open_rows([source], DataConfig(), "train", "data.train")
