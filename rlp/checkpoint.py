@@ -16,7 +16,6 @@ go, so there is a good one at every moment. No pickle is written or read.
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from rlp.engine import STATES, Engine
 from rlp.faults import fault
 from rlp.files import make_folder, name_folder, open_to_read, read_bytes, refuse_odd_entries, set_aside, temporary_of, write_new
 from rlp.forms import META
+from rlp.run_folder import saved_steps
 
 FORMAT = 3
 """Of the folder; another one is refused."""
@@ -163,8 +163,7 @@ def _remove_unfinished(parent: Path) -> None:
 
 def _by_step(parent: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
-    folders = [(int(match[1]), path) for path in parent.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
-    return [path for _, path in sorted(folders, reverse=True)]
+    return list(reversed(saved_steps(parent).values()))
 
 
 def newest_name(parent: Path) -> Path | None:

@@ -29,7 +29,7 @@ from rlp.config import ConfigError
 from rlp.files import append, write_new
 from rlp.metrics import quoted_text, visible_text
 from rlp.report import information_gain_of, is_report, write_report
-from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines
+from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines, saved_steps
 from rlp.sources import DataError
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder, with float32 weights")
-    export.add_argument("checkpoint", type=Path, metavar="STEP", help="a checkpoint, such as runs/NAME/checkpoints/step_100")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, such as runs/NAME/checkpoints/step_100, or a run folder; without --step its steps are told")
+    export.add_argument("--step", metavar="N", help="of a run folder: the step, or `newest`")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     export.set_defaults(command=export_step)
 
@@ -117,7 +118,7 @@ def _add_markers(commands: argparse._SubParsersAction) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("eval", help="benchmark accuracy with and without thoughts, through lm-evaluation-harness")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, such as runs/NAME/export, or a Hub name")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, such as runs/NAME/export, a run folder (its export is meant), or a Hub name")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm_eval, or files of questions that end in .jsonl")
     source.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of benchmarks, such as configs/benchmarks_paper.yaml")
@@ -247,7 +248,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
     for name in ("json", "rows"):
         _refuse_output(f"--{name}", getattr(arguments, name))
-    benchmarks = _benchmarks(arguments)
+    benchmarks, checkpoint = _benchmarks(arguments), _evaluated(arguments.checkpoint)
     if arguments.device not in ("auto", "cpu") and not torch.cuda.is_available():
         raise ConfigError(f"--device {arguments.device}: torch sees no GPU here. Write --device cpu.")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device)
@@ -255,7 +256,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     console.width = max(console.width, 110)  # a folded table can not be read
     results, rows = [], {}
     tasks = load_tasks(benchmarks)
-    evaluator = open_evaluator(arguments.checkpoint, device=device, dtype=arguments.dtype)
+    evaluator = open_evaluator(checkpoint, device=device, dtype=arguments.dtype)
     for note in evaluator.marker_notes():
         console.print(visible_text(note))
     for result, said in run_benchmarks(benchmarks, tasks, evaluator, modes=arguments.modes, limit=arguments.limit, seed=arguments.seed, rows=arguments.batch_size):
@@ -269,13 +270,29 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     console.print(_result_table(results, gains))
     if arguments.json:
         content = {
-            "checkpoint": arguments.checkpoint, "seed": arguments.seed, "limit": arguments.limit, "versions": versions(),
+            "checkpoint": checkpoint, "seed": arguments.seed, "limit": arguments.limit, "versions": versions(),
             "benchmarks": {name: dataclasses.asdict(benchmark) for name, benchmark in benchmarks.items()},
             "results": [dataclasses.asdict(result) for result in results],
             "thought_gain": {name: {"accuracy": mean, "standard_error": error} for name, (mean, error) in gains.items()},
         }
         write_new(arguments.json, (json.dumps(content, indent=2) + "\n").encode(), point="eval.torn_json")
     return 0
+
+
+def _evaluated(name: str) -> str:
+    """The model folder or Hub name that is to be evaluated; of a run folder its export. Looked at before anything is asked or loaded."""
+    path = Path(name)
+    if (path / "meta.json").is_file():
+        raise ConfigError(f"{path} is a checkpoint of a run, which becomes a model by: rlp export {path} --out FOLDER")
+    if not (path / "config.yaml").is_file() or (path / "config.json").is_file():
+        if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+            raise ConfigError(f"no folder at {name}. Write a folder that holds a Hugging Face model, such as runs/NAME/export, or a Hub name.")
+        return name
+    export = open_run_folder(path).export
+    if not export.is_dir():
+        raise ConfigError(f"{path} is a run folder that has no export: its run has not ended. Make a model of a checkpoint first: rlp export {path} --step newest --out FOLDER")
+    print(f"{path} is a run folder; what is evaluated is its export, {export}")
+    return str(export)
 
 
 def _benchmarks(arguments: argparse.Namespace) -> dict[str, "Benchmark"]:
@@ -329,12 +346,30 @@ def export_step(arguments: argparse.Namespace) -> int:
     from rlp.checkpoint import CheckpointError, open_checkpoint  # they load transformers, which the other commands do without
     from rlp.export import export_checkpoint
 
+    path = _chosen_checkpoint(arguments.checkpoint, arguments.step)
     try:
-        export_checkpoint(open_checkpoint(arguments.checkpoint), arguments.out)
+        export_checkpoint(open_checkpoint(path), arguments.out)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    print(arguments.out)
+    print(arguments.out if path == arguments.checkpoint else f"{arguments.out}: {path}")
     return 0
+
+
+def _chosen_checkpoint(path: Path, step: str | None) -> Path:
+    """The checkpoint that a command line means: the path itself, or a step of a run folder."""
+    parent = path / "checkpoints" if (path / "config.yaml").is_file() else path
+    steps = saved_steps(parent)
+    if not steps and parent == path:
+        if step is not None:
+            raise ConfigError(f"--step goes with a run folder, and {path} is none. Leave it out, or write the run.dir of a run.")
+        return path
+    if not steps:
+        raise ConfigError(f"{path} is a run folder without a checkpoint: the run has saved none yet.")
+    chosen = {"newest": list(steps.values())[-1]} | {str(number): folder for number, folder in steps.items()}
+    if step not in chosen:
+        asked = "is a run folder" if step is None else f"has no checkpoint of step {step}"
+        raise ConfigError(f"{path} {asked}. It holds those of {', '.join(f'step {number}' for number in steps)}. Write --step {list(steps)[-1]}, or --step newest.")
+    return chosen[step]
 
 
 def add_markers(arguments: argparse.Namespace) -> int:

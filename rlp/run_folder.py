@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -192,6 +193,12 @@ def open_run_folder(path: str | Path) -> RunFolder:
         raise ConfigError(f"{path} is no run folder: it has no config.yaml. "
                           "Write the run.dir of a run, such as runs/quickstart.")
     return folder
+
+
+def saved_steps(parent: Path) -> dict[int, Path]:
+    """Checkpoints in a folder by their step, ascending; unread."""
+    found = {int(match[1]): path for path in parent.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))}
+    return dict(sorted(found.items()))
 
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "thoughts.jsonl", "evaluation.jsonl",

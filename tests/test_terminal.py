@@ -80,3 +80,44 @@ def test_a_config_that_can_not_be_read_is_a_config_error():
         load_config(LONG)
     with pytest.raises(ConfigError, match="which is a folder"):
         load_config("/")
+
+
+@pytest.fixture
+def run_with_steps(tmp_path: Path) -> Path:
+    """The folder of a run that has saved two checkpoints, and ended."""
+    for name in ("checkpoints/step_5", "checkpoints/step_20", "export"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("run: {dir: x}\n")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("step, said", [(None, "is a run folder. It holds those of step 5, step 20. Write --step 20, or --step newest"), ("7", "has no checkpoint of step 7. It holds those of step 5, step 20")])
+def test_the_export_of_a_run_folder_tells_its_steps(run_with_steps: Path, capsys, step: str | None, said: str):
+    assert main(["export", str(run_with_steps), "--out", "made", *(["--step", step] if step else [])]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step, chosen", [("5", "step_5"), ("20", "step_20"), ("newest", "step_20")])
+def test_a_step_of_a_run_folder_is_exported(run_with_steps: Path, monkeypatch: pytest.MonkeyPatch, capsys, step: str, chosen: str):
+    monkeypatch.setattr("rlp.checkpoint.open_checkpoint", lambda path: path)
+    made = []
+    monkeypatch.setattr("rlp.export.export_checkpoint", lambda checkpoint, out: made.append((checkpoint, out)))
+    assert main(["export", str(run_with_steps), "--out", "made", "--step", step]) == 0
+    assert made == [(run_with_steps / "checkpoints" / chosen, Path("made"))] and str(run_with_steps / "checkpoints" / chosen) in capsys.readouterr().out
+
+
+def test_benchmarks_look_at_a_folder_before_they_ask_for_it(run_with_steps: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A run folder stands for its export; a checkpoint, a run that has not ended and a path with nothing there are said as what they are."""
+    asked = []
+    monkeypatch.setattr("rlp.evaluation.load_tasks", lambda benchmarks: {})
+    monkeypatch.setattr("rlp.evaluation.open_evaluator", lambda checkpoint, **options: asked.append(checkpoint) or SimpleNamespace(marker_notes=lambda: []))
+    command = ["eval", "--tasks", "gsm8k", "--device", "cpu"]
+    monkeypatch.setattr("rlp.evaluation.run_benchmarks", lambda *arguments, **options: iter(()))
+    assert main([*command, "--think", str(run_with_steps)]) == 0 and asked == [str(run_with_steps / "export")]
+    assert "is a run folder; what is evaluated is its export" in capsys.readouterr().out
+    (run_with_steps / "checkpoints" / "step_5" / "meta.json").write_text("{}")
+    (run_with_steps / "export").rmdir()
+    for path, words in ((run_with_steps, "--step newest"), (run_with_steps / "checkpoints" / "step_5", "is a checkpoint of a run, which becomes a model by: rlp export"), (run_with_steps / "nothing", "no folder at")):
+        assert main([*command, str(path)]) == 2
+        assert words in capsys.readouterr().err
+    assert len(asked) == 1
