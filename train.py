@@ -343,6 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     options = parser.parse_intermixed_args(arguments)
     ranks = None
+    if options.machine and not options.dry_run:
+        parser.error(f"--machine {options.machine} plans for a machine, and without --dry-run this would start a real run on this one. Write --dry-run --machine {options.machine}, or leave --machine out.")
     try:
         launchers().require()
         config = load_config(options.config, options.overrides)

@@ -198,13 +198,15 @@ class SharedKeys:
     are one product per trunk with the queries of all its branches, so prefix keys are read once for all of them.
     """
 
-    def __init__(self, trunk: Tensor, place: Tensor, trunk_of: Tensor, prefix: Tensor) -> None:
+    def __init__(self, trunk: Tensor, place: Tensor, trunk_of: Tensor, prefix: Tensor, most: int) -> None:
         """
         Args:
             trunk: [B, P] int64, place of each trunk token in the packed row of the first forward; padded anywhere.
             place: [T] int64, place of each packed token in the padded trunks [B * P].
             trunk_of, prefix: [N] int64, the trunk of each branch, and how many of its tokens the branch attends to.
+            most: tokens of the longest branch; no room is made for more.
         """
+        self._most = most
         self._trunk, self._packed = trunk, place
         self._trunk_of, self._prefix = trunk_of, prefix
         self._trunk_keys: dict[int, tuple[Tensor, Tensor]] = {}
@@ -267,16 +269,25 @@ class SharedKeys:
         return rearrange(out, "n k r d -> n (k r) d")
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, K, tokens so far, D] of the branches, room doubling as they grow."""
+        """Keys and values [N, K, tokens so far, D] of the branches, with room that grows ahead of them (`next_room`)."""
         room = self._own[layer][0].shape[2] if layer in self._own else 0
         if self._length >= room:
-            larger = tuple(part.new_zeros(*part.shape[:2], max(16, 2 * room), part.shape[2]) for part in (key, value))
+            larger = tuple(part.new_zeros(*part.shape[:2], next_room(room, self._most), part.shape[2]) for part in (key, value))
             for new, old in zip(larger, self._own.get(layer, ())):
                 new[:, :, :room] = old
             self._own[layer] = larger
         own_key, own_value = self._own[layer]
         own_key[:, :, self._length], own_value[:, :, self._length] = key, value
         return own_key[:, :, : self._length + 1], own_value[:, :, : self._length + 1]
+
+
+FIRST_ROOM, LARGEST_GROWTH = 16, 128
+"""Places of a branch: the first ones, and how many more at a time. Room that is made and not used is at most the latter."""
+
+
+def next_room(room: int, most: int) -> int:
+    """Places that a branch gets where `room` are full: twice as many, `LARGEST_GROWTH` more at most, and never more than `most`."""
+    return min(max(FIRST_ROOM, room + min(room, LARGEST_GROWTH)), most)
 
 
 def register(base: str) -> str:

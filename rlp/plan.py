@@ -311,13 +311,12 @@ def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) 
 def shared_cache_bytes(shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int) -> int:
     """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside them, in the compute dtype.
 
-        trunk_tokens + branches x room(branch_tokens)
+        trunk_tokens + branches x branch_tokens
 
-    The room of a branch doubles from 16 places until its tokens fit. Room is made, and ended branches are dropped, layer by
-    layer: the copies of one layer, a few per cent, are left out.
+    The room of a branch grows to its longest tokens and no further (`rlp.attention.next_room`). Room is made, and ended branches
+    are dropped, layer by layer: the copies of one layer, a few per cent, are left out.
     """
-    room = max(16, 1 << (branch_tokens - 1).bit_length())
-    return (trunk_tokens + branches * room) * shapes.key_value_elements * number_bytes
+    return (trunk_tokens + branches * branch_tokens) * shapes.key_value_elements * number_bytes
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:

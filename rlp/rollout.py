@@ -76,7 +76,8 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
         start = 0 if idle else start
         here = slice(start, start + size)
         some = Positions(positions.document[here], positions.position[here], positions.target[here])
-        branches = (_SharedBranches if shared else ForkedBranches)(policy, documents, some, form, group_size)
+        given = (policy, documents, some, form, group_size)
+        branches = _SharedBranches(*given, max_thought_tokens) if shared else ForkedBranches(*given)
         numbers = uniforms[start * group_size : (start + size) * group_size].to(policy.device)
         part = _decode(branches, numbers, form, agree, prefill)
         if not idle:
@@ -185,7 +186,7 @@ class ForkedBranches(_Branches):
 class _SharedBranches(_Branches):
     """Each document run once for all its positions, its keys held once: models that run trees."""
 
-    def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int) -> None:
+    def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int, max_thought_tokens: int) -> None:
         used = sorted({int(d) for d in positions.document})
         trunks = [form.context(documents[d].tokens, positions.last_of(d)) for d in used]
         lengths = np.array([len(trunk) for trunk in trunks])
@@ -199,7 +200,8 @@ class _SharedBranches(_Branches):
         self._tokens, self._trunk_position = on_device(np.concatenate(trunks)), on_device(np.concatenate([np.arange(length) for length in lengths]))
         self._position = on_device(prefix).repeat_interleave(group_size)
         trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(group_size)
-        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position)
+        most = len(self._open) + max_thought_tokens - 1  # the last token of a thought is drawn and not run
+        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position, most)
         opening = group_size * len(self._open)
         self.prefill_work = row_work(lengths, 0) + Work(tokens=opening * len(prefix), head_rows=opening * len(prefix),
                                                         pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim.adamw import adamw
 
+import train
 from rlp import distributed, engine, machine
 
 ROOT = Path(__file__).parents[1]
@@ -141,3 +142,9 @@ def test_without_limits_the_machine_counts(kernel):
                                     "cpu_DOT_max": "max 100000\n"})
     assert machine.usable_cores() == len(os.sched_getaffinity(0))
     assert 0 < machine.available_memory_bytes() < 2 ** 50
+
+
+def test_a_plan_for_another_machine_starts_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={tmp_path / 'run'}", "--machine", "8x80"])
+    assert ended.value.code == 2 and "Write --dry-run --machine 8x80" in capsys.readouterr().err and not (tmp_path / "run").exists()

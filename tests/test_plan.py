@@ -120,11 +120,20 @@ def test_cache_by_hand() -> None:
     assert cache_bytes(SHAPES, 3, 16, 2) == 3 * (16 * 32 * 2 + 50 * 4)
 
 
-# Branches of up to 16 tokens have 16 places, and then twice as many each time.
-@pytest.mark.parametrize("branch_tokens, room", [(1, 16), (16, 16), (17, 32), (33, 64), (2048, 2048), (2049, 4096)])
-def test_shared_cache_by_hand(branch_tokens: int, room: int) -> None:
-    """10 tokens of documents and 5 branches."""
-    assert shared_cache_bytes(SHAPES, 10, 5, branch_tokens, 2) == (10 + 5 * room) * 32 * 2
+@pytest.mark.parametrize("branch_tokens", [1, 16, 17, 2049])
+def test_shared_cache_by_hand(branch_tokens: int) -> None:
+    """10 tokens of documents and 5 branches, each with the room that it needs."""
+    assert shared_cache_bytes(SHAPES, 10, 5, branch_tokens, 2) == (10 + 5 * branch_tokens) * 32 * 2
+
+
+@pytest.mark.parametrize("most", [1, 15, 16, 17, 200, 2049])
+def test_the_room_of_a_branch_ends_where_its_budget_does(most: int) -> None:
+    """A thought of 2,048 tokens behind a marker of two has 2,049 places and not 4,096. On the way at most 128 are empty."""
+    rooms = [attention.next_room(0, most)]
+    while rooms[-1] < most:
+        rooms.append(attention.next_room(rooms[-1], most))
+    assert rooms[-1] == most and rooms == sorted(set(rooms))
+    assert all(later - earlier <= 128 for earlier, later in zip([0, *rooms], rooms)) and len(rooms) <= 5 + most // 128
 
 
 # Two documents a rank. With more positions than rows, those side by side may belong to a part of a document, to one or to both.
@@ -134,7 +143,7 @@ def test_shared_cache_by_hand(branch_tokens: int, room: int) -> None:
 def test_documents_are_held_once_while_their_thoughts_are_sampled(tmp_path: Path, overrides: list[str], rows: int, documents: int, trunks: int) -> None:
     """Of each document 9 tokens; and they are run once for each time that it is held, over all ranks."""
     config = small_run(tmp_path, *overrides)
-    assert parts(config, "tree")["keys, values and states"] == (documents * 9 + rows * 16) * 64
+    assert parts(config, "tree")["keys, values and states"] == (documents * 9 + rows * 6) * 64
     markers = config.optim.batch_size * config.position.per_document * 3 * (200 + 10 * 64 + 70)
     assert flops_of(config, "tree")["prefill"] == trunks * (9 * 200 + 45 * 64) + markers
 
@@ -142,7 +151,7 @@ def test_documents_are_held_once_while_their_thoughts_are_sampled(tmp_path: Path
 @pytest.mark.parametrize("layout, cache, tokens", [
     # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long.
     ("repeated", 6 * (15 * 64 + 200), 3 * 17),
-    ("tree", (2 * 9 + 6 * 16) * 64, 9 + 3 * 8)])
+    ("tree", (2 * 9 + 6 * 6) * 64, 9 + 3 * 8)])
 def test_parts_of_a_run_by_hand(tmp_path: Path, layout: str, cache: int, tokens: int) -> None:
     """2 ranks, stage 1, bfloat16, one document per micro-batch."""
     config = small_run(tmp_path, "engine.activation_checkpointing=true")
@@ -312,7 +321,7 @@ def watched_keys(monkeypatch: pytest.MonkeyPatch) -> list[attention.SharedKeys]:
     made = []
 
     class Watched(attention.SharedKeys):
-        def __init__(self, *arguments: torch.Tensor) -> None:
+        def __init__(self, *arguments: torch.Tensor | int) -> None:
             super().__init__(*arguments)
             made.append(self)
 
