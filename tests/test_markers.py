@@ -1,7 +1,10 @@
 """The two markers of a thought: what is refused, what is said of several tokens, and markers that are added to a model."""
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,15 +14,20 @@ import torch
 from conftest import ARCHITECTURES, architecture, tiny_policy, word_tokenizer
 from test_training import assert_same_run, corpus, exported, ranks, trained  # noqa: F401  (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from training import tiny_config
+from training import REPOSITORY, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 
+import rlp.preflight
 import train as program
+from rlp.attention import register
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
+from rlp.data import Document
 from rlp.inputs import Inputs, ModelInputs, PanelInputs
+from rlp.layout import ThoughtFormat, repeated, tree
 from rlp.model import Markers, embed_markers, find_markers, marker_notes
 from rlp.run import dry_run
+from rlp.scoring import score
 
 TWO_WORDS = {"open_marker": "<pad> w1", "close_marker": "<pad> w2"}
 """Markers that the tokenizer of the tests writes with two tokens each, 0 and 7, 0 and 8; no document of the tests holds them."""
@@ -207,3 +215,58 @@ def test_start_and_dry_run_say_it(trained, tmp_path, model_folder, corpus, ranks
     assert "WARNING: thought.open_marker" in capsys.readouterr().out
     assert "WARNING: thought.open_marker" in dry_run(tiny_config(tmp_path / "x", model_folder, corpus, **texts), "", ranks)
     assert "thought.add_markers: added" in dry_run(tiny_config(tmp_path / "x", model_folder, corpus, **ADDED), "", ranks)
+
+
+@pytest.mark.parametrize("arrange", [repeated, tree])
+def test_the_loss_of_a_document_trains_its_markers(arrange):
+    """The open marker is left out of the targets of thoughts, not of the next-token loss: that is the softmax of transformers over all words."""
+    policy, ids = tiny_policy(), [9, 10, 2, 11, 12, 3, 13]
+    if arrange is tree:
+        policy.lm.set_attn_implementation(register("sdpa"))
+    form = ThoughtFormat(markers=Markers(open=(2,), close=(3,)), instruction=(), begin=None, temperature=0.7, target_temperature=1.0, horizon=1)
+    layout = arrange([Document(id=0, tokens=np.array(ids))], None, None, form, lm=True, no_think=False, device=policy.device)
+    loss = -score(policy, layout).document.mean()
+    plain = tiny_policy().lm
+    expected = plain(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(one, model.get_output_embeddings().weight)[0] for one, model in ((loss, policy.lm), (expected, plain))]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+GSM = [json.dumps({"question": f"{a} and {b}?", "answer": f"{a}+{b} = <<{a}+{b}={a + b}>>{a + b} in all.\n#### {a + b}"}) for a in range(8) for b in range(4)]
+"""Problems with their annotations, as GSM8K writes them."""
+
+
+def test_the_commands_of_the_warm_start_work(tmp_path, monkeypatch, capsys, ranks):  # noqa: F811
+    """Every command of docs/warm_start.md, on tiny data, in its order: each reads what the one before it wrote."""
+    monkeypatch.chdir(tmp_path)
+    for module in (program, rlp.preflight):
+        monkeypatch.setattr(module, "stop_ranks", lambda: None)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("\n".join(GSM) + "\n")
+    tokenizer, config = bytes_tokenizer(), architecture("qwen3")
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    AutoModelForCausalLM.from_config(config).save_pretrained("MODEL")
+    tokenizer.save_pretrained("MODEL")
+
+    small = ["thought.max_thought_tokens=4", "evaluation.panel_positions=32", "evaluation.batch_size=32"]
+    run = [*small, "budget.tokens=null", "budget.steps=1", "optim.batch_size=4", "evaluation.panel_positions=4"]
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "docs" / "warm_start.md").read_text(), flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] in ("mkdir", "sed"):
+            subprocess.run(command, shell=True, check=True)
+        elif words[:2] == ["python", "train.py"]:
+            assert program.main([*words[2:], *run]) == program.DONE, command
+        else:
+            assert words[:2] == ["rlp", "probe"] and main([*words[1:], *small]) == 0, command
+    said = capsys.readouterr().out
+    assert said.count("thought.add_markers: added") == 2 and said.count("SIGNAL: ") == 2 and "gain over the start" in said
+    document = json.loads((tmp_path / "data" / "warm" / "thoughts.jsonl").read_text().splitlines()[1])
+    assert document["answer"] == "0+1 = <think>0+1=1</think>1 in all.\n#### 1"
+    assert AutoTokenizer.from_pretrained("runs/warm_rlp/export").convert_tokens_to_ids("<think>") == len(tokenizer)
+    thoughts = [json.loads(line) for line in (tmp_path / "runs" / "warm_rlp" / "thoughts.jsonl").read_text().splitlines()]
+    assert all(thought["prefix_tail"].endswith(" = ") for thought in thoughts)
