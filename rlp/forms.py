@@ -227,14 +227,14 @@ RUN_FILES: dict[str, Form] = {
     "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
         _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "thought_tokens": COUNT, "truncated": Flag()},
-        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "advantage")}),
+        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "information_gain", "advantage")}),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
     "bad_documents.jsonl": Fields(_STEP),
     "journal.jsonl": Fields(_STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT), "tokens": COUNT, "flops": HEX_FLOAT}, {"thoughts": CHECKSUM, "state": CHECKSUM}),
     "post_training.jsonl": Fields({}, {"stage": NAME} | {name: Maybe(NUMBER) for name in ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")}),
     "ledger.json": LEDGER,
     "summary.json": Fields({}, {"before": Maybe(MEASURED), "after": Maybe(MEASURED), "steps": STEP, "seconds": AMOUNT, "flops": AMOUNT, "bad_documents": Table(COUNT),
-                                "match": Maybe(Fields({"by": NAME, "ratio": NUMBER}))}),
+                                "verdict": Many(LINE), "match": Maybe(Fields({"by": NAME, "ratio": NUMBER}))}),
     "splice.json": Fields({"longest_insert_tokens": Whole(most=2 ** 31)}),
 }
 """By file name; of a `.jsonl` each line."""

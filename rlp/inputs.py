@@ -89,6 +89,12 @@ class PanelInputs(ModelInputs):
             return f"Write smaller values of data.max_document_tokens and thought.max_thought_tokens: together {over} less."
         return f"Write {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.form.instruction else ''}."
 
+    def notes(self) -> list[str]:
+        """What is to be said of these inputs before a run."""
+        unmeasured = ("no held-out panel: data.held_out names no file, so nothing is measured before and after, and neither the run nor its report can "
+                      "say whether thoughts gain. Write data.held_out=[FILE] to have it measured.")
+        return self.marker_notes() + ([unmeasured] if self.held_out is None else [])
+
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
         return DocumentStream(self.held_out, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn, why_none=self.why_no_position)

@@ -17,8 +17,9 @@ Letters
     P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker, close marker, instruction
 """
 
+import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -87,10 +88,12 @@ class Plan:
     """Document tokens per step, over all ranks."""
     thought_tokens: int
     """Sampled tokens per step, over all ranks."""
-    steps: int
-    """Steps until the first limit of the budget."""
-    paper_flops: int
-    """The paper's T_flop of the whole run: n l bs iters + T_inp, in tokens."""
+    steps: int | None
+    """Steps until the first limit of the budget; None where its only limit is one of seconds."""
+    seconds: float | None
+    """The limit of seconds, if there is one: what a step takes is not known before the run."""
+    step_paper_flops: int
+    """The paper's T_flop of a step: n l bs + T_inp, in tokens."""
     checkpoint_bytes: int
     """One checkpoint, over all ranks."""
     disk_bytes: int
@@ -138,13 +141,14 @@ def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_
     phase_flops = step_flops(config, shapes, ranks_world_size, layout=layout, form=form)
     step_input = config.optim.batch_size * config.data.max_document_tokens
     step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
-    steps = _steps(config, step_input, sum(phase_flops.values()))
+    step_paper_flops = step_thoughts + step_input
     one_checkpoint = checkpoint_bytes(config, shapes.parameters)
     return Plan(
         world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), layout=layout, activation_checkpointing=checkpointing,
         memory=(*state, *_sampling_parts(config, shapes, sizes, layout, number_bytes), *_update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])),
         other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes,
-        phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, steps=steps, paper_flops=steps * (step_thoughts + step_input),
+        phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, seconds=config.budget.seconds,
+        steps=_steps(config, {"tokens": step_input, "flops": sum(phase_flops.values()), "paper_flops": step_paper_flops}), step_paper_flops=step_paper_flops,
         checkpoint_bytes=one_checkpoint, disk_bytes=one_checkpoint * (config.checkpoint.keep + 1), disk_free_bytes=_disk_free(Path(config.run.dir)))
 
 
@@ -452,11 +456,15 @@ def _rows(count: int, tokens: int, *, head_rows: int) -> Work:
     return Work(tokens=count * tokens, pairs=count * causal_pairs(tokens), head_rows=head_rows)
 
 
-def _steps(config: Config, step_input_tokens: int, flops: float) -> int:
-    """Steps until the first limit; documents shorter than the longest take more steps to read as many tokens."""
-    budget = config.budget
-    limits = [budget.steps, budget.tokens and _ceil_div(budget.tokens, step_input_tokens), budget.flops and int(-(-budget.flops // flops))]
-    return min(limit for limit in limits if limit is not None)
+def _steps(config: Config, step: dict[str, float]) -> int | None:
+    """Steps until the first limit; documents shorter than the longest take more steps to read as many tokens.
+
+    Args:
+        step: what a step spends, by the names of the budget's limits.
+    """
+    budget = asdict(config.budget)
+    limits = [math.ceil(budget[name] / amount) for name, amount in step.items() if budget[name] is not None]
+    return min([*limits, *([config.budget.steps] if config.budget.steps else [])], default=None)
 
 
 def _disk_free(run_dir: Path) -> int:
@@ -482,13 +490,21 @@ def render_plan(plan: Plan) -> str:
     lines += [_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops]
     lines.append(_line("sum", f"{plan.step_flops:.3e}"))
     lines += ["", "Tokens and budget", _line("input tokens per step", f"{plan.input_tokens:,}"), _line("thought tokens per step", f"{plan.thought_tokens:,}")]
-    lines += [_line("steps", f"{plan.steps:,}"), _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}")]
-    lines += [_line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"), _line("the paper's T_flop of the run, tokens", f"{plan.paper_flops:.3e}")]
+    lines += _run_lines(plan)
     lines += ["", "Disk, GB", _line("one checkpoint", f"{plan.checkpoint_bytes / GB:.2f}")]
     lines += [_line("checkpoints kept and one being written", f"{plan.disk_bytes / GB:.2f}"), _line("free", f"{plan.disk_free_bytes / GB:.2f}")]
     if plan.disk_bytes > plan.disk_free_bytes:
         lines.append("  NOT ENOUGH DISK: lower checkpoint.keep or choose another run.dir")
     return "\n".join(lines)
+
+
+def _run_lines(plan: Plan) -> list[str]:
+    """The whole run, as far as it is known before a step has been timed."""
+    lines = [] if plan.seconds is None else [_line("seconds", f"{plan.seconds:,g}")]
+    if plan.steps is None:
+        return [*lines, _line("steps", "as the seconds allow"), _line("the paper's T_flop of a step, tokens", f"{plan.step_paper_flops:.3e}")]
+    return [*lines, _line("steps" if plan.seconds is None else "steps, at most", f"{plan.steps:,}"), _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}"),
+            _line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"), _line("the paper's T_flop of the run, tokens", f"{plan.steps * plan.step_paper_flops:.3e}")]
 
 
 def _line(name: str, value: str) -> str:

@@ -38,6 +38,7 @@ from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder
 from rlp.scoring import difficulty
 from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse
 from rlp.teacher import Teacher
+from rlp.verdict import verdict
 from rlp.watchdog import Watchdog
 
 
@@ -70,7 +71,7 @@ class Run:
                 self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, self._known_steps())
             self.journal = Journal(self.folder, config, ranks, self.engine)
-            for note in self.inputs.marker_notes():
+            for note in self.inputs.notes():
                 self.log.say(note)
             self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
             with self.watchdog.working("resume"):
@@ -450,7 +451,7 @@ class Run:
                 fault("summary")
                 write_json(self.folder.ledger_json, self.ledger.to_json(), point="end.torn_ledger")
                 write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
-                                                      "match": match and {"by": match.by, "ratio": match.ratio(spent)}}, point="end.torn_summary")
+                                                      "verdict": verdict([before or {}], [after or {}]), "match": match and {"by": match.by, "ratio": match.ratio(spent)}}, point="end.torn_summary")
                 self._write_report()
             except OSError as error:
                 failure = str(error)
@@ -480,6 +481,7 @@ class Run:
         if before and after:
             lines += [f"held-out panel of {after['panel_positions']} positions      before    after"]
             lines += [f"  {HEADLINE[name]:<34}{before[name]:>8.3f} {after[name]:>8.3f}" for name in HEADLINE]
+        lines += verdict([before or {}], [after or {}])
         places = {"run folder": self.folder.path, "report": self.folder.report_html, "model": self.folder.export}
         return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
 
@@ -535,5 +537,5 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     inputs = opened.inputs
     form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
     plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=opened.layout, form=form)
-    notes += inputs.marker_notes() + rehearse(config, opened, ranks)
+    notes += inputs.notes() + rehearse(config, opened, ranks)
     return "\n\n".join([to_yaml(config), *notes, inputs.show_example(), render_plan(plan)])

@@ -50,7 +50,7 @@ def verdict(before: list[dict], after: list[dict]) -> list[str]:
 
 def _documents(line: dict) -> int:
     """Documents of the panel; where only positions are counted, there are at most as many."""
-    return line.get("panel_documents", line.get("panel_positions", 0))
+    return int(line.get("panel_documents", line.get("panel_positions", 0)))
 
 
 def _measured(lines: list[dict], name: str) -> Measured | None:

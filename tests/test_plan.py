@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -363,7 +364,17 @@ def test_the_first_limit_of_the_budget_ends_the_run(tmp_path: Path) -> None:
     assert plan_of(small_run(tmp_path)).steps == 7
     assert plan_of(small_run(tmp_path, "budget.tokens=121")).steps == 4
     assert plan_of(small_run(tmp_path, f"budget.flops={2.5 * step}")).steps == 3
-    assert plan_of(small_run(tmp_path)).paper_flops == 7 * (72 + 40)
+    assert plan_of(small_run(tmp_path)).step_paper_flops == 72 + 40
+    assert plan_of(small_run(tmp_path, "budget.steps=null", f"budget.paper_flops={2.5 * (72 + 40)}")).steps == 3
+
+
+def test_seconds_alone_are_planned_without_a_number_of_steps(tmp_path: Path) -> None:
+    """What a step takes is not known before the run; what is known of a step is told."""
+    plan = plan_of(small_run(tmp_path, "budget.steps=null", "budget.seconds=3600"))
+    text = render_plan(plan)
+    assert plan.steps is None and "3,600" in text and "as the seconds allow" in text and "of the run" not in text
+    both = render_plan(plan_of(small_run(tmp_path, "budget.seconds=3600")))
+    assert re.search(r"steps, at most +7\n", both) and "FLOPs of the run" in both
 
 
 def test_disk_is_measured_where_the_run_folder_will_be(tmp_path: Path) -> None:

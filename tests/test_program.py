@@ -181,3 +181,14 @@ def test_real_text_trains(tmp_path, capsys):
     assert len(lines) == 2 and lines[0]["lm/loss"] > 5
     thought = json.loads((tmp_path / "run" / "thoughts.jsonl").read_text().splitlines()[0])
     assert thought["target"] and thought["prefix_tail"]
+
+
+def test_a_run_without_held_out_documents_says_so(arguments, tmp_path, capsys):
+    """In the plan, as it starts, at its end, in its summary and on its page."""
+    assert program.main([*arguments, "--dry-run"]) == program.DONE
+    assert "no held-out panel: data.held_out names no file" in capsys.readouterr().out
+    assert program.main([*arguments, "budget.steps=1"]) == program.DONE
+    start, _, end = capsys.readouterr().out.partition("step 1")
+    assert "no held-out panel" in start and "No verdict: nothing was measured on held-out documents" in end
+    said = json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"]
+    assert len(said) == 1 and said[0] in (tmp_path / "run" / "report.html").read_text()
