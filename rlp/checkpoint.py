@@ -346,24 +346,52 @@ def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> 
                               f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and {shapes.get(odd[0], 'none')} here.")
 
 
-def refuse_other_run(saved: dict, config: dict, path: Path) -> None:
-    """Refuse to continue a run with settings that would make it another run.
+MAY_CHANGE = {
+    "run", "engine", "budget", "evaluation", "checkpoint", "logging", "model.attention", "data.max_bad_fraction", "data.held_out",
+    "thought.sampling_rows", "optim.micro_batch_size", "optim.thoughts_per_forward",
+    *(f"optim.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "final_fraction", "grad_clip", "spike_factor", "spike_window"))}
+"""Sections and settings that a continued run may have otherwise: where it runs and how long, how it is sharded, measured
+and told, which rows it puts up with, and how large its updates are from here on."""
 
-    Where it runs, how long, how it is sharded and told may change; what is computed may not.
+MUST_STAY = {"run.seed", "engine.dtype", "evaluation.panel_positions"}
+"""In spite of their section."""
+
+NOT_TOLD = {"run.dir", "run.resume"}
+"""Others in every continued run."""
+
+
+def changed_settings(saved: dict, config: dict, path: Path) -> list[dict]:
+    """The settings of a continued run that are others than those it was made with: `key`, `from` and `to` of each.
+
+    What was done stays done; what would make it another run is refused.
 
     Args:
         saved, config: nested mappings of the two configs.
+        path: of the run or checkpoint that is continued.
+
+    Raises:
+        ConfigError: a setting that must stay is another one.
     """
-    may_change = {"run", "engine", "evaluation", "checkpoint", "logging", "optim.micro_batch_size", "optim.thoughts_per_forward", "thought.sampling_rows", "model.attention"}
-    if config["optim"]["schedule"] == "constant":
-        may_change.add("budget")  # any other schedule runs over the budget
-    must_not = {"run.seed", "engine.dtype", "evaluation.panel_positions"}
-    differing = []
-    for section, values in config.items():
-        for name, value in values.items():
-            key = f"{section}.{name}"
-            fixed = key in must_not or not (section in may_change or key in may_change)
-            if fixed and saved.get(section, {}).get(name) != value:
-                differing.append(f"{key} was {saved.get(section, {}).get(name)!r}, is {value!r}")
-    if differing:
-        raise ConfigError(f"run.resume: {path} was made with other settings: {'; '.join(differing)}. Write the same values, or start a new run with model.path set to its export.")
+    changes = [{"key": f"{section}.{name}", "from": saved.get(section, {}).get(name), "to": value}
+               for section, values in config.items() for name, value in values.items()
+               if saved.get(section, {}).get(name) != value]
+    refused = [f"{change['key']} was {change['from']!r}, is {change['to']!r}" for change in changes
+               if change["key"] in MUST_STAY or not {change["key"], change["key"].partition(".")[0]} & MAY_CHANGE]
+    if refused:
+        raise ConfigError(f"run.resume: {path} was made with other settings: {'; '.join(refused)}. "
+                          "Write the same values, or start a new run with model.path set to its export.")
+    return [change for change in changes if change["key"] not in NOT_TOLD]
+
+
+def refuse_other_inputs(saved: dict[str, str], inputs: dict[str, str], path: Path) -> None:
+    """Refuse to continue a run on other inputs than those that its numbers come from.
+
+    Args:
+        saved, inputs: checksums by what they are of. What is no longer read need not be there; what is read
+            now was there from the start.
+        path: of the checkpoint.
+    """
+    other = [name for name, checksum in inputs.items() if saved.get(name) != checksum]
+    if other:
+        raise ConfigError(f"run.resume: {path} was made with other inputs than those that the config names: {', '.join(other)} changed "
+                          "since, or came later. Put them back as they were, or start a new run with model.path set to its export.")

@@ -28,7 +28,7 @@ from rich.text import Text
 from rlp.config import ConfigError
 from rlp.files import append, write_new
 from rlp.metrics import quoted_text, visible_text
-from rlp.report import information_gain_of, is_report, write_report
+from rlp.report import information_gain_of, is_report, worth_of, write_report
 from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines, saved_steps
 from rlp.sources import DataError
 
@@ -421,12 +421,12 @@ def _mentions(thought: dict, text: str) -> bool:
 
 
 def _sorted(thoughts: list[dict], order: str) -> list[dict]:
-    """By reward, stable; thoughts whose reward was not measured come last."""
+    """By `worth_of`, stable; thoughts of which nothing was measured come last."""
     if order == "step":
         return sorted(thoughts, key=lambda thought: thought["step"])
     sign = -1 if order == "best" else 1
     unmeasured = float("inf")
-    return sorted(thoughts, key=lambda thought: unmeasured if thought.get("reward") is None else sign * thought["reward"])
+    return sorted(thoughts, key=lambda thought: unmeasured if worth_of(thought) is None else sign * worth_of(thought))
 
 
 def _as_text(thought: dict) -> Group:
@@ -444,7 +444,9 @@ def _numbers(thought: dict) -> Text:
     """Where a thought stands, what it was rewarded for, and how probable the target was with it and without. What was not logged is left out."""
     reward, gain = thought.get("reward"), information_gain_of(thought)
     color = "" if reward is None else "green" if reward > 0 else "red"
-    told = "reward not measured" if reward is None else f"reward {reward:+.4f}" if gain != reward else f"reward {reward:+.4f} nats"
+    advantage = thought.get("advantage")
+    unmeasured = "reward not measured" if advantage is None else f"reward not measured, advantage {advantage:+.4f}"
+    told = unmeasured if reward is None else f"reward {reward:+.4f}" if gain != reward else f"reward {reward:+.4f} nats"
     told += "" if gain is None or gain == reward else f", information gain {gain:+.4f} nats"
     logprobs = [f"{thought[key]:.3f} {words}" for key, words in (("reasoned_logprob", "with the thought"), ("baseline_logprob", "without")) if thought.get(key) is not None]
     truncated = ", truncated" if thought["truncated"] else ""

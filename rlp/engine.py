@@ -390,6 +390,18 @@ class Engine:
             else:
                 p.detach().copy_(read(name, 0, p.numel()).reshape(p.shape))
 
+    def held_weights(self, module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
+        """Of a module sharded like the policy: name, start and [numel] values of the parts of its parameters that
+        this rank answers for. Over all ranks each value comes once."""
+        for name, p in module.lm.named_parameters():
+            if self._stage == 3:
+                start = self._ranks.rank * p.partition_numel()
+                numel = min(p.partition_numel(), p.ds_numel - start)
+                if numel > 0:
+                    yield name, start, p.ds_tensor.detach()[:numel]
+            elif self._ranks.is_first:
+                yield name, 0, p.detach().flatten()
+
     def lag(self, fragment: Fragment) -> Tensor:
         """[numel] theta - phi, by which the EMA lags behind; 0 before the first step."""
         state = self.state_of(fragment.flat)

@@ -190,6 +190,9 @@ WHOLE_LEDGER = Fields(LEDGER.optional)
 CONFIG = Table(Table(PLAIN))
 """Sections and their settings; `load_config` says what these may be."""
 
+CHANGE = Fields({"step": STEP, "key": NAME, "from": PLAIN, "to": PLAIN})
+"""A setting that a run was continued with otherwise."""
+
 STATE = Fields({}, {
     "config": CONFIG,
     "data": Fields({"cursors": Many(Whole(most=2 ** 53)), "given": Whole(most=2 ** 53), "bad": Table(COUNT), "files": Many(Pair(LINE, LINE))}),
@@ -199,7 +202,8 @@ STATE = Fields({}, {
     "start_logprob": Many(NUMBER),
     "watch": Fields({"first": Many(AMOUNT), "collapsed": Flag(), "streaks": Table(Many(NUMBER)), "said": Many(NAME)}),
     "dtype": NAME,
-    "vocabulary": NAME,
+    "inputs": Table(CHECKSUM),
+    "changes": Many(CHANGE),
 })
 """What a checkpoint holds beside tensors: all that a resumed run sets. A part that is not named here is not looked at closely,
 and `test_every_part_of_a_checkpoint_has_a_form` says so."""
@@ -227,8 +231,9 @@ RUN_FILES: dict[str, Form] = {
     "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
         _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "thought_tokens": COUNT, "truncated": Flag()},
-        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "information_gain", "advantage")}),
+        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")}),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
+    "config_changes.jsonl": CHANGE,
     "bad_documents.jsonl": Fields(_STEP),
     "journal.jsonl": Fields(_STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT), "tokens": COUNT, "flops": HEX_FLOAT}, {"thoughts": CHECKSUM, "state": CHECKSUM}),
     "post_training.jsonl": Fields({}, {"stage": NAME} | {name: Maybe(NUMBER) for name in ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")}),

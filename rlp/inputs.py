@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from rlp.admission import context_limit, why_unfit
 from rlp.config import Config, ConfigError
@@ -18,6 +19,10 @@ from rlp.ledger import model_shapes
 from rlp.metrics import Progress, Tell
 from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, vocabulary_with
 from rlp.sources import Rows, open_rows
+
+
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Of a model's config: what no number depends on. The compute dtype is a setting of the run."""
 
 
 class ModelInputs:
@@ -33,9 +38,14 @@ class ModelInputs:
         """`marker_notes` of these markers."""
         return marker_notes(self.tokenizer, self.markers, self.config.thought)
 
-    def vocabulary_checksum(self) -> str:
-        """Of all tokens and their ids: a checkpoint is of no use with others."""
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    def checksums(self) -> dict[str, str]:
+        """By what they are of: all that the config names and does not hold, and that numbers of a run depend on."""
+        form = self.form
+        return {
+            "the tokenizer (model.tokenizer, else model.path)": _checksum(_tokenizer_state(self.tokenizer)),
+            "the token ids of the markers": _checksum([form.markers.open, form.markers.close, form.markers.excluded, form.begin]),
+            "the text of thought.instruction_file": _checksum(form.instruction),
+        }
 
     def _instruction(self) -> tuple[int, ...]:
         path = self.config.thought.instruction_file
@@ -49,6 +59,20 @@ class ModelInputs:
             raise ConfigError(f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the path of a text file.") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a text file.") from error
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
+    """Whatever turns text into ids: normalizer, splitting, vocabulary, merges, special tokens."""
+    state = [sorted(tokenizer.get_vocab().items()), {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
+    if not tokenizer.is_fast:
+        return [*state, type(tokenizer).__name__]
+    # As in tokenizer.json; truncation and padding are what the last call asked for.
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [*state, {name: part for name, part in whole.items() if name not in ("truncation", "padding")}]
+
+
+def _checksum(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class PanelInputs(ModelInputs):
@@ -94,6 +118,13 @@ class PanelInputs(ModelInputs):
         unmeasured = ("no held-out panel: data.held_out names no file, so nothing is measured before and after, and neither the run nor its report can "
                       "say whether thoughts gain. Write data.held_out=[FILE] to have it measured.")
         return self.marker_notes() + ([unmeasured] if self.held_out is None else [])
+
+    def checksums(self) -> dict[str, str]:
+        described = {name: value for name, value in self.architecture.to_dict().items() if name not in NOT_COMPUTED}
+        found = super().checksums() | {"the config of the model in model.path": _checksum(described)}
+        if self.held_out is not None:
+            found["the files of data.held_out"] = _checksum([table.identity for table in self.held_out.tables])
+        return found
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""

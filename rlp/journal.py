@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlp.config import Config
 from rlp.data import Document, Positions
@@ -84,6 +84,16 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
         state = engine.state_of(fragment.flat)
         for kind, flat in {"master": fragment.flat, **{name: state[name] for name in STATES if name in state}}.items():
             sums[f"{kind}/{fragment.name}"] = weighted_bits(fragment.view(flat), fragment.start)
+    return _digest_of(sums, ranks)
+
+
+def weights_digest(engine: Engine, module: nn.Module, ranks: Ranks) -> str:
+    """Checksum of the weights of a frozen module, in the dtype that it computes in. A collective."""
+    return _digest_of({name: weighted_bits(values, start) for name, start, values in engine.held_weights(module)}, ranks)
+
+
+def _digest_of(sums: dict[str, int], ranks: Ranks) -> str:
+    """Of the sums of all ranks, each of its part."""
     total: dict[str, int] = {}
     for part in ranks.gather(sums):
         for name, value in part.items():
@@ -92,10 +102,10 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
 
 
 def weighted_bits(values: Tensor, start: int) -> int:
-    """sum_i (2 i + 1) bits_i modulo 2**64, of float32 values whose first has index `start`."""
+    """sum_i (2 i + 1) bits_i modulo 2**64, of values in float32, the first of which has index `start`."""
     total = 0
     for first in range(0, values.numel(), _CHUNK):
-        bits = values[first : first + _CHUNK].view(torch.int32).to(torch.int64)
+        bits = values[first : first + _CHUNK].float().view(torch.int32).to(torch.int64)
         place = torch.arange(start + first, start + first + bits.numel(), device=bits.device)
         total += int((bits * (2 * place + 1)).sum())
     return total % 2 ** 64

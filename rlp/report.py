@@ -76,7 +76,8 @@ MAIN_PLOTS = (
 """Drawn over each axis."""
 
 PLOTS = (
-    Plot("Reward", "nats", "Mean information gain of the step's thoughts.", ("reward/mean",)),
+    Plot("Reward", "", "Mean of what the step's thoughts were rewarded with.", ("reward/mean",)),
+    Plot("Information gain", "nats", "How much the step's thoughts raised the log-probability of the token that really came next.", ("gain/mean",)),
     Plot("How many are rewarded", "fraction", "Thoughts, and positions on average over their thoughts, with a reward above 0.",
          ("reward/positive_frac", "reward/positive_positions_frac"), ("thoughts", "positions")),
     Plot("Positions with nothing to learn", "fraction", "All thoughts of the position have the same reward.", ("reward/flat_groups_frac",)),
@@ -111,6 +112,8 @@ class Run:
     evaluation: list[dict]
     thoughts: list[dict]
     alarms: list[dict]
+    changes: list[dict]
+    """Settings that it was continued with otherwise."""
     post_training: list[dict]
     ledger: dict | None
     summary: dict | None
@@ -207,6 +210,7 @@ def _read_run(folder: RunFolder, label: str) -> Run:
         evaluation=_lines_if_any(folder.evaluation_jsonl),
         thoughts=_lines_if_any(folder.thoughts_jsonl),
         alarms=_lines_if_any(folder.alarms_jsonl),
+        changes=_lines_if_any(folder.config_changes_jsonl),
         post_training=_lines_if_any(folder.post_training_jsonl),
         ledger=_json_if_any(folder.ledger_json),
         summary=_json_if_any(folder.summary_json),
@@ -254,7 +258,7 @@ def _distinct(names: list[str], longer: list[str]) -> list[str]:
 def _render(runs: list[Run]) -> str:
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible,
                                    trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"visible": visible_text, "quoted": quoted_text, "gain": information_gain_of}
+    templates.filters |= {"visible": visible_text, "quoted": quoted_text, "gain": information_gain_of, "worth": worth_of}
     arms = _arms(runs)
     # One run is shown by its own name, the seed with it.
     alone = len(runs) == 1
@@ -273,6 +277,7 @@ def _render(runs: list[Run]) -> str:
         results=_results(arms, [name for name in BEFORE_AFTER if name not in (*list(GAINS)[1:], "panel_positions")]),
         gain_results=_results(arms, list(GAINS)),
         alarms=[{"label": run.label, "shown": run.alarms[:ALARMS_SHOWN], "more": max(0, len(run.alarms) - ALARMS_SHOWN)} for run in runs if run.alarms],
+        changes=[(run.label, run.changes) for run in runs if run.changes],
         main_plots=_main_plots(arms, alone),
         plots=[figure for plot in PLOTS if (figure := _figure(plot, arms, "step", alone, (4.4, 2.6)))],
         gains=_gains_figure(arms, alone),
@@ -575,15 +580,21 @@ def information_gain_of(thought: dict) -> float | None:
     reward = thought.get("reward")
     # Written as float32 differences: the two roundings of one number are one number.
     same = derived is not None and reward is not None and math.isclose(derived, reward, rel_tol=1e-4, abs_tol=1e-5)
-    return reward if same else thought.get("information_gain", derived)
+    return reward if same else thought.get("gain", derived)
 
 
 def _extremes(thoughts: list[dict]) -> dict[str, list[dict]]:
-    """Most and least helpful thoughts by reward, none of them twice; those whose reward was not measured are left out."""
-    different = {(thought["document"], thought["position"], thought["thought"]): thought for thought in thoughts if thought.get("reward") is not None}
-    ranked = sorted(different.values(), key=lambda thought: -thought["reward"])
+    """Most and least helpful thoughts by `worth_of`, none of them twice; those of which neither was measured are left out."""
+    different = {(thought["document"], thought["position"], thought["thought"]): thought for thought in thoughts if worth_of(thought) is not None}
+    ranked = sorted(different.values(), key=lambda thought: -worth_of(thought))
     num_best, num_worst = min(THOUGHTS_SHOWN, (len(ranked) + 1) // 2), min(THOUGHTS_SHOWN, len(ranked) // 2)
     return {"best": ranked[:num_best], "worst": ranked[::-1][:num_worst]}
+
+
+def worth_of(thought: dict) -> float | None:
+    """What a thought was worth: its reward; on a step that did not measure it, its advantage over its siblings."""
+    reward = thought.get("reward")
+    return thought.get("advantage") if reward is None else reward
 
 
 def _environment_rows(run: Run) -> list[tuple[str, str]]:

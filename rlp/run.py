@@ -16,14 +16,14 @@ from rlp_kernels import choose_form
 from torch import Tensor
 
 from rlp.admission import check_model
-from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, restore, save_checkpoint
-from rlp.config import Config, ConfigError, OptimConfig, to_yaml
+from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, newest_name, open_checkpoint, refuse_other_inputs, restore, save_checkpoint
+from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from rlp.data import DataError, Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.faults import fault
-from rlp.journal import Journal
+from rlp.journal import Journal, weights_digest
 from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import compute_dtype, load_policy
@@ -54,6 +54,7 @@ class Run:
         self.wall, self.pace = WallTime(), Pace()
         self.guard = Guard(config.optim, ranks)
         self.start_logprob: list[float] = []
+        self.changes: list[dict] = []
         self.watch = Watch()
         with self.watchdog.working("data"):
             opened = Opened(config, ranks.world_size, ranks.rank, warn=self._warn, record=self._record_bad, progress=self._progress)
@@ -92,6 +93,10 @@ class Run:
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
         check_model(policy, agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None))
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
+        self._input_checksums = self.inputs.checksums()
+        for copy in (self.start, twin if config.baseline.kind == "frozen" else None):
+            if copy is not None:  # read from model.path in every life of the run
+                self._input_checksums["the weights in model.path"] = weights_digest(self.engine, copy, ranks)
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
         self.ledger = begin_ledger(config, self.inputs.shapes, on_phase=self.watchdog.mark)
         self.scripts = token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device) if config.objective.thinks else None
@@ -374,7 +379,7 @@ class Run:
         require_sound(self.engine, self.ranks, f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto and a lower optim.learning_rate.")
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
                  "guard": self.guard.state(), "start_logprob": self.start_logprob, "watch": self.watch.state(), "dtype": str(self.dtype),
-                 "vocabulary": self.inputs.vocabulary_checksum()}
+                 "inputs": self._input_checksums, "changes": self.changes}
         with self.watchdog.working("save"), self.wall.during("saving"):
             saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
                                     settle=lambda: settle_logs(self.folder), say=self.log.say)
@@ -392,9 +397,10 @@ class Run:
             checkpoint = open_checkpoint(Path(self.config.run.resume), self.ranks)
         else:
             return
-        self._load(checkpoint)
+        changes = self._load(checkpoint)
         if resumes and self.ranks.is_first:
             cut_logs(self.folder, self.step)
+        self._note_changes(checkpoint.state["changes"], changes, written=resumes)
         self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def _start_again(self) -> None:
@@ -402,13 +408,33 @@ class Run:
         if self.is_complete():
             return
         steps = refuse_new_start(self.folder, self.config, self.ranks)
+        changes = changed_settings(asdict(load_config(self.folder.config_yaml)), asdict(self.config), self.folder.path)
         if self.ranks.is_first:
             cut_logs(self.folder, -1)
+        self._note_changes([], changes)
         self.log.say(f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _note_changes(self, earlier: list[dict], changes: list[dict], *, written: bool = True) -> None:
+        """Say and write down the settings that the run is continued with otherwise.
+
+        Args:
+            earlier: those of earlier lives, which stand in the run folder where it was theirs (`written`).
+        """
+        new = [{"step": self.step + 1, **change} for change in changes]
+        self.changes = [*earlier, *new]
+        for change in new if written else self.changes:
+            if self.ranks.is_first:
+                append_json_line(self.folder.config_changes_jsonl, change)
+        for change in new:
+            self.log.say(f"from step {change['step']} on: {change['key']} is {change['to']!r}, was {change['from']!r}")
+
+    def _load(self, checkpoint: Checkpoint) -> list[dict]:
+        """Take over what a checkpoint holds; the settings that differ from its own."""
         refuse_checkpoint(checkpoint, self.config, self._opened, self.dtype)
         state = checkpoint.state
+        changes = changed_settings(state["config"], asdict(self.config), checkpoint.path)
+        refuse_other_inputs(state["inputs"], self._input_checksums, checkpoint.path)
+        self._input_checksums = state["inputs"]  # a panel that is not read in this life may be read in the next
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
@@ -421,6 +447,7 @@ class Run:
         self._data_state, self._made_step = self.inputs.stream.state(), self.step
         self.start_logprob = state["start_logprob"]
         self.watch.load_state(state["watch"])
+        return changes
 
     def is_complete(self) -> bool:
         """Whether this run folder already holds the end of its run."""

@@ -8,6 +8,8 @@
     evaluation.jsonl   one object per evaluation of the held-out panel
     bad_documents.jsonl  rows of the training data that were skipped, the first 100 of each reason; summary.json counts them all
     alarms.jsonl       what the run said loudly; absent where there was nothing
+    config_changes.jsonl  settings that it was continued with otherwise: the first step made with each, the
+                       key, from and to; absent where there was none
     journal.jsonl      one object per step, to compare a run after crashes with one that had none
     post_training.jsonl  one object per stage (sft, rlvr) that the exported model was trained on by; written by what trained it
     ledger.json        tokens, FLOPs and seconds by phase
@@ -87,6 +89,10 @@ class RunFolder:
         return self.path / "alarms.jsonl"
 
     @property
+    def config_changes_jsonl(self) -> Path:
+        return self.path / "config_changes.jsonl"
+
+    @property
     def bad_documents_jsonl(self) -> Path:
         return self.path / "bad_documents.jsonl"
 
@@ -97,7 +103,7 @@ class RunFolder:
     @property
     def logs_of_steps(self) -> list[Path]:
         """The JSONL files, whose lines each belong to a step."""
-        return [self.metrics_jsonl, self.timing_jsonl, self.thoughts_jsonl, self.evaluation_jsonl, self.alarms_jsonl, self.bad_documents_jsonl, self.journal_jsonl]
+        return [self.metrics_jsonl, self.timing_jsonl, self.thoughts_jsonl, self.evaluation_jsonl, self.alarms_jsonl, self.config_changes_jsonl, self.bad_documents_jsonl, self.journal_jsonl]
 
     @property
     def post_training_jsonl(self) -> Path:
@@ -202,7 +208,7 @@ def saved_steps(parent: Path) -> dict[int, Path]:
 
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "thoughts.jsonl", "evaluation.jsonl",
-         "bad_documents.jsonl", "alarms.jsonl", "journal.jsonl", "post_training.jsonl", "ledger.json", "summary.json",
+         "bad_documents.jsonl", "alarms.jsonl", "config_changes.jsonl", "journal.jsonl", "post_training.jsonl", "ledger.json", "summary.json",
          "report.html")
 """Of a run folder, beside its folders."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, refuse_other_model, refuse_other_run
+from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, open_checkpoint, refuse_other_inputs, refuse_other_model
 from rlp.config import BudgetConfig, Config, ConfigError, load_config
 from rlp.data import share_of_rank
 from rlp.distributed import Ranks
@@ -23,7 +23,7 @@ from rlp.model import choose_layout, compute_dtype
 from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
 
-STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "vocabulary"}
+STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "inputs", "changes"}
 """What a checkpoint holds beside tensors."""
 
 CHECKED_PARAMETERS = 400_000_000
@@ -85,11 +85,10 @@ def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened, dt
     lacking = sorted(STATE - set(state)) + sorted(set(asdict(config)) - set(state.get("config", {})))
     if lacking:
         raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
-    refuse_other_run(state["config"], asdict(config), checkpoint.path)
+    changed_settings(state["config"], asdict(config), checkpoint.path)
     if state["dtype"] != str(dtype):
         raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
-    if state["vocabulary"] != inputs.vocabulary_checksum():
-        raise ConfigError(f"run.resume: {checkpoint.path} was made with another tokenizer than the one in model.path {config.model.path}: their tokens differ. Put that one back.")
+    refuse_other_inputs(state["inputs"], inputs.checksums(), checkpoint.path)
     inputs.stream.refuse_state(state["data"])
     known, panel = len(state["start_logprob"]), opened.panel
     if known and panel is not None and known != len(panel):
@@ -106,7 +105,7 @@ def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> int:
         ConfigError: other settings, or the run is past its first checkpoint, so there was one, or it could not be written.
     """
     every = config.checkpoint.every_n_steps
-    refuse_other_run(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
+    changed_settings(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
     lines = ranks.broadcast(read_json_lines(folder.metrics_jsonl) if ranks.is_first and folder.metrics_jsonl.exists() else [])
     steps = lines[-1]["step"] if lines else 0
     if 0 < every < steps:

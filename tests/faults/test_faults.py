@@ -166,7 +166,7 @@ def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_pa
     text = (model / "tokenizer.json").read_text()
     (model / "tokenizer.json").write_text(text.replace('"w7"', '"x7"'))
     answer = harness.start(run, settings=settings)
-    assert answer["codes"] == [2] and "made with another tokenizer" in answer["text"]
+    assert answer["codes"] == [2] and "the tokenizer (model.tokenizer, else model.path) changed" in answer["text"]
     (model / "tokenizer.json").write_text(text)
     described = json.loads((model / "config.json").read_text())
     from conftest import architecture
@@ -176,7 +176,7 @@ def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_pa
     other.intermediate_size = described["intermediate_size"] + 8
     AutoModelForCausalLM.from_config(other).save_pretrained(model)
     answer = harness.start(run, settings=settings)
-    assert answer["codes"] == [2] and "was made by another model" in answer["text"]
+    assert answer["codes"] == [2] and "the config of the model in model.path changed" in answer["text"]
 
 
 @pytest.fixture(scope="module")
