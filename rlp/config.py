@@ -539,6 +539,17 @@ class Config:
                 f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens")
 
 
+def keeps_ema(config: Config) -> bool:
+    """Whether a run needs the EMA: it thinks, and measures its thoughts against it."""
+    return config.objective.thinks and config.baseline.kind == "ema"
+
+
+def needs_copies(config: Config) -> tuple[bool, bool]:
+    """Whether a run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
+    thinks = config.objective.thinks
+    return thinks and config.baseline.kind in ("ema", "frozen"), thinks and config.objective.kl_weight > 0
+
+
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key a config may have, in the order of the sections."""
     keys = []

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from rlp.config import Config
+from rlp.config import Config, keeps_ema
 from rlp.distributed import Ranks
 from rlp.faults import fault, poisoned, poisoned_gradient
 from rlp.preemption import Preemption
@@ -452,11 +452,6 @@ class Engine:
 def _finite_or_inf(norm: Tensor | float) -> float:
     """A gradient norm; DeepSpeed gives some that are not finite as -1."""
     return float(norm) if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def keeps_ema(config: Config) -> bool:
-    """Whether the run needs the EMA: it thinks, and measures its thoughts against it."""
-    return config.objective.thinks and config.baseline.kind == "ema"
 
 
 def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict]:

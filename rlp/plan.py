@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from rlp.config import Config, ConfigError
+from rlp.config import Config, ConfigError, keeps_ema, needs_copies
 from rlp.layout import Work
 from rlp.ledger import NORM_COPIES, ModelShapes, causal_pairs, forward_flops
 from rlp.model import compute_dtype
@@ -325,21 +325,21 @@ def shared_cache_bytes(shapes: ModelShapes, trunk_tokens: int, branches: int, br
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """Float32 master weights, two moments, and the EMA where there is one: 12 or 16 bytes per parameter."""
-    return parameters * (16 if config.baseline.kind == "ema" else 12)
+    return parameters * (16 if keeps_ema(config) else 12)
 
 
 def _state_parts(config: Config, parameters: int, world_size: int, number_bytes: int) -> tuple[list[MemoryPart], int]:
     """(what stays on the device all the time, what is offloaded to the host)."""
     stage = config.engine.zero_stage
     copy = weight_bytes(parameters, number_bytes, stage, world_size)
-    optimizer = optimizer_bytes(parameters, stage, world_size, ema=config.baseline.kind == "ema")
-    twin = copy if config.baseline.kind in ("ema", "frozen") else 0
+    optimizer = optimizer_bytes(parameters, stage, world_size, ema=keeps_ema(config))
+    for_teacher, for_start = needs_copies(config)
     parts = {
         "weights": copy,
         "gradients": gradient_bytes(parameters, number_bytes, stage, world_size),
         **({name: 0 for name in optimizer} if config.engine.offload_optimizer else optimizer),
-        "teacher": twin,
-        "starting checkpoint (KL)": copy if config.objective.kl_weight > 0 else 0,
+        "teacher": copy if for_teacher else 0,
+        "starting checkpoint (KL)": copy if for_start else 0,
         "communication buckets": BUCKET_ELEMENTS * number_bytes if stage >= 2 else 0,
     }
     host_bytes = sum(optimizer.values()) if config.engine.offload_optimizer else 0
@@ -383,7 +383,8 @@ def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, la
 
     `score` is the document pass that the selectors entropy and surprisal need, and for groups in slices
     (`optim.thoughts_per_forward`) one pass over the thoughts ahead of the update: the targets after whole groups are
-    read off the update's own forward pass and cost the head rows counted there. `teacher` is one document pass for
+    read off the update's own forward pass and cost the head rows counted there. A placebo scores thoughts ahead too: those
+    of all positions where they are foreign, those of each rank's last position where rewards are shuffled. `teacher` is one document pass for
     all positions, on the steps that score the baseline, and with a KL term one pass of the starting checkpoint over all
     that the update runs. `train` and `lm` are a forward and a backward pass for each update with the same thoughts.
     """
@@ -393,7 +394,9 @@ def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, la
     document_pass = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * (sizes.document_tokens - 1))
     no_think = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.positions * (sizes.horizon + 1))
     baseline = forward_flops(shapes, no_think) / config.baseline.every_n_steps if thinks and config.baseline.kind != "none" else 0.0
-    ahead = forward_flops(shapes, _thought_work(sizes, layout, lm=False)) if sizes.slices > 1 else 0.0
+    foreign, shuffled = (thinks and config.reward.placebo == placebo for placebo in ("foreign_thought", "shuffled_reward"))
+    times_ahead = float(sizes.slices > 1 or foreign) + (ranks_world_size / sizes.positions if shuffled else 0.0)
+    ahead = times_ahead * forward_flops(shapes, _thought_work(sizes, layout, lm=False)) if times_ahead else 0.0
     update = {"train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)), "lm": forward_flops(shapes, _document_work(sizes, layout))}
     return {
         "prefill": forward_flops(shapes, _prefill_work(sizes, layout, ranks_world_size)),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlp.admission import check_model
 from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, newest_name, open_checkpoint, refuse_other_inputs, restore, save_checkpoint
-from rlp.config import Config, ConfigError, OptimConfig, load_config, to_yaml
+from rlp.config import Config, ConfigError, OptimConfig, load_config, needs_copies, to_yaml
 from rlp.data import DataError, Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
@@ -27,7 +27,7 @@ from rlp.journal import Journal, weights_digest
 from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import compute_dtype, load_policy
-from rlp.monitor import END_KL, Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
+from rlp.monitor import Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.plan import FormatTokens, plan_run, render_plan
 from rlp.preemption import Preemption, StopRequested
@@ -89,7 +89,7 @@ class Run:
         quiet_libraries(self.folder, ranks)
         dtype = self.dtype = compute_dtype(config, ranks.device)
         with sharded_construction(config, ranks, dtype) as whole:
-            policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *self._needs_copies()))
+            policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *needs_copies(config)))
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
         check_model(policy, agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None))
         twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
@@ -110,11 +110,6 @@ class Run:
         thoughts = positions * config.thought.group_size * config.thought.max_thought_tokens // 2 if config.objective.thinks else 0
         rows = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
         return choose_form(rows, shapes.vocabulary, width=shapes.width, dtype=self.dtype, device=self.ranks.device.type)
-
-    def _needs_copies(self) -> tuple[bool, bool]:
-        """Whether the run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
-        thinks = self.config.objective.thinks
-        return thinks and self.config.baseline.kind in ("ema", "frozen"), thinks and self.config.objective.kl_weight > 0
 
     def _warn(self, text: str) -> None:
         self._say(f"data: {text}")
@@ -297,12 +292,13 @@ class Run:
         Raises:
             NumericsError: it ends.
         """
-        mismatch = mismatch_of(values, self.dtype)
-        if mismatch is None:
+        found = mismatch_of(values, self.dtype, self.config.thought.temperature)
+        if found is None:
             return
+        mismatch, ends = found
         advice = "Compare with engine.layout=repeated and engine.dtype=float32, and report it."
-        if values["policy/behavior_mismatch_kl"] > END_KL:
-            raise NumericsError(f"step {self.step}: {mismatch}. Above {END_KL:g} the thoughts are not the policy's that is trained. {self._where_to_go_on()} {advice}")
+        if ends:
+            raise NumericsError(f"step {self.step}: {mismatch}. The thoughts are not those of the policy that is trained. {self._where_to_go_on()} {advice}")
         self.log.alarm(self.step, f"{mismatch}. {advice}")
 
     def _peak_memory(self) -> float:

@@ -154,8 +154,15 @@ def test_a_mismatch_of_sampler_and_trainer_is_told_from_rounding(dtype, log_rati
     first, second = Tally(), Tally()
     watch_ratio(first, logprob, thoughts, 0.2, 0.2, first=True)
     watch_ratio(second, logprob, thoughts, 0.2, 0.2, first=False)
-    assert (mismatch_of(means_of(first), dtype) is not None) == alarmed
-    assert mismatch_of(means_of(second), dtype) is None
+    assert (mismatch_of(means_of(first), dtype, 1.0) is not None) == alarmed
+    assert mismatch_of(means_of(second), dtype, 1.0) is None
+
+
+def test_the_error_of_a_logit_counts_more_at_a_lower_temperature():
+    """The same logits, off by the same amount: at half the temperature twice the log-ratio, and four times the KL."""
+    at_one, at_half = ({"policy/behavior_mismatch_kl": kl, "policy/behavior_mismatch_max": 0.1} for kl in (0.9e-3, 3.6e-3))
+    assert mismatch_of(at_one, torch.bfloat16, 1.0) is mismatch_of(at_half, torch.bfloat16, 0.5) is None
+    assert [mismatch_of(at_half, torch.bfloat16, 1.0)[1], mismatch_of({"policy/behavior_mismatch_kl": 0.011}, torch.bfloat16, 1.0)[1]] == [False, True]
 
 
 def offered(reward: torch.Tensor, starts: list[int], count: int) -> TopThoughts:

@@ -179,6 +179,21 @@ def test_only_a_baseline_with_its_own_weights_holds_a_copy(tmp_path: Path, kind:
     assert parts(small_run(tmp_path, f"baseline.kind={kind}"))["teacher"] == teacher
 
 
+def test_a_run_that_does_not_think_has_no_ema_to_plan_for(tmp_path: Path) -> None:
+    """Whatever its baseline would be: neither the average nor a teacher nor their place in a checkpoint."""
+    found = parts(cpt := small_run(tmp_path, "objective.policy_weight=0", "objective.lm_weight=1", "baseline.kind=ema"))
+    assert (found["EMA of the weights"], found["teacher"]) == (0, 0)
+    assert checkpoint_bytes(cpt, 1000) == 12_000 and checkpoint_bytes(small_run(tmp_path, "baseline.kind=ema"), 1000) == 16_000
+
+
+@pytest.mark.parametrize("layout", ["repeated", "tree"])
+def test_what_a_placebo_scores_ahead_is_planned(tmp_path: Path, layout: str) -> None:
+    """A third of a forward and backward pass over the thoughts; of one position a rank, for shuffled rewards."""
+    plain, foreign, shuffled = (flops_of(small_run(tmp_path, f"reward.placebo={placebo}"), layout) for placebo in ("none", "foreign_thought", "shuffled_reward"))
+    assert (plain["score"], foreign["score"]) == (0, plain["train"] / 3)
+    assert 0 < shuffled["score"] < foreign["score"]
+
+
 def test_an_offloaded_optimizer_moves_to_the_host(tmp_path: Path) -> None:
     here, there = (plan_of(small_run(tmp_path, f"engine.offload_optimizer={offload}")) for offload in ("false", "true"))
     assert there.host_bytes == 8000 and here.host_bytes == 0

@@ -107,17 +107,44 @@ def test_the_ratio_is_one_on_policy(trained):
         assert line["policy/clip_frac"] == 0
 
 
-def test_a_ratio_that_is_not_one_on_policy_raises_an_alarm(trained, monkeypatch, capsys):
-    """A sampler that reports other log-probabilities than the trainer's is said, step by step."""
+@pytest.fixture
+def mistaken(monkeypatch):
+    """Makes a sampler that reports log-probabilities `nats` below its own."""
     sample = program.sample_thoughts
 
-    def mistaken(*arguments, **options):
-        rollout = sample(*arguments, **options)
-        return replace(rollout, thoughts=replace(rollout.thoughts, behavior_logprob=rollout.thoughts.behavior_logprob - 0.01))
+    def plant(nats: float) -> None:
+        def mistaken(*arguments, **options):
+            rollout = sample(*arguments, **options)
+            return replace(rollout, thoughts=replace(rollout.thoughts, behavior_logprob=rollout.thoughts.behavior_logprob - nats))
 
-    monkeypatch.setattr(program, "sample_thoughts", mistaken)
-    trained()
-    assert capsys.readouterr().out.count("ALARM") == 3
+        monkeypatch.setattr(program, "sample_thoughts", mistaken)
+
+    return plant
+
+
+# rho - 1 - log rho is half the square of the mistake: 5e-5, 5e-3 and 5e-3; at temperature 0.7 twice 1e-3 is too much.
+@pytest.mark.parametrize("nats, setting", [(0.01, {}), (0.1, {"engine__dtype": "bfloat16"}), (0.1, {"engine__dtype": "bfloat16", "optim__updates_per_rollout": 2})])
+def test_a_ratio_that_is_not_one_on_policy_raises_an_alarm(trained, mistaken, capsys, nats, setting):
+    """A sampler that reports other log-probabilities than the trainer's is said, step by step, in every dtype, and
+    where several updates follow before the first of them."""
+    mistaken(nats)
+    trained(budget__steps=2, **setting)
+    assert capsys.readouterr().out.count("ALARM") == 2
+
+
+@pytest.mark.parametrize("setting", [{"engine__dtype": "bfloat16"}, {"optim__updates_per_rollout": 2, "optim__learning_rate": 0.1}])
+def test_an_honest_run_raises_no_alarm(trained, capsys, setting):
+    """Rounding of bfloat16 is no mismatch; nor is what an update does to the ratios after it."""
+    lines = read_lines(trained(**setting) / "metrics.jsonl")
+    assert "ALARM" not in capsys.readouterr().out
+    assert max(line["policy/ratio_max_deviation"] for line in lines) > 1e-3
+
+
+def test_a_run_whose_sampler_is_another_policy_ends(tmp_path, model_folder, corpus, ranks, mistaken):
+    """0.3 nats at every token is a KL of 0.05: nothing is learned from that."""
+    mistaken(0.3)
+    with pytest.raises(NumericsError, match="step 1: sampler and trainer hold the same weights.* a KL of 0.0"):
+        program.train(tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="bfloat16"), ranks)
 
 
 def test_rewards_without_a_scored_baseline_are_not_reported(trained):
