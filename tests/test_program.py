@@ -87,7 +87,7 @@ REFUSED_AT_START = {
     "no ledger of the data": (["data.ledger=TMP/none.json"], program.BAD_CONFIG, "data.ledger: TMP/none.json can not be read"),
     "held-out documents without a position": (["data.held_out=[TMP/short.jsonl]"], program.BAD_DATA, "short.jsonl"),
     "no checkpoint": (["run.resume=TMP/none"], program.BAD_CONFIG, "is no complete checkpoint"),
-    "a run of other settings": (["run.dir=TMP/old", "run.resume=auto", "optim.learning_rate=1"], program.BAD_CONFIG, "optim.learning_rate was 0.01, is 1.0"),
+    "a run of other settings": (["run.dir=TMP/old", "run.resume=auto", "optim.beta2=0.5"], program.BAD_CONFIG, "optim.beta2 was 0.95, is 0.5"),
     "a checkpoint of another dtype": (["run.resume=TMP/old/checkpoints/step_1", "engine.dtype=bfloat16", "engine.zero_stage=1"], program.BAD_CONFIG, "engine.dtype"),
     "a checkpoint of another model": (["run.resume=TMP/old/checkpoints/step_1", "model.path=LARGER"], program.BAD_CONFIG, "model.path"),
     "markers added to a run without": (["run.dir=TMP/old", "run.resume=auto", "thought.open_marker='<pad> w1'", "thought.add_markers=true"], program.BAD_CONFIG, "thought.add_markers was False, is True"),
