@@ -258,6 +258,16 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     return checkpoint
 
 
+def peek(path: Path) -> dict | None:
+    """The state in a checkpoint, or in the newest of a folder of them, that can be read; tensors are not verified. None where there is none."""
+    for candidate in [path] if (path / "meta.json").is_file() else _by_step(path):
+        try:
+            return _read_meta(candidate).state
+        except (CheckpointError, OSError):
+            continue  # whoever resumes says what is wrong with it
+    return None
+
+
 def _read_meta(path: Path) -> Checkpoint:
     meta_path, complete = path / "meta.json", path / "COMPLETE"
     if not (meta_path.is_file() and complete.is_file()):
@@ -353,8 +363,8 @@ MAY_CHANGE = {
 """Sections and settings that a continued run may have otherwise: where it runs and how long, how it is sharded, measured
 and told, which rows it puts up with, and how large its updates are from here on."""
 
-MUST_STAY = {"run.seed", "engine.dtype", "evaluation.panel_positions"}
-"""In spite of their section."""
+MUST_STAY = {"run.seed", "evaluation.panel_positions"}
+"""In spite of their section. The dtype that a run computes in must stay too, whatever `engine.dtype` calls it: it is in the state."""
 
 NOT_TOLD = {"run.dir", "run.resume"}
 """Others in every continued run."""

@@ -138,7 +138,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seed", type=int, default=0, help="of all noise (0)")
     command.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences decoded side by side (32); changes memory and speed, never an answer")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, float32 on a CPU")
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU and on a CPU with instructions for it, else float32")
     command.add_argument("--json", type=Path, metavar="OUT", help="write results and settings; a file that exists is never written over")
     command.add_argument("--rows", type=Path, metavar="OUT", help="write every thought and answer, one JSON object a line")
     command.set_defaults(command=evaluate_checkpoint, modes=("think", "no_think"))

@@ -382,7 +382,9 @@ class EngineConfig:
     zero_stage: int = 1
     """0 (no sharding, float32 only), 1 (optimizer), 2 (and gradients), 3 (and parameters)."""
     dtype: str = "auto"
-    """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, and on a CPU
+    with instructions for it (avx512_bf16, AMX) where the model is wide enough to gain (`rlp/model.py`), else float32. A run goes on
+    in the dtype that it began in, whatever machine it comes to. The choice and its reason are said when the run starts."""
     layout: str = "auto"
     """How thoughts and documents become rows: `repeated` (each thought with its own copy of the prefix; any causal
     LM), `tree` (each document once, shared by its thoughts; attention-only models), or auto: tree where the model can."""

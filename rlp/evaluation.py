@@ -45,7 +45,7 @@ from rlp.hub import settle_hub
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
 from rlp.metrics import Progress
-from rlp.model import Markers, Policy, compute_dtype, load_policy, marker_notes
+from rlp.model import Markers, Policy, choose_dtype, load_policy, marker_notes, read_model_config
 from rlp.rollout import ForkedBranches, NoiseKey, draw, sample_thoughts
 from rlp.sources import BadDocument, DataError, Rows, open_rows
 
@@ -520,7 +520,8 @@ def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto"
         if tuple(manifest.get(name, own)) != own:
             raise ConfigError(f"{path}: {name} is {manifest[name]}, and the tokenizer of the folder writes {list(own)}. Write a folder with the tokenizer that the run used.")
     form = replace(inputs.form, instruction=known_ids(manifest.get("instruction_ids", ()), inputs.tokenizer))
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, device), device).to(device).eval()
+    dtype, _ = choose_dtype(config, device, read_model_config(config.model).get_text_config().hidden_size)
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, dtype, device).to(device).eval()
     check_model(policy)
     return Evaluator(policy, inputs.tokenizer, form, thought)
 

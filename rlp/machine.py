@@ -5,8 +5,6 @@ Imported before anything else of `rlp`, and before torch: its OpenMP runtime rea
     waiting threads    An OpenMP thread that has done its share spins until the others have, at the full price of a core. Where
                        another process wants that core, the thread that has work waits for the one that has none: a step of 32 s
                        took 222 s on two shared cores. `OMP_WAIT_POLICY=passive` lets it sleep, and is set unless it is set already.
-    freed memory       glibc hands large tensors back to the kernel as they are freed and asks for new pages, zeroed one by one, for
-                       the next ones: up to a third of the CPU time of a step. `keep_freed_memory` keeps them.
     cores, memory      A container sees all of its machine, and is stopped or throttled at its own limits (cgroups).
 """
 
@@ -18,6 +16,8 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 
 OF_THIS_PROCESS = Path("/proc/self/cgroup")
+
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def let_waiting_threads_sleep() -> None:
@@ -37,6 +37,15 @@ def available_memory_bytes() -> int | None:
     the system does not say."""
     free = [_machine_available(), *(_cgroup_available(folder) for folder in _cgroups("memory"))]
     return min((num_bytes for num_bytes in free if num_bytes is not None), default=None)
+
+
+def bfloat16_instructions() -> str | None:
+    """What this processor multiplies bfloat16 with, and oneDNN, which torch multiplies with, may use: amx_bf16, avx512_bf16 or None."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not any(name in allowed for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return None
+    flags = next((set(line.split(":", 1)[1].split()) for line in _lines(PROCESSORS) if line.startswith("flags")), set())
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
 
 
 def _machine_available() -> int | None:

@@ -27,7 +27,7 @@ import torch
 from rlp.config import Config, ConfigError, keeps_ema, needs_copies
 from rlp.layout import Work
 from rlp.ledger import NORM_COPIES, ModelShapes, causal_pairs, forward_flops
-from rlp.model import compute_dtype
+from rlp.model import choose_dtype
 
 GB = 1e9
 LOGITS_TILE_BYTES = 5 * 1024 * 4096 * 4
@@ -72,6 +72,7 @@ class Plan:
     world_size: int
     zero_stage: int
     dtype: str
+    why_dtype: str
     layout: str
     """`repeated` or `tree`."""
     activation_checkpointing: bool
@@ -120,19 +121,21 @@ def fits(plan: Plan, device_bytes: int) -> bool:
     return plan.peak_bytes <= USABLE_FRACTION * device_bytes
 
 
-def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, layout: str, form: FormatTokens = FormatTokens()) -> Plan:
+def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, layout: str, form: FormatTokens = FormatTokens(),
+             dtype: tuple[torch.dtype, str] | None = None) -> Plan:
     """Add up a run.
 
     Args:
         shapes: of the model (`model_shapes`).
         ranks_world_size: W.
-        device_bytes: memory of one GPU; None plans for a CPU, where `engine.dtype: auto` is float32.
+        device_bytes: memory of one GPU; None plans for a CPU, this one.
         layout: `repeated` or `tree` (`choose_layout`).
+        dtype: and why; None chooses (`choose_dtype`).
 
     Raises:
         ConfigError: documents are too short for the positions asked for.
     """
-    dtype = compute_dtype(config, torch.device("cpu" if device_bytes is None else "cuda"))
+    dtype, why_dtype = dtype or choose_dtype(config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width)
     number_bytes = dtype.itemsize
     sizes = _StepSizes.of(config, ranks_world_size, form)
     activations = [activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing) for checkpointing in (False, True)]
@@ -144,7 +147,7 @@ def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_
     step_paper_flops = step_thoughts + step_input
     one_checkpoint = checkpoint_bytes(config, shapes.parameters)
     return Plan(
-        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), layout=layout, activation_checkpointing=checkpointing,
+        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), why_dtype=why_dtype, layout=layout, activation_checkpointing=checkpointing,
         memory=(*state, *_sampling_parts(config, shapes, sizes, layout, number_bytes), *_update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])),
         other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes,
         phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, seconds=config.budget.seconds,
@@ -478,7 +481,7 @@ def _disk_free(run_dir: Path) -> int:
 
 def render_plan(plan: Plan) -> str:
     """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
-    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, {plan.dtype}, layout {plan.layout})"]
+    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout {plan.layout})", f"  {plan.dtype}: {plan.why_dtype}"]
     lines += [_line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}") for part in plan.memory if part.num_bytes]
     lines += [_line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}") for when, verb in (("sampling", "sampling"), ("update", "updating"))]
     lines.append(_line("peak", f"{plan.peak_bytes / GB:.2f}"))

@@ -35,7 +35,7 @@ from rlp.export import known_ids, master_weights
 from rlp.inputs import ModelInputs, PanelInputs
 from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
 from rlp.metrics import Progress, Tell
-from rlp.model import Policy, choose_layout, compute_dtype, load_policy, read_model_config
+from rlp.model import Policy, choose_dtype, choose_layout, load_policy, read_model_config
 from rlp.objective import log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
 from rlp.scoring import greedy_targets, score
@@ -166,8 +166,10 @@ def probe_model(inputs: PanelInputs, ranks: Ranks, *, start: str | None = None, 
 def load_frozen(inputs: ModelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
     """The layout that a model can run, and the model."""
     config = inputs.config
-    layout, _ = choose_layout(config, read_model_config(config.model))
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, compute_dtype(config, ranks.device), ranks.device).to(ranks.device)
+    architecture = read_model_config(config.model)
+    layout, _ = choose_layout(config, architecture)
+    dtype, _ = choose_dtype(config, ranks.device, architecture.get_text_config().hidden_size)
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, dtype, ranks.device).to(ranks.device)
     check_model(policy)
     return {"repeated": repeated, "tree": tree}[layout], policy
 

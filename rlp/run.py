@@ -26,7 +26,7 @@ from rlp.faults import fault
 from rlp.journal import Journal, weights_digest
 from rlp.layout import Thoughts, Work, repeated, tree
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
-from rlp.model import compute_dtype, load_policy
+from rlp.model import load_policy
 from rlp.monitor import Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
 from rlp.plan import FormatTokens, plan_run, render_plan
@@ -36,7 +36,7 @@ from rlp.report import write_report
 from rlp.rollout import Rollout
 from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder, cut_logs, open_run_folder, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
 from rlp.scoring import difficulty
-from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse
+from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse, run_dtype
 from rlp.teacher import Teacher
 from rlp.verdict import verdict
 from rlp.watchdog import Watchdog
@@ -75,6 +75,7 @@ class Run:
             for note in self.inputs.notes():
                 self.log.say(note)
             self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
+            self.log.say(f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}" + (f"; {torch.get_num_threads()} threads a rank" if ranks.device.type == "cpu" else ""))
             with self.watchdog.working("resume"):
                 self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
@@ -87,7 +88,8 @@ class Run:
         config, ranks = self.config, self.ranks
         start_deepspeed(ranks)
         quiet_libraries(self.folder, ranks)
-        dtype = self.dtype = compute_dtype(config, ranks.device)
+        dtype, self._why_dtype = run_dtype(config, self.inputs.shapes.width, ranks)
+        self.dtype = dtype
         with sharded_construction(config, ranks, dtype) as whole:
             policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *needs_copies(config)))
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
@@ -559,6 +561,7 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
     inputs = opened.inputs
     form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
-    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=opened.layout, form=form)
+    dtype = None if machine else run_dtype(config, inputs.shapes.width, ranks)
+    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=opened.layout, form=form, dtype=dtype)
     notes += inputs.notes() + rehearse(config, opened, ranks)
     return "\n\n".join([to_yaml(config), *notes, inputs.show_example(), render_plan(plan)])

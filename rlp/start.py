@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, open_checkpoint, refuse_other_inputs, refuse_other_model
+from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, open_checkpoint, peek, refuse_other_inputs, refuse_other_model
 from rlp.config import BudgetConfig, Config, ConfigError, load_config
 from rlp.data import share_of_rank
 from rlp.distributed import Ranks
@@ -19,7 +19,7 @@ from rlp.inputs import Inputs
 from rlp.ledger import Ledger, ModelShapes
 from rlp.match import open_match
 from rlp.metrics import Progress, Tell, require_wandb
-from rlp.model import choose_layout, compute_dtype
+from rlp.model import choose_dtype, choose_layout
 from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
 
@@ -75,6 +75,22 @@ def budget_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
     return max(spent[name] / limit for name, limit in asdict(budget).items() if limit is not None)
 
 
+def run_dtype(config: Config, width: int, ranks: Ranks) -> tuple[torch.dtype, str]:
+    """As `choose_dtype`; under `auto` a run that goes on keeps the dtype that it began in. The first rank decides for all."""
+    chosen = choose_dtype(config, ranks.device, width)
+    saved = _saved_dtype(config) if ranks.is_first and config.engine.dtype == "auto" and config.engine.zero_stage > 0 else None
+    return ranks.broadcast((saved, "so the run began") if saved is not None and saved != chosen[0] else chosen)
+
+
+def _saved_dtype(config: Config) -> torch.dtype | None:
+    """Of the checkpoint that the run would go on from; None where there is none, or it does not say."""
+    resume, own = config.run.resume, Path(config.run.dir)
+    path = own / "checkpoints" if resume == "auto" else None if resume == "never" else Path(resume)
+    state = peek(path) if path is not None and path.is_dir() else None
+    names = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+    return names.get(str(state.get("dtype"))) if state else None
+
+
 def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened, dtype: torch.dtype) -> None:
     """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors are not looked at.
 
@@ -126,7 +142,7 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
     said: list[str] = []
     checkpoint = _checkpoint(config, ranks, said)
     if checkpoint is not None:
-        refuse_checkpoint(checkpoint, config, opened, compute_dtype(config, ranks.device))
+        refuse_checkpoint(checkpoint, config, opened, run_dtype(config, opened.inputs.shapes.width, ranks)[0])
         said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
     if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
         return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion parameters are too many for a dry run; what only they show is seen when the run starts"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 from torch.optim.adamw import adamw
 
 import train
-from rlp import distributed, engine, machine
+from conftest import tiny_policy
+from rlp import distributed, engine, machine, start
+from rlp.config import load_config
+from rlp.distributed import start_ranks
+from rlp.model import choose_dtype
+from rlp.run import Run
+from training import tiny_config, write_corpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +155,78 @@ def test_a_plan_for_another_machine_starts_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         train.main([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={tmp_path / 'run'}", "--machine", "8x80"])
     assert ended.value.code == 2 and "Write --dry-run --machine 8x80" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, isa, width, stage, chosen", [
+    ("fma avx2 avx512f", None, 2048, 1, torch.float32),
+    ("avx512f avx512_bf16", None, 2048, 1, torch.bfloat16),
+    ("avx512_bf16 amx_bf16", None, 576, 2, torch.bfloat16),
+    ("avx512_bf16", None, 255, 1, torch.float32),
+    ("avx512_bf16", None, 64, 1, torch.float32),
+    ("avx512_bf16", None, 2048, 0, torch.float32),
+    ("avx512_bf16", "AVX512_CORE", 2048, 1, torch.float32),
+    ("avx512_bf16", "AVX512_CORE_BF16", 2048, 1, torch.bfloat16)])
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_it_and_the_model_gains(tmp_path, monkeypatch, flags, isa, width, stage, chosen):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
+    monkeypatch.setattr(machine, "PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    config = load_config({"run": {"dir": "unused"}, "model": {"path": "unused"}, "data": {"train": ["unused"]}, "budget": {"steps": 1}, "engine": {"zero_stage": stage}})
+    assert choose_dtype(config, torch.device("cpu"), width)[0] == chosen
+    explicit = replace(config, engine=replace(config.engine, dtype="float32"))
+    assert choose_dtype(explicit, torch.device("cpu"), width) == (torch.float32, "as engine.dtype says")
+
+
+@pytest.mark.parametrize("began", [torch.float32, torch.bfloat16])
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(trained_in, began, monkeypatch, capsys):
+    """Though `auto` would choose the other one on the machine that it comes to."""
+    first = trained_in(began, steps=1)
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[began]
+    monkeypatch.setattr(start, "choose_dtype", lambda *ignored: (other, "another machine"))
+    run = trained_in(None, steps=2, resume="auto")
+    assert (first.dtype, run.dtype, run.step) == (began, began, 1)
+    assert f"{str(began).removeprefix('torch.')}: so the run began" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return start_ranks()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "train.jsonl", ["w1 w2 w3 w4 w5 w6 w7 w8", "w3 w9 w2 w8 w1 w7"])
+
+
+@pytest.fixture
+def trained_in(tmp_path, model_folder, corpus, ranks, monkeypatch):
+    """A run with `engine.dtype: auto` that comes to a dtype, its steps made and saved; None leaves the choice as it is."""
+    def begin(dtype, *, steps, resume="never"):
+        if dtype is not None:
+            monkeypatch.setattr(start, "choose_dtype", lambda *ignored: (dtype, "first machine"))
+        config = tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="auto", engine__zero_stage=1, budget__steps=steps, run__resume=resume)
+        run = Run(config, ranks)
+        while run.step < steps and resume == "never":
+            run.begin_step()
+            train.train_step(run)
+        if resume == "never":
+            run.save()
+        run.log.close()
+        return run
+
+    return begin
+
+
+def test_the_head_is_widened_once_for_all_tokens_of_a_rollout(monkeypatch):
+    """In bfloat16 on a CPU; and not kept when the sampling is over, for the weights move."""
+    policy = tiny_policy().to(torch.bfloat16)
+    hidden = torch.ones(2, policy.head.shape[1], dtype=torch.bfloat16)
+    with policy.sampling():
+        first = policy._head_in(torch.float32)
+        assert policy._head_in(torch.float32) is first and torch.equal(first, policy.head.float())
+        inside = policy._logits(hidden)
+    with torch.no_grad():
+        policy.head.mul_(2)
+        assert policy._head_in(torch.float32) is not first
+        torch.testing.assert_close(policy._logits(hidden), 2 * inside)
