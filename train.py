@@ -28,7 +28,7 @@ from torch import Tensor
 from rlp.checkpoint import CheckpointError
 from rlp.config import Config, ConfigError, load_config
 from rlp.data import DataError, Document, Positions
-from rlp.distributed import Ranks, run_as_process, start_ranks, stop_ranks
+from rlp.distributed import PeerLost, Ranks, run_as_process, start_ranks, stop_ranks
 from rlp.launcher import LAUNCHER_GONE, LauncherGone, launchers
 from rlp.layout import Layout, Thoughts, Work
 from rlp.metrics import visible_text
@@ -39,7 +39,7 @@ from rlp.numerics import NumericsError
 from rlp.preemption import Preemption, StopRequested
 from rlp.run import Run, dry_run
 from rlp.scoring import Scores, score
-from rlp.watchdog import PeerLost, Watchdog
+from rlp.watchdog import Watchdog
 
 DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, PREEMPTED = 0, 2, 3, 4, 5, 69, 75
 

@@ -118,6 +118,10 @@ class Words:
                 self._wake.clear()
 
 
+class PeerLost(Exception):
+    """Another rank ended, or did not come, and this one can not go on."""
+
+
 COLLECTIVES_S = 300.0
 """A collective waits so much longer than the watchdog, which says more of a stall than a time-out does."""
 
@@ -138,7 +142,7 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
             waits longer, in this group and in all that are made later. 0: both wait as long as torch does.
 
     Raises:
-        dist.DistError: they did not all come.
+        PeerLost: they did not all come.
     """
     share_cores()
     on_gpu = torch.cuda.is_available()
@@ -154,9 +158,14 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
         torch.cuda.set_device(device)
     store = None
     if not dist.is_initialized():
-        store = dist.HashStore() if alone else _meet(watchdog_s)
-        _wait_longer_than(watchdog_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        try:
+            store = dist.HashStore() if alone else _meet(watchdog_s)
+            _wait_longer_than(watchdog_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        except RuntimeError as error:
+            cause = " ".join(str(error).split())[:160]
+            raise PeerLost(f"rank {rank} of {world_size}: the ranks did not all come together at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                           f"({cause}). One of them has ended before, or can not reach that address. Nothing was written. Start the run again.") from error
     return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
 
 

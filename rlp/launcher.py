@@ -48,8 +48,9 @@ class Launchers:
         ancestors = psutil.Process().parents()[:4]
         self._watched = [process for process in ancestors if _is_one_of(process, RUNNERS | NODE_LAUNCHERS | OTHERS)]
         if "TORCHELASTIC_RUN_ID" in environment and not self._watched:
-            # Programs of all kinds launch as torchrun does. They are written in Python; what adopts an orphan seldom is.
-            self._watched = [process for process in ancestors if _is_python(process)][:1]
+            # Programs of all kinds launch as torchrun does. They are written in Python; what adopts an orphan seldom is. One that has
+            # ended, and that nobody has waited for yet, has no command any more.
+            self._watched = [process for process in ancestors if _is_python(process) or not _is_alive(process)][:1]
         self._missing = _missing(ancestors, self._watched, environment)
         self.handed_over = False
         """Whether `Preemption` looks now."""

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from rlp import outside
 from rlp.config import ConfigError, RunConfig
-from rlp.distributed import LISTEN_S, Ranks
+from rlp.distributed import LISTEN_S, PeerLost, Ranks
 from rlp.files import FolderLostError, open_log
 
 STALLED = 70
@@ -51,10 +51,6 @@ def _moved_bytes() -> int:
     except (psutil.Error, AttributeError):
         return 0
     return counters.read_chars + counters.write_chars
-
-
-class PeerLost(Exception):
-    """Another rank ended, and this one can not go on."""
 
 
 class Watchdog:

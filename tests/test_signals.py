@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faults.harness import Attempt
 from filelock import FileLock
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
@@ -26,6 +27,7 @@ from rlp import sources
 from rlp.config import ConfigError, RunConfig, moment
 from rlp.distributed import COLLECTIVES_S
 from rlp.faults import VARIABLE, forget_passages
+from rlp.launcher import LAUNCHER_GONE
 from rlp.metrics import Progress
 from rlp.preemption import SIGNALS, Deadline, Preemption
 from rlp.run import Run
@@ -204,6 +206,15 @@ def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corp
     assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
     assert f"exits with return code = {program.PREEMPTED}" in text
+
+
+@pytest.mark.parametrize("after_s, ends", [(0.0, {LAUNCHER_GONE, program.PREEMPTED}), (0.6, {LAUNCHER_GONE, program.PREEMPTED})])
+def test_ranks_whose_launcher_dies_early_end_alike_or_save(harness, after_s, ends):
+    """As soon as they know it, and while the run is put together; it would last for hours. Nothing is left behind."""
+    settings = {"budget.steps": 100_000, "data.held_out": "[]", "evaluation.every_n_steps": 0}
+    answer = harness.start(harness.folder / f"launcher_{after_s}", ranks=2, fault=Attempt(launcher_s=after_s), settings=settings)
+    assert set(answer["codes"]) <= ends and answer["left"] == 0, answer
+    assert "the launcher (process " in answer["text"] and "Traceback" not in answer["text"]
 
 
 def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):

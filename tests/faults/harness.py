@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,11 +32,56 @@ SAME_BYTES = ("metrics.jsonl", "evaluation.jsonl", "thoughts.jsonl", "journal.js
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """One start of a run, and what happens to it."""
+
+    fault: str = ""
+    """`RLP_FAULT`."""
+    kill: tuple[int, float] | None = None
+    """A rank, and seconds after the start, of a SIGKILL."""
+    launcher_s: float | None = None
+    """The launcher is killed so long after the ranks have taken note of it."""
+    twin_s: float | None = None
+    """So long after the start another job starts in the same folder."""
+    wake_s: float | None = None
+    """A rank that stops itself is continued so long after; None: when the others have ended."""
+    settings: dict[str, object] = field(default_factory=dict)
+    """Of this attempt alone."""
+    kind: str = ""
+    """What it is, for counts: by default the action of the fault."""
+    ends_with: tuple[int, ...] = ()
+    """Exit codes that are right once the fault has struck; none given: the harness asks for no certain ones."""
+
+    @classmethod
+    def of(cls, text: str) -> "Attempt":
+        """From `RLP_FAULT`, or `kill:RANK:SECONDS`."""
+        if text.startswith("kill:"):
+            _, rank, seconds = text.split(":")
+            return cls(kill=(int(rank), float(seconds)), kind="kill at a time")
+        return cls(fault=text, kind=text.split(",")[0].split(":")[2].split("@")[0] if text else "")
+
+    def __str__(self) -> str:
+        parts = [self.fault, f"kill:{self.kill[0]}:{self.kill[1]}" if self.kill else "", f"launcher killed after {self.launcher_s} s" if self.launcher_s is not None else "",
+                 f"another job after {self.twin_s} s" if self.twin_s is not None else "", f"woken after {self.wake_s} s" if self.wake_s is not None else "", str(self.settings or "")]
+        return " ".join(part for part in parts if part)
+
+    def has_struck(self, answer: dict) -> bool:
+        """Whether what was asked for came to pass; the run may have ended before."""
+        if self.kill:
+            return -9 in answer["codes"]
+        if self.launcher_s is not None:
+            return set(answer["codes"]) != {0}
+        if self.twin_s is not None:
+            return "is held by" in answer["text"] or set(answer["twin_codes"]) != {0}
+        return all(f"fault at {asked.split(':')[0]}," in answer["text"] for asked in self.fault.split(",") if asked)
+
+
+@dataclass(frozen=True)
 class Case:
     """One run that is made to fail, and continued until it is done."""
 
-    faults: tuple[str, ...] = ()
-    """`RLP_FAULT` of each attempt but the last; an attempt may also be `kill:RANK:SECONDS`."""
+    faults: tuple[str | Attempt, ...] = ()
+    """All attempts but the last; a text is read by `Attempt.of`."""
     survived: str = ""
     """`RLP_FAULT` of the last attempt, which has to end well."""
     ranks: int = 1
@@ -46,7 +91,7 @@ class Case:
 
     def __str__(self) -> str:
         numbers = f"{self.ranks} ranks" + (f", continued on {self.resume_ranks}" if self.resume_ranks else "")
-        faults = [*self.faults, *([f"survived {self.survived}"] if self.survived else [])]
+        faults = [*map(str, self.faults), *([f"survived {self.survived}"] if self.survived else [])]
         return f"{' then '.join(faults)} [{numbers}] {self.settings or ''}".strip()
 
 
@@ -62,6 +107,8 @@ class Outcome:
     survivor_s: list[float] = field(default_factory=list)
     """By failed attempt of several ranks: seconds that the last rank outlived the first."""
     codes: list[list[int]] = field(default_factory=list)
+    struck: list[str] = field(default_factory=list)
+    """Kinds of the attempts whose fault came to pass."""
     hung: int = 0
     """Attempts in which some rank did not end by itself."""
     text: str = ""
@@ -88,30 +135,28 @@ class Harness:
         self._server.stdin.close()
         self._server.wait(timeout=10)
 
-    def start(self, run: Path, *, ranks: int = 1, fault: str = "", settings: dict | None = None, limit_s: float = LIMIT_S, wake_s: float | None = None) -> dict:
+    def start(self, run: Path, *, ranks: int = 1, fault: str | Attempt = "", settings: dict | None = None, limit_s: float = LIMIT_S, wake_s: float | None = None) -> dict:
         """Start or continue a run, and wait for its end; the answer of `run_ranks` and what was printed.
 
         Args:
-            wake_s: of `run_ranks`.
+            wake_s: of `run_ranks`, where the fault is a text.
         """
+        attempt = replace(Attempt.of(fault), wake_s=wake_s) if isinstance(fault, str) else fault
         base = self.folder / f"{run.name}.yaml"
         base.write_text(f"model: {{path: {self.model}}}\ndata: {{train: [{self.corpus}], held_out: [{self.corpus}]}}\nrun: {{dir: {run}, resume: auto}}\n")
-        values = SETTINGS | (settings or {})
-        kill = None
-        if fault.startswith("kill:"):
-            _, rank, seconds = fault.split(":")
-            kill, fault = (int(rank), float(seconds)), ""
+        values = SETTINGS | (settings or {}) | attempt.settings
         log = self.folder / f"{run.name}.log"
-        for old in self.folder.glob(f"{run.name}.log.rank*"):
+        for old in self.folder.glob(f"{run.name}.log.*"):
             old.unlink()
-        job = {"arguments": [str(base), *(f"{key}={'null' if value is None else value}" for key, value in values.items())], "environment": {VARIABLE: fault},
-               "world_size": ranks, "log": str(log), "limit_s": limit_s, "kill": kill, "wake_s": wake_s}
+        job = {"arguments": [str(base), *(f"{key}={'null' if value is None else value}" for key, value in values.items())], "environment": {VARIABLE: attempt.fault},
+               "world_size": ranks, "log": str(log), "limit_s": limit_s, "kill": attempt.kill, "wake_s": attempt.wake_s,
+               "launcher_s": attempt.launcher_s, "twin_s": attempt.twin_s}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline()
         if not answer:
             raise RuntimeError(f"the fork server died: {(self.folder / 'server.log').read_text()[-2000:]}")
-        return json.loads(answer) | {"text": "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{run.name}.log.rank*")))}
+        return json.loads(answer) | {"text": "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{run.name}.log.*")))}
 
     def reference(self, ranks: int, settings: dict) -> Path:
         """The run without a fault."""
@@ -132,35 +177,36 @@ class Harness:
         outcome = Outcome()
         run = self.folder / name
         ranks, logged = case.ranks, 0
-        for attempt, fault in enumerate([*case.faults, case.survived]):
-            if attempt:
+        for number, fault in enumerate([*case.faults, case.survived]):
+            attempt = Attempt.of(fault) if isinstance(fault, str) else fault
+            if number:
                 ranks = case.resume_ranks or case.ranks
-            last = attempt == len(case.faults)
+            last = number == len(case.faults)
             if not last and (run / "summary.json").exists():
                 continue  # a random fault was drawn past the end
-            answer = self.start(run, ranks=ranks, fault=fault, settings=case.settings)
+            answer = self.start(run, ranks=ranks, fault=attempt, settings=case.settings)
             outcome.codes.append(answer["codes"])
             outcome.text += answer["text"]
-            if attempt:
+            if number:
                 outcome.recovery_s.append(answer["seconds"])
-            if attempt and (begun := continued_from(answer["text"])) is not None:
+            if number and (begun := continued_from(answer["text"])) is not None:
                 outcome.lost_steps.append(max(0, logged - begun))
                 logged = 0
-            if answer["hung"]:
-                outcome.hung += 1
-                outcome.problems.append(f"attempt {attempt} hung: exit codes {answer['codes']}: {answer['text'][-3000:]}")
             if ranks > 1 and set(answer["codes"]) != {0}:
                 outcome.survivor_s.append(answer["survivor_s"])
-            missed = [asked for asked in fault.split(",") if asked and not asked.startswith("kill:") and f"fault at {asked.split(':')[0]}," not in answer["text"]]
-            outcome.problems += [f"attempt {attempt} never came to {asked}" for asked in missed if not allow_missed]
-            if not last and not missed and ":kill" in fault and set(answer["codes"]) == {0}:
-                outcome.problems.append(f"attempt {attempt} ended well in spite of {fault}")
+            outcome.hung += answer["hung"]
+            struck = attempt.has_struck(answer)
+            outcome.struck += [attempt.kind] if struck and attempt.kind else []
+            missed = not struck and not attempt.kill and not allow_missed
+            found = [*_wrong(attempt, answer, struck), *([f"never came to {attempt}"] if missed else [])]
             if last and set(answer["codes"]) != {0}:
-                outcome.problems.append(f"the last attempt ended with {answer['codes']}: {answer['text'][-1500:]}")
+                found.append(f"is the last one, and ended with {answer['codes']}: {answer['text'][-1500:]}")
+            outcome.problems += [f"attempt {number} {problem}" for problem in found]
             logged = max(logged, last_step(run))  # an attempt that died while it cut the logs back has made no step
         if not outcome.problems:
             outcome.problems += self._audit(case, run)
-        outcome.problems += [f"lost {lost} steps" for lost in outcome.lost_steps if lost > SAVE_EVERY]
+        if NOT_SAVED not in outcome.text:
+            outcome.problems += [f"lost {lost} steps" for lost in outcome.lost_steps if lost > SAVE_EVERY]
         return outcome
 
     def _audit(self, case: Case, run: Path) -> list[str]:
@@ -174,6 +220,26 @@ class Harness:
         found += [f"metrics.jsonl holds the steps {steps}"] if steps != list(range(1, case.settings.get("budget.steps", STEPS) + 1)) else []
         left = [path.name for path in (run, run / "checkpoints") for path in path.iterdir() if path.name.startswith(".")]
         return found + ([f"left behind: {left}"] if left else [])
+
+
+NOT_SAVED = "the checkpoint could not be written"
+"""A run whose disk was full says so, and may lose the steps that it could not save."""
+
+
+def _wrong(attempt: Attempt, answer: dict, struck: bool) -> list[str]:
+    """What an attempt did that it must not do, whatever became of the run."""
+    codes, found = answer["codes"], []
+    if answer["hung"]:
+        found.append(f"hung: exit codes {codes}: {answer['text'][-3000:]}")
+    if answer["left"]:
+        found.append(f"left {answer['left']} processes behind")
+    if struck and ":kill" in attempt.fault and set(codes) == {0}:
+        found.append(f"ended well in spite of {attempt}")
+    if struck and attempt.ends_with and not {*codes, *answer["twin_codes"]} <= {*attempt.ends_with}:
+        found.append(f"ended with {codes} {answer['twin_codes'] or ''}, not with one of {attempt.ends_with}: {answer['text'][-1500:]}")
+    if "Traceback" in answer["text"] and "InjectedFault: " not in answer["text"].rpartition("Traceback")[2]:
+        found.append(f"shows a traceback: {answer['text'][-3000:]}")
+    return found
 
 
 def _weights(run: Path) -> bytes:

@@ -5,6 +5,7 @@
 An import of torch, transformers and deepspeed takes 8 s of a core; a fork takes a hundredth of one.
 """
 
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -17,19 +18,74 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).parents[2]
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+PR_SET_CHILD_SUBREAPER = 36
 
 PRELOADED = ("train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "transformers.models.qwen3.modeling_qwen3", "transformers.integrations.deepspeed", "scipy.stats")
 """What a run imports late; a rank inherits it."""
 
 
 LOOK_S = 0.1
+"""How often the server looks at its ranks; that a process stops wakes nobody."""
 
 
-def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int, log: str, limit_s: float, kill: tuple[int, float] | None, wake_s: float | None) -> dict:
+LEFT_S = 20.0
+"""How long a process may outlive the rank that started it."""
+
+
+class Ranks:
+    """The ranks of one job, or of two in the same run folder."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.codes: dict[int, int] = {}
+        """By rank; those of a second job follow those of the first."""
+        self.stopped: dict[int, float] = {}
+        """When a rank was seen to be stopped."""
+
+    def start(self, arguments: list[str], environment: dict[str, str], world_size: int, log: str, record: int | None = None) -> None:
+        """Fork the ranks of a job.
+
+        Args:
+            record: they know their ancestors from their first line on, and tell this pipe so.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        distributed = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world_size > 1 else {}
+        for rank in range(world_size):
+            own = environment | distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.pids.append(_fork(lambda own=own: _run(arguments, own, record), f"{log}.rank{rank}"))
+
+    def alive(self) -> list[int]:
+        return [rank for rank in range(len(self.pids)) if rank not in self.codes]
+
+    def look(self, now: float) -> None:
+        """Take note of who has ended, and who was stopped."""
+        for rank in self.alive():
+            try:
+                pid, status = os.waitpid(self.pids[rank], os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                continue  # a child of its launcher as yet
+            if pid and os.WIFSTOPPED(status):
+                self.stopped[rank] = now
+            elif pid:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+
+    def signal(self, number: int, ranks: list[int]) -> None:
+        for rank in ranks:
+            os.kill(self.pids[rank], number)
+
+
+def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int, log: str, limit_s: float, kill: tuple[int, float] | None, wake_s: float | None,
+              launcher_s: float | None, twin_s: float | None) -> dict:
     """Run `train.py` as ranks, and wait until all have ended.
 
     Args:
@@ -37,54 +93,105 @@ def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int
         limit_s: after which the rest is killed; its stacks are in the logs.
         kill: rank and seconds after the start, of a SIGKILL.
         wake_s: a rank that has stopped itself is continued so long after it; None: when all others have ended.
+        launcher_s: the ranks have a launcher, which is killed so long after they have taken note of it.
+        twin_s: so long after the first a second job starts in the same run folder; its output goes to LOG.twin.rankN.
 
     Returns:
-        exit codes by rank (-9: killed by SIGKILL), whether the limit was met, and seconds: of all, from the first end to the last, and of
-        processor time.
+        exit codes by rank (-9: killed by SIGKILL), those of the second job, how many processes are left behind, whether the limit was met, and seconds: of all, from the first end to
+        the last, and of processor time.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    distributed = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world_size > 1 else {}
     started, cpu = time.monotonic(), _children_cpu_s()
-    pids = [_fork(arguments, environment | distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{log}.rank{rank}") for rank in range(world_size)]
-    handles = [os.pidfd_open(pid) for pid in pids]
-    codes: dict[int, int] = {}
-    stopped: dict[int, float] = {}
-    first_end, hung = None, False
-    while len(codes) < world_size:
+    ranks, launcher = Ranks(), None
+    if launcher_s is None:
+        ranks.start(arguments, environment, world_size, log)
+    else:
+        launcher = _launch(ranks, arguments, environment, world_size, log)
+        launcher_s += time.monotonic() - started
+    first_end, hung, elapsed = None, False, 0.0
+    while ranks.alive() or twin_s is not None:
         elapsed = time.monotonic() - started
-        due = min([limit_s] + ([kill[1]] if kill else []))
-        # That a process stops wakes nobody.
-        select.select([handle for rank, handle in enumerate(handles) if rank not in codes], [], [], min(LOOK_S, max(0.0, due - elapsed)))
-        elapsed = time.monotonic() - started
-        for rank, (pid, handle) in enumerate(zip(pids, handles)):
-            if rank in codes or not (status := os.waitpid(pid, os.WNOHANG | os.WUNTRACED))[0]:
-                continue
-            if os.WIFSTOPPED(status[1]):
-                stopped[rank] = elapsed
-                continue
-            codes[rank] = os.waitstatus_to_exitcode(status[1])
-            os.close(handle)
-            first_end = elapsed if first_end is None else first_end
-        alive = [pid for rank, pid in enumerate(pids) if rank not in codes]
-        for rank in [rank for rank, since in stopped.items() if (elapsed - since >= wake_s if wake_s is not None else len(alive) == len(stopped))]:
-            os.kill(pids[rank], signal.SIGCONT)
-            del stopped[rank]
+        if twin_s is not None and (elapsed >= twin_s or not ranks.alive()):
+            ranks.start(arguments, environment, world_size, f"{log}.twin")
+            twin_s = None
+        ranks.look(elapsed)
+        first_end = elapsed if ranks.codes and first_end is None else first_end
+        alive = ranks.alive()
+        for rank in [rank for rank, since in ranks.stopped.items() if (elapsed - since >= wake_s if wake_s is not None else len(alive) == len(ranks.stopped))]:
+            ranks.signal(signal.SIGCONT, [rank])
+            del ranks.stopped[rank]
         if kill and elapsed >= kill[1]:
-            if kill[0] not in codes:
-                os.kill(pids[kill[0]], signal.SIGKILL)
+            ranks.signal(signal.SIGKILL, [kill[0]] if kill[0] in alive else [])
             kill = None
+        if launcher is not None and elapsed >= launcher_s:
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+            launcher = None
         if alive and elapsed >= limit_s:
-            if not hung:
-                hung, limit_s = True, limit_s + 2
-                for pid in alive:
-                    os.kill(pid, signal.SIGUSR2)
-            else:
-                limit_s += 60
-                for pid in alive:
-                    os.kill(pid, signal.SIGKILL)
-    return {"codes": [codes[rank] for rank in range(world_size)], "hung": hung, "seconds": elapsed, "survivor_s": elapsed - first_end, "cpu_s": _children_cpu_s() - cpu}
+            ranks.signal(signal.SIGKILL if hung else signal.SIGUSR2, alive)
+            hung, limit_s = True, limit_s + (60 if hung else 2)
+        if launcher is None:
+            _wait_for_an_end([ranks.pids[rank] for rank in alive])
+        else:
+            time.sleep(LOOK_S)  # it does not wait for its ranks, so one that has ended would be seen to end again and again
+    codes = [ranks.codes[rank] for rank in range(len(ranks.pids))]
+    return {"codes": codes[:world_size], "twin_codes": codes[world_size:], "hung": hung, "seconds": elapsed, "survivor_s": elapsed - first_end, "cpu_s": _children_cpu_s() - cpu,
+            "left": _left_behind()}
+
+
+def _left_behind() -> int:
+    """Processes that outlive the ranks which started them; waits a while for those that are about to end."""
+    end = time.monotonic() + LEFT_S
+    try:
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(LOOK_S / 10)
+    except ChildProcessError:
+        return 0
+    return len(psutil.Process().children())
+
+
+def _wait_for_an_end(pids: list[int]) -> None:
+    """Until one of the processes has ended, or `LOOK_S`."""
+    handles = []
+    try:
+        for pid in pids:
+            handles.append(os.pidfd_open(pid))
+        select.select(handles, [], [], LOOK_S)
+    except ProcessLookupError:
+        pass  # it has ended, and was not waited for by its launcher
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _launch(ranks: Ranks, arguments: list[str], environment: dict[str, str], world_size: int, log: str) -> int:
+    """Start the ranks below a launcher; its process id, once they all know theirs."""
+    reader, writer = os.pipe()
+
+    def launcher() -> int:
+        own = Ranks()
+        own.start(arguments, environment | {"TORCHELASTIC_RUN_ID": "campaign"}, world_size, log, record=writer)
+        os.write(writer, json.dumps(own.pids).encode() + b"\n")
+        while True:
+            signal.pause()
+
+    pid = _fork(launcher, f"{log}.launcher")
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        lines = [json.loads(told.readline()) for _ in range(world_size + 1)]
+    ranks.pids = next(line for line in lines if isinstance(line, list))
+    return pid
+
+
+def _run(arguments: list[str], environment: dict[str, str], record: int | None) -> int:
+    """What a rank does."""
+    os.environ |= environment
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    if record is not None:
+        importlib.import_module("rlp.launcher").watch_from_the_start()
+        os.write(record, b"0\n")
+        os.close(record)
+    return importlib.import_module("train").main(arguments)
 
 
 def _children_cpu_s() -> float:
@@ -92,8 +199,8 @@ def _children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _fork(arguments: list[str], environment: dict[str, str], log: str) -> int:
-    """The process id of a new rank."""
+def _fork(act: Callable[[], int], log: str) -> int:
+    """The id of a new process, which ends with the code that `act` returns."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -105,9 +212,7 @@ def _fork(arguments: list[str], environment: dict[str, str], log: str) -> int:
         for stream in (1, 2):
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ |= environment
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
-        code = importlib.import_module("train").main(arguments)
+        code = act()
         sys.stdout.flush()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -120,6 +225,7 @@ def _fork(arguments: list[str], environment: dict[str, str], log: str) -> int:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher is killed become children of this process
     os.dup2(2, 1)  # what libraries print is no answer
     sys.path.insert(0, str(REPOSITORY))
     for name in PRELOADED:
