@@ -13,6 +13,7 @@ import math
 import os
 import re
 import string
+import typing
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -573,6 +574,16 @@ def _refuse_unknown_keys(tree: dict, where: str) -> None:
         for key in given:
             if key not in known:
                 raise ConfigError(f"{where}: unknown config key {key}. {_suggest(key, known)}")
+        if isinstance(content, dict):
+            refuse_mappings_for_lists(next(item.type for item in dataclasses.fields(Config) if item.name == section), content, f"{where}: {section}.")
+
+
+def refuse_mappings_for_lists(section: type, content: dict, where: str) -> None:
+    """OmegaConf puts no mapping into a list either, and does not say which key it met."""
+    for item in dataclasses.fields(section):
+        value = content.get(item.name)
+        if typing.get_origin(item.type) is list and isinstance(value, dict):
+            raise ConfigError(f"{where}{item.name} must be a list, got {value!r}.")
 
 
 def _suggest(key: str, known: list[str]) -> str:

@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlp.admission import check_model
 from rlp.answers import AnswerPool
-from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, first_line, read_yaml, require, require_one_of
+from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, ThoughtConfig, first_line, read_yaml, refuse_mappings_for_lists, require, require_one_of
 from rlp.data import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, Document, Positions, keyed_noise, short
 from rlp.export import known_ids, read_thought_format
 from rlp.hub import settle_hub
@@ -164,6 +164,7 @@ def _read_benchmark(where: str, content: object) -> Benchmark:
     for key in content:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key}. {_did_you_mean(str(key), known) or 'The keys are ' + ', '.join(known) + '.'}")
+    refuse_mappings_for_lists(Benchmark, content, f"{where}.")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Benchmark(task="unset")), {"task": None} | content))
     except ConfigError as error:
@@ -543,7 +544,7 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
         settle_hub()  # lm_eval asks for each file, and again and again
     datasets.disable_progress_bars()
     manager = TaskManager(include_defaults=any(benchmark.task for benchmark in benchmarks.values()))
-    specs = {name: _own_task(name, benchmark) if benchmark.data else _known_task(name, benchmark.task, manager.all_tasks) for name, benchmark in benchmarks.items()}
+    specs = {name: own_task(name, benchmark) if benchmark.data else _known_task(name, benchmark.task, manager.all_tasks) for name, benchmark in benchmarks.items()}
     loaded = {}
     for name, spec in specs.items():
         with _data_errors(name, benchmarks[name]):
@@ -585,7 +586,7 @@ class _Questions(list):
     features = {"prompt": str, "reference": str}
 
 
-def _own_task(name: str, benchmark: Benchmark) -> dict:
+def own_task(name: str, benchmark: Benchmark) -> dict:
     """The lm_eval config of questions that are no task of lm_eval. What it gets is finished text, and no template to fill."""
     sources = {"test": benchmark.data} | ({"examples": benchmark.examples} if benchmark.examples else {})
     rows = {split: _finished(source, benchmark, name) for split, source in sources.items()}

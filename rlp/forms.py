@@ -205,8 +205,8 @@ STATE = Fields({}, {
     "inputs": Table(CHECKSUM),
     "changes": Many(CHANGE),
 })
-"""What a checkpoint holds beside tensors: all that a resumed run sets. A part that is not named here is not looked at closely,
-and `test_every_part_of_a_checkpoint_has_a_form` says so."""
+"""What a checkpoint holds beside tensors, each part of which a resume needs. A part that is not named here is not looked at
+closely, and `test_every_part_of_a_checkpoint_has_a_form` says so."""
 
 SHARD = Fields({"size": COUNT, "sha256": CHECKSUM, "fragments": Table(COUNT), "adam_step": STEP})
 META = Fields({"step": STEP, "state": STATE, "shapes": Table(Many(COUNT, most=16)),

@@ -76,7 +76,7 @@ def find_subject(name: str, data: str, config: Path | None, overrides: list[str]
     Raises:
         ConfigError: nothing there, or nothing that can be probed.
     """
-    path, documents = Path(name), f"data.held_out={json.dumps([data])}"
+    path, documents = Path(name), f"data.held_out={_as_yaml([data])}"
     if (path / "meta.json").is_file():
         if config is not None:
             raise ConfigError(f"--config {config}: {path} is a checkpoint of a run and holds the config of its run. Leave --config out, and write single settings as section.key=value.")
@@ -87,11 +87,16 @@ def find_subject(name: str, data: str, config: Path | None, overrides: list[str]
     manifest = read_thought_format(path / "thought_format.json")
     settings = {f"thought.{key}": manifest.get(key) for key in ("open_marker", "close_marker", "temperature", "max_thought_tokens")}
     settings |= {"target.temperature": manifest.get("target_temperature"), "target.horizon": manifest.get("horizon")}
-    said = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+    said = [f"{key}={_as_yaml(value)}" for key, value in settings.items() if value is not None]
     # A config is that of a run; a probe reads no training documents and spends no budget.
     source = {"data": {"train": [data]}, "budget": {"steps": 1}} if config is None else config / "config.yaml" if config.is_dir() else config
-    resolved = load_config(source, ["run.dir=unused", "model.init=pretrained", "model.tokenizer=null", *said, *overrides, f"model.path={json.dumps(name)}", documents])
+    resolved = load_config(source, ["run.dir=unused", "model.init=pretrained", "model.tokenizer=null", *said, *overrides, f"model.path={_as_yaml(name)}", documents])
     return Subject(resolved, None, () if resolved.thought.instruction_file else tuple(manifest.get("instruction_ids", ())))
+
+
+def _as_yaml(value: object) -> str:
+    """A value as it stands on the command line. YAML reads JSON, but no character in two escapes."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _open(path: Path) -> tuple[Checkpoint, dict]:

@@ -14,7 +14,7 @@ from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest
 from rlp.config import BudgetConfig, Config, ConfigError, load_config
 from rlp.data import share_of_rank
 from rlp.distributed import Ranks
-from rlp.forms import WHOLE_LEDGER
+from rlp.forms import STATE, WHOLE_LEDGER
 from rlp.inputs import Inputs
 from rlp.ledger import Ledger, ModelShapes
 from rlp.match import open_match
@@ -22,9 +22,6 @@ from rlp.metrics import Progress, Tell, require_wandb
 from rlp.model import choose_dtype, choose_layout
 from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
-
-STATE = {"config", "data", "ledger", "seconds", "guard", "start_logprob", "watch", "dtype", "inputs", "changes"}
-"""What a checkpoint holds beside tensors."""
 
 CHECKED_PARAMETERS = 400_000_000
 """Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some seconds."""
@@ -98,7 +95,7 @@ def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened, dt
         CheckpointError, ConfigError, DataError: made by another version, other settings, another dtype, tokenizer or data.
     """
     state, inputs = checkpoint.state, opened.inputs
-    lacking = sorted(STATE - set(state)) + sorted(set(asdict(config)) - set(state.get("config", {})))
+    lacking = sorted(set(STATE.optional) - set(state)) + sorted(set(asdict(config)) - set(state.get("config", {})))
     if lacking:
         raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
     changed_settings(state["config"], asdict(config), checkpoint.path)
