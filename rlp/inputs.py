@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlp.admission import context_limit, why_unfit
-from rlp.config import Config, ConfigError
+from rlp.config import Config, ConfigError, first_line
 from rlp.data import Document, DocumentStream, candidate_positions, choose_positions, marker_ids
 from rlp.layout import sequence_parts, thought_format
 from rlp.ledger import model_shapes
@@ -169,7 +169,7 @@ class Inputs(PanelInputs):
         try:
             self.shapes = model_shapes(self.architecture)
         except ValueError as error:
-            raise ConfigError(f"model.path: {config.model.path!r}: {error}") from error
+            raise ConfigError(f"model.path: {config.model.path!r}: {first_line(error)}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
         self.stream = self._train_stream(rows, warn, record)
         self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(1)  # data that is all bad is refused here

@@ -4,6 +4,8 @@ FLOPs are those of matrix products, two per multiply-add, in closed form. Norms,
 softmaxes and rotary embeddings are left out, as everybody leaves them out; so is the second
 forward of activation checkpointing, which is a price of memory and no progress. Attention counts
 causal pairs only. Two runs whose ledgers agree have done the same work, whatever their hardware.
+A layer whose cost is not known here is left out by name (`ModelShapes.uncounted`): such FLOPs are a
+lower bound, and nothing is matched by them.
 
 The oracle in the tests is `torch.utils.flop_counter`. It counts the full square of query-key
 pairs, and on a CPU it misses scaled_dot_product_attention: compare with T * T pairs and eager
@@ -12,6 +14,7 @@ attention.
 
 import copy
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +50,7 @@ class ModelShapes:
     """Multiply-adds per token position in state-space scans: one to update each number of the
     recurrent state, one to read it out."""
     attention_layers: int
+    """Attentions that a token goes through; a layer of differential attention is two."""
     query_key_width: int
     """Heads x head dimension of the product of queries and keys, per attention layer."""
     value_width: int
@@ -67,6 +71,8 @@ class ModelShapes:
     """V, rows of the LM head."""
     tied: bool
     """The LM head is the input embedding."""
+    uncounted: tuple[str, ...] = ()
+    """What the FLOPs are counted without: weights and layers whose cost is not known here; numbers in their names are `*`."""
 
 
 def causal_pairs(new_tokens: int, cached_tokens: int = 0) -> int:
@@ -93,26 +99,24 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
     """Shapes of any causal LM, read off the model built on the meta device (no memory, no weights).
 
     Raises:
-        ValueError: the model has a weight or an attention layer whose cost is not known here.
+        ValueError: no model can be built from the config, or it has no LM head.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
-    config = model.config.get_text_config()
+    model = _on_meta(hf_config)
+    config, unknown = model.config.get_text_config(), set()
     head = _head_weight(model)
-    blocks = _blocks(model, config)
-    attention = [module for module in model.modules() if _is_attention(module)]
-    query_key_width, value_width, key_value_width = _attention_widths(config) if attention else (0, 0, 0)
-    for module in attention:
-        _check_attention(model, module, query_key_width, value_width)
-    scans = [_scan_elements(module) for module in model.modules() if _is_scan(module)]
+    blocks = _blocks(model, config, unknown)
+    attention = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if _is_attention(module)]
+    query_key_width, value_width, key_value_width = _attention_widths(config) if attention else _NO_WIDTHS
+    known = [path for path, module in attention if _is_as_its_config_says(module, query_key_width, value_width)]
+    unknown |= {_pattern(path) for path, _ in attention if path not in known}
+    scans = [_scan_elements(path, module, unknown) for path, module in model.named_modules() if _is_scan(module)]
     windows = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv1d))
-    matmul_parameters = _matmul_parameters(model, config, head)
     per_block = [_activation_elements(block, config, query_key_width) for block in blocks]
     return ModelShapes(
         parameters=sum(weight.numel() for weight in model.parameters()),
-        matmul_parameters=matmul_parameters,
+        matmul_parameters=_matmul_parameters(model, config, head, unknown),
         scan_multiply_adds=2 * sum(scans),
-        attention_layers=len(attention),
+        attention_layers=len(known) * _attentions(config),
         query_key_width=query_key_width,
         value_width=value_width,
         key_value_elements=len(attention) * key_value_width,
@@ -123,27 +127,38 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         width=head.shape[1],
         vocabulary=head.shape[0],
         tied=any(head is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
+        uncounted=tuple(sorted(unknown)),
     )
 
 
-def _unknown(model: nn.Module, what: str, expected: str) -> ValueError:
-    return ValueError(f"model_shapes: {type(model).__name__} has {what}; expected {expected}. "
-                      "Its FLOPs cannot be counted; teach rlp/ledger.py this kind of layer.")
+def _on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
+    except Exception as error:  # of any type: what a wrong number in a config leads to
+        raise ValueError(f"no {hf_config.model_type} can be built from its config.json: {type(error).__name__}: {error}") from error
 
 
 def _head_weight(model: PreTrainedModel) -> nn.Parameter:
     head = model.get_output_embeddings()
     if head is None:
-        raise _unknown(model, "no output embedding", "a linear LM head")
+        raise ValueError(f"{type(model).__name__} has no LM head (no output embedding)")
     return head.weight
 
 
-def _blocks(model: nn.Module, config: PretrainedConfig) -> list[nn.Module]:
-    """The decoder layers, in order."""
+def _pattern(path: str) -> str:
+    """The name of a weight or layer in all layers at once."""
+    return re.sub(r"\b\d+\b", "*", path)
+
+
+def _blocks(model: nn.Module, config: PretrainedConfig, unknown: set[str]) -> list[nn.Module]:
+    """The decoder layers, in order; the whole body where no list of them is as long as the config says."""
+    layers = getattr(config, "num_hidden_layers", None)
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
             return list(module)
-    raise _unknown(model, f"no module list of {config.num_hidden_layers} layers", "config.num_hidden_layers decoder layers in one list")
+    unknown.add(f"how often each layer runs ({layers} layers in its config, and no list of as many)")
+    return [model.base_model]
 
 
 # Parameters that are added or multiplied element by element, not by a matrix product.
@@ -151,48 +166,45 @@ _ELEMENTWISE = re.compile(r"(A_log|bias)$")
 _EXPERT_IN_A_LIST = re.compile(r"\bexperts\.\d+\.")
 
 
-def _matmul_parameters(model: nn.Module, config: PretrainedConfig, head: nn.Parameter) -> int:
-    """Weights of the body times the number of products that each takes part in per token position."""
+def _matmul_parameters(model: nn.Module, config: PretrainedConfig, head: nn.Parameter, unknown: set[str]) -> int:
+    """Weights of the body times the number of products that each takes part in per token position. One that stands in several
+    places is counted in the first alone: which of them a token goes through is not told by the model."""
     total, seen = 0, set()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in module.named_parameters(recurse=False):
             if weight is head or weight.dim() < 2 or isinstance(module, nn.Embedding):
                 continue
-            if weight in seen:
-                raise _unknown(model, f"the weight {path}.{name}, which another layer uses too", "each weight of the body in one layer")
+            products = None if weight in seen else _products(module, f"{path}.{name}", weight, config)
+            if products is None:
+                unknown.add(_pattern(f"{path}.{name}"))
             seen.add(weight)
-            total += _products(module, f"{path}.{name}", weight, config)
+            total += products or 0
     return total
 
 
-def _products(module: nn.Module, path: str, weight: nn.Parameter, config: PretrainedConfig) -> int:
-    """Multiply-adds per token position of one weight of at least two dimensions."""
+def _products(module: nn.Module, path: str, weight: nn.Parameter, config: PretrainedConfig) -> int | None:
+    """Multiply-adds per token position of one weight of at least two dimensions; None where they are not known."""
+    experts = _expert_counts(config)
     if _ELEMENTWISE.search(path):
         return 0
     if isinstance(module, (nn.Linear, Conv1D)):
-        return _visited(weight.numel(), config, path) if _EXPERT_IN_A_LIST.search(path) else weight.numel()
+        if not _EXPERT_IN_A_LIST.search(path):
+            return weight.numel()
+        return weight.numel() * experts[1] // experts[0] if experts else None
     if isinstance(module, nn.Conv1d):
         return weight.numel()
-    experts = _expert_counts(config)
     if experts and weight.shape[0] == experts[0]:
         # [experts, in, out] holds the experts themselves, [experts, width] their router.
-        return _visited(weight.numel(), config, path) if weight.dim() == 3 else weight.numel()
-    raise _unknown(module, f"the weight {path} of shape {list(weight.shape)}", "linear, convolution, embedding or expert weights")
+        return weight.numel() * experts[1] // experts[0] if weight.dim() == 3 else weight.numel()
+    return None
 
 
 def _expert_counts(config: PretrainedConfig) -> tuple[int, int] | None:
-    """(experts per layer, experts that one token visits), or None for a dense model."""
+    """(experts per layer, experts that one token visits), or None for a dense model, or one whose config names them otherwise."""
     values = config.to_dict()
-    experts = [values[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if values.get(name)]
-    return (experts[0], values["num_experts_per_tok"]) if experts and values.get("num_experts_per_tok") else None
-
-
-def _visited(elements: int, config: PretrainedConfig, path: str) -> int:
-    experts = _expert_counts(config)
-    if experts is None:
-        raise ValueError(f"model_shapes: {path} looks like the weight of an expert, but the config of {config.model_type} names no num_experts "
-                         "(or num_local_experts, n_routed_experts) with num_experts_per_tok. Name them in the model's config.json.")
-    return elements * experts[1] // experts[0]
+    experts = next((values[name] for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if values.get(name)), None)
+    visited = next((values[name] for name in ("num_experts_per_tok", "moe_topk", "moe_k") if values.get(name)), None)
+    return (experts, visited) if isinstance(experts, int) and isinstance(visited, int) else None
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
@@ -209,9 +221,18 @@ def _is_attention(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Attention") and bool(_linears(module))
 
 
+_NO_WIDTHS = (0, 0, 0)
+
+
 def _attention_widths(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query-key width, value width, numbers kept per token) of one attention layer."""
-    values = config.to_dict()
+    """(query-key width, value width, numbers kept per token) of one attention layer; zeros where a config does not name one number for all layers."""
+    try:
+        return _widths_of_heads(config, config.to_dict())
+    except Exception:  # of any type: some configs raise their own where layers differ
+        return _NO_WIDTHS
+
+
+def _widths_of_heads(config: PretrainedConfig, values: dict) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     if values.get("qk_nope_head_dim"):
         # Multi-head latent attention: the latent and the rotary key are cached, not the keys and values of every head.
@@ -223,27 +244,31 @@ def _attention_widths(config: PretrainedConfig) -> tuple[int, int, int]:
     return heads * head_dim, heads * head_dim, 2 * key_value_heads * head_dim
 
 
-def _check_attention(model: nn.Module, module: nn.Module, query_key_width: int, value_width: int) -> None:
-    """The widths come from the config: refuse a layer whose weights say otherwise. The output projection is the last."""
+def _is_as_its_config_says(module: nn.Module, query_key_width: int, value_width: int) -> bool:
+    """Whether the weights of an attention layer have the widths that come from the config. The output projection is the last."""
     sizes = [_in_out(linear) for linear in _linears(module)]
-    if sizes[-1][0] != value_width or not any(written >= query_key_width for _, written in sizes):
-        raise _unknown(model, f"a {type(module).__name__} with projections (in, out) {sizes}",
-                       f"one that writes {query_key_width} and a last one that reads {value_width}, as its config says")
+    return sizes[-1][0] == value_width and any(written >= query_key_width for _, written in sizes)
+
+
+def _attentions(config: PretrainedConfig) -> int:
+    """Attentions in one attention layer: a differential one (DiffLlama) attends with each half of its value heads in turn."""
+    return 2 if "lambda_std_dev" in config.to_dict() else 1
 
 
 def _is_scan(module: nn.Module) -> bool:
     return "A_log" in dict(module.named_parameters(recurse=False))
 
 
-def _scan_elements(module: nn.Module) -> int:
-    """Numbers in the recurrent state of one state-space or linear-attention layer."""
+def _scan_elements(path: str, module: nn.Module, unknown: set[str]) -> int:
+    """Numbers in the recurrent state of one state-space or linear-attention layer; 0 and a name in `unknown` where they are not known."""
     if module.A_log.dim() == 2:
         return module.A_log.numel()
     attributes = vars(module)
     for names in (("num_heads", "head_dim", "ssm_state_size"), ("num_v_heads", "head_k_dim", "head_v_dim")):
         if all(name in attributes for name in names):
             return attributes[names[0]] * attributes[names[1]] * attributes[names[2]]
-    raise _unknown(module, f"a recurrent state of unknown size (A_log of shape {list(module.A_log.shape)})", "Mamba, Mamba-2 or gated delta layers")
+    unknown.add(_pattern(path))
+    return 0
 
 
 def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_width: int) -> int:
@@ -257,20 +282,21 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
     their fused scan, which keep every state.
     """
     of_heads = {child for module in block.modules() if _is_attention(module) for child in module.children()}
-    total = 0
+    experts, visited = _expert_counts(config) or (1, 1)
+    total, share = 0, visited / experts
     for path, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             elements = sum(_in_out(module))
-            total += _visited(elements, config, path) if _EXPERT_IN_A_LIST.search(path) else elements
+            total += elements * share if _EXPERT_IN_A_LIST.search(path) else elements
         elif isinstance(module, nn.Conv1d):
             total += 2 * module.out_channels
         elif "Norm" in type(module).__name__:
             # A norm inside attention is applied to each head.
             total += NORM_COPIES * (query_key_width if module in of_heads else sum(weight.numel() for weight in module.parameters() if weight.dim() == 1))
         else:
-            experts = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
-            total += sum(_expert_counts(config)[1] * sum(weight.shape[1:]) for weight in experts)
-    return total
+            stacked = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
+            total += sum(share * weight.shape[0] * sum(weight.shape[1:]) for weight in stacked)
+    return math.ceil(total)
 
 
 @dataclass(slots=True)
@@ -449,8 +475,8 @@ class Ledger:
         self._step = Account()
 
     def to_json(self) -> dict:
-        """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers."""
-        return _as_json(self._total)
+        """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers, and `counted_without`, what the FLOPs leave out."""
+        return {**_as_json(self._total), "counted_without": list(self.shapes.uncounted)}
 
     def _phase(self, phase: str) -> PhaseCount:
         if phase not in PHASES:
