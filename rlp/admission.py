@@ -101,7 +101,7 @@ def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | Non
     if hidden.shape[-1] != head.weight.shape[1]:
         return f"its LM head reads {head.weight.shape[1]} numbers and its body gives {hidden.shape[-1]}: something stands between them that is not known here"
     if kept is None:
-        return f"its forward pass gives no cache back ({cache}), as that of an encoder"
+        return f"its forward pass gives no cache back ({cache}): it is an encoder, or keeps its state in itself, where it can not be forked"
     if not hasattr(kept, "reorder_cache"):
         return f"its cache ({type(kept).__name__}) can not be forked: it has no reorder_cache"
     try:

@@ -181,7 +181,7 @@ TOKEN_IDS = Many(Whole(most=2 ** 31 - 1))
 # --- A ledger.
 
 PHASE = Fields({name: COUNT for name in ("tokens_in", "tokens_generated", "tokens_trained")} | {name: AMOUNT for name in ("flops", "seconds")}, rest=NUMBER)
-LEDGER = Fields({}, {"phases": Table(PHASE)} | {name: AMOUNT for name in ("flops", "paper_flops", "paper_flops_sampled", "seconds")} | {"input_tokens": COUNT, "steps": STEP})
+LEDGER = Fields({}, {"phases": Table(PHASE)} | {name: AMOUNT for name in ("flops", "paper_flops", "paper_flops_sampled", "seconds")} | {"input_tokens": COUNT, "steps": STEP, "counted_without": Many(NAME)})
 WHOLE_LEDGER = Fields(LEDGER.optional)
 """Of a run that is finished, which another one is compared with."""
 

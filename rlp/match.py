@@ -74,6 +74,9 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
 
 
 def _amount(ledger: dict, by: str, path: Path | str) -> float:
+    if by == "flops" and ledger.get("counted_without"):
+        raise ConfigError(f"{path}: the FLOPs of this model are counted without {', '.join(ledger['counted_without'])}, whose cost is not known, so two runs can not be "
+                          "matched by them. Write --by tokens or --by seconds (in a config: match.by and its budget).")
     amount = ledger.get(AMOUNTS[by])
     if amount is None or not amount > 0:
         raise ConfigError(f"{path}: {AMOUNTS[by]} is {amount!r}; expected what a finished run has spent.")

@@ -100,6 +100,8 @@ class Plan:
     disk_bytes: int
     """Largest use of the disk: the checkpoints kept and the one being written."""
     disk_free_bytes: int
+    counted_without: tuple[str, ...] = ()
+    """What the FLOPs leave out (`ModelShapes.uncounted`)."""
 
     def bytes_during(self, when: str) -> int:
         """Bytes on one device while it samples or while it updates."""
@@ -152,7 +154,8 @@ def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_
         other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes,
         phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, seconds=config.budget.seconds,
         steps=_steps(config, {"tokens": step_input, "flops": sum(phase_flops.values()), "paper_flops": step_paper_flops}), step_paper_flops=step_paper_flops,
-        checkpoint_bytes=one_checkpoint, disk_bytes=one_checkpoint * (config.checkpoint.keep + 1), disk_free_bytes=_disk_free(Path(config.run.dir)))
+        checkpoint_bytes=one_checkpoint, disk_bytes=one_checkpoint * (config.checkpoint.keep + 1), disk_free_bytes=_disk_free(Path(config.run.dir)),
+        counted_without=shapes.uncounted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,6 +498,7 @@ def render_plan(plan: Plan) -> str:
     lines += ["", "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)"]
     lines += [_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops]
     lines.append(_line("sum", f"{plan.step_flops:.3e}"))
+    lines += [f"  counted without {name}, whose cost is not known" for name in plan.counted_without]
     lines += ["", "Tokens and budget", _line("input tokens per step", f"{plan.input_tokens:,}"), _line("thought tokens per step", f"{plan.thought_tokens:,}")]
     lines += _run_lines(plan)
     lines += ["", "Disk, GB", _line("one checkpoint", f"{plan.checkpoint_bytes / GB:.2f}")]

@@ -76,6 +76,8 @@ class Run:
                 self.log.say(note)
             self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
             self.log.say(f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}" + (f"; {torch.get_num_threads()} threads a rank" if ranks.device.type == "cpu" else ""))
+            if self.inputs.shapes.uncounted:
+                self.log.say(f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose cost is not known: a lower bound, by which nothing is matched")
             with self.watchdog.working("resume"):
                 self._resume(resumes)
         except (ConfigError, CheckpointError, DataError):
@@ -475,7 +477,8 @@ class Run:
                 settle_logs(self.folder)
                 fault("summary")
                 write_json(self.folder.ledger_json, self.ledger.to_json(), point="end.torn_ledger")
-                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "bad_documents": self.inputs.stream.bad,
+                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "counted_without": list(self.inputs.shapes.uncounted),
+                                                      "bad_documents": self.inputs.stream.bad,
                                                       "verdict": verdict([before or {}], [after or {}]), "match": match and {"by": match.by, "ratio": match.ratio(spent)}}, point="end.torn_summary")
                 self._write_report()
             except OSError as error:

@@ -13,13 +13,16 @@ from torch import nn
 from training import tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
+import train as program
 from rlp.admission import check_model, context_limit, why_unfit, why_unsound
 from rlp.config import Config, ConfigError
 from rlp.data import Positions
 from rlp.inputs import Inputs, PanelInputs
 from rlp.layout import ThoughtFormat, Thoughts, repeated, sequence_parts, tree
 from rlp.model import Markers, Policy
+from rlp.match import write_match
 from rlp.run import dry_run
+from rlp.run_folder import open_run_folder
 
 MARKERS = Markers(open=(2,), close=(3,))
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -167,6 +170,7 @@ UNFIT = {
     "xlstm": (XLSTM, "cache .xLSTMCache. can not be forked"),
     "minimax": ({"num_local_experts": 4, "head_dim": 8}, "cache .MiniMaxCache. can not be forked"),
     "bert": ({}, "gives no cache back"),
+    "recurrent_gemma": ({"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "lru_width": 32}, "gives no cache back"),
 }
 
 
@@ -247,3 +251,24 @@ def test_the_limit_is_the_one_that_the_config_names(name: str, fields: dict, lim
     """By its own key. Rope scaling raises it; a sliding window is none."""
     found = context_limit(config_of(name, **fields))
     assert (found and (found.tokens, found.key, found.rotary)) == limit
+
+
+# --- What can not be counted.
+
+EXPERTS = "transformer.blocks.*.ffn.experts.mlp.w1"
+DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 4096, "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.1}}
+
+
+def test_a_model_whose_flops_are_not_all_known_runs_and_is_not_matched_by_them(tmp_path: Path, tokenizer, corpus: Path, ranks):  # noqa: F811
+    """DBRX: its plan, ledger and summary name what they leave out; a run is matched by tokens and not by FLOPs."""
+    model = written(tmp_path / "model", config_of("dbrx", **DBRX), tokenizer)
+    config = tiny_config(tmp_path / "run", model, corpus, model__init="random", budget__steps=1)
+    assert f"counted without {EXPERTS}, whose cost is not known" in dry_run(config, "", ranks)
+    assert program.train(config, ranks) == program.DONE
+    for name in ("ledger.json", "summary.json"):
+        assert EXPERTS in json.loads((tmp_path / "run" / name).read_text())["counted_without"]
+    run = open_run_folder(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"counted without transformer.*Write --by tokens or --by seconds"):
+        write_match(run, "cpt", "flops", tmp_path / "flops.yaml", None, [])
+    write_match(run, "cpt", "tokens", tmp_path / "tokens.yaml", None, [])
