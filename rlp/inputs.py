@@ -17,7 +17,7 @@ from rlp.data import Document, DocumentStream, candidate_positions, choose_posit
 from rlp.layout import sequence_parts, thought_format
 from rlp.ledger import model_shapes
 from rlp.metrics import Progress, Tell
-from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, vocabulary_with
+from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, refuse_other_tokenizer, vocabulary_with
 from rlp.sources import Rows, open_rows
 
 
@@ -26,12 +26,14 @@ NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype
 
 
 class ModelInputs:
-    """Tokenizer, markers and thought format."""
+    """Architecture, tokenizer, markers and thought format."""
 
     def __init__(self, config: Config) -> None:
         quiet_transformers()
         self.config = config
+        self.architecture = read_model_config(config.model)
         self.tokenizer, self.markers = open_tokenizer(config)
+        refuse_other_tokenizer(config, self.architecture, self.tokenizer, self.markers)
         self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
 
     def marker_notes(self) -> list[str]:
@@ -53,7 +55,7 @@ class ModelInputs:
             return ()
         try:
             if not Path(path).is_file():
-                raise ConfigError(f"thought.instruction_file: no file at {path!r}. Write the path of a text file, or leave it out.")
+                raise ConfigError(f"thought.instruction_file: no file at {path!r}{', which is a folder' if Path(path).is_dir() else ''}. Write the path of a text file, or leave it out.")
             return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
         except OSError as error:
             raise ConfigError(f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the path of a text file.") from error
@@ -85,7 +87,6 @@ class PanelInputs(ModelInputs):
             progress: makes a `Progress`, for data that takes long to open.
         """
         super().__init__(config)
-        self.architecture = read_model_config(config.model)
         if missing := why_unfit(self.architecture):
             raise ConfigError(f"model.path: {self.architecture.model_type} can not be trained: {missing}. Choose another model.")
         self._refuse_long_sequences()

@@ -276,17 +276,40 @@ def _scan_as_decoded(lm: nn.Module) -> None:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, from `model.tokenizer` or `model.path`."""
-    source = config.tokenizer or config.path
-    _settle_hub(source)
+    source, key = config.tokenizer or config.path, "model.tokenizer" if config.tokenizer else "model.path"
+    _settle_hub(source, key)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what is wrong in a file comes as any type
-        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {first_line(error)}. {_where_models_live}") from error
+        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {_in_one_line(error)}. {_where_models_live}") from error
+    # transformers makes an empty tokenizer of the kind that config.json names where there is nothing to read.
+    names = {*tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES} if tokenizer.vocab_files_names else set()
+    if names and Path(source).is_dir() and not any(match for name in names for match in Path(source).glob(name)):
+        raise ConfigError(f"model.tokenizer: {source!r} holds a model's config and no tokenizer (none of {', '.join(sorted(names))}). "
+                          "Write model.tokenizer=FOLDER_OR_HUB_NAME of the one that belongs to it, or put its files there.")
+    return tokenizer
 
 
-def _settle_hub(source: str) -> None:
-    if not os.path.exists(source):
-        settle_hub()
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "*.gguf")
+"""What a tokenizer is read from, beside what its class names."""
+
+
+def _settle_hub(source: str, key: str) -> None:
+    """Get ready to ask the Hub for what is not on this machine.
+
+    Raises:
+        ConfigError: what is not there is written as a path is.
+    """
+    if os.path.exists(source):
+        return
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ConfigError(f"{key}: there is no file or folder {source!r}. {_where_models_live}")
+    settle_hub()
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, on one line: validators of configs name the key on their second."""
+    return " ".join(str(error).split())[:400]
 
 
 _where_models_live = "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
@@ -379,15 +402,40 @@ def choose_dtype(config: Config, device: torch.device, width: int) -> tuple[torc
 
 def read_model_config(config: ModelConfig) -> PretrainedConfig:
     """The architecture, with every dropout off, for the layers that `Policy.train` leaves in training mode."""
-    _settle_hub(config.path)
+    _settle_hub(config.path, "model.path")
+    try:
+        values, _ = PretrainedConfig.get_config_dict(config.path)
+    except Exception as error:  # as above
+        raise ConfigError(f"model.path: no model config at {config.path!r}: {_in_one_line(error)}. {_where_models_live}") from error
+    if not values:
+        raise ConfigError(f"model.path: no config.json in {config.path!r}. {_where_models_live}")
+    _refuse_impossible_sizes(config.path, values)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ConfigError(f"model.path: no model config at {config.path!r}: {first_line(error)}. {_where_models_live}") from error
+        raise ConfigError(f"model.path: the config.json of {config.path!r} describes no model: {type(error).__name__}: {_in_one_line(error)}") from error
     for name, value in list(vars(architecture).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(architecture, name, 0.0)
     return architecture
+
+
+_SIZES = ("vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
+          "head_dim", "intermediate_size", "state_size", "max_position_embeddings", "n_positions")
+"""Numbers of a config.json of which a model has at least one, by the names of most architectures."""
+
+
+def _refuse_impossible_sizes(source: str, values: dict) -> None:
+    """Refuse what no model has before transformers divides by it."""
+    for part in (values, values.get("text_config")):
+        sizes = {name: part[name] for name in _SIZES if part.get(name) is not None} if isinstance(part, dict) else {}
+        for name, value in sizes.items():
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"model.path: the config.json of {source!r} has {name}={value}; expected at least 1. Write the config of the model.")
+        heads, shared = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise ConfigError(f"model.path: the config.json of {source!r} has num_attention_heads={heads} and num_key_value_heads={shared}; expected that each "
+                              "of these is shared by as many of those. Write the config of the model.")
 
 
 def choose_layout(config: Config, architecture: PretrainedConfig) -> tuple[str, str]:
@@ -435,7 +483,7 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
             that are not a product of hidden state and head.
     """
     architecture = read_model_config(config.model)
-    _refuse_other_tokenizer(config, architecture, tokenizer, markers)
+    refuse_other_tokenizer(config, architecture, tokenizer, markers)
     layout, _ = choose_layout(config, architecture)
     lm = _load(config, architecture, _choose_attention(config.model, layout, dtype, device), dtype)
     embed_markers(lm, markers, whole)
@@ -450,13 +498,14 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
 def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> PreTrainedModel:
     """The pretrained model as transformers loads it, in its own dtype and with its config untouched, with the added markers in it."""
     architecture = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
-    _refuse_other_tokenizer(config, architecture, tokenizer, markers)
+    refuse_other_tokenizer(config, architecture, tokenizer, markers)
     lm = _load(config, architecture, None, "auto")
     embed_markers(lm, markers, lambda parameters: nullcontext())
     return lm
 
 
-def _refuse_other_tokenizer(config: Config, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
+def refuse_other_tokenizer(config: Config, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows; added markers get rows of their own."""
     vocabulary = architecture.get_text_config().vocab_size
     num_tokens = max(tokenizer.get_vocab().values()) + 1 - len(markers.pieces)
     if num_tokens > vocabulary:

@@ -256,7 +256,7 @@ def test_the_limit_is_the_one_that_the_config_names(name: str, fields: dict, lim
 # --- What can not be counted.
 
 EXPERTS = "transformer.blocks.*.ffn.experts.mlp.w1"
-DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 4096, "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 4096, "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.1}}
 
 
@@ -272,3 +272,42 @@ def test_a_model_whose_flops_are_not_all_known_runs_and_is_not_matched_by_them(t
     with pytest.raises(ConfigError, match=r"counted without transformer.*Write --by tokens or --by seconds"):
         write_match(run, "cpt", "flops", tmp_path / "flops.yaml", None, [])
     write_match(run, "cpt", "tokens", tmp_path / "tokens.yaml", None, [])
+
+
+# --- Configs and folders that are none.
+
+@pytest.mark.parametrize("name, fields, words", [
+    ("llama", {"num_attention_heads": 0}, "has num_attention_heads=0; expected at least 1"),
+    ("qwen3", {"num_hidden_layers": 0}, "has num_hidden_layers=0; expected at least 1"),
+    ("qwen3", {"hidden_size": -32}, "has hidden_size=-32; expected at least 1"),
+    ("qwen3", {"max_position_embeddings": 0}, "has max_position_embeddings=0; expected at least 1"),
+    ("qwen3", {"num_key_value_heads": 3}, "has num_attention_heads=4 and num_key_value_heads=3"),
+    ("qwen3", {"vocab_size": 20}, "48 tokens, but the embedding of .* has 20 rows"),
+    ("qwen3", {"num_attention_heads": "four"}, "describes no model: .*'num_attention_heads' expected int, got str"),
+    ("gpt_neox", {"num_attention_heads": 5}, "describes no model: .*not divisible by the number of attention heads"),
+])
+def test_impossible_numbers_in_a_config_are_named(tmp_path: Path, tokenizer, corpus: Path, name: str, fields: dict, words: str):  # noqa: F811
+    """As they stand in the file: transformers itself divides by some of them."""
+    model = written(tmp_path / "model", architecture(name), tokenizer)
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ConfigError, match=rf"^model.(path|tokenizer): .*{words}"):
+        Inputs(tiny_config(tmp_path / "run", model, corpus, model__init="random"), warn=print)
+
+
+def test_a_folder_without_a_part_is_told_by_that_part(tmp_path: Path, tokenizer, corpus: Path):  # noqa: F811
+    """No tokenizer, no config, no folder, and a folder where a file should be."""
+    model = written(tmp_path / "model", architecture("qwen3"), tokenizer)
+    (alone := tmp_path / "alone").mkdir()
+
+    def refused(words: str, path: Path = model, **overrides: object) -> None:
+        with pytest.raises(ConfigError, match=words):
+            Inputs(tiny_config(tmp_path / "run", path, corpus, model__init="random", **overrides), warn=print)
+
+    refused(r"model.path: no config.json in '.*alone'", alone)
+    architecture("qwen3").save_pretrained(alone)
+    refused(r"model.tokenizer: '.*alone' holds a model's config and no tokenizer \(none of .*tokenizer.json.*Write model.tokenizer=", alone)
+    Inputs(tiny_config(tmp_path / "run", alone, corpus, model__init="random", model__tokenizer=str(model)), warn=print)
+    refused("model.path: there is no file or folder '.*nowhere'", tmp_path / "nowhere")
+    refused("model.tokenizer: there is no file or folder '.*nowhere'", model__tokenizer=str(tmp_path / "nowhere"))
+    refused("thought.instruction_file: no file at '.*alone', which is a folder", thought__instruction_file=str(alone))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, architecture, tiny_policy, word_tokenizer
+from conftest import architecture, ARCHITECTURES, architecture, tiny_policy, word_tokenizer
 from test_training import assert_same_run, corpus, exported, ranks, trained  # noqa: F401  (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import REPOSITORY, tiny_config
@@ -193,14 +193,17 @@ def test_the_ledger_counts_the_added_rows(tmp_path, model_folder, corpus):  # no
     assert (added.vocabulary, added.parameters) == (plain.vocabulary + 2, plain.parameters + 2 * 32)
 
 
-def test_a_document_without_a_position_says_what_was_searched(tmp_path, model_folder, corpus):  # noqa: F811
+def test_a_document_without_a_position_says_what_was_searched(tmp_path, corpus):  # noqa: F811
     """A marker that stands in the text as other tokens is not a marker that does not occur."""
     tokenizer = bytes_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    settings = {"position__selector": "marker", "model__tokenizer": tmp_path / "tokenizer", "thought__open_marker": "'['", "thought__close_marker": "']'"}
+    model = architecture("qwen3")
+    model.vocab_size = len(tokenizer)
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "model")
+    settings = {"position__selector": "marker", "thought__open_marker": "'['", "thought__close_marker": "']'"}
 
     def why(marker: str, text: str) -> str:
-        inputs = PanelInputs(tiny_config(tmp_path / "run", model_folder, corpus, **settings, position__marker=f"'{marker}'"), print)
+        inputs = PanelInputs(tiny_config(tmp_path / "run", tmp_path / "model", corpus, **settings, position__marker=f"'{marker}'"), print)
         return inputs.why_no_position(np.array(tokenizer.encode(text)))
 
     assert "position.marker 'ab' is in the text, written with other tokens; write it as it stands there, such as with the space before it (' ab'); searched: token ids" in why("ab", "c ab c")
