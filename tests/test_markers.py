@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import architecture, ARCHITECTURES, architecture, tiny_policy, word_tokenizer
+from conftest import ARCHITECTURES, architecture, tiny_policy, word_tokenizer
 from test_training import assert_same_run, corpus, exported, ranks, trained  # noqa: F401  (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import REPOSITORY, tiny_config
