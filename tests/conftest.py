@@ -43,10 +43,10 @@ def architecture(name: str) -> PretrainedConfig:
     mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
     own = {
         "qwen3": attention | {"head_dim": 8, "tie_word_embeddings": True},
-        "llama": attention | {"tie_word_embeddings": False},
+        "llama": attention | {"tie_word_embeddings": False, "max_position_embeddings": 4096},
         "gemma2": attention | {"head_dim": 8, "sliding_window": 6},
         "gemma3_text": attention | {"head_dim": 8, "sliding_window": 6},
-        "gpt_neox": {"intermediate_size": 64, "num_attention_heads": 4},
+        "gpt_neox": {"intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096},
         "mamba": {"state_size": 8},
         "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
         "falcon_h1": attention | mamba,
