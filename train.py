@@ -35,19 +35,23 @@ from rlp.metrics import visible_text
 from rlp.monitor import Tally, thought_lengths, watch_gains, watch_ratio, watch_rewards, watch_thoughts
 from rlp.objective import clipped_surrogate, greedy_match, group_relative_advantage, information_gain, kl_to_start, log_evidence
 from rlp.rollout import NoiseKey, sample_thoughts
+from rlp.files import FolderLostError, NotWrittenError
+from rlp.lock import RunLock
 from rlp.numerics import NumericsError
 from rlp.preemption import Preemption, StopRequested
 from rlp.run import Run, dry_run
+from rlp.run_folder import DamagedFileError
 from rlp.scoring import Scores, score
 from rlp.watchdog import Watchdog
 
-DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, PREEMPTED = 0, 2, 3, 4, 5, 69, 75
+DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, FOLDER_LOST, NOT_WRITTEN, PREEMPTED = 0, 2, 3, 4, 5, 69, 73, 74, 75
 
 
 def train(config: Config, ranks: Ranks) -> int:
     """Run to the end of the budget; returns the exit code."""
-    with Watchdog(ranks, config.run) as watchdog, Preemption(ranks, config.checkpoint.save_by) as preemption:
-        run = Run(config, ranks, preemption, watchdog)
+    with Watchdog(ranks, config.run) as watchdog, Preemption(ranks, config.checkpoint.save_by) as preemption, RunLock(ranks) as lock:
+        preemption.on_poll = lock.beat
+        run = Run(config, ranks, preemption, watchdog, lock)
         if run.is_complete():
             run.owe_report()
             run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
@@ -55,8 +59,10 @@ def train(config: Config, ranks: Ranks) -> int:
         try:
             return loop(run)
         except StopRequested as asked:
-            run.stop(asked)
-            return PREEMPTED
+            return PREEMPTED if run.stop(asked) else NOT_WRITTEN
+        except BaseException:
+            run.discard()
+            raise
 
 
 def loop(run: Run) -> int:
@@ -357,8 +363,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except (ConfigError, CheckpointError) as error:
         return fail(error, BAD_CONFIG, ranks)
-    except DataError as error:
+    except (DataError, DamagedFileError) as error:
         return fail(error, BAD_DATA, ranks)
+    except NotWrittenError as error:
+        return fail(error, NOT_WRITTEN, ranks)
+    except FolderLostError as error:
+        return fail(error, FOLDER_LOST, ranks)
     except NumericsError as error:
         return fail(error, BAD_NUMERICS, ranks)
     except PeerLost as error:

@@ -304,7 +304,10 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
         CheckpointError: there are checkpoints, or were, and none is good.
     """
     if ranks.is_first and changes:
-        _remove_unfinished(parent)
+        try:
+            _remove_unfinished(parent)
+        except OSError as error:
+            say(f"what an interrupted save left could not be removed ({error}). It is tried again after the next save.")
     paths, earlier = ranks.broadcast((_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None)
     rejected = [f"{path} was set aside earlier." for path in earlier]
     for path in paths:
@@ -315,11 +318,19 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
             if not changes:
                 say(f"{error} The run sets it aside and tries the one before it.")
                 continue
-            aside = ranks.broadcast(_set_aside(path, point="resume.before_aside").name if ranks.is_first else None)
-            say(f"{error} It is set aside as {aside}; the one before it is tried.")
+            what = ranks.broadcast(_try_to_set_aside(path) if ranks.is_first else None)
+            say(f"{error} {what}; the one before it is tried.")
     if rejected:
         raise CheckpointError("No good checkpoint is left: " + " ".join(rejected) + " Start a new run, or write run.resume=PATH of a good one.")
     return None
+
+
+def _try_to_set_aside(path: Path) -> str:
+    """`_set_aside` of a damaged checkpoint; what became of it, in words."""
+    try:
+        return f"It is set aside as {_set_aside(path, point='resume.before_aside').name}"
+    except OSError as error:
+        return f"It could not be set aside ({error})"
 
 
 def _set_aside(path: Path, *, point: str) -> Path:

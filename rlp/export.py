@@ -20,7 +20,7 @@ from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfi
 from rlp.distributed import Ranks
 from rlp.engine import Engine
 from rlp.faults import fault
-from rlp.files import new_folder, write_new
+from rlp.files import NotWrittenError, new_folder, write_new
 from rlp.forms import THOUGHT_FORMAT, Fields
 from rlp.inputs import ModelInputs
 from rlp.layout import ThoughtFormat
@@ -48,7 +48,7 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
             failure = str(error)
     failure = ranks.broadcast(failure)
     if failure:
-        raise CheckpointError(f"{folder}: the export could not be written: {failure}.")
+        raise NotWrittenError(f"{folder}: the export could not be written: {failure}. Make room there, and end the run with run.resume=auto.")
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

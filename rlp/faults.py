@@ -23,7 +23,12 @@ VARIABLE = "RLP_FAULT"
 FAULT_POINTS: dict[str, str] = {
     "folder.torn_config": "Half of the config.yaml of a new run is on disk.",
     "folder.torn_environment": "Half of its environment.json is.",
+    "lock.torn_owner": "Half of the claim on a run folder is on disk.",
+    "lock.before_rename": "The claim of a job that continues is written and does not have its number yet.",
+    "lock.beat": "Before a sign of life of the job that holds the folder.",
+    "lock.before_release": "A run has ended, and is about to let go of its folder.",
     "folder.before_rename": "The folder of a new run is written and does not have its name yet.",
+    "folder.before_discard": "A new run has failed before its first step, and its folder is about to be removed.",
     "resume.before_aside": "A checkpoint is damaged, and about to be set aside.",
     "resume.before_restore": "A checkpoint is verified and none of it is loaded.",
     "resume.before_truncate": "The checkpoint is loaded; one more log is about to be cut back to its step.",

@@ -286,11 +286,16 @@ def touch(path: Path, *, point: str) -> None:
 
 def set_aside(path: Path, name: str, *, point: str) -> Path:
     """Give a file or folder the name NAME.RANDOM; nothing is deleted."""
+    aside = f"{name}.{secrets.token_hex(4)}"
+    rename(path, aside, point=point)
+    return path.with_name(aside)
+
+
+def rename(path: Path, name: str, *, point: str) -> None:
+    """Give a file or folder another name in its folder."""
     _check(path)
     fault(point)
-    aside = path.with_name(f"{name}.{secrets.token_hex(4)}")
-    os.rename(path, aside)
-    return aside
+    os.rename(path, path.with_name(name))
 
 
 def remove(path: Path) -> None:

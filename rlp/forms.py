@@ -204,6 +204,7 @@ STATE = Fields({}, {
     "dtype": NAME,
     "inputs": Table(CHECKSUM),
     "changes": Many(CHANGE),
+    "logs": Table(Fields({"bytes": COUNT, "lines": COUNT, "sha256": CHECKSUM})),
 })
 """What a checkpoint holds beside tensors, each part of which a resume needs. A part that is not named here is not looked at
 closely, and `test_every_part_of_a_checkpoint_has_a_form` says so."""

@@ -17,12 +17,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rlp.config import ConfigError, duration, moment
 from rlp.distributed import Ranks
+from rlp.files import FolderLostError
 from rlp.launcher import POLL_S, launchers
 from rlp.terminal import INTERRUPTED
 
@@ -83,6 +84,8 @@ class Preemption:
         self._ranks, self._save_by = ranks, save_by
         self._deadline: Deadline | None = None
         self._launchers = launchers()
+        self.on_poll: Callable[[], None] = lambda: None
+        """What else the thread does each time; a FolderLostError of it is a reason to stop."""
         self.reason: str | None = None
 
     @property
@@ -167,10 +170,17 @@ class Preemption:
                 self.request(f"the launcher ({gone}) is gone")
             if self._deadline is not None and self._deadline.has_come():
                 self.request(f"checkpoint.save_by {self._save_by} is reached")
+            self._beat()
             if self.requested:
                 self._others.leave()
             elif self._others.heard:
                 self.request(HEARSAY)
+
+    def _beat(self) -> None:
+        try:
+            self.on_poll()
+        except FolderLostError:
+            self.request("the run folder is lost")
 
     def _end_at_once(self) -> None:
         print(f"rank {self._ranks.rank}: interrupted twice, ended at once; nothing was saved after the newest checkpoint", file=sys.stderr, flush=True)

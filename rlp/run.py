@@ -6,25 +6,30 @@
 import math
 import re
 import resource
-import shutil
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rlp_kernels import choose_form
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlp.admission import check_model
 from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, newest_name, open_checkpoint, refuse_other_inputs, restore, save_checkpoint
 from rlp.config import Config, ConfigError, OptimConfig, load_config, needs_copies, to_yaml
-from rlp.data import DataError, Document, Positions, choose_positions
+from rlp.data import Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
 from rlp.export import export_model, model_card
 from rlp.faults import fault
+from rlp.files import FolderLostError, NotWrittenError, remove, set_aside
 from rlp.journal import Journal, weights_digest
 from rlp.layout import Thoughts, Work, repeated, tree
+from rlp.lock import RunLock
 from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_libraries, say_line
 from rlp.model import load_policy
 from rlp.monitor import Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
@@ -34,20 +39,23 @@ from rlp.preemption import Preemption, StopRequested
 from rlp.probe import no_think_logprob, probe_panel
 from rlp.report import write_report
 from rlp.rollout import Rollout
-from rlp.run_folder import DamagedFileError, append_json_line, create_run_folder, cut_logs, open_run_folder, read_json_lines, refused_logs, settle_logs, truncate_after_step, write_json
+from rlp.run_folder import (DamagedFileError, append_json_line, create_run_folder, cut_logs, json_lines, mark_logs, open_run_folder,
+                            refused_logs, settle_logs, write_json)
 from rlp.scoring import difficulty
 from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse, run_dtype
 from rlp.teacher import Teacher
 from rlp.verdict import verdict
 from rlp.watchdog import Watchdog
 
+T = TypeVar("T")
 
 
 class Run:
     """Everything a run holds. Its parts are built in the order of the design: config, data, model, engine, teacher."""
 
-    def __init__(self, config: Config, ranks: Ranks, preemption: Preemption | None = None, watchdog: Watchdog | None = None) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: Config, ranks: Ranks, preemption: Preemption | None = None, watchdog: Watchdog | None = None,
+                 lock: RunLock | None = None) -> None:
+        self.config, self.ranks, self.lock = config, ranks, lock or RunLock(ranks)
         self.preemption, self.watchdog = preemption or Preemption(ranks), watchdog or Watchdog(ranks, config.run)
         self.step = 0
         self.seconds = 0.0
@@ -59,14 +67,16 @@ class Run:
         with self.watchdog.working("data"):
             opened = Opened(config, ranks.world_size, ranks.rank, warn=self._warn, record=self._record_bad, progress=self._progress)
         self._opened, self.inputs, self.share, self.match, self.panel = opened, opened.inputs, opened.share, opened.match, opened.panel
-        self._data_state, self._made_step = self.inputs.stream.state(), 0
+        self._data_state, self._made_step, self._began_at = self.inputs.stream.state(), 0, 0
         self._weights_moved = False
         self._step_started = time.perf_counter()
         self._saved_step: int | None = None
         self._say(f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million parameters")
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[opened.layout], opened.layout == "tree"
-        self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks)
+        self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks, self.lock)
+        self.lock.claim(self.folder.path, self._say, self.watchdog.mark)
+        self._is_new = not resumes
         try:
             with self.watchdog.working("model"):
                 self._build_model()
@@ -80,10 +90,36 @@ class Run:
                 self.log.say(f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose cost is not known: a lower bound, by which nothing is matched")
             with self.watchdog.working("resume"):
                 self._resume(resumes)
-        except (ConfigError, CheckpointError, DataError):
-            if not resumes and ranks.is_first:
-                shutil.rmtree(self.folder.path)  # made a moment ago; without it the corrected command works as it stands
+            self._first, self._last = self._on_first_rank(self._logged_evaluations, "its evaluations could not be read")
+        except BaseException:
+            self.discard()
             raise
+
+    def discard(self) -> None:
+        """After an error: remove the folder of a new run that has made no step. It was made a moment ago, and without it the
+        corrected command works as it stands."""
+        if self._is_new and self._made_step == self._began_at and self._saved_step is None and self.ranks.is_first:
+            with suppress(OSError, FolderLostError):
+                remove(set_aside(self.folder.path, f".tmp.{self.folder.name}", point="folder.before_discard"))
+
+    def _on_first_rank(self, act: Callable[[], T], words: str) -> T:
+        """What the first rank reads or changes in the run folder, on every rank. A collective.
+
+        Raises:
+            NotWrittenError, DamagedFileError: on every rank, where the first one could not.
+        """
+        answer, failure = None, None
+        if self.ranks.is_first:
+            try:
+                answer = act()
+            except DamagedFileError as error:
+                failure = error
+            except (OSError, SafetensorError) as error:
+                failure = NotWrittenError(f"{self.folder.path}: {words}: {error}. Make room there, and continue with run.resume=auto.")
+        answer, failure = self.ranks.broadcast((answer, failure))
+        if failure is not None:
+            raise failure
+        return answer
 
     def _build_model(self) -> None:
         """Policy, engine and teacher, sharded as they are built under stage 3."""
@@ -196,8 +232,11 @@ class Run:
     def owes_evaluation(self) -> bool:
         """Whether the evaluation of the step that the run begins with is still to be made: it was stopped, or the run is new."""
         due = self.step == 0 or (self.due(self.config.evaluation.every_n_steps) and not self.is_spent())
-        made = self.ranks.broadcast(any(line["step"] == self.step for line in self._evaluations()) if self.ranks.is_first else None)
-        return due and not made
+        return due and not self._is_evaluated()
+
+    def _is_evaluated(self) -> bool:
+        """Whether the newest evaluation is that of this step."""
+        return self._last is not None and self._last["step"] == self.step
 
     def agree(self, claim: bool) -> bool:
         """`Engine.agree`, once for each token of all thoughts."""
@@ -218,8 +257,8 @@ class Run:
         if not self._weights_moved:
             self.preemption.safe_point()
 
-    def stop(self, asked: StopRequested) -> None:
-        """Give up the step in progress, and save as after the last one that was made."""
+    def stop(self, asked: StopRequested) -> bool:
+        """Give up the step in progress, and save as after the last one that was made; whether that is on disk."""
         given_up = self.step > self._made_step
         self.step = self._made_step
         self.ledger.drop_step()
@@ -227,6 +266,7 @@ class Run:
         where = f"step {self.step} is saved" if saved else f"step {self.step} could not be saved, and the checkpoint before it stands"
         self.log.say(f"asked to stop ({asked}): {where}{'; the step begun after it is not counted' if given_up else ''}; continue with run.resume=auto")
         self.log.close()
+        return saved
 
     # Updates
 
@@ -348,6 +388,8 @@ class Run:
         """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
         if self.panel is None:
             return None
+        if self._is_evaluated():  # by an end that was interrupted
+            return _values(self._last)
         with self.wall.during("evaluation"):
             return self._evaluate()
 
@@ -361,9 +403,9 @@ class Run:
         unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
         if unusable:
             raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use. {self._where_to_go_on()}")
-        if self.ranks.is_first and self.folder.evaluation_jsonl.exists():
-            truncate_after_step(self.folder.evaluation_jsonl, self.step - 1)  # an interrupted end had evaluated this step already
         self.log.evaluation(self.step, values)
+        self._last = {"step": self.step, **values}
+        self._first = self._first or self._last
         self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
         return values
 
@@ -379,7 +421,7 @@ class Run:
         require_sound(self.engine, self.ranks, f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto and a lower optim.learning_rate.")
         state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
                  "guard": self.guard.state(), "start_logprob": self.start_logprob, "watch": self.watch.state(), "dtype": str(self.dtype),
-                 "inputs": self._input_checksums, "changes": self.changes}
+                 "inputs": self._input_checksums, "changes": self.changes, "logs": mark_logs(self.folder, self.step)}
         with self.watchdog.working("save"), self.wall.during("saving"):
             saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
                                     settle=lambda: settle_logs(self.folder), say=self.log.say)
@@ -398,8 +440,10 @@ class Run:
         else:
             return
         changes = self._load(checkpoint)
-        if resumes and self.ranks.is_first:
-            cut_logs(self.folder, self.step)
+        if resumes:
+            lost = self._on_first_rank(lambda: cut_logs(self.folder, self.step, checkpoint.state["logs"]), "its logs could not be cut back")
+            for words in lost:
+                self.log.alarm(self.step, words)
         self._note_changes(checkpoint.state["changes"], changes, written=resumes)
         self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
 
@@ -409,8 +453,7 @@ class Run:
             return
         steps = refuse_new_start(self.folder, self.config, self.ranks)
         changes = changed_settings(asdict(load_config(self.folder.config_yaml)), asdict(self.config), self.folder.path)
-        if self.ranks.is_first:
-            cut_logs(self.folder, -1)
+        self._on_first_rank(lambda: cut_logs(self.folder, -1, {}), "its logs could not be cut back")
         self._note_changes([], changes)
         self.log.say(f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
 
@@ -444,7 +487,7 @@ class Run:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self.step, self.seconds = checkpoint.step, state["seconds"]
         self.guard.load_state(state["guard"])
-        self._data_state, self._made_step = self.inputs.stream.state(), self.step
+        self._data_state, self._made_step, self._began_at = self.inputs.stream.state(), self.step, self.step
         self.start_logprob = state["start_logprob"]
         self.watch.load_state(state["watch"])
         return changes
@@ -464,32 +507,32 @@ class Run:
         match, spent = self.match, self.ledger.to_json()
         self.wall.enter("export and report")
         self.watchdog.mark("export")
-        before = self._first_evaluation()
+        # A run that starts from another run's checkpoint has no evaluation before its first step.
+        before = _values(self._first) if self._first is not None and self._first["step"] == 0 else None
         card = model_card(self.config, before, after, self.step)
         if self.ranks.is_first:
             for left in (self.folder.export, *self.folder.path.glob(".tmp.export.*")):
-                shutil.rmtree(left, ignore_errors=True)  # by an end that was interrupted: a complete run does not come here
+                remove(left)  # by an end that was interrupted: a complete run does not come here
         with self.watchdog.working("export"):
             export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
-        failure = None
-        if self.ranks.is_first:
-            try:
-                settle_logs(self.folder)
-                fault("summary")
-                write_json(self.folder.ledger_json, self.ledger.to_json(), point="end.torn_ledger")
-                write_json(self.folder.summary_json, {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(), "flops": self.ledger.flops, "counted_without": list(self.inputs.shapes.uncounted),
-                                                      "bad_documents": self.inputs.stream.bad,
-                                                      "verdict": verdict([before or {}], [after or {}]), "match": match and {"by": match.by, "ratio": match.ratio(spent)}}, point="end.torn_summary")
-                self._write_report()
-            except OSError as error:
-                failure = str(error)
-        if failure := self.ranks.broadcast(failure):
-            raise CheckpointError(f"{self.folder.path}: the end of the run could not be written: {failure}. Make room, and end it with run.resume=auto.")
+        summary = {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(),
+                   "flops": self.ledger.flops,
+                   "counted_without": list(self.inputs.shapes.uncounted), "bad_documents": self.inputs.stream.bad,
+                   "verdict": verdict([before or {}], [after or {}]),
+                   "match": match and {"by": match.by, "ratio": match.ratio(spent)}}
+        self._on_first_rank(lambda: self._write_end(summary), "the end of the run could not be written")
         self.log.say(self._closing_words(before, after))
         if match:
             self.log.say(match.table(spent))
         self.log.close()
         return match is None or match.holds(spent)
+
+    def _write_end(self, summary: dict) -> None:
+        settle_logs(self.folder)
+        fault("summary")
+        write_json(self.folder.ledger_json, self.ledger.to_json(), point="end.torn_ledger")
+        write_json(self.folder.summary_json, summary, point="end.torn_summary")
+        self._write_report()
 
     def owe_report(self) -> None:
         """Make the report of a complete run that has none. A collective."""
@@ -500,7 +543,7 @@ class Run:
         """Rank 0's: the page, which is made from the other files; a run does not fail for it."""
         try:
             write_report([self.folder.path], self.folder.report_html)
-        except (OSError, DamagedFileError) as error:
+        except (OSError, DamagedFileError, ConfigError) as error:
             self.log.say(f"the report could not be written: {error}. Write it with: rlp report {self.folder.path}")
 
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
@@ -513,17 +556,18 @@ class Run:
         places = {"run folder": self.folder.path, "report": self.folder.report_html, "model": self.folder.export}
         return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
 
-    def _evaluations(self) -> list[dict]:
-        """What the first rank has written of evaluations so far."""
-        return read_json_lines(self.folder.evaluation_jsonl) if self.folder.evaluation_jsonl.exists() else []
+    def _logged_evaluations(self) -> tuple[dict | None, dict | None]:
+        """The first and the newest evaluation of the run so far."""
+        first = last = None
+        if self.folder.evaluation_jsonl.exists():
+            for last in json_lines(self.folder.evaluation_jsonl):
+                first = first or last
+        return first, last
 
-    def _first_evaluation(self) -> dict | None:
-        if not self.ranks.is_first:
-            return None
-        first = self._evaluations()[:1]
-        if not first or first[0]["step"] != 0:
-            return None  # a run that starts from another run's checkpoint has no evaluation before its first step
-        return {name: value for name, value in first[0].items() if name != "step"}
+
+def _values(evaluation: dict) -> dict:
+    """The numbers of a line of evaluation.jsonl."""
+    return {name: value for name, value in evaluation.items() if name != "step"}
 
 
 HEADLINE = {

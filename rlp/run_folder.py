@@ -16,12 +16,15 @@
     summary.json       the numbers that a README quotes; written at the end
     report.html        the page made from all of these
     checkpoints/  export/  logs/
+    lock/              which job holds the folder (`rlp.lock`)
 
 Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an infinity.
 """
 
 import datetime
 import errno
+import hashlib
+import io
 import json
 import math
 import os
@@ -30,17 +33,22 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from rlp.config import Config, ConfigError, to_yaml, without_secrets
 from rlp.distributed import Ranks
 from rlp.faults import fault
-from rlp.files import append, make_folder, new_folder, read_bytes, refuse_odd_entries, remove, sync, write_atomically, write_new
+from rlp.files import (append, cut, make_folder, new_folder, open_to_read, read_bytes, refuse_odd_entries, remove, sync,
+                       write_atomically, write_new)
 from rlp.forms import RUN_FILES, Form
+from rlp.lock import RunLock
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Distributions whose versions `environment.json` records."""
@@ -134,21 +142,23 @@ class RunFolder:
         return self.path / "logs"
 
 
-def create_run_folder(config: Config, ranks: Ranks) -> RunFolder:
-    """Make the folder of a new run and write `config.yaml` and `environment.json`. Every rank calls it.
+def create_run_folder(config: Config, ranks: Ranks, lock: RunLock) -> RunFolder:
+    """Make the folder of a new run, which `lock` then holds, and write `config.yaml` and `environment.json`. Every rank calls it.
 
     Raises:
         ConfigError: on every rank, where rank 0 could not make the folder; above all where it exists.
     """
     folder = RunFolder(Path(config.run.dir))
     devices = ranks.gather(_device_name(ranks.device))
-    refusal = ranks.broadcast(_make(folder, config, devices) if ranks.is_first else None)
+    refusal = ranks.broadcast(_make(folder, config, devices, lock) if ranks.is_first else None)
     if refusal:
         raise ConfigError(refusal)
+    for path in folder.logs_of_steps:
+        _logs.pop(path, None)  # of an earlier run of this process in a folder of that name
     return folder
 
 
-def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
+def _make(folder: RunFolder, config: Config, devices: list[str], lock: RunLock) -> str | None:
     """Rank 0's part: the reason why it can not be done, or None."""
     if obstacle := why_no_run_folder(folder.path):
         return obstacle
@@ -161,6 +171,7 @@ def _make(folder: RunFolder, config: Config, devices: list[str]) -> str | None:
             write_new(new.config_yaml, to_yaml(config).encode(), point="folder.torn_config")
             write_new(new.environment_json, _as_json(environment(devices), "environment.json"),
                       point="folder.torn_environment")
+            lock.write_first(path)
     except OSError as error:
         return _refusal(folder.path, error)
     return None
@@ -194,7 +205,7 @@ def open_run_folder(path: str | Path) -> RunFolder:
         raise ConfigError(f"no run folder at {path}. Write the run.dir of a run, such as runs/quickstart.")
     # The path that a user names may be a link; nothing in the folder may. Weights & Biases makes links, which nobody here reads.
     if folder.path.is_dir():
-        refuse_odd_entries(folder.path, files=FILES, folders=("checkpoints", "export", "logs"), leave_out=("logs/wandb",))
+        refuse_odd_entries(folder.path, files=FILES, folders=("checkpoints", "export", "lock", "logs"), leave_out=("logs/wandb",))
     if not folder.config_yaml.is_file():
         raise ConfigError(f"{path} is no run folder: it has no config.yaml. "
                           "Write the run.dir of a run, such as runs/quickstart.")
@@ -307,6 +318,70 @@ def read_json(path: Path, form: Form | None = None) -> object:
     return value
 
 
+class Log:
+    """A JSONL file that this process adds lines to: what it should hold, in numbers, and what the disk has refused so far."""
+
+    def __init__(self, path: Path, size: int = 0, lines: int = 0, digest: "hashlib._Hash | None" = None) -> None:
+        self.path = path
+        self.size, self.lines, self._digest = size, lines, digest or hashlib.sha256()
+        self._torn = False
+        """Whether a failed attempt may have left something behind the good part of the file."""
+        self.waiting = b""
+        """Lines that the disk has refused; they count in `size`, `lines` and the digest."""
+        self._step = -1
+        self._before = self._state()
+        """As it was before the first line of the newest step."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Log":
+        """Of a file that is there, or is not."""
+        log = cls(path)
+        with suppress(FileNotFoundError), open_to_read(path) as file:
+            for line in _lines(file, path):
+                log.count(line)
+        return log
+
+    def add(self, step: int, line: bytes) -> None:
+        """Count a line and try to write it, with all that waits."""
+        if step > self._step:
+            self._step, self._before = step, self._state()
+        self.count(line)
+        self.waiting += line
+        with suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: it waits on.
+        """
+        if self.waiting:
+            fault("append.before_line")
+            good, self._torn = self.size - len(self.waiting) if self._torn else None, True
+            append(self.path, self.waiting, point="append.torn_line", size=good)
+            self.waiting, self._torn = b"", False
+            fault("append.after_line")
+
+    def mark(self, step: int) -> dict:
+        """What a checkpoint of a step says of the log: size, lines and checksum up to that step. A step that was given up
+        after it may have lines; those do not count."""
+        size, lines, digest = self._before if self._step > step else self._state()
+        return {"bytes": size, "lines": lines, "sha256": digest.hexdigest()}
+
+    def _state(self) -> tuple[int, int, "hashlib._Hash"]:
+        return self.size, self.lines, self._digest.copy()
+
+    def count(self, line: bytes) -> None:
+        """Take a line for one that the file holds."""
+        self.size, self.lines = self.size + len(line), self.lines + 1
+        self._digest.update(line)
+
+
+_logs: dict[Path, Log] = {}
+"""Of this process, by path."""
+
+
 def append_json_line(path: Path, value: dict) -> None:
     """Add one object to a log of the run, in one write; a crash can tear the last line and no other.
 
@@ -317,52 +392,98 @@ def append_json_line(path: Path, value: dict) -> None:
         ValueError: a number in it is not finite.
     """
     _refuse_non_finite(value, path.name)
-    size, lines = _refused.pop(path, (path.stat().st_size if path.exists() else 0, b""))
-    lines += (json.dumps(value, allow_nan=False) + "\n").encode()
-    try:
-        _append(path, size, lines)
-    except OSError:
-        _refused[path] = (size, lines)
-
-
-_refused: dict[Path, tuple[int, bytes]] = {}
-"""Of a log that could not be written to: its good length in bytes, and the lines to follow."""
-
-
-def _append(path: Path, size: int, lines: bytes) -> None:
-    """Add bytes to a file whose good length is `size`; whatever a failed attempt left behind that goes."""
-    fault("append.before_line")
-    append(path, lines, point="append.torn_line", size=size)
-    fault("append.after_line")
+    if path not in _logs:
+        _logs[path] = Log.of(path)
+    _logs[path].add(value.get("step", 0), (json.dumps(value, allow_nan=False) + "\n").encode())
 
 
 def settle_logs(folder: RunFolder) -> None:
-    """Write what was refused so far, and wait until all logs are on disk: a checkpoint of a step is good only with the logs up to it.
+    """Write what was refused so far, and wait until all logs are on disk: a checkpoint of a step is good only with the
+    logs up to it.
 
     Raises:
         OSError: a log can still not be written.
     """
     for path in folder.logs_of_steps:
-        if path in _refused:
-            _append(path, *_refused[path])
-            del _refused[path]
+        if path in _logs:
+            _logs[path].flush()
         if path.exists():
             sync(path)
+    sync(folder.path)
+
+
+def mark_logs(folder: RunFolder, step: int) -> dict[str, dict]:
+    """What the logs hold up to a step, by file name, for `cut_logs` of a run that continues from there."""
+    return {path.name: _logs[path].mark(step) for path in folder.logs_of_steps if path in _logs}
 
 
 def refused_logs(folder: RunFolder) -> list[str]:
     """Names of the logs whose last lines wait in memory, because the disk is full or broken."""
-    return [path.name for path in folder.logs_of_steps if path in _refused]
+    return [path.name for path in folder.logs_of_steps if path in _logs and _logs[path].waiting]
 
 
-def cut_logs(folder: RunFolder, step: int) -> None:
-    """Make every log end with a step, as `truncate_after_step` does, and remove what a crash left half written."""
+def cut_logs(folder: RunFolder, step: int, marks: dict[str, dict]) -> list[str]:
+    """Make every log end with a step, so that a run that continues says each step once; and remove what a crash left half
+    written. Kept lines keep their bytes. Needs no room on the disk, and memory for one line.
+
+    All logs are read before one is changed.
+
+    Args:
+        step: the last step that the checkpoint has applied; -1: nothing is kept.
+        marks: of `mark_logs`, by the checkpoint; a log without one is read line by line.
+
+    Returns:
+        what has changed in logs since the checkpoint, in words: lines of them were lost, or edited.
+
+    Raises:
+        DamagedFileError: a line that has to be kept, and is not the last, is no JSON object with a step.
+        OSError: a log can not be cut.
+    """
+    kept, found = {}, []
     for path in folder.logs_of_steps:
-        fault("resume.before_truncate")
-        _refused.pop(path, None)
-        truncate_after_step(path, step)
-    for partial in folder.path.glob(".*.partial"):
-        remove(partial)
+        mark = marks.get(path.name, _NOTHING)
+        log = _kept(path, step, mark)
+        if log is None:
+            log = _kept(path, step, _NOTHING)
+            found.append(f"{path.name} is not what it was when the checkpoint of step {step} was made: it had {mark['lines']} "
+                         f"lines ({mark['bytes']:,} bytes) then, and has {log.lines} ({log.size:,} bytes) of those steps now; "
+                         "lines of it were lost or changed. The run does not need them, and goes on.")
+        kept[path] = log
+
+    for path, log in kept.items():
+        if path.exists() and path.stat().st_size > log.size:
+            cut(path, log.size, point="resume.before_truncate")
+        _logs[path] = log
+    for left in (*folder.path.glob(".*.partial"), *folder.path.glob(".tmp.*")):
+        remove(left)
+    return found
+
+
+_NOTHING = {"bytes": 0, "lines": 0, "sha256": hashlib.sha256().hexdigest()}
+"""The mark of a log that has no line."""
+
+
+def _kept(path: Path, step: int, mark: dict) -> Log | None:
+    """What a log holds up to a step; None where it does not begin with what the mark says."""
+    log, begins = Log(path), mark == _NOTHING
+    with open_to_read(path) if path.exists() else io.BytesIO() as file:
+        for number, line in enumerate(_lines(file, path) if step >= 0 else (), start=1):
+            if not begins and log.size >= mark["bytes"]:
+                begins = log.mark(step) == mark
+                if not begins:
+                    return None
+            if begins:
+                value = _object(line)
+                if not line.endswith(b"\n") and value is None:
+                    break  # torn by a crash
+                if value is None or type(value.get("step")) is not int:
+                    raise DamagedFileError(f'{path}, line {number}: expected a JSON object with a whole number "step", got '
+                                           f"{line[:80]!r}. Only a last line can be torn by a crash, so something else has "
+                                           "changed the file. Mend or remove the line.")
+                if value["step"] > step or not line.endswith(b"\n"):
+                    break
+            log.count(line)
+    return log if begins or log.mark(step) == mark else None
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -371,41 +492,34 @@ def read_json_lines(path: Path) -> list[dict]:
     Raises:
         DamagedFileError: a line before the last is no JSON object, or a line has not the form of the file (`RUN_FILES`).
     """
-    return [value for _, value in _whole_lines(path, RUN_FILES.get(path.name))]
+    return list(json_lines(path))
 
 
-def truncate_after_step(path: Path, step: int) -> None:
-    """Drop what a JSONL file says of steps after `step`, so that a resumed run says it once.
-
-    Kept lines keep their bytes; a torn last line goes. A file that is not there has nothing to drop.
-
-    Args:
-        step: the last step that the checkpoint has applied.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line, value in _whole_lines(path, None):
-        if not isinstance(value.get("step"), int):
-            raise DamagedFileError(f'{path}: a line has no whole number "step", so its place in the run is not known: {line[:80]!r}.')
-        if value["step"] <= step:
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-    write_atomically(path, b"".join(kept), point="resume.before_truncate")
+def json_lines(path: Path) -> Iterator[dict]:
+    """`read_json_lines`, one at a time: in memory is one."""
+    form = RUN_FILES.get(path.name)
+    with open_to_read(path) as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            value = _object(line)
+            if value is not None:
+                if form is not None and (said := form.problem(value, "")):
+                    raise DamagedFileError(f"{path}, line {number}: {said}. No run writes this, so something else has changed "
+                                           "the file.")
+                yield value
+            elif line.endswith(b"\n"):
+                raise DamagedFileError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. Only a last line can "
+                                       "be torn by a crash, so something else has changed the file. Mend or remove the line.")
 
 
-def _whole_lines(path: Path, form: Form | None) -> list[tuple[bytes, dict]]:
-    lines = read_bytes(path).splitlines(keepends=True)
-    whole = []
-    for number, line in enumerate(lines, start=1):
-        value = _object(line)
-        if value is not None:
-            if form is not None and (said := form.problem(value, "")):
-                raise DamagedFileError(f"{path}, line {number} of {len(lines)}: {said}. No run writes this, so something else has changed the file.")
-            whole.append((line, value))
-        elif number < len(lines) or line.endswith(b"\n"):
-            raise DamagedFileError(f"{path}, line {number} of {len(lines)}: expected a JSON object, got {line[:80]!r}. "
-                                   "Only a last line can be torn by a crash, so something else has changed the file.")
-    return whole
+MAX_LINE_BYTES = 2 ** 26
+"""Of a line of a log; a thought of a million tokens takes a tenth of it."""
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES:
+            raise DamagedFileError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes, which no run has written.")
+        yield line
 
 
 def _object(line: bytes) -> dict | None:

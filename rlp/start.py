@@ -21,7 +21,7 @@ from rlp.match import open_match
 from rlp.metrics import Progress, Tell, require_wandb
 from rlp.model import choose_dtype, choose_layout
 from rlp.probe import held_out_panel, load_frozen
-from rlp.run_folder import RunFolder, open_run_folder, read_json, read_json_lines, why_no_run_folder
+from rlp.run_folder import RunFolder, json_lines, open_run_folder, read_json, why_no_run_folder
 
 CHECKED_PARAMETERS = 400_000_000
 """Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some seconds."""
@@ -119,12 +119,20 @@ def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> int:
     """
     every = config.checkpoint.every_n_steps
     changed_settings(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
-    lines = ranks.broadcast(read_json_lines(folder.metrics_jsonl) if ranks.is_first and folder.metrics_jsonl.exists() else [])
-    steps = lines[-1]["step"] if lines else 0
+    steps = ranks.broadcast(_logged_steps(folder) if ranks.is_first else None)
     if 0 < every < steps:
         raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint every {every}, and {folder.checkpoints} holds none. "
                           "Put one back there, or write run.dir=OTHER run.resume=never for a new run.")
     return steps
+
+
+def _logged_steps(folder: RunFolder) -> int:
+    """The last step in the metrics of a run."""
+    step = 0
+    if folder.metrics_jsonl.exists():
+        for line in json_lines(folder.metrics_jsonl):
+            step = line["step"]
+    return step
 
 
 def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:

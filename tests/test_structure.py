@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = ("machine", "terminal", "launcher", "outside", "faults", "forms", "config", "files", "distributed", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "admission", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
+ORDER = ("machine", "terminal", "launcher", "outside", "faults", "forms", "config", "files", "distributed", "lock", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "admission", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
          "teacher", "ledger", "match", "inputs", "checkpoint", "journal", "export", "probe", "splice", "answers", "evaluation", "plan", "figures", "verdict", "report", "preflight", "start", "run", "cli", "__main__")
 """A module of `rlp` imports only those to its left."""
 
@@ -94,7 +94,7 @@ def writes(source: str) -> list[str]:
         nowhere = bool(node.args) and ast.unparse(node.args[0]) == "os.devnull"
         if name == "open" and not nowhere and (home == "os" or any(set(mode) & set("wax+") and len(mode) <= 3 for mode in modes)):
             found.append(f"{home or ''}.open")
-        if name in WRITERS or (home, name) in (("os", "replace"), ("shutil", "copy")):
+        if name in WRITERS and home != "files" or (home, name) in (("os", "replace"), ("shutil", "copy")):
             found.append(f"{home}.{name}")
     return found
 
