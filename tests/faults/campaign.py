@@ -32,7 +32,7 @@ TOPOLOGIES = list(itertools.product((1, 2), (1, 2, 3), ("float32", "bfloat16")))
 """Ranks, ZeRO stage, dtype."""
 
 PASSAGES = {"rollout": 4, "score": 30, "backward": 12, "optimizer": 4, "teacher.refresh": 4, "step.before_log": 4, "append.before_line": 20, "append.torn_line": 20,
-            "append.after_line": 20, "resume.before_truncate": 6, "save.before_part": 2, "save.torn_part": 2, "save.after_shard": 2, "save.before_rename": 2, "save.after_rename": 2}
+            "append.after_line": 20, "resume.before_truncate": 3, "save.before_part": 2, "save.torn_part": 2, "save.after_shard": 2, "save.before_rename": 2, "save.after_rename": 2}
 """About how often a continued run passes a point; once where it is not said. A fault that is never come to is none."""
 
 EVERY_RANK = ("rollout", "score", "backward", "optimizer", "teacher.refresh", "step.before_log", "evaluation", "resume.before_restore", "save.before_part", "save.torn_part", "save.after_shard", "export.before_write")

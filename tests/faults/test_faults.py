@@ -24,7 +24,7 @@ BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": 4}
 CASES = {
     "before the first checkpoint": Case(("folder.before_rename:1:kill", "evaluation:1:kill", "rollout:1:kill", "score:4:kill", "append.torn_line:5:kill", "save.before_part:1:kill")),
     "in the first save": Case(("save.torn_part:1:kill", "save.after_shard:1:kill", "save.before_meta:1:kill", "save.before_complete:1:kill", "save.before_rename:1:kill", "save.after_rename:1:kill")),
-    "while resuming": Case(("rollout:4:kill", "resume.before_restore:1:kill", "resume.before_truncate:3:kill", "append.before_line:3:kill")),
+    "while resuming": Case(("rollout:5:kill", "resume.before_restore:1:kill", "resume.before_truncate:3:kill", "append.before_line:3:kill")),
     "in a step": Case(("backward:11:kill", "optimizer:2:kill", "teacher.refresh:3:kill", "step.before_log:2:kill", "append.torn_line:9:kill", "append.after_line:8:kill", "rollout:1:raise", "purge.before_old:1:kill")),
     "at the end": Case(("save.torn_part:3:exit", "purge.before_delete:1:kill", "export.before_write:1:kill", "export.before_rename:1:kill", "export.after_rename:1:kill", "summary:1:kill", "lock.before_release:1:kill")),
     "while a folder or its first checkpoint is written": Case((
