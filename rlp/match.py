@@ -48,7 +48,8 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
         data: for the arm mixed_sft, the folder that `rlp splice` made.
 
     Raises:
-        ConfigError: the run is not finished, or the arm and the data do not go together.
+        ConfigError: the run is not finished, the arm and the data do not go together, or its steps are so large that the
+            nearest number of them may spend more than 1 % more or less.
     """
     if out.exists():
         raise ConfigError(f"--out: {out} exists and is never written over. Write another file.")
@@ -57,11 +58,14 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
     if (data is not None) != (arm == "mixed_sft"):
         raise ConfigError(f"--data goes with the arm mixed_sft, and it needs it. Make the data with: rlp splice {run.path} --out FOLDER")
     amount = _amount(read_json(run.ledger_json), by, run.ledger_json)
-    tree = asdict(load_config(run.config_yaml))
+    ledger, own = read_json(run.ledger_json, WHOLE_LEDGER), load_config(run.config_yaml)
+    tree = asdict(own)
     settings = {"run.dir": str(run.path.with_name(f"{run.name}_{arm}_{by}")), "run.arm": f"{arm}_{by}", "run.resume": "never",
                 "match.ledger": str(run.ledger_json), "match.by": by, **ARMS[arm]}
+    carried, longer = 0.0, 0
     if data is not None:
-        longest = tree["data"]["max_document_tokens"] + read_json(data / "splice.json")["longest_insert_tokens"]
+        carried, longer = read_json(data / "ledger.json", WHOLE_LEDGER)[AMOUNTS[by]], read_json(data / "splice.json")["longest_insert_tokens"]
+        longest = tree["data"]["max_document_tokens"] + longer
         settings |= {"data.train": [str(data / "documents.jsonl")], "data.format": "jsonl", "data.tokens_field": "tokens", "data.ledger": str(data / "ledger.json"),
                      "data.weights": [], "data.max_document_tokens": longest}
     tree["budget"] = {name: None for name in tree["budget"]} | {by: int(amount) if by == "tokens" else amount}
@@ -69,8 +73,61 @@ def write_match(run: RunFolder, arm: str, by: str, out: Path, data: Path | None,
         section, name = key.split(".")
         tree[section][name] = copy.copy(value)
     config = load_config(tree, overrides)
+    _refuse_coarse(step_cost(ledger, own, config, by, longer), amount, carried, by, config.optim.batch_size)
     write_atomically(out, to_yaml(config).encode(), point="match.torn_config")
     return config
+
+
+def step_cost(ledger: dict, run: Config, arm: Config, by: str, longer: int = 0) -> tuple[float, float]:
+    """Bounds of what a step of an arm will spend, from what the steps of the run have spent: equal where that is sure.
+
+    Args:
+        ledger: of the run.
+        by: in `AMOUNTS`.
+        longer: tokens by which a document of the arm may be longer than one of the run.
+    """
+    steps, shared = max(ledger["steps"], 1), arm.optim.batch_size / run.optim.batch_size
+    document_tokens = ledger["input_tokens"] / steps / run.optim.batch_size
+    input_tokens = ledger["input_tokens"] / steps * shared
+    same = arm.optim.batch_size == run.optim.batch_size and arm.data == run.data
+    longest = input_tokens + arm.optim.batch_size * longer
+    if by == "tokens":
+        return (input_tokens, input_tokens) if same else (input_tokens / 2, longest * OTHER_DOCUMENTS)
+    per_document = run.data.max_document_tokens if arm.position.per_document == "all" else arm.position.per_document
+    thoughts = arm.optim.batch_size * per_document * arm.thought.group_size if arm.objective.thinks else 0
+    if by == "paper_flops":
+        return 0.0, longest * OTHER_DOCUMENTS + thoughts * arm.thought.max_thought_tokens
+    spent, phases = ledger[AMOUNTS[by]] / steps * shared, ledger["phases"]
+    share = 1.0
+    if run.objective.thinks and not arm.objective.thinks:  # its documents alone; their pass back costs twice the one forward
+        passes = phases["lm"]["flops"] or 3.5 * phases["teacher"]["flops"]
+        share = min(1.0, passes / ledger["flops"]) if passes else 1.0
+    elif arm.objective.thinks and not run.objective.thinks:  # every thought with its document, sampled and trained
+        share = 1 + 4 / 3 * thoughts * (1 + arm.thought.max_thought_tokens / document_tokens) / arm.optim.batch_size
+    return 0.0, spent * share * (longest / input_tokens) * {"flops": OTHER_DOCUMENTS, "seconds": OTHER_SECONDS}[by]
+
+
+OTHER_DOCUMENTS, OTHER_SECONDS = 1.1, 1.5
+"""How much more a step may spend than the steps of the run did on average: on longer documents and thoughts; on a busier machine."""
+
+
+def _refuse_coarse(step: tuple[float, float], amount: float, carried: float, by: str, batch_size: int) -> None:
+    """Refuse an arm that may end more than 1 % beside its amount: it ends at the nearest step, which is half a step away at most.
+
+    Args:
+        step: bounds of what a step spends.
+        carried: what making the arm's data has spent.
+    """
+    low, high = step
+    missed = high / 2 / amount
+    if low == high:
+        missed = abs(carried + max(1, round((amount - carried) / high)) * high - amount) / amount
+    if missed <= TOLERANCE:
+        return
+    fitting = int(batch_size * 2 * TOLERANCE * amount / high)
+    advice = f"Write optim.batch_size={fitting} behind the command" if fitting else "Not even optim.batch_size=1 comes near enough: match a longer run, or by another amount (--by tokens)"
+    raise ConfigError(f"an arm of optim.batch_size={batch_size} can not be sure to spend what the run has ({by} {amount:.4g}): a step spends up to {high:.3g}, so it would make some "
+                      f"{max(1, round((amount - carried) / high))} steps, and the nearest may be {missed:.1%} off, where {TOLERANCE:.0%} is allowed. {advice}.")
 
 
 def _amount(ledger: dict, by: str, path: Path | str) -> float:

@@ -1,6 +1,7 @@
 """The controls: RPT's reward, the placebos, spliced documents, and arms that spend what a run has spent."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rlp.config import ConfigError, load_config, to_yaml
 from rlp.data import Positions
 from rlp.layout import ThoughtFormat, repeated, tree
 from rlp.ledger import PHASES, Ledger
-from rlp.match import ARMS, write_match
+from rlp.match import ARMS, step_cost, write_match
 from rlp.model import Markers
 from rlp.objective import group_relative_advantage
 from rlp.rollout import NoiseKey, sample_thoughts
@@ -173,11 +174,48 @@ def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, 
 
 
 def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):  # noqa: F811
-    """Steps too large to come within 1 %: the run ends, with its own exit code and the table."""
+    """Documents of another number than the config was written for: the run ends, with its own exit code and the table."""
     run = open_run_folder(trained("rlp", budget__steps=1))
-    config = write_match(run, "rpt", "flops", tmp_path / "arm.yaml", None, ["optim.batch_size=6", "optim.micro_batch_size=3"])
+    config = write_match(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config.optim.batch_size, config.optim.micro_batch_size = 6, 3
     assert program.train(config, ranks) == program.NOT_MATCHED
     assert "NOT MATCHED" in capsys.readouterr().out
+
+
+def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(trained, tmp_path, ranks, capsys):  # noqa: F811
+    """The advice is taken, and the arm matches. Another budget as well: all that is asked is written."""
+    run = open_run_folder(trained("rlp", budget__steps=3, logging__every_n_steps=1000))
+    with pytest.raises(ConfigError, match=r"can not be sure to spend what the run has \(flops .* some \d+ steps, and the nearest may be .*% off, where 1% is allowed. Write optim.batch_size=") as refused:
+        write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
+    assert not (tmp_path / "arm.yaml").exists()
+    batch = int(re.search(r"Write optim.batch_size=(\d+)", str(refused.value))[1])
+    config = write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [f"optim.batch_size={batch}", "optim.micro_batch_size=1"])
+    assert program.train(config, ranks) == program.DONE and capsys.readouterr().out.rstrip().endswith(": matched")
+    with pytest.raises(ConfigError, match="Not even optim.batch_size=1"):
+        write_match(open_run_folder(trained("short", budget__steps=1)), "rpt", "flops", tmp_path / "other.yaml", None, [])
+
+
+def ledger_of(steps: int, *, tokens: float, flops: float, lm: float, seconds: float = 1.0) -> dict:
+    """What steps of so much each add up to."""
+    return {"steps": steps, "input_tokens": steps * tokens, "flops": steps * flops, "paper_flops": 0.0, "seconds": steps * seconds, "phases": {"lm": {"flops": steps * lm}, "teacher": {"flops": 0.0}}}
+
+
+def test_the_cost_of_a_step_is_bounded_by_what_the_run_has_spent(tmp_path, model_folder, corpus):  # noqa: F811
+    """CPT does the documents' part, at 10 % on top for longer ones; half the batch costs half; the same documents cost the same to the token."""
+    run = tiny_config(tmp_path / "run", model_folder, corpus)
+    cpt = tiny_config(tmp_path / "cpt", model_folder, corpus, objective__policy_weight=0)
+    half = tiny_config(tmp_path / "half", model_folder, corpus, optim__batch_size=2)
+    ledger = ledger_of(7, tokens=40, flops=1e6, lm=1e5)
+    assert step_cost(ledger, run, cpt, "flops")[1] == pytest.approx(1.1e5)
+    assert step_cost(ledger, run, half, "flops")[1] == pytest.approx(0.55e6)
+    assert step_cost(ledger, run, run, "tokens") == (40, 40)
+    assert step_cost(ledger, run, half, "tokens")[1] == pytest.approx(22)
+    assert step_cost(ledger, run, half, "tokens", longer=10)[1] == pytest.approx(44)
+    assert step_cost(ledger, run, run, "paper_flops")[1] == pytest.approx(44 + 4 * 2 * 4 * 5)
+    assert step_cost(ledger, run, cpt, "paper_flops")[1] == pytest.approx(44)
+    assert step_cost(ledger, run, cpt, "seconds")[1] == pytest.approx(0.15)
+    # 4 documents of 10 tokens; 8 positions' 4 thoughts of 5 tokens, each with its document: 32 x 15 tokens against 40, sampled (1) and trained (3) where CPT trains (3).
+    assert step_cost(ledger, cpt, run, "flops")[1] == pytest.approx(1.1 * 1e6 * (1 + 4 / 3 * 32 * 15 / 40))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -195,9 +233,9 @@ def test_only_a_finished_run_is_matched(trained, tmp_path, change, words):  # no
 def test_another_budget_than_the_ledgers_is_refused(trained, tmp_path, ranks):  # noqa: F811
     """Who changes the budget of a matched config is told, before the run."""
     run = open_run_folder(trained("rlp", budget__steps=1))
-    config = write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
-    config.budget.flops *= 2
-    with pytest.raises(ConfigError, match="budget.flops"):
+    config = write_match(run, "cpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config.budget.tokens *= 2
+    with pytest.raises(ConfigError, match="budget.tokens"):
         program.train(config, ranks)
 
 
@@ -207,7 +245,7 @@ def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):  # 
     before = load_config(run.config_yaml)
     for arm in ARMS:
         if arm != "mixed_sft":
-            after = write_match(run, arm, "flops", tmp_path / f"{arm}.yaml", None, [])
+            after = write_match(run, arm, "tokens", tmp_path / f"{arm}.yaml", None, [])
             for section in ("model", "data", "position", "thought", "target", "baseline", "optim", "engine", "evaluation"):
                 assert getattr(after, section) == getattr(before, section), (arm, section)
             assert after.objective.thinks == (arm != "cpt") and after.run.seed == before.run.seed

@@ -250,7 +250,7 @@ def test_what_two_arms_began_with_has_its_interval_on_every_row(tmp_path, monkey
         run = make_run(tmp_path / name)
         before = PANEL | BOUNDS | ({"gain_over_ema_nats_low": -0.7, "gain_over_ema_nats_high": -0.3} if name == "first" else {})
         before = before if name == "first" else {key: value for key, value in before.items() if "ema" not in key}
-        write_json(run / "summary.json", {"before": before, "after": before, "steps": 30, "seconds": 3.0, "flops": 2.5e12})
+        write_json(run / "summary.json", {"before": before, "after": before, "steps": 30, "seconds": 3.0, "flops": 2.5e12}, point="end.torn_summary")
     drawn = []
     monkeypatch.setattr("rlp.report.draw_intervals", lambda rows, series, **options: drawn.append(dict(series)) or "data:,")
     text = Tags(page_of(tmp_path / "first", tmp_path / "second", out=tmp_path / "page.html")).text
@@ -263,7 +263,7 @@ def test_an_arm_that_is_not_matched_says_so_where_it_is_finished(tmp_path, undra
     run = make_run(tmp_path / "first")
     for ratio, words in ((0.9543, "NOT MATCHED: flops 0.954 of the other run's, allowed 0.99 to 1.01: no comparison"), (1.0069, "matched: flops 1.007")):
         summary = read_json(run / "summary.json") | {"match": {"by": "flops", "ratio": ratio}}
-        write_json(run / "summary.json", summary)
+        write_json(run / "summary.json", summary, point="end.torn_summary")
         page = page_of(run, make_run(tmp_path / f"with_{ratio}"), out=tmp_path / "page.html")
         assert f"finished, 30 steps; {words}" in Tags(page).text
 
@@ -272,7 +272,7 @@ def test_work_without_a_time_of_its_own_is_not_said_to_take_none(tmp_path, undra
     run = make_run(tmp_path / "first")
     ledger = read_json(run / "ledger.json")
     ledger["phases"] |= {"lm": ledger["phases"]["decode"] | {"seconds": 0.0}, "score": dict.fromkeys(ledger["phases"]["decode"], 0)}
-    write_json(run / "ledger.json", ledger)
+    write_json(run / "ledger.json", ledger, point="end.torn_ledger")
     rows = re.findall(r"<tr><td>(\w+)</td>.*<td class=\"n\">(.*?)</td></tr>", page_of(run, out=tmp_path / "page.html"))
     assert dict(rows)["decode"] == "3.0 s" and dict(rows)["lm"] == "-" and dict(rows)["score"] == "0.0 s"
 
