@@ -65,7 +65,8 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         positions = choose_positions(documents, inputs.candidates, config.position, horizon=config.target.horizon, seed=config.run.seed, step=step)
         with ledger.time("decode"), torch.no_grad():
             rollout = sample_thoughts(policy, documents, positions, inputs.form, NoiseKey(config.run.seed, step), group_size=config.thought.group_size,
-                                      max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, shared=arrange is tree)
+                                      max_thought_tokens=config.thought.max_thought_tokens, rows=config.thought.sampling_rows, shared=arrange is tree,
+                                      prefill=lambda: ledger.time("prefill"))
         with ledger.time("score"), torch.no_grad():
             layout = arrange(documents, positions, rollout.thoughts, inputs.form, lm=False, no_think=True, device=policy.device)
             scores = score(policy, layout)

@@ -135,8 +135,9 @@ def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(tmp_path, model_fo
 @pytest.mark.parametrize("placebo", ["shuffled_reward", "foreign_thought"])
 def test_micro_batches_do_not_change_a_placebo(trained, placebo):  # noqa: F811
     """The positions of the step are exchanged: documents one by one, in pairs or all at once, groups whole or in slices."""
-    folders = [trained(f"of_{size}", reward__placebo=placebo, budget__steps=2, optim__micro_batch_size=size) for size in (1, 2, 4)]
-    folders.append(trained("slices", reward__placebo=placebo, budget__steps=2, optim__thoughts_per_forward=3))
+    settings = {"reward__placebo": placebo, "budget__steps": 2, "thought__group_size": 2, "optim__batch_size": 4}
+    folders = [trained(f"of_{size}", optim__micro_batch_size=size, **settings) for size in (1, 2, 4)]
+    folders.append(trained("slices", optim__thoughts_per_forward=1, **settings))
     for folder in folders[1:]:
         assert_same_run(folders[0], folder, 1e-4)
 

@@ -58,11 +58,11 @@ def other_norm(inputs: Path) -> None:
 
 @pytest.mark.parametrize("change, named, settings", [
     (lowercase, "the tokenizer", {}),
-    (lambda inputs: (inputs / "instruction.txt").write_text("w1 w3"), "the text of thought.instruction_file", {}),
+    pytest.param(lambda inputs: (inputs / "instruction.txt").write_text("w1 w3"), "the text of thought.instruction_file", {}, marks=pytest.mark.slow),
     (lambda inputs: write_corpus(inputs / "held_out.jsonl", [" ".join(WORDS[8:13])] * 3), "the files of data.held_out", {}),
-    (other_norm, "the config of the model", {}),
+    pytest.param(other_norm, "the config of the model", {}, marks=pytest.mark.slow),
     (other_weights, "the weights in model.path", {"baseline__kind": "frozen", "engine__dtype": "bfloat16"}),
-    (other_weights, "the weights in model.path", {"objective__kl_weight": 0.1, "engine__zero_stage": 3}),
+    pytest.param(other_weights, "the weights in model.path", {"objective__kl_weight": 0.1, "engine__zero_stage": 3}, marks=pytest.mark.slow),
 ], ids=["normalizer", "instruction", "held_out", "config", "weights_frozen", "weights_kl"])
 def test_inputs_that_changed_between_two_lives_are_refused_by_name(tmp_path, inputs, ranks, change, named, settings):  # noqa: F811
     """The config says the same, and what it names does not: no number after the resume would belong to those before."""
@@ -75,6 +75,7 @@ def test_inputs_that_changed_between_two_lives_are_refused_by_name(tmp_path, inp
     assert not (tmp_path / "next").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_read_again_may_change(tmp_path, inputs, ranks):  # noqa: F811
     """With the EMA all weights of a resumed run come from its checkpoint."""
     mine = shutil.copytree(inputs, tmp_path / "inputs")

@@ -27,10 +27,17 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:  # noqa: F
     return folder
 
 
-@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "stage3_synced", "stage3_markers"])
+@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "stage3_synced", "stage3_markers", "shuffled", "foreign"])
 def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):  # noqa: F811
     """Same documents, same positions, same thoughts, one gradient: in float32 the curves agree."""
     assert_same_run(trained("alone", **SETTINGS[name]), two_ranks / name, 1e-4)
+
+
+def test_the_thoughts_told_are_those_of_both_ranks(two_ranks, trained):  # noqa: F811
+    """The best and the worst of the step, however its documents are shared out."""
+    alone, shared = (read_lines(folder / "thoughts.jsonl") for folder in (trained("alone", **SETTINGS["shuffled"]), two_ranks / "shuffled"))
+    told = ("step", "document", "position", "thought")
+    assert [[line[name] for name in told] for line in shared] == [[line[name] for name in told] for line in alone]
 
 
 def test_bfloat16_runs_on_two_ranks(two_ranks):

@@ -22,6 +22,9 @@ JOBS = {
     "stage3": {"engine__zero_stage": 3, "data__held_out": "CORPUS", "evaluation__panel_positions": 7},
     "stage3_synced": {"engine__zero_stage": 3, "engine__generation": "synced", "position__per_document": "all", "thought__sampling_rows": 8},
     "stage3_markers": {"engine__zero_stage": 3, "budget__steps": 1, "thought__open_marker": "<pad> w1", "thought__close_marker": "<pad> w2", "thought__add_markers": True},
+    # Both exchange the positions of the step: a rank's first gets what the last of the other has.
+    "shuffled": {"reward__placebo": "shuffled_reward", "budget__steps": 2, "optim__micro_batch_size": 1},
+    "foreign": {"reward__placebo": "foreign_thought", "budget__steps": 2, "optim__micro_batch_size": 1},
     "stage1_bf16": {"engine__zero_stage": 1, "engine__dtype": "bfloat16"},
 }
 
