@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
-from faults.harness import Attempt
+from faults.harness import LIMIT_S, SETTINGS, Attempt
 from filelock import FileLock
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
@@ -29,7 +30,7 @@ from rlp.distributed import COLLECTIVES_S
 from rlp.faults import VARIABLE, forget_passages
 from rlp.launcher import LAUNCHER_GONE
 from rlp.metrics import Progress
-from rlp.preemption import SIGNALS, Deadline, Preemption
+from rlp.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption, steady_time
 from rlp.run import Run
 from rlp.watchdog import STALLED, Watchdog
 
@@ -102,25 +103,48 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(ranks):  # noqa: F
 
 def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):  # noqa: F811
     """With a message, and from a thread: the main one may hang in a collective. The same keypress passed on by a launcher is not a second."""
-    ended = []
+    ended, now = [], [100.0]
     monkeypatch.setattr(rlp.preemption.os, "_exit", ended.append)
+    monkeypatch.setattr(rlp.preemption.time, "monotonic", lambda: now[0])
+    looks = Looks()
     with Preemption(ranks) as preemption:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0.1)
+        preemption._launchers = looks
+        for later_s in (0.0, SAME_KEYPRESS_S):
+            now[0] += later_s
+            signal.raise_signal(signal.SIGINT)
+            looks.wait()
         assert preemption.requested and not ended
-        monkeypatch.setattr(rlp.preemption, "SAME_KEYPRESS_S", 0.0)
+        now[0] += 0.1
         signal.raise_signal(signal.SIGINT)
-        wait_for(lambda: ended)
+        looks.wait()
     assert ended == [rlp.preemption.INTERRUPTED]
     assert "Ctrl-C again" in (said := capfd.readouterr().err) and "interrupted twice" in said
 
 
-def wait_for(holds, limit_s: float = 60.0) -> None:
+class Looks:
+    """In place of launchers: how often the thread has looked for them."""
+
+    handed_over = True
+
+    def __init__(self) -> None:
+        self._seen = threading.Semaphore(0)
+
+    def gone(self) -> None:
+        self._seen.release()
+
+    def wait(self) -> None:
+        """Until all that was sent to the thread before has been dealt with: the look that goes on meanwhile, and a whole one."""
+        while self._seen.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert self._seen.acquire(timeout=LIMIT_S)
+
+
+def wait_for(holds, limit_s: float = LIMIT_S) -> None:
     """Until it holds."""
-    end = time.monotonic() + limit_s
+    end = steady_time() + limit_s
     while not holds():
-        assert time.monotonic() < end, "waited in vain"
+        assert steady_time() < end, "waited in vain"
         time.sleep(0.05)
 
 
@@ -191,12 +215,12 @@ def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corp
         launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     processes = []
     try:
-        wait_for(lambda: "step 2/" in (tmp_path / "log").read_text() or launcher.poll() is not None, 120)
+        wait_for(lambda: "step 2/" in (tmp_path / "log").read_text() or launcher.poll() is not None)
         processes = psutil.Process(launcher.pid).children(recursive=True)
         assert len([process for process in processes if "--local_rank" in " ".join(process.cmdline())]) == 2
         launcher.terminate()
         assert launcher.wait() == -signal.SIGTERM
-        gone, left = psutil.wait_procs(processes, timeout=30)
+        gone, left = psutil.wait_procs(processes, timeout=LIMIT_S)
         assert not left
     finally:
         for process in (launcher, *(process for process in processes if process.is_running())):
@@ -220,7 +244,7 @@ def test_ranks_whose_launcher_dies_early_end_alike_or_save(harness, after_s, end
 def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
     """Rank 1 sleeps in a backward; rank 0 waits for it in a collective. Both show where, and what they were doing."""
     answer = harness.start(harness.folder / "stalled", ranks=2, fault="backward:3:stall@rank1", settings={"run.watchdog_s": 8})
-    assert answer["codes"] == [STALLED, STALLED] and answer["seconds"] < 40, answer["text"]
+    assert answer["codes"] == [STALLED, STALLED] and not answer["hung"], answer["text"]
     for rank in (0, 1):
         for text in ((harness.folder / f"stalled.log.rank{rank}").read_text(), (harness.folder / "stalled" / "logs" / f"rank_{rank}.log").read_text()):
             assert re.search(rf"rank {rank} of 2: .*train.*its threads:", text)
@@ -232,17 +256,17 @@ def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
 def test_a_rank_that_was_stopped_for_too_long_says_so_when_it_wakes(harness, stopped):
     """Its peer shows what it waited in, and ends; whichever of the two keeps the store where ranks meet."""
     name = f"stopped_{stopped}"
-    answer = harness.start(harness.folder / name, ranks=2, fault=f"backward:3:stop@rank{stopped}", settings={"run.watchdog_s": 4})
+    answer = harness.start(harness.folder / name, ranks=2, fault=f"backward:3:stop@rank{stopped}", settings={"run.watchdog_s": 10})
     said = [(harness.folder / f"{name}.log.rank{rank}").read_text() for rank in (0, 1)]
     assert answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == program.PEER_LOST, answer["text"]
     assert re.search(rf"rank {1 - stopped} of 2: no progress for \d+ s in train .*its threads:", said[1 - stopped])
-    assert re.search(r"This process stood still for \d+ s .*, longer than run.watchdog_s=4: the others have waited .*run.resume=auto", said[stopped])
+    assert re.search(r"This process stood still for \d+ s .*, longer than run.watchdog_s=10: the others have waited .*run.resume=auto", said[stopped])
     assert "Traceback" not in answer["text"]
 
 
 def test_a_run_of_one_process_that_is_stopped_and_continued_goes_on(harness):
-    """Ctrl-Z and `fg`, three times as long as the watchdog waits, twice."""
-    answer = harness.start(harness.folder / "continued", fault="backward:3:stop,score:9:stop", settings={"run.watchdog_s": 3}, wake_s=9)
+    """Ctrl-Z and `fg`, more than twice as long as the watchdog waits, twice."""
+    answer = harness.start(harness.folder / "continued", fault="backward:3:stop,score:9:stop", settings={"run.watchdog_s": 5}, wake_s=12)
     assert answer["codes"] == [program.DONE], answer["text"]
     assert (harness.folder / "continued" / "journal.jsonl").read_bytes() == (harness.reference(1, {}) / "journal.jsonl").read_bytes()
 
@@ -390,7 +414,7 @@ print(json.dumps(limits))
 def endings(tmp_path_factory) -> tuple[dict[str, int], Path, list[float]]:
     """Exit codes of `ENDINGS` by name, the folder of what each wrote to stderr, and how long collectives wait, in seconds."""
     folder = tmp_path_factory.mktemp("endings")
-    done = subprocess.run([sys.executable, "-c", ENDINGS, str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", ENDINGS, str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=LIMIT_S, check=True)
     codes, limits = map(json.loads, done.stdout.splitlines()[-2:])
     return codes, folder, limits
 
@@ -411,7 +435,7 @@ def test_collectives_wait_longer_than_the_watchdog(endings):
 def test_a_rank_that_loses_another_says_so_in_one_line(harness):
     """No traceback on the screen, no wait, and an exit code of its own; the traceback is in its log."""
     answer = harness.start(harness.folder / "lost", ranks=2, fault="backward:3:exit@rank1")
-    assert answer["codes"] == [program.PEER_LOST, 9] and answer["survivor_s"] < 10, answer["text"]
+    assert answer["codes"] == [program.PEER_LOST, 9] and answer["survivor_s"] < SETTINGS["run.watchdog_s"], answer["text"]
     said = (harness.folder / "lost.log.rank0").read_text()
     assert "error: rank 0 of 2 lost another rank while in " in said and "run.resume=auto" in said
     assert "Traceback" not in said

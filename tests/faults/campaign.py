@@ -44,7 +44,7 @@ COMPUTING = ("rollout", "score", "backward", "evaluation")
 WRITING = tuple(name for name in FAULT_POINTS if name.partition(".")[0] in ("folder", "lock", "append", "save", "purge", "export", "end", "report", "resume", "summary") and name != "resume.before_restore")
 """Points at which a disk can be full."""
 
-WATCHDOG_S = 3.0
+WATCHDOG_S = 8.0
 """Of an attempt in which a rank is stopped for longer."""
 
 

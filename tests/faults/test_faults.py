@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import REPOSITORY, SAVE_EVERY, STEPS, Case, Harness, Outcome  # noqa: E402
+from harness import REPOSITORY, SAVE_EVERY, SETTINGS, STEPS, Case, Harness, Outcome  # noqa: E402
 
 from rlp.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint  # noqa: E402
 from rlp.distributed import Ranks, start_ranks  # noqa: E402
@@ -64,7 +64,7 @@ def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
     the last save are made again; a survivor ends by itself, within seconds."""
     case = CASES[name]
     outcome = played(harness, case, name)
-    assert max(outcome.survivor_s, default=0) < 20
+    assert max(outcome.survivor_s, default=0) < SETTINGS["run.watchdog_s"]
     assert max(outcome.lost_steps) <= SAVE_EVERY
     for asked, codes in zip(case.faults, outcome.codes):
         if "kill" in asked:
