@@ -294,7 +294,8 @@ def _verify(file: Path, entry: dict) -> None:
         raise CheckpointError(f"{file.parent}: {file.name} is missing or damaged (its size or checksum differs).")
 
 
-def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *, changes: bool = True) -> Checkpoint | None:
+def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
+                      changes: bool = True) -> Checkpoint | None:
     """The newest good checkpoint of a run; bad ones are said, and set aside. None where there never was one. A collective.
 
     Args:
@@ -346,7 +347,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
     """
     fault("resume.before_restore")
     fragments = engine.fragments()
-    refuse_other_model(checkpoint, {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()})
+    refuse_other_model(checkpoint,
+                       {name: list(getattr(p, "ds_shape", p.shape)) for name,
+                        p in engine.parameters()})
     states = STATES if engine.keeps_ema else STATES[:2]
     for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
         if checkpoint.adam_step > 0:
@@ -361,10 +364,13 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
 
 def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     """Refuse a checkpoint whose parameters are not those of a model, by name and shape."""
-    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys() if shapes.get(name) != checkpoint.shapes.get(name))
+    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys()
+                 if shapes.get(name) != checkpoint.shapes.get(name))
     if odd:
-        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as {odd[0]}, "
-                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and {shapes.get(odd[0], 'none')} here.")
+        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters "
+                              f"differ, such as {odd[0]}, "
+                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and "
+                              f"{shapes.get(odd[0], 'none')} here.")
 
 
 MAY_CHANGE = {

@@ -3,7 +3,8 @@
     rlp view RUN        its logged thoughts, in the terminal
     rlp report RUN...   one HTML page about one or several runs
     rlp export STEP     a checkpoint as a Hugging Face folder
-    rlp add-markers MODEL   a Hugging Face folder whose tokenizer has the markers of thoughts as tokens
+    rlp add-markers MODEL   a Hugging Face folder whose tokenizer has the markers of thoughts as
+    tokens
     rlp eval CHECKPOINT benchmark accuracy of a Hugging Face folder, with and without thoughts
     rlp match RUN       the config of a control that spends what the run has spent
     rlp splice RUN      documents with the start's own best thoughts in them, for the control mixed_sft
@@ -107,12 +108,18 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_markers(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("add-markers", help="write a model as a Hugging Face folder whose tokenizer has the two markers of a thought as tokens",
-                                  epilog="A run does the same with thought.add_markers=true. The rows of the new tokens begin as the mean of the tokens that wrote the markers before.")
+    command = commands.add_parser("add-markers", help="write a model as a Hugging Face folder "
+                                  "whose tokenizer has the two markers of a thought as tokens",
+                                  epilog="A run does the same with thought.add_markers=true. The "
+                                  "rows of the new tokens begin as the mean of the tokens that "
+                                  "wrote the markers before.")
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder or Hub name")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    command.add_argument("--open", default="<think>", metavar="TEXT", help="the open marker (<think>)")
-    command.add_argument("--close", default="</think>", metavar="TEXT", help="the close marker (</think>)")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                         help="the folder to make")
+    command.add_argument("--open", default="<think>", metavar="TEXT",
+                         help="the open marker (<think>)")
+    command.add_argument("--close", default="</think>", metavar="TEXT",
+                         help="the close marker (</think>)")
     command.set_defaults(command=add_markers)
 
 
@@ -375,9 +382,12 @@ def _chosen_checkpoint(path: Path, step: str | None) -> Path:
 def add_markers(arguments: argparse.Namespace) -> int:
     """`rlp add-markers`."""
     from rlp.config import ThoughtConfig
-    from rlp.export import export_with_markers  # it loads transformers, which the other commands do without
+    from rlp.export import export_with_markers  # it loads transformers; other commands do without
 
-    notes = export_with_markers(arguments.model, ThoughtConfig(open_marker=arguments.open, close_marker=arguments.close, add_markers=True), arguments.out)
+    notes = export_with_markers(arguments.model,
+                                ThoughtConfig(open_marker=arguments.open,
+                                              close_marker=arguments.close, add_markers=True),
+                                              arguments.out)
     print("\n".join([*map(visible_text, notes), str(arguments.out)]))
     return 0
 

@@ -212,10 +212,11 @@ class ThoughtConfig:
     close_marker: str = "</think>"
     """Text after a thought; sampled and trained. A thought that reaches the budget gets it by force, without gradient."""
     add_markers: bool = False
-    """Make a marker that the tokenizer writes with several tokens one new token of tokenizer and model. Its rows of embedding and
-    head begin as the mean of those tokens'; the export holds both markers and needs no key. The two mean nothing to the
-    model at first: docs/warm_start.md. False: such a marker stays several tokens, and the first one of the open marker,
-    often an ordinary one such as `<`, is no target anywhere."""
+    """Make a marker that the tokenizer writes with several tokens one new token of tokenizer and
+    model. Its rows of embedding and head begin as the mean of those tokens'; the export holds both
+    markers and needs no key. The two mean nothing to the model at first: docs/warm_start.md. False:
+    such a marker stays several tokens, and the first one of the open marker, often an ordinary one
+    such as `<`, is no target anywhere."""
     instruction_file: str | None = None
     """Text put before the prefix when thinking, never in the no-think context. None: no instruction."""
     sampling_rows: int = 128
@@ -231,7 +232,8 @@ class ThoughtConfig:
         require(self.temperature > 0, "thought.temperature", self.temperature, "must be above 0 (a greedy thought has no log-probability to train)")
         require(bool(self.open_marker), "thought.open_marker", self.open_marker, "must not be empty")
         require(bool(self.close_marker), "thought.close_marker", self.close_marker, "must not be empty")
-        require(self.open_marker != self.close_marker, "thought.close_marker", self.close_marker, "must differ from thought.open_marker, or no thought would end")
+        require(self.open_marker != self.close_marker, "thought.close_marker", self.close_marker,
+                "must differ from thought.open_marker, or no thought would end")
         require(self.sampling_rows >= 1, "thought.sampling_rows", self.sampling_rows, "must be at least 1")
         same_policy = "would sample from another distribution than the policy whose log-probability is trained, so the ratio of eq. 8 would not be 1 on-policy; write"
         require(self.top_p == 1.0, "thought.top_p", self.top_p, f"{same_policy} thought.top_p=1.0")

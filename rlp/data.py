@@ -186,7 +186,8 @@ class DocumentStream:
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, seed: int, candidates: Callable[[np.ndarray], np.ndarray],
                  warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None,
-                 why_none: Callable[[np.ndarray], str] = lambda tokens: "none of them can be chosen by the `position` section", weights: list[float] | None = None,
+                 why_none: Callable[[np.ndarray], str] = lambda tokens: "none of them can be "
+                 "chosen by the `position` section", weights: list[float] | None = None,
                  tokens_field: str | None = None, vocabulary: int = 0) -> None:
         """
         Args:

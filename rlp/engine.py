@@ -170,7 +170,9 @@ def start_deepspeed(ranks: Ranks) -> None:
 
 
 @contextmanager
-def sharded_construction(config: Config, ranks: Ranks, dtype: torch.dtype) -> Iterator[Callable[[list[nn.Parameter]], AbstractContextManager]]:
+def sharded_construction(config: Config, ranks: Ranks,
+                         dtype: torch.dtype) -> Iterator[Callable[[list[nn.Parameter]],
+                                                                  AbstractContextManager]]:
     """Under stage 3, models that transformers loads inside are sharded as they are read.
 
     A random model is built whole and sharded after: its weights then do not depend on the stage.

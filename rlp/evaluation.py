@@ -488,7 +488,8 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     form: ThoughtFormat
     thought: ThoughtConfig
-    """As the checkpoint was trained, or the paper's: its budget counts where a benchmark names none."""
+    """As the checkpoint was trained, or the paper's: its budget counts where a benchmark names
+    none."""
 
     def marker_notes(self) -> list[str]:
         """`marker_notes` of the checkpoint."""
@@ -498,7 +499,8 @@ class Evaluator:
         """What answers a benchmark."""
         temperature = self.form.temperature if benchmark.thought_temperature is None else max(benchmark.thought_temperature, GREEDY)
         return Thinker(self.policy, self.tokenizer, replace(self.form, temperature=temperature), thinks=thinks, seed=seed, rows=rows,
-                       thought_tokens=benchmark.thought_tokens or self.thought.max_thought_tokens, answer_temperature=benchmark.answer_temperature)
+                       thought_tokens=benchmark.thought_tokens or self.thought.max_thought_tokens,
+                       answer_temperature=benchmark.answer_temperature)
 
 
 def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto") -> Evaluator:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlp.checkpoint import Checkpoint, CheckpointError
-from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, ThoughtConfig, load_config
+from rlp.config import (
+    BudgetConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ThoughtConfig,
+    load_config,
+)
 from rlp.distributed import Ranks
 from rlp.engine import Engine
 from rlp.faults import fault
@@ -61,27 +69,33 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
     config = load_config(checkpoint.config)
     inputs = ModelInputs(config)
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, torch.float32, torch.device("cpu"))
+    policy = load_policy(config, inputs.tokenizer, inputs.markers, torch.float32,
+                         torch.device("cpu"))
     tensors = master_weights(checkpoint, policy.lm)
     _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step))
 
 
 def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> list[str]:
-    """Write a model as a Hugging Face folder whose tokenizer has the markers of `thought` as single tokens, as
-    `thought.add_markers` adds them to the model of a run. Weights keep their dtype.
+    """Write a model as a Hugging Face folder whose tokenizer has the markers of `thought` as single
+    tokens, as `thought.add_markers` adds them to the model of a run. Weights keep their dtype.
 
     Returns:
         `marker_notes`.
 
     Raises:
-        ConfigError: the folder exists, there is no such model, or its tokenizer has the markers already.
+        ConfigError: the folder exists, there is no such model, or its tokenizer has the markers
+        already.
     """
     if folder.exists():
-        raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
-    config = Config(model=ModelConfig(path=model), thought=thought, data=DataConfig(train=["unused"]), budget=BudgetConfig(steps=1))
+        raise ConfigError(f"--out: {folder} exists and is never written over. Write another "
+                          "folder.")
+    config = Config(model=ModelConfig(path=model), thought=thought,
+                    data=DataConfig(train=["unused"]), budget=BudgetConfig(steps=1))
     inputs = ModelInputs(config)
     if not inputs.markers.pieces:
-        raise ConfigError(f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and {thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens already. Use it as it is.")
+        raise ConfigError(f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and "
+                          f"{thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens "
+                          "already. Use it as it is.")
     lm = load_with_markers(config, inputs.tokenizer, inputs.markers)
     try:
         with new_folder(folder, point="markers.before_rename") as new:

@@ -17,7 +17,14 @@ from rlp.data import Document, DocumentStream, candidate_positions, choose_posit
 from rlp.layout import sequence_parts, thought_format
 from rlp.ledger import model_shapes
 from rlp.metrics import Progress, Tell
-from rlp.model import marker_notes, open_tokenizer, quiet_transformers, read_model_config, refuse_other_tokenizer, vocabulary_with
+from rlp.model import (
+    marker_notes,
+    open_tokenizer,
+    quiet_transformers,
+    read_model_config,
+    refuse_other_tokenizer,
+    vocabulary_with,
+)
 from rlp.sources import Rows, open_rows
 
 
@@ -129,29 +136,38 @@ class PanelInputs(ModelInputs):
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
-        return DocumentStream(self.held_out, self.tokenizer, self.config.data, seed=seed, candidates=self.candidates, warn=self._warn, why_none=self.why_no_position)
+        return DocumentStream(self.held_out, self.tokenizer, self.config.data, seed=seed,
+                              candidates=self.candidates, warn=self._warn,
+                              why_none=self.why_no_position)
 
     def candidates(self, tokens: np.ndarray) -> np.ndarray:
         """Positions of a document that may be chosen."""
         return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._position_marker)
 
     def _pieces(self, tokens: np.ndarray) -> str:
-        return "|" + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n") for token in tokens) + "|"
+        return "|" + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n")
+                              for token in tokens) + "|"
 
     def why_no_position(self, tokens: np.ndarray) -> str:
-        """Why a document has no position that may be chosen: above all, a `position.marker` that is not in it, and what was searched."""
+        """Why a document has no position that may be chosen: above all, a `position.marker` that is
+        not in it, and what was searched."""
         marker, position = self._position_marker, self.config.position
         if not marker:
-            return (f"a position needs {position.min_prefix_tokens} tokens before it (position.min_prefix_tokens), {self.config.target.horizon} from it on "
+            return (f"a position needs {position.min_prefix_tokens} tokens before it "
+                    f"(position.min_prefix_tokens), {self.config.target.horizon} from it on "
                     "(target.horizon), and no open marker among those")
-        stands = any(np.array_equal(tokens[start : start + len(marker)], marker) for start in range(len(tokens) - len(marker) + 1))
+        stands = any(np.array_equal(tokens[start : start + len(marker)], marker)
+                     for start in range(len(tokens) - len(marker) + 1))
         if stands:
-            said = "stands only where no position may be: too early (position.min_prefix_tokens), too late (target.horizon) or before an open marker"
+            said = ("stands only where no position may be: too early (position.min_prefix_tokens), "
+                    "too late (target.horizon) or before an open marker")
         elif position.marker in self.tokenizer.decode(tokens):
-            said = f"is in the text, written with other tokens; write it as it stands there, such as with the space before it ({' ' + position.marker.strip()!r})"
+            said = ("is in the text, written with other tokens; write it as it stands there, such "
+                    f"as with the space before it ({' ' + position.marker.strip()!r})")
         else:
             said = "does not occur"
-        return f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)}, {self._pieces(np.array(marker))}"
+        return (f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)}, "
+                f"{self._pieces(np.array(marker))}")
 
 
 class Inputs(PanelInputs):
@@ -178,7 +194,9 @@ class Inputs(PanelInputs):
     def _train_stream(self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]) -> DocumentStream:
         """Training documents; without thoughts any document of two tokens is good."""
         candidates = self.candidates if self.config.objective.thinks else lambda tokens: np.arange(1, len(tokens))
-        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed, candidates=candidates, warn=warn, record=record, why_none=self.why_no_position,
+        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed,
+                              candidates=candidates, warn=warn, record=record,
+                              why_none=self.why_no_position,
                               weights=self.config.data.weights, tokens_field=self.config.data.tokens_field, vocabulary=self.architecture.get_text_config().vocab_size)
 
     def show_example(self) -> str:

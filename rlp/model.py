@@ -26,7 +26,15 @@ import transformers
 from rlp_kernels import token_argmax, token_entropy, token_logprobs
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
@@ -45,8 +53,8 @@ class Markers:
     close: tuple[int, ...]
     """Sampled at the end of a thought, or forced when the budget ends it."""
     pieces: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Of each token that `thought.add_markers` adds: the tokens that wrote its text before. Its rows
-    of embedding and head begin as the mean of theirs. Empty where nothing is added."""
+    """Of each token that `thought.add_markers` adds: the tokens that wrote its text before. Its
+    rows of embedding and head begin as the mean of theirs. Empty where nothing is added."""
 
     @property
     def excluded(self) -> int:
@@ -316,13 +324,15 @@ _where_models_live = "Write a folder that holds a Hugging Face model, or a Hub n
 
 
 def open_tokenizer(config: Config) -> tuple[PreTrainedTokenizerBase, Markers]:
-    """The tokenizer of a config, and its markers: added to it where `thought.add_markers` asks for it."""
+    """The tokenizer of a config, and its markers: added to it where `thought.add_markers` asks for
+    it."""
     tokenizer = load_tokenizer(config.model)
     return tokenizer, find_markers(tokenizer, config.thought)
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> Markers:
-    """Token ids of the two markers. With `add_markers`, one of several tokens becomes a single new one.
+    """Token ids of the two markers. With `add_markers`, one of several tokens becomes a single new
+    one.
 
     Raises:
         ConfigError: the tokenizer can not write a marker, or one of them stands inside the other.
@@ -332,20 +342,25 @@ def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> M
     pieces = {}
     for key, text in texts.items():
         if config.add_markers and len(written[key]) > 1:
-            # Not special: another program that leaves special tokens out still shows where a thought ends.
+            # Not special: another program that leaves special tokens out still shows where a
+            # thought ends.
             tokenizer.add_tokens([AddedToken(text, normalized=False, special=False)])
             added = _marker_ids(tokenizer, key, text)
             pieces[added[0]], written[key] = written[key], added
     open_ids, close_ids = written.values()
     if _stands_in(open_ids, close_ids) or _stands_in(close_ids, open_ids):
-        raise ConfigError(f"thought.open_marker {config.open_marker!r} (token ids {list(open_ids)}) and thought.close_marker "
-                          f"{config.close_marker!r} ({list(close_ids)}): one stands inside the other, so a text with a thought in it "
-                          "does not say where the thought ends. Write two markers that share no such part.")
+        raise ConfigError(f"thought.open_marker {config.open_marker!r} (token ids "
+                          f"{list(open_ids)}) and thought.close_marker "
+                          f"{config.close_marker!r} ({list(close_ids)}): one stands inside the "
+                          "other, so a text with a thought in it "
+                          "does not say where the thought ends. Write two markers that share no "
+                          "such part.")
     return Markers(open=open_ids, close=close_ids, pieces=pieces)
 
 
 def _stands_in(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
+    return any(whole[start : start + len(part)] == part
+               for start in range(len(whole) - len(part) + 1))
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> tuple[int, ...]:
@@ -356,22 +371,33 @@ def _marker_ids(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> tupl
     return ids
 
 
-def marker_notes(tokenizer: PreTrainedTokenizerBase, markers: Markers, config: ThoughtConfig) -> list[str]:
-    """What a user has to know of the markers before a run: what was added, or which ordinary token can be no target."""
-    written = f"{config.open_marker!r} (token ids {list(markers.open)}) and {config.close_marker!r} ({list(markers.close)})"
+def marker_notes(tokenizer: PreTrainedTokenizerBase, markers: Markers,
+                 config: ThoughtConfig) -> list[str]:
+    """What a user has to know of the markers before a run: what was added, or which ordinary token
+    can be no target."""
+    written = (f"{config.open_marker!r} (token ids {list(markers.open)}) and "
+               f"{config.close_marker!r} ({list(markers.close)})")
     if markers.pieces:
-        means = "; ".join(f"{token} from {[tokenizer.decode([piece]) for piece in pieces]}" for token, pieces in markers.pieces.items())
-        return [f"thought.add_markers: added to tokenizer and model, each as the mean of the tokens that wrote it: {means}. "
-                f"The markers are {written}; they mean nothing to the model before it has seen thoughts between them (docs/warm_start.md)."]
+        means = "; ".join(f"{token} from {[tokenizer.decode([piece]) for piece in pieces]}"
+                          for token, pieces in markers.pieces.items())
+        return ["thought.add_markers: added to tokenizer and model, each as the mean of the "
+                f"tokens that wrote it: {means}. "
+                f"The markers are {written}; they mean nothing to the model before it has seen "
+                "thoughts between them (docs/warm_start.md)."]
     if config.add_markers:
-        return [f"thought.add_markers: nothing is added, the tokenizer has {written} as single tokens."]
+        return [f"thought.add_markers: nothing is added, the tokenizer has {written} as single "
+                "tokens."]
     if len(markers.open) == 1:
         return []
     first = tokenizer.decode([markers.excluded])
-    return [f"WARNING: thought.open_marker {config.open_marker!r} is {len(markers.open)} tokens to this tokenizer, "
-            f"{[tokenizer.decode([token]) for token in markers.open]}. The first one, {first!r} (token id {markers.excluded}), "
-            "is therefore left out of every target softmax, and no target may be one. Write thought.add_markers=true, which makes "
-            "each marker one new token, or make such a model once: rlp add-markers MODEL --out FOLDER."]
+    return [f"WARNING: thought.open_marker {config.open_marker!r} is {len(markers.open)} tokens to "
+            "this tokenizer, "
+            f"{[tokenizer.decode([token]) for token in markers.open]}. The first one, {first!r} "
+            f"(token id {markers.excluded}), "
+            "is therefore left out of every target softmax, and no target may be one. Write "
+            "thought.add_markers=true, which makes "
+            "each marker one new token, or make such a model once: rlp add-markers MODEL --out "
+            "FOLDER."]
 
 
 BFLOAT16_WIDTH = 256
@@ -464,19 +490,26 @@ def _choose_attention(config: ModelConfig, layout: str, dtype: torch.dtype, devi
     return "flash_attention_2" if has_flash and device.type == "cuda" and dtype == torch.bfloat16 else None
 
 
+Whole = Callable[[list[nn.Parameter]], AbstractContextManager]
+"""A context in which parameters that are sharded as they are read are whole, to be written."""
+
+
 def vocabulary_with(markers: Markers, vocabulary: int) -> int:
-    """Rows of embedding and head once the added markers are in a model of `vocabulary` rows. Rows beyond the
-    tokenizer's tokens, which padded vocabularies have, are used before there are new ones."""
+    """Rows of embedding and head once the added markers are in a model of `vocabulary` rows. Rows
+    beyond the tokenizer's tokens, which padded vocabularies have, are used before there are new
+    ones."""
     return max(vocabulary, *(token + 1 for token in markers.pieces), 0)
 
 
-def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers, dtype: torch.dtype, device: torch.device,
-                whole: Callable[[list[nn.Parameter]], AbstractContextManager] = lambda parameters: nullcontext()) -> Policy:
-    """Load or initialize the model, put the added markers in, and check that this program can score it.
+def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers,
+                dtype: torch.dtype, device: torch.device,
+                whole: Whole = lambda parameters: nullcontext()) -> Policy:
+    """Load or initialize the model, put the added markers in, and check that this program can score
+    it.
 
     Args:
         tokenizer, markers: of `open_tokenizer`.
-        whole: a context in which parameters that are sharded as they are read are whole, to be written.
+        whole: for a model that is sharded as it is read.
 
     Raises:
         ConfigError: no such model, weights missing, a vocabulary larger than the embedding, or logits
@@ -495,8 +528,10 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
     return Policy(lm, markers, config.engine.logprob_form)
 
 
-def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> PreTrainedModel:
-    """The pretrained model as transformers loads it, in its own dtype and with its config untouched, with the added markers in it."""
+def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase,
+                      markers: Markers) -> PreTrainedModel:
+    """The pretrained model as transformers loads it, in its own dtype and with its config
+    untouched, with the added markers in it."""
     architecture = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
     refuse_other_tokenizer(config, architecture, tokenizer, markers)
     lm = _load(config, architecture, None, "auto")
@@ -504,19 +539,25 @@ def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase, marker
     return lm
 
 
-def refuse_other_tokenizer(config: Config, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows; added markers get rows of their own."""
+def refuse_other_tokenizer(config: Config, architecture: PretrainedConfig,
+                           tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows; added markers get rows of their
+    own."""
     vocabulary = architecture.get_text_config().vocab_size
     num_tokens = max(tokenizer.get_vocab().values()) + 1 - len(markers.pieces)
     if num_tokens > vocabulary:
-        raise ConfigError(f"model.tokenizer: {num_tokens} tokens, but the embedding of {config.model.path} has {vocabulary} rows. "
-                          "Write the tokenizer that belongs to the model, or resize the model's embedding first.")
+        raise ConfigError(f"model.tokenizer: {num_tokens} tokens, but the embedding of "
+                          f"{config.model.path} has {vocabulary} rows. "
+                          "Write the tokenizer that belongs to the model, or resize the model's "
+                          "embedding first.")
 
 
 @torch.no_grad()
-def embed_markers(lm: PreTrainedModel, markers: Markers, whole: Callable[[list[nn.Parameter]], AbstractContextManager]) -> None:
-    """Give each added marker its row in the embedding, the head where it is not tied, and the head's bias where there
-    is one: the mean, taken in float32, of the rows of the tokens that wrote its text before. All other rows stay.
+def embed_markers(lm: PreTrainedModel, markers: Markers,
+                  whole: Whole) -> None:
+    """Give each added marker its row in the embedding, the head where it is not tied, and the
+    head's bias where there is one: the mean, taken in float32, of the rows of the tokens that wrote
+    its text before. All other rows stay.
 
     Args:
         whole: of `load_policy`.
@@ -528,24 +569,29 @@ def embed_markers(lm: PreTrainedModel, markers: Markers, whole: Callable[[list[n
         lm.resize_token_embeddings(rows, mean_resizing=False)
     tables = [lm.get_input_embeddings().weight]
     head = lm.get_output_embeddings()
-    tables += [table for table in (head.weight, getattr(head, "bias", None)) if table is not None and table is not tables[0]]
+    tables += [table for table in (head.weight, getattr(head, "bias", None)) if table is not None
+               and table is not tables[0]]
     with whole(tables):
         for table in tables:
             for token, pieces in markers.pieces.items():
                 table[token] = table[list(pieces)].float().mean(dim=0).to(table.dtype)
 
 
-def _load(config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(config: Config, architecture: PretrainedConfig, attention: str | None,
+          dtype: torch.dtype | str) -> PreTrainedModel:
     """`_build`, with what transformers raises turned into a ConfigError."""
     try:
         return _build(config, architecture, attention, dtype)
     except ConfigError:
         raise
-    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
-        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: {first_line(error)}. {_where_models_live}") from error
+    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError,
+            ArithmeticError, SafetensorError) as error:
+        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: "
+                          f"{first_line(error)}. {_where_models_live}") from error
 
 
-def _build(config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
+def _build(config: Config, architecture: PretrainedConfig, attention: str | None,
+           dtype: torch.dtype | str) -> PreTrainedModel:
     if config.model.init == "random":
         torch.manual_seed(config.run.seed)
         return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype, trust_remote_code=False)

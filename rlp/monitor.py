@@ -271,7 +271,8 @@ class Streak:
     above: bool
     """Whether it is wrong from that value up, or down."""
     words: str
-    """What is wrong, with places for the size of the mean of those steps and for their number, and what to do."""
+    """What is wrong, with places for the size of the mean of those steps and for their number, and
+    what to do."""
 
     def holds(self, value: float) -> bool:
         return value >= self.worst if self.above else value <= self.worst
@@ -282,11 +283,15 @@ STREAK_STEPS = 5
 
 STREAKS = {
     "truncated": Streak("thought/truncated_frac", 0.95, True,
-                        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model does not know how a thought ends. "
-                        "Warm it on text with thoughts in it (docs/warm_start.md), or raise thought.max_thought_tokens if its thoughts are long."),
+                        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model "
+                        "does not know how a thought ends. "
+                        "Warm it on text with thoughts in it (docs/warm_start.md), or raise "
+                        "thought.max_thought_tokens if its thoughts are long."),
     "harm": Streak("gain/mean", -1.0, False,
-                   "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on average, so siblings are compared by how little harm they do. "
-                   "Ask `rlp probe` whether the markers alone do it, and warm the model on text with thoughts in it (docs/warm_start.md)."),
+                   "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on "
+                   "average, so siblings are compared by how little harm they do. "
+                   "Ask `rlp probe` whether the markers alone do it, and warm the model on text "
+                   "with thoughts in it (docs/warm_start.md)."),
 }
 """By name in a checkpoint. The limits are ours."""
 
@@ -392,7 +397,8 @@ class TopThoughts:
 
 
 class Watch:
-    """Sees the numbers of every step, and says once each: thoughts have collapsed, are never closed, or harm."""
+    """Sees the numbers of every step, and says once each: thoughts have collapsed, are never
+    closed, or harm."""
 
     def __init__(self) -> None:
         self._first: list[float] = []
@@ -407,14 +413,17 @@ class Watch:
             values: metrics of the step; what it did not measure is absent.
             has_baseline: whether the reward is a gain over a prediction without a thought.
         """
-        alarms = [self._see_length(values["thought/tokens_mean"])] if "thought/tokens_mean" in values else []
+        length = values.get("thought/tokens_mean")
+        alarms = [] if length is None else [self._see_length(length)]
         for name, streak in STREAKS.items():
-            if streak.metric in values and name not in self._said and (has_baseline or name != "harm"):
+            counts = name not in self._said and (has_baseline or name != "harm")
+            if counts and streak.metric in values:
                 alarms.append(self._see_streak(name, streak, values[streak.metric]))
         return [alarm for alarm in alarms if alarm]
 
     def _see_length(self, tokens_mean: float) -> str | None:
-        """At the first step after `COLLAPSE_STEPS` whose mean is below `COLLAPSE_FRACTION` of theirs."""
+        """At the first step after `COLLAPSE_STEPS` whose mean is below `COLLAPSE_FRACTION` of
+        theirs."""
         if len(self._first) < COLLAPSE_STEPS:
             self._first.append(tokens_mean)
             return None
@@ -434,8 +443,10 @@ class Watch:
 
     def state(self) -> dict:
         """What a checkpoint holds of it, so that a resumed run says nothing a second time."""
-        return {"first": self._first, "collapsed": self._collapsed, "streaks": self._streaks, "said": self._said}
+        return {"first": self._first, "collapsed": self._collapsed, "streaks": self._streaks,
+                "said": self._said}
 
     def load_state(self, state: dict) -> None:
         self._first, self._collapsed = list(state["first"]), state["collapsed"]
-        self._streaks, self._said = {name: list(state["streaks"].get(name, [])) for name in STREAKS}, list(state["said"])
+        self._streaks = {name: list(state["streaks"].get(name, [])) for name in STREAKS}
+        self._said = list(state["said"])

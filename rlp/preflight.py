@@ -39,13 +39,16 @@ TABLE = {
 GAINS = tuple(name for name in TABLE if name.startswith("gain_over_"))
 
 MIN_DOCUMENTS = 30
-"""Documents that a verdict needs: percentile intervals of fewer hold the mean in 80 to 89 % of the cases where they say 95."""
+"""Documents that a verdict needs: percentile intervals of fewer hold the mean in 80 to 89 % of the
+cases where they say 95."""
 
 MIN_GAINING_FRAC = 0.05
-"""Of positions, the lower end of its interval: where fewer gain, there is nothing to select. Ours."""
+"""Of positions, the lower end of its interval: where fewer gain, there is nothing to select.
+Ours."""
 
 FORMAT_SHARE = 0.5
-"""Of the gain, or the harm, of thinking: what an empty thought has to explain for the format to be named as its cause. Ours."""
+"""Of the gain, or the harm, of thinking: what an empty thought has to explain for the format to be
+named as its cause. Ours."""
 
 SHOWN_TAIL_TOKENS, SHOWN_CHARACTERS = 64, 240
 """Of a prefix, its end that is written as text; and of any text, what the terminal gets."""
@@ -121,10 +124,12 @@ def probe_checkpoint(name: str, data: str, *, config: Path | None, start: str | 
     subject = find_subject(name, data, config, overrides)
     ranks = start_ranks()
     try:
-        inputs = PanelInputs(subject.config, lambda text: console.print(visible_text(f"data: {text}")))
+        inputs = PanelInputs(subject.config,
+                             lambda text: console.print(visible_text(f"data: {text}")))
         for note in inputs.marker_notes():
             console.print(visible_text(note))
-        probe = probe_model(inputs, ranks, start=start, checkpoint=subject.checkpoint, instruction=subject.instruction)
+        probe = probe_model(inputs, ranks, start=start, checkpoint=subject.checkpoint,
+                            instruction=subject.instruction)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -177,8 +182,8 @@ def table(probe: Probe, own_start: bool) -> Table:
 
 
 def verdict(probe: Probe, config: Config) -> list[str]:
-    """Whether there is signal; whether thoughts are on topic, and whether there is something to select; what they are worth;
-    and what usually helps where there is no signal."""
+    """Whether there is signal; whether thoughts are on topic, and whether there is something to
+    select; what they are worth; and what usually helps where there is no signal."""
     obstacle = _no_verdict(probe)
     sentences = [obstacle] if obstacle else [_signal(probe), _topic(probe), _selection(probe)]
     sentences += [_worth(probe), *_format(probe), *_cautions(probe)]
@@ -187,14 +192,17 @@ def verdict(probe: Probe, config: Config) -> list[str]:
 
 def has_signal(probe: Probe) -> bool:
     """Whether thoughts are about their own text, some of them gain, and siblings differ."""
-    return _no_verdict(probe) is None and _is_on_topic(probe) and _some_gain(probe) and _siblings_differ(probe)
+    if _no_verdict(probe):
+        return False
+    return _is_on_topic(probe) and _some_gain(probe) and _siblings_differ(probe)
 
 
 def _no_verdict(probe: Probe) -> str | None:
     """Why nothing can be said of the signal; None where something can."""
     documents = len(probe.panel.documents)
     if documents < MIN_DOCUMENTS:
-        return (f"No verdict: the panel holds {documents} document{'s' * (documents > 1)}, and below {MIN_DOCUMENTS} intervals are too short to be trusted. "
+        return (f"No verdict: the panel holds {documents} document{'s' * (documents > 1)}, and "
+                f"below {MIN_DOCUMENTS} intervals are too short to be trusted. "
                 "Give it more documents, and write a larger evaluation.panel_positions.")
     if "reward_group_std_nats" not in probe.means:
         return "No verdict: one thought at each position has no siblings to be compared with. Write evaluation.thoughts_per_position=4."
@@ -216,24 +224,32 @@ def _siblings_differ(probe: Probe) -> bool:
 
 def _signal(probe: Probe) -> str:
     if has_signal(probe):
-        return "SIGNAL: thoughts are about their own text, some of them gain, and siblings differ: there is something to select."
+        return ("SIGNAL: thoughts are about their own text, some of them gain, and siblings "
+                "differ: there is something to select.")
     if not _siblings_differ(probe):
         return "NO SIGNAL: the thoughts of a position all predict alike, so every advantage is 0."
     if not _is_on_topic(probe):
-        return "NO SIGNAL: thoughts can not be told from those of another document, so what is selected is chance."
-    return "NO SIGNAL: thoughts are about their own text, and all but none of them gains: what is selected is the lesser harm."
+        return ("NO SIGNAL: thoughts can not be told from those of another document, so what is "
+                "selected is chance.")
+    return ("NO SIGNAL: thoughts are about their own text, and all but none of them gains: what is "
+            "selected is the lesser harm.")
 
 
 def _topic(probe: Probe) -> str:
-    gain, (low, high) = probe.means["gain_over_shuffled_nats"], probe.intervals["gain_over_shuffled_nats"]
-    said = "On topic: yes, a" if low > 0 else "On topic: no, another document's is the better one; a" if high < 0 else "On topic: not as far as this panel can see; a"
-    return f"{said} thought predicts its own target {gain:+.3f} nats (interval {low:+.3f} to {high:+.3f}) better than the thoughts of another document do."
+    gain = probe.means["gain_over_shuffled_nats"]
+    low, high = probe.intervals["gain_over_shuffled_nats"]
+    said = ("On topic: yes, a" if low > 0 else
+            "On topic: no, another document's is the better one; a" if high < 0 else
+            "On topic: not as far as this panel can see; a")
+    return (f"{said} thought predicts its own target {gain:+.3f} nats (interval {low:+.3f} to "
+            f"{high:+.3f}) better than the thoughts of another document do.")
 
 
 def _selection(probe: Probe) -> str:
     gaining, (low, high) = probe.means["positive_gain_frac"], probe.intervals["positive_gain_frac"]
     said = "yes" if _some_gain(probe) and _siblings_differ(probe) else "no"
-    return (f"Something to select: {said}, thoughts gain at {gaining:.0%} of the positions (interval {low:.0%} to {high:.0%}, its lower end has to be {MIN_GAINING_FRAC:.0%}), "
+    return (f"Something to select: {said}, thoughts gain at {gaining:.0%} of the positions "
+            f"(interval {low:.0%} to {high:.0%}, its lower end has to be {MIN_GAINING_FRAC:.0%}), "
             f"and siblings differ by {probe.means['reward_group_std_nats']:.2g} nats.")
 
 
@@ -241,22 +257,28 @@ def _worth(probe: Probe) -> str:
     means = probe.means
     low, high = probe.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
     effect = "helps" if low > 0 else "harms" if high < 0 else "neither clearly helps nor harms"
-    return f"Thinking {effect}: {means['gain_over_no_think_nats']:+.3f} nats against no thought and {means['gain_over_empty_nats']:+.3f} against an empty one."
+    return (f"Thinking {effect}: {means['gain_over_no_think_nats']:+.3f} nats against no thought "
+            f"and {means['gain_over_empty_nats']:+.3f} against an empty one.")
 
 
 def _format(probe: Probe) -> list[str]:
-    """Where an empty thought explains most of what thinking gains or costs, that it does: then the words of a thought do not.
+    """Where an empty thought explains most of what thinking gains or costs, that it does: then the
+    words of a thought do not.
 
         S_pred - S_no_think = (S_pred - S_empty) + (S_empty - S_no_think)
     """
-    gain, (low, high) = probe.means["gain_over_no_think_nats"], probe.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
+    gain = probe.means["gain_over_no_think_nats"]
+    low, high = probe.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
     of_format = gain - probe.means["gain_over_empty_nats"]
     if low <= 0 <= high or of_format / gain < FORMAT_SHARE:
         return []
     if gain > 0:
-        return [f"The markers do it: an empty thought, the two markers alone, gains {of_format:.2f} nats, thinking {gain:.2f}. The words of a thought add little."]
-    return [f"The markers do the harm: an empty thought, the two markers alone, costs {-of_format:.2f} nats, thinking {-gain:.2f}. The model has not learned "
-            "that after the close marker the text goes on; a warm start teaches it (docs/warm_start.md)."]
+        return ["The markers do it: an empty thought, the two markers alone, gains "
+                f"{of_format:.2f} nats, thinking {gain:.2f}. The words of a thought add little."]
+    return ["The markers do the harm: an empty thought, the two markers alone, costs "
+            f"{-of_format:.2f} nats, thinking {-gain:.2f}. The model has not learned "
+            "that after the close marker the text goes on; a warm start teaches it "
+            "(docs/warm_start.md)."]
 
 
 def _cautions(probe: Probe) -> list[str]:
@@ -274,7 +296,8 @@ def _cautions(probe: Probe) -> list[str]:
 
 def _advice(probe: Probe, config: Config) -> list[str]:
     """What is missing most often first, the rest in the order of what it costs to try."""
-    lines = ["What usually helps:", "  a warm start: train first on documents with thoughts between the markers, then probe again (docs/warm_start.md)"]
+    lines = ["What usually helps:", "  a warm start: train first on documents with thoughts "
+             "between the markers, then probe again (docs/warm_start.md)"]
     if probe.means.get("reward_group_std_nats", 0.0) > FLAT_GROUP_NATS and probe.means.get("gain_over_shuffled_nats", 0.0) > 0:
         lines.append(f"  a larger panel, if the signal is only small: evaluation.panel_positions={4 * config.evaluation.panel_positions}")
     if config.position.selector != "marker":
@@ -287,15 +310,20 @@ def _advice(probe: Probe, config: Config) -> list[str]:
 
 
 def three_thoughts(probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The thought with the largest gain over no thought, the one in the middle, and the one with the smallest."""
+    """The thought with the largest gain over no thought, the one in the middle, and the one with
+    the smallest."""
     gain = probe.reasoned_logprob - probe.columns["no_think_logprob_nats"][:, None]
     order = gain.argsort(axis=None, kind="stable")
     lines = []
-    for name, index in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
+    for name, index in (("best", order[-1]), ("median", order[len(order) // 2]),
+                        ("worst", order[0])):
         m, g = (int(place) for place in np.unravel_index(index, gain.shape))
-        document, position = probe.panel.documents[probe.panel.positions.document[m]], int(probe.panel.positions.position[m])
+        document = probe.panel.documents[probe.panel.positions.document[m]]
+        position = int(probe.panel.positions.position[m])
         cut = ", closed by force" if probe.thoughts.truncated[m, g] else ""
-        lines += [f"The {name} thought: {gain[m, g]:+.3f} nats against no thought (document {document.id}, position {position}, {len(probe.thoughts.tokens[m][g])} tokens{cut})",
+        lines += [f"The {name} thought: {gain[m, g]:+.3f} nats against no thought (document "
+                  f"{document.id}, position {position}, {len(probe.thoughts.tokens[m][g])} "
+                  f"tokens{cut})",
                   f"  text     {_shown(_tail(tokenizer, document.tokens, position), end=True)}",
                   f"  thought  {_shown(tokenizer.decode(probe.thoughts.tokens[m][g]))}",
                   f"  target   {_shown(tokenizer.decode(probe.panel.positions.target[m]))}"]
@@ -308,7 +336,8 @@ def _tail(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, position: int)
 
 
 def _shown(text: str, *, end: bool = False) -> str:
-    """Text in one line between bars, control characters and line ends spelled out, a long one cut (at its start, for `end`)."""
+    """Text in one line between bars, control characters and line ends spelled out, a long one cut
+    (at its start, for `end`)."""
     text = visible_text(text).replace("\n", "\\n").replace("\t", "\\t")
     if len(text) > SHOWN_CHARACTERS:
         text = f"...{text[-SHOWN_CHARACTERS:]}" if end else f"{text[:SHOWN_CHARACTERS]}..."
@@ -316,8 +345,8 @@ def _shown(text: str, *, end: bool = False) -> str:
 
 
 def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, file: BinaryIO) -> None:
-    """One row a position as Parquet: where it is, every token as its id and as text to read (of the prefix its end), what each
-    thought led to, and all columns."""
+    """One row a position as Parquet: where it is, every token as its id and as text to read (of the
+    prefix its end), what each thought led to, and all columns."""
     positions, ids = probe.panel.positions, pyarrow.list_(pyarrow.int64())
     documents = [probe.panel.documents[d] for d in positions.document]
     columns = {
@@ -326,8 +355,10 @@ def write_rows(probe: Probe, tokenizer: PreTrainedTokenizerBase, file: BinaryIO)
         "target_tokens": pyarrow.array(list(positions.target), ids),
         "thought_tokens": pyarrow.array(probe.thoughts.tokens, pyarrow.list_(ids)), "thought_truncated": pyarrow.array(list(probe.thoughts.truncated)),
         "thought_logprob_nats": pyarrow.array(list(probe.reasoned_logprob)),
-        "prefix_tail": pyarrow.array([_tail(tokenizer, document.tokens, int(t)) for document, t in zip(documents, positions.position)]),
-        "thoughts": pyarrow.array([[tokenizer.decode(thought) for thought in group] for group in probe.thoughts.tokens]),
+        "prefix_tail": pyarrow.array([_tail(tokenizer, document.tokens, int(t)) 
+                                      for document, t in zip(documents, positions.position)]),
+        "thoughts": pyarrow.array([[tokenizer.decode(thought) for thought in group]
+                                   for group in probe.thoughts.tokens]),
         "target": pyarrow.array([tokenizer.decode(target) for target in positions.target])}
     parquet.write_table(pyarrow.table(columns | {name: pyarrow.array(values) for name, values in probe.columns.items()}), file)
 

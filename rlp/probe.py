@@ -132,7 +132,8 @@ class Probe:
         return self.means | ends
 
 
-def probe_model(inputs: PanelInputs, ranks: Ranks, *, start: str | None = None, checkpoint: Checkpoint | None = None,
+def probe_model(inputs: PanelInputs, ranks: Ranks, *, start: str | None = None,
+                checkpoint: Checkpoint | None = None,
                 instruction: tuple[int, ...] = ()) -> Probe:
     """Probe a model on the held-out documents of a config; nothing is trained and nothing is written. A collective.
 
@@ -179,8 +180,11 @@ def _start_logprob(start: str, panel: Panel, inputs: PanelInputs, ranks: Ranks) 
     config = replace(inputs.config, model=replace(inputs.config.model, path=start, init="pretrained"))
     start_inputs = ModelInputs(config)
     if start_inputs.tokenizer.get_vocab() != inputs.tokenizer.get_vocab():
-        raise ConfigError(f"start: the tokenizer of {start} is not that of {inputs.config.model.path}, so their log-probabilities are of other tokens. Write the checkpoint that the model "
-                          "was trained from; where the model was trained with thought.add_markers=true, write that too.")
+        raise ConfigError(f"start: the tokenizer of {start} is not that of "
+                          f"{inputs.config.model.path}, so their log-probabilities are of other "
+                          "tokens. Write the checkpoint that the model "
+                          "was trained from; where the model was trained with "
+                          "thought.add_markers=true, write that too.")
     arrange, policy = load_frozen(start_inputs, ranks)
     return no_think_logprob(arrange, policy, panel, inputs.form, config, ranks)
 

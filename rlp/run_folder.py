@@ -178,11 +178,14 @@ def _make(folder: RunFolder, config: Config, devices: list[str], lock: RunLock) 
 
 
 def why_no_run_folder(path: Path) -> str | None:
-    """Why a new run can not make its folder here; None where nothing is known that keeps it from doing so. Nothing is made."""
+    """Why a new run can not make its folder here; None where nothing is known that keeps it from
+    doing so. Nothing is made."""
     if os.path.lexists(path):
         return _refusal(path, FileExistsError())
     parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+    code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent,
+                                                                    os.W_OK
+                                                                    | os.X_OK) else errno.EACCES
     return _refusal(path, OSError(code, os.strerror(code), str(parent))) if code else None
 
 
@@ -190,7 +193,8 @@ def _refusal(path: Path, error: OSError) -> str:
     if os.path.lexists(path):
         return (f"run.dir {path} exists and is never written over. "
                 "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
-    return f"run.dir {path} can not be created: {error}. Write run.dir=OTHER, a folder that you may write to."
+    return (f"run.dir {path} can not be created: {error}. "
+            "Write run.dir=OTHER, a folder that you may write to.")
 
 
 def open_run_folder(path: str | Path) -> RunFolder:

@@ -1,6 +1,8 @@
-"""What a run refuses before its first step: the same checks, with the same messages, for the run and for its dry run.
+"""What a run refuses before its first step: the same checks, with the same messages, for the run
+and for its dry run.
 
-`Opened` holds what a config names, opened and found good. The functions after it ask what can only be asked with a folder,
+`Opened` holds what a config names, opened and found good. The functions after it ask what can only
+be asked with a folder,
 a checkpoint or the weights in hand. Nothing is written here.
 """
 
@@ -20,17 +22,21 @@ from rlp.ledger import Ledger, ModelShapes
 from rlp.match import open_match
 from rlp.metrics import Progress, Tell, require_wandb
 from rlp.model import choose_dtype, choose_layout
+from rlp.preemption import Deadline
 from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, json_lines, open_run_folder, read_json, why_no_run_folder
 
 CHECKED_PARAMETERS = 400_000_000
-"""Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some seconds."""
+"""Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some
+seconds."""
 
 
 class Opened:
-    """What a config names, opened: data, tokenizer, panel, the run to match. It is in order, as far as can be seen without weights."""
+    """What a config names, opened: data, tokenizer, panel, the run to match. It is in order, as far
+    as can be seen without weights."""
 
-    def __init__(self, config: Config, world_size: int, rank: int, *, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None,
+    def __init__(self, config: Config, world_size: int, rank: int, *, warn: Callable[[str], None],
+                 record: Callable[[dict], None] = lambda entry: None,
                  progress: Tell = Progress) -> None:
         """
         Args:
@@ -41,6 +47,8 @@ class Opened:
         """
         self.share = share_of_rank(config.optim.batch_size, rank, world_size)
         require_wandb(config.logging.wandb)
+        if config.checkpoint.save_by is not None:
+            Deadline(config.checkpoint.save_by)  # one that is past
         self.match = open_match(config)
         self.inputs = Inputs(config, warn, record, progress)
         self.layout, self.why_layout = choose_layout(config, self.inputs.architecture)
@@ -48,7 +56,8 @@ class Opened:
         self.panel = None if self.inputs.held_out is None else held_out_panel(self.inputs)
 
 
-def begin_ledger(config: Config, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None) -> Ledger:
+def begin_ledger(config: Config, shapes: ModelShapes,
+                 on_phase: Callable[[str], None] = lambda phase: None) -> Ledger:
     """A ledger that begins with what the data cost (`data.ledger`).
 
     Raises:
@@ -60,9 +69,12 @@ def begin_ledger(config: Config, shapes: ModelShapes, on_phase: Callable[[str], 
     try:
         ledger.carry(read_json(Path(path).resolve(), WHOLE_LEDGER))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json that lies beside the data.") from error
+        raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json "
+                          "that lies beside the data.") from error
     if budget_spent(config.budget, 0, ledger) >= 1:
-        raise ConfigError(f"budget: making the data has spent it already ({path}): {ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or write a larger budget.")
+        raise ConfigError(f"budget: making the data has spent it already ({path}): "
+                          f"{ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or "
+                          "write a larger budget.")
     return ledger
 
 
@@ -73,14 +85,17 @@ def budget_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
 
 
 def run_dtype(config: Config, width: int, ranks: Ranks) -> tuple[torch.dtype, str]:
-    """As `choose_dtype`; under `auto` a run that goes on keeps the dtype that it began in. The first rank decides for all."""
+    """As `choose_dtype`; under `auto` a run that goes on keeps the dtype that it began in. The
+    first rank decides for all."""
     chosen = choose_dtype(config, ranks.device, width)
     saved = _saved_dtype(config) if ranks.is_first and config.engine.dtype == "auto" and config.engine.zero_stage > 0 else None
-    return ranks.broadcast((saved, "so the run began") if saved is not None and saved != chosen[0] else chosen)
+    return ranks.broadcast((saved, "so the run began") if saved is not None and saved != chosen[0]
+                           else chosen)
 
 
 def _saved_dtype(config: Config) -> torch.dtype | None:
-    """Of the checkpoint that the run would go on from; None where there is none, or it does not say."""
+    """Of the checkpoint that the run would go on from; None where there is none, or it does not
+    say."""
     resume, own = config.run.resume, Path(config.run.dir)
     path = own / "checkpoints" if resume == "auto" else None if resume == "never" else Path(resume)
     state = peek(path) if path is not None and path.is_dir() else None
@@ -88,41 +103,55 @@ def _saved_dtype(config: Config) -> torch.dtype | None:
     return names.get(str(state.get("dtype"))) if state else None
 
 
-def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened, dtype: torch.dtype) -> None:
-    """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors are not looked at.
+def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
+                      dtype: torch.dtype) -> None:
+    """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors
+    are not looked at.
 
     Raises:
-        CheckpointError, ConfigError, DataError: made by another version, other settings, another dtype, tokenizer or data.
+        CheckpointError, ConfigError, DataError: made by another version, other settings, another
+        dtype, tokenizer or data.
     """
     state, inputs = checkpoint.state, opened.inputs
-    lacking = sorted(set(STATE.optional) - set(state)) + sorted(set(asdict(config)) - set(state.get("config", {})))
+    lacking = sorted(STATE.optional.keys() - state.keys())
+    lacking += sorted(asdict(config).keys() - state.get("config", {}).keys())
     if lacking:
-        raise CheckpointError(f"{checkpoint.path} was written by another version of this program: it has no {', '.join(lacking)}. Resume with that version, or start a new run with model.path set to its export.")
+        raise CheckpointError(f"{checkpoint.path} was written by another version of this program: "
+                              f"it has no {', '.join(lacking)}. Resume with that version, or start "
+                              "a new run with model.path set to its export.")
     changed_settings(state["config"], asdict(config), checkpoint.path)
     if state["dtype"] != str(dtype):
-        raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this run computes in {dtype}. Write engine.dtype={state['dtype'].removeprefix('torch.')}.")
+        raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this "
+                          f"run computes in {dtype}. Write "
+                          f"engine.dtype={state['dtype'].removeprefix('torch.')}.")
     refuse_other_inputs(state["inputs"], inputs.checksums(), checkpoint.path)
     inputs.stream.refuse_state(state["data"])
     known, panel = len(state["start_logprob"]), opened.panel
     if known and panel is not None and known != len(panel):
-        raise CheckpointError(f"{checkpoint.path} holds start_logprob of {known} positions, and the held-out panel has {len(panel)}. It was made with another panel, or somebody has changed it.")
+        raise CheckpointError(f"{checkpoint.path} holds start_logprob of {known} positions, and "
+                              f"the held-out panel has {len(panel)}. It was made with another "
+                              "panel, or somebody has changed it.")
 
 
 def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> int:
-    """Refuse to begin again, at step 0, in the folder of a run without a checkpoint, unless nothing that a checkpoint held is lost.
+    """Refuse to begin again, at step 0, in the folder of a run without a checkpoint, unless nothing
+    that a checkpoint held is lost.
 
     Returns:
         steps that it has logged.
 
     Raises:
-        ConfigError: other settings, or the run is past its first checkpoint, so there was one, or it could not be written.
+        ConfigError: other settings, or the run is past its first checkpoint, so there was one, or
+        it could not be written.
     """
     every = config.checkpoint.every_n_steps
     changed_settings(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
     steps = ranks.broadcast(_logged_steps(folder) if ranks.is_first else None)
     if 0 < every < steps:
-        raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint every {every}, and {folder.checkpoints} holds none. "
-                          "Put one back there, or write run.dir=OTHER run.resume=never for a new run.")
+        raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint "
+                          f"every {every}, and {folder.checkpoints} holds none. "
+                          "Put one back there, or write run.dir=OTHER run.resume=never for a new "
+                          "run.")
     return steps
 
 
@@ -147,13 +176,17 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
     said: list[str] = []
     checkpoint = _checkpoint(config, ranks, said)
     if checkpoint is not None:
-        refuse_checkpoint(checkpoint, config, opened, run_dtype(config, opened.inputs.shapes.width, ranks)[0])
+        refuse_checkpoint(checkpoint, config, opened,
+                          run_dtype(config, opened.inputs.shapes.width, ranks)[0])
         said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
     if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
-        return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion parameters are too many for a dry run; what only they show is seen when the run starts"]
+        return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion "
+                "parameters are too many for a dry run; what only they show is seen when the run "
+                "starts"]
     _, policy = load_frozen(opened.inputs, ranks)
     if checkpoint is not None:
-        refuse_other_model(checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()})
+        refuse_other_model(checkpoint,
+                           {name: list(p.shape) for name, p in policy.lm.named_parameters()})
     return [*said, "weights: loaded and checked"]
 
 
@@ -166,8 +199,11 @@ def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | N
         if folder.summary_json.exists():
             said.append(f"{path} is complete: the run would do nothing")
         elif found is None:
-            said.append(f"the run begins again at step 0: {path} has no checkpoint and {refuse_new_start(folder, config, ranks)} steps")
+            said.append(f"the run begins again at step 0: {path} has no checkpoint and "
+                        f"{refuse_new_start(folder, config, ranks)} steps")
         return found
     if obstacle := why_no_run_folder(path):
         raise ConfigError(obstacle)
-    return None if config.run.resume in ("auto", "never") else open_checkpoint(Path(config.run.resume), ranks)
+    return None if config.run.resume in ("auto",
+                                         "never") else open_checkpoint(Path(config.run.resume),
+                                                                       ranks)

@@ -128,7 +128,9 @@ def test_a_greedy_thought_is_the_models_own(policy, tokenizer):
     from rlp.evaluation import Evaluator
 
     form = thinker_of(policy, tokenizer, thinks=True)._form
-    thinker = Evaluator(policy, tokenizer, form, ThoughtConfig(max_thought_tokens=5)).thinker(Benchmark(task="t", thought_temperature=0.0), thinks=True, seed=0, rows=4)
+    evaluator = Evaluator(policy, tokenizer, form, ThoughtConfig(max_thought_tokens=5))
+    greedy = Benchmark(task="t", thought_temperature=0.0)
+    thinker = evaluator.thinker(greedy, thinks=True, seed=0, rows=4)
     reply = thinker.replies(PROMPTS[:1], 1, until=[], answer_tokens=1)[0][0]
     tokens = [*tokenizer.encode(PROMPTS[0]), OPEN]
     for token in tokenizer.encode(reply.thought):

@@ -250,7 +250,8 @@ def test_collapsed_thoughts_are_said_once():
 @pytest.mark.parametrize("metric, bad, good, words", [
     ("thought/truncated_frac", 0.95, 0.94, "the budget ended 95% of the thoughts of the last 5 steps"), ("gain/mean", -1.0, -0.99, "over the last 5 steps a thought cost 1.00 nats")])
 def test_thoughts_that_never_close_and_thoughts_that_harm_are_said_once(metric, bad, good, words):
-    """At the fifth step in a row, with what to do; a good step begins the count again, one that measured nothing does not."""
+    """At the fifth step in a row, with what to do; a good step begins the count again, one that
+    measured nothing does not."""
     watch = Watch()
     steps = [bad] * 4 + [good] + [bad] * 3 + [None] + [bad] * 9
     said = [watch.see({} if value is None else {metric: value}) for value in steps]

@@ -153,7 +153,8 @@ def test_one_document_has_no_shuffled_thoughts_and_no_intervals():
     found = probe(panel((9,)))
     assert "gain_over_shuffled_nats" not in found.means and found.intervals == {}
     assert "gain_over_empty_nats" in found.means
-    assert rlp.preflight.verdict(found, settings())[0].startswith("No verdict: the panel holds 1 document,")
+    assert rlp.preflight.verdict(found, settings())[0].startswith("No verdict: the panel holds 1 "
+                                                                  "document,")
 
 
 def test_one_thought_has_no_siblings():
@@ -161,16 +162,21 @@ def test_one_thought_has_no_siblings():
     found = probe(panel(), config=settings("evaluation.thoughts_per_position=1"))
     assert not {"reward_group_std_nats", "reward_length_correlation"} & set(found.means)
     many = replace(found, panel=panel((9,) * 30))
-    assert rlp.preflight.verdict(many, settings())[0].startswith("No verdict: one thought at each position")
+    assert rlp.preflight.verdict(many, settings())[0].startswith("No verdict: one thought at each "
+                                                                 "position")
 
 
 def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
-    """The verdict on a panel that measured (low, mean, high) by name; a random one, of which nothing else counts."""
-    measured = {"gain_over_shuffled_nats": (0.2, 0.3, 0.4), "positive_gain_frac": (0.5, 0.6, 0.7), "gain_over_no_think_nats": (0.2, 0.3, 0.4), "gain_over_empty_nats": (0.2, 0.3, 0.4),
+    """The verdict on a panel that measured (low, mean, high) by name; a random one, of which
+    nothing else counts."""
+    measured = {"gain_over_shuffled_nats": (0.2, 0.3, 0.4), "positive_gain_frac": (0.5, 0.6, 0.7),
+                "gain_over_no_think_nats": (0.2, 0.3, 0.4), "gain_over_empty_nats": (0.2, 0.3, 0.4),
                 "reward_group_std_nats": (0.4, 0.5, 0.6)} | said
     found = probe(panel())
-    found = replace(found, panel=panel((9,) * documents), means=found.means | {name: value[1] for name, value in measured.items()},
-                    intervals=found.intervals | {name: (value[0], value[2]) for name, value in measured.items()})
+    found = replace(found, panel=panel((9,) * documents),
+                    means=found.means | {name: value[1] for name, value in measured.items()},
+                    intervals=found.intervals
+                    | {name: (value[0], value[2]) for name, value in measured.items()})
     return rlp.preflight.verdict(found, settings())
 
 
@@ -183,30 +189,40 @@ def test_below_thirty_documents_there_is_no_verdict():
 @pytest.mark.parametrize("said, verdict, topic, selection", [
     ({}, "SIGNAL: ", "yes", "yes"),
     # On topic, and harmful nearly everywhere.
-    ({"positive_gain_frac": (0.0, 0.0, 0.0), "gain_over_no_think_nats": (-7.2, -6.8, -6.4)}, "NO SIGNAL: thoughts are about their own text", "yes", "no"),
-    ({"positive_gain_frac": (0.01, 0.02, 0.05)}, "NO SIGNAL: thoughts are about their own text", "yes", "no"),
-    ({"gain_over_shuffled_nats": (-0.1, 0.1, 0.3)}, "NO SIGNAL: thoughts can not be told from those of another document", "not as far", "yes"),
-    ({"gain_over_shuffled_nats": (-0.3, -0.2, -0.1)}, "NO SIGNAL: thoughts can not be told from those of another document", "no", "yes"),
-    ({"reward_group_std_nats": (0.0, 1e-6, 1e-5)}, "NO SIGNAL: the thoughts of a position all predict alike", "yes", "no"),
+    ({"positive_gain_frac": (0.0, 0.0, 0.0), "gain_over_no_think_nats": (-7.2, -6.8, -6.4)},
+     "NO SIGNAL: thoughts are about their own text", "yes", "no"),
+    ({"positive_gain_frac": (0.01, 0.02, 0.05)}, "NO SIGNAL: thoughts are about their own text",
+     "yes", "no"),
+    ({"gain_over_shuffled_nats": (-0.1, 0.1, 0.3)},
+     "NO SIGNAL: thoughts can not be told from those of another document", "not as far", "yes"),
+    ({"gain_over_shuffled_nats": (-0.3, -0.2, -0.1)},
+     "NO SIGNAL: thoughts can not be told from those of another document", "no", "yes"),
+    ({"reward_group_std_nats": (0.0, 1e-6, 1e-5)},
+     "NO SIGNAL: the thoughts of a position all predict alike", "yes", "no"),
 ])
 def test_signal_takes_thoughts_on_topic_that_gain_and_differ(said, verdict, topic, selection):
     """Each of the three is told by itself: to be about the text is not yet something to select."""
     first, second, third = told(**said)[:3]
     assert first.startswith(verdict)
-    assert second.startswith(f"On topic: {topic}") and third.startswith(f"Something to select: {selection}")
+    assert second.startswith(f"On topic: {topic}") and third.startswith("Something to select: "
+                                                                        f"{selection}")
 
 
 def test_the_markers_are_blamed_where_an_empty_thought_explains_most():
     """5.76 of 6.84 nats of harm; the same of a gain; not where words do it, or nothing is clear."""
     def of_format(gain: tuple[float, float, float], over_empty: float) -> list[str]:
-        sentences = told(gain_over_no_think_nats=gain, gain_over_empty_nats=(over_empty, over_empty, over_empty))
+        sentences = told(gain_over_no_think_nats=gain,
+                         gain_over_empty_nats=(over_empty, over_empty, over_empty))
         return [sentence for sentence in sentences if sentence.startswith("The markers")]
 
     harm, = of_format((-7.3, -6.84, -6.4), -1.08)
-    assert harm.startswith("The markers do the harm: an empty thought, the two markers alone, costs 5.76 nats, thinking 6.84.") and "docs/warm_start.md" in harm
+    assert harm.startswith("The markers do the harm: an empty thought, the two markers alone, "
+                           "costs 5.76 nats, thinking 6.84.") and "docs/warm_start.md" in harm
     gain, = of_format((0.8, 1.0, 1.2), 0.2)
     assert "gains 0.80 nats, thinking 1.00" in gain
-    assert of_format((-7.3, -6.84, -6.4), -5.0) == [] and of_format((-0.1, 0.1, 0.3), 0.0) == [] and of_format((0.8, 1.0, 1.2), 1.3) == []
+    assert of_format((-7.3, -6.84, -6.4), -5.0) == []
+    assert of_format((-0.1, 0.1, 0.3), 0.0) == []
+    assert of_format((0.8, 1.0, 1.2), 1.3) == []
 
 
 def assert_same_probe(one: Probe, other: Probe, tolerance: float) -> None:
@@ -290,7 +306,8 @@ def test_every_evaluation_of_a_run_holds_the_whole_decomposition(trained, corpus
     for line in (lines[0], lines[-1]):
         assert all(line[f"{name}_low"] <= line[name] <= line[f"{name}_high"] for name in names)
     config = load_config(folder / "config.yaml")
-    from_step = probe_model(PanelInputs(config, print), ranks, checkpoint=open_checkpoint(folder / "checkpoints" / "step_1"))
+    from_step = probe_model(PanelInputs(config, print), ranks,
+                            checkpoint=open_checkpoint(folder / "checkpoints" / "step_1"))
     start, config.model.path = config.model.path, str(folder / "export")
     from_export = probe_model(PanelInputs(config, print), ranks, start=start)
     for found in (from_step, from_export):
@@ -312,27 +329,33 @@ def said(monkeypatch, capsys):
 
 
 def test_the_command_on_a_random_model_finds_no_signal(said, model_folder, tmp_path):
-    """It says so and what helps, shows three thoughts, and writes every row, token, text and number once."""
+    """It says so and what helps, shows three thoughts, and writes every row, token, text and number
+    once."""
     out = tmp_path / "out"
     generator = np.random.default_rng(0)
-    corpus = write_corpus(tmp_path / "forty.jsonl", [" ".join(WORDS[i] for i in generator.integers(5, len(WORDS), size=8)) for _ in range(40)])  # noqa: F811
-    command = (model_folder, corpus, "--out", out, "thought.max_thought_tokens=4", "evaluation.panel_positions=40")
+    documents = generator.integers(5, len(WORDS), size=(40, 8))
+    forty = write_corpus(tmp_path / "forty.jsonl",
+                         [" ".join(WORDS[i] for i in words) for words in documents])
+    command = (model_folder, forty, "--out", out, "thought.max_thought_tokens=4",
+               "evaluation.panel_positions=40")
     code, printed, error = said(*command)
     assert (code, error) == (0, "")
     assert "NO SIGNAL" in printed and "warm start" in printed and "gain over an empty thought" in printed
     summary, rows = json.loads((out / "probe.json").read_text()), parquet.read_table(out / "rows.parquet").to_pylist()
     assert len(rows) == summary["means"]["panel_positions"] == 40
-    gains = np.array([row["thought_logprob_nats"] for row in rows]) - np.array([[row["no_think_logprob_nats"]] for row in rows])
+    gains = np.array([row["thought_logprob_nats"] for row in rows])
+    gains -= np.array([[row["no_think_logprob_nats"]] for row in rows])
     for name, gain in (("best", gains.max()), ("worst", gains.min())):
         assert f"The {name} thought: {gain:+.3f} nats against no thought" in printed
-    assert printed.count("\n  text     |") == printed.count("\n  thought  |") == printed.count("\n  target   |") == 3
+    assert [printed.count(f"\n  {part:<9}|") for part in ("text", "thought", "target")] == [3, 3, 3]
     assert summary["settings"]["thought"]["max_thought_tokens"] == 4
     assert np.mean([row["gain_over_shuffled_nats"] for row in rows]) == pytest.approx(summary["means"]["gain_over_shuffled_nats"])
-    texts, tokenizer = [line["text"] for line in read_lines(corpus)], word_tokenizer()
+    texts, tokenizer = [line["text"] for line in read_lines(forty)], word_tokenizer()
     for row in rows:
         tokens = tokenizer.encode(texts[row["document"]])
         assert row["prefix_tokens"] + row["target_tokens"] == tokens[: row["position"] + 1]
-        assert f"{row['prefix_tail']} {row['target']}".split() == texts[row["document"]].split()[: row["position"] + 1]
+        words = texts[row["document"]].split()[: row["position"] + 1]
+        assert f"{row['prefix_tail']} {row['target']}".split() == words
         assert row["thoughts"] == [tokenizer.decode(thought) for thought in row["thought_tokens"]]
         assert [thought[-1] == CLOSE or cut for thought, cut in zip(row["thought_tokens"], row["thought_truncated"])] == [True] * 4
         assert row["reasoned_logprob_nats"] == pytest.approx(np.mean(row["thought_logprob_nats"]))
@@ -385,7 +408,9 @@ def test_a_checkpoint_says_how_it_thinks(model_folder, corpus, tmp_path):  # noq
 def test_an_instruction_without_a_file_is_thought_after(model_folder, corpus, ranks):  # noqa: F811
     """Its ids change thoughts and what they lead to, never the prediction without a thought."""
     config = settings(f"model.path={model_folder}", f"data.held_out=[{corpus}]", "evaluation.panel_positions=4")
-    plain, instructed = probe_model(PanelInputs(config, print), ranks), probe_model(PanelInputs(config, print), ranks, instruction=(8, 9, 10))
+    plain, instructed = probe_model(PanelInputs(config, print),
+                                    ranks), probe_model(PanelInputs(config, print), ranks,
+                                                        instruction=(8, 9, 10))
     np.testing.assert_allclose(plain.columns["no_think_logprob_nats"], instructed.columns["no_think_logprob_nats"], atol=1e-5)
     assert np.abs(plain.columns["empty_logprob_nats"] - instructed.columns["empty_logprob_nats"]).min() > 1e-4
 
