@@ -72,7 +72,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     policy = load_policy(config, inputs.tokenizer, inputs.markers, torch.float32,
                          torch.device("cpu"))
     tensors = master_weights(checkpoint, policy.lm)
-    _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step))
+    _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit))
 
 
 def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> list[str]:
@@ -176,8 +176,12 @@ def as_code(text: str) -> str:
     return f"{fence}{inner}{fence}"
 
 
-def model_card(config: Config, before: dict | None, after: dict | None, steps: int) -> str:
-    """README.md of an export: where it comes from, what it gained, how to think with it. What a config says enters as code, and no Markdown."""
+def model_card(config: Config, before: dict | None, after: dict | None, steps: int, stock_time_step_limit: tuple[float, float] | None) -> str:
+    """README.md of an export: where it comes from, what it gained, how to think with it. What a config says enters as code, and no Markdown.
+
+    Args:
+        stock_time_step_limit: of the policy.
+    """
     objective = "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)" if config.objective.thinks else "continued pretraining (next-token loss)"
     lines = ["---", "library_name: transformers", "tags: [rlp]", "---", "", f"# {as_code(Path(config.run.dir).name)}", "",
              f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in the run's `config.yaml`.", ""]
@@ -188,4 +192,9 @@ def model_card(config: Config, before: dict | None, after: dict | None, steps: i
     lines += [f"A thought stands after the prefix, between {as_code(config.thought.open_marker)} and {as_code(config.thought.close_marker)}, and is sampled at "
               f"temperature {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens, the close marker included; "
               "`thought_format.json` has the token ids. Predictions leave out the open marker's first token.", ""]
+    if stock_time_step_limit:
+        low, high = stock_time_step_limit
+        lines += [f"transformers clamps the time steps of this architecture's scans (prefill and scoring) to {low:g} .. {high:g} and does not clamp them in decoding; "
+                  "it was trained with the limits of its `config.json` in both. Log-probabilities that transformers scores differ from the run's by that: set "
+                  "`time_step_limit` of the mixers to the config's to have them equal.", ""]
     return "\n".join(lines)

@@ -80,7 +80,8 @@ class Policy(nn.Module):
         self._takes_positions = "position_ids" in signature
         self._samples, self._wide_head = False, None
         self.logit_scale, self.softcap = _logit_transform(lm.config)
-        _scan_as_decoded(lm)
+        self.stock_time_step_limit = _scan_as_decoded(lm)
+        """What transformers clamps the time steps of this model's scans at, where that was mended here; else None."""
         self.train(self.training)
 
     @property
@@ -270,16 +271,21 @@ def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
     return scale, getattr(config, "final_logit_softcapping", None) or 0.0
 
 
-def _scan_as_decoded(lm: nn.Module) -> None:
+def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
     """Clamp the time steps of state-space scans as the config says, which is not at all in published models.
 
     transformers clamps Nemotron-H and Zamba2 at `time_step_min`, a bound of the initializer, in the scan (prefill, scoring)
     and not in decoding (huggingface/transformers, pull request 48989): sampler and scorer would be two policies.
+
+    Returns:
+        the other limit that a scan had; None where all had this one.
     """
-    limit = tuple(getattr(lm.config, "time_step_limit", None) or (0.0, math.inf))
+    limit, stock = tuple(getattr(lm.config, "time_step_limit", None) or (0.0, math.inf)), None
     for module in lm.modules():
         if hasattr(module, "time_step_limit"):
+            stock = tuple(module.time_step_limit) if tuple(module.time_step_limit) != limit else stock
             module.time_step_limit = limit
+    return stock
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -509,7 +509,7 @@ class Run:
         self.watchdog.mark("export")
         # A run that starts from another run's checkpoint has no evaluation before its first step.
         before = _values(self._first) if self._first is not None and self._first["step"] == 0 else None
-        card = model_card(self.config, before, after, self.step)
+        card = model_card(self.config, before, after, self.step, self.engine.policy.stock_time_step_limit)
         if self.ranks.is_first:
             for left in (self.folder.export, *self.folder.path.glob(".tmp.export.*")):
                 remove(left)  # by an end that was interrupted: a complete run does not come here

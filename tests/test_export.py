@@ -6,8 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from conftest import tiny_policy
 from test_training import corpus, ranks, trained  # noqa: F401  (fixtures)
+from training import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlp.export import model_card
+from rlp.model import Markers, Policy
 
 
 @pytest.mark.parametrize("settings", [{"engine__zero_stage": 0}, *({"engine__zero_stage": stage, "engine__dtype": "bfloat16"} for stage in (1, 2, 3))])
@@ -32,6 +37,23 @@ def test_the_export_says_how_to_think(trained):  # noqa: F811
     assert (manifest["temperature"], manifest["max_thought_tokens"], manifest["excluded_from_targets"]) == (0.7, 5, 2)
     assert AutoTokenizer.from_pretrained(folder).encode("<think>", add_special_tokens=False) == [2]
     assert "<think>" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_hybrid_says_what_transformers_scores_otherwise(tmp_path):
+    """Only where the scan was mended: with transformers' own clamp, the log-probabilities are other ones."""
+    lm = tiny_policy("nemotron_h").lm
+    mixers = [module for module in lm.modules() if hasattr(module, "time_step_limit")]
+    for mixer in mixers:
+        mixer.time_step_limit = (0.5, float("inf"))
+    tokens = torch.arange(5, 25)[None]
+    stock = lm(input_ids=tokens).logits
+    policy = Policy(lm, Markers(open=(2,), close=(3,)))
+    config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "corpus")
+    assert not torch.allclose(stock, policy.lm(input_ids=tokens).logits, atol=1e-3)
+    assert "clamps the time steps of this architecture's scans (prefill and scoring) to 0.5 .. inf" in model_card(config, None, None, 3, policy.stock_time_step_limit)
+    again = Policy(policy.lm, policy.markers)
+    assert again.stock_time_step_limit is None and tiny_policy().stock_time_step_limit is None
+    assert "clamps" not in model_card(config, None, None, 3, None)
 
 
 def test_the_export_trains_on_in_trl(trained, tmp_path):  # noqa: F811

@@ -529,7 +529,7 @@ def test_what_a_run_folder_holds_does_nothing_to_the_terminal(tmp_path: Path, ca
 def test_a_model_card_holds_names_as_code(text: str):
     """A run's name, the path of its model and the markers are Markdown nowhere, and the front matter stays ours."""
     config = load_config(BASE | {"model": {"path": text}, "thought": {"open_marker": text, "close_marker": f"</{text}>"}})
-    card = model_card(config, None, None, 3)
+    card = model_card(config, None, None, 3, None)
     assert card.split("\n---\n", 1)[0] == "---\nlibrary_name: transformers\ntags: [rlp]" and harmless(card)
     tokens = markdown_it.MarkdownIt().parse(card.split("\n---\n", 1)[1])
     assert [token.type for token in tokens] == ["heading_open", "inline", "heading_close"] + 2 * ["paragraph_open", "inline", "paragraph_close"]
