@@ -470,6 +470,14 @@ def test_ordinary_text_is_no_secret():
         assert without_secrets(text) == text
 
 
+def test_the_search_for_secrets_takes_time_in_proportion_to_a_text():
+    """Beginnings of a token, one after another, each of which may go on to the end of the text."""
+    start = time.process_time()
+    for beginning in ("eyJ-", "eyJ", "hf_", "sk-", "://a:", "AKIA"):
+        without_secrets(beginning * (2 ** 18 // len(beginning)))
+    assert time.process_time() - start < 10
+
+
 def test_no_secret_reaches_the_run_folder_or_the_console(tmp_path, model_folder, corpus, ranks, monkeypatch, capfd):  # noqa: F811
     """Planted in the environment and on the command line; looked for in every file of a finished run, and in all that was printed."""
     planted = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "DATABASE_PASSWORD": "correct horse"}
@@ -556,6 +564,18 @@ def test_a_parquet_file_can_not_say_how_it_is_to_be_read(tmp_path: Path):
     table = pyarrow.table({"text": ["w1 w2"]}).replace_schema_metadata({"huggingface": json.dumps(image)})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     assert Reader([tmp_path / "x.parquet"]).tokens(1) == [[7, 8]]
+
+
+def test_a_hub_data_set_can_not_say_how_it_is_to_be_read(monkeypatch: pytest.MonkeyPatch):
+    """A column of images would have the path or the address opened that it holds."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Image()})
+    rows = datasets.Dataset.from_list([{"text": {"path": "/nowhere/x.png", "bytes": None}}], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
+    with pytest.raises(FileNotFoundError):
+        rows[0]
+    assert open_rows(["hub:somebody/data"], DataConfig(train=["x"]), "train", "data.train").read(0) == {"text": {"path": "/nowhere/x.png", "bytes": None}}
 
 
 def test_a_report_escapes_what_a_stranger_wrote(tmp_path: Path):
