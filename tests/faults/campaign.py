@@ -41,8 +41,8 @@ EVERY_RANK = ("rollout", "score", "backward", "optimizer", "teacher.refresh", "s
 COMPUTING = ("rollout", "score", "backward", "evaluation")
 """Points at which nothing is being written."""
 
-WRITING = tuple(name for name in FAULT_POINTS if name.partition(".")[0] in ("folder", "lock", "append", "save", "purge", "export", "end", "report", "resume", "summary") and name != "resume.before_restore")
-"""Points at which a disk can be full."""
+WRITING = tuple(name for name in FAULT_POINTS if (".torn_" in name or ".before_" in name) and name not in ("step.before_log", "resume.before_restore", "export.before_write")) + ("summary",)
+"""Points at which a file is written, named or cut, so that a disk can be full."""
 
 WATCHDOG_S = 8.0
 """Of an attempt in which a rank is stopped for longer."""

@@ -207,7 +207,7 @@ def test_the_journal_tells_runs_apart(harness, tmp_path):
     other.mkdir()
     shutil.copy(reference / "config.yaml", other)
     lines = [json.loads(line) for line in (reference / "journal.jsonl").read_text().splitlines()]
-    lines[1]["documents"], lines[2]["state"], lines[3]["numbers"]["optim/grad_norm"] = "0", "0", (1.5).hex()
+    lines[1]["documents"], lines[2]["state"], lines[3]["numbers"]["optim/grad_norm"] = "0" * 16, "0" * 16, (1.5).hex()
     (other / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines[:4], lines[3]]))
     found = audit(other, reference)
     for expected in ("step 4 is there 2 times", "step 5 is missing", "step 6 is missing", "step 2: documents is 0", "step 3: state is 0", "step 4: optim/grad_norm is 1.5"):
