@@ -713,6 +713,8 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         key = error.full_key or "a key"
+        if "ListConfig" in str(error):  # OmegaConf's word for a list
+            raise ConfigError(f"{path}: {key}: must be a list. Write it in brackets, as in {key}=[VALUE].") from error
         raise ConfigError(f"{path}: {key}: {first_line(error)}") from error
 
 

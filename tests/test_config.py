@@ -288,3 +288,7 @@ def test_paper_configs_say_what_the_paper_says(path: Path):
     assert (config.baseline.kind, config.baseline.ema_decay) == ("ema", 0.999)
     assert (config.objective.lm_weight, config.objective.kl_weight, config.objective.predictor_weight) == (0.0, 0.0, 0.0)
     assert (config.position.per_document, config.position.selector, config.target.horizon, config.target.temperature) == (1, "uniform", 1, 1.0)
+
+
+def test_one_file_where_a_list_is_expected_is_said_with_its_brackets(tmp_path: Path):
+    assert "data.train: must be a list. Write it in brackets, as in data.train=[VALUE]" in refusal(tmp_path, "data.train=corpus.jsonl")
