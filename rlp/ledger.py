@@ -34,7 +34,8 @@ NORM_COPIES = 3
 
 PHASES = ("prefill", "decode", "score", "teacher", "train", "lm")
 """What a step spends its work on: the prefix of each thought; sampling; the target after each
-thought; the no-think baseline; the update; the next-token loss on documents."""
+thought; the no-think baseline; the update; the next-token loss on documents. The last two share a
+forward and a backward pass: its seconds are divided between them as its FLOPs (`Ledger.time`)."""
 
 
 @dataclass(frozen=True, slots=True)
