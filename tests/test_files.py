@@ -1,5 +1,6 @@
 """How files are written and opened: nothing planted in a folder leads a write, or a read, out of it."""
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from rlp import files
 from rlp.checkpoint import open_checkpoint
 from rlp.config import ConfigError
+from rlp.metrics import _RankLog
 from rlp.run_folder import FILES, open_run_folder
 
 
@@ -138,3 +140,16 @@ def test_a_write_that_fails_leaves_what_was_there(run: Path, monkeypatch: pytest
         with files.new_folder(run / "made", point="splice.before_rename") as new:
             files.write_new(new / "file", b"content", point="splice.torn_config")
     assert (run / "summary.json").read_text() == "old" and sorted(run.iterdir()) == before
+
+
+def test_what_libraries_say_may_be_lost(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """On a full disk, or where the folder has gone: a run does not end for its libraries' words, and prints no traceback."""
+    handler = _RankLog(run / "logs" / "rank_0.log")
+    record = logging.LogRecord("torch", logging.WARNING, "file", 1, "a \udc80 word", None, None)
+    handler.emit(record)
+    assert (run / "logs" / "rank_0.log").read_text() == "a \\udc80 word\n"
+    monkeypatch.setenv("RLP_FAULT", "append.torn_rank_log:1-:enospc")
+    handler.emit(record)
+    (run / "logs").rename(run / "gone")
+    handler.emit(record)
+    assert capsys.readouterr().err == ""
