@@ -1,9 +1,10 @@
-"""What files hold that may be a stranger's: types, ranges and sizes, stated once and looked at in one place.
+"""What files hold that may be a stranger's: types, ranges and sizes, stated once.
 
-A checkpoint's `meta.json` (`META`, with the run's state in it), a thought format (`THOUGHT_FORMAT`) and the files of a run
-folder (`RUN_FILES`, by name) have a form each. Whoever reads one of them gets a value of that form or the reader's own
-error. A file that an older or a newer version wrote is read as far as it is known: what a form does not name is looked at
-for size, depth and finite numbers alone, and then left alone.
+A checkpoint's `meta.json` (`META`, with the run's state in it), a thought format (`THOUGHT_FORMAT`)
+and the files of a run folder (`RUN_FILES`, by name) have a form each. Whoever reads one of them
+gets a value of that form or the reader's own error. A file that an older or a newer version wrote
+is read as far as it is known: what a form does not name is looked at for size, depth and finite
+numbers alone.
 
     form        values
     Whole       whole numbers of a range, no booleans
@@ -24,21 +25,31 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 LARGEST = 1e100
-"""Of a number in a file; no count, loss or cost comes near it, and sums and products of such numbers stay finite."""
+"""Of a number in a file; no count, loss or cost comes near it, and sums and products of such
+numbers stay finite."""
 
 MAX_TEXT, MAX_NAME, MAX_ENTRIES, MAX_LEVELS = 2 ** 22, 2 ** 12, 2 ** 20, 20
-"""Characters of a text and of a name, entries of a list or a mapping, lists and mappings inside each other."""
+"""Characters of a text and of a name, entries of a list or a mapping, lists and mappings inside
+each other."""
 
 
 class Form(Protocol):
     """What a value is to be."""
 
     def problem(self, value: object, where: str) -> str | None:
-        """Why the value at `where` is not of this form, in words that follow the name of a file; None where it is."""
+        """Why the value at `where` is not of this form, in words that follow the name of a file.
+
+        None where it is of this form.
+        """
+
+
+def _shown(name: object) -> str:
+    return repr(name)[1:-1][:80]
 
 
 def _odd(where: str, value: object, expected: str) -> str:
-    shown = repr(value) if not isinstance(value, str | list | dict) or len(value) < 80 else f"a {type(value).__name__} of {len(value):,}"
+    long = isinstance(value, str | list | dict) and len(value) >= 80
+    shown = f"a {type(value).__name__} of {len(value):,}" if long else repr(value)
     return f"{where or 'the value'} is {shown[:80]}, expected {expected}"
 
 
@@ -50,7 +61,9 @@ class Whole:
     def problem(self, value: object, where: str) -> str | None:
         if type(value) is int and self.least <= value <= self.most:
             return None
-        return _odd(where, value if type(value) is not int or abs(value) < 10 ** 40 else "a huge number", f"a whole number from {self.least} to {self.most}")
+        huge = type(value) is int and abs(value) >= 10 ** 40
+        expected = f"a whole number from {self.least} to {self.most}"
+        return _odd(where, "a huge number" if huge else value, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +72,12 @@ class Number:
     most: float = LARGEST
 
     def problem(self, value: object, where: str) -> str | None:
-        if type(value) in (float, int) and self.least <= value <= self.most:  # not a number compares with nothing
+        # NaN compares with nothing.
+        if type(value) in (float, int) and self.least <= value <= self.most:
             return None
-        return _odd(where, value if type(value) is not int else "a huge number", f"a number from {self.least:g} to {self.most:g}")
+        huge = type(value) is int and abs(value) >= 10 ** 40
+        expected = f"a number from {self.least:g} to {self.most:g}"
+        return _odd(where, "a huge number" if huge else value, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +86,13 @@ class Text:
     pattern: str | None = None
 
     def problem(self, value: object, where: str) -> str | None:
-        if isinstance(value, str) and len(value) <= self.most and (self.pattern is None or re.fullmatch(self.pattern, value, re.ASCII)):
+        fits = isinstance(value, str) and len(value) <= self.most
+        if fits and (self.pattern is None or re.fullmatch(self.pattern, value, re.ASCII)):
             return None
-        return _odd(where, value, f"text of at most {self.most:,} characters" if self.pattern is None else f"text such as {self.pattern}")
+        expected = f"text of at most {self.most:,} characters"
+        if self.pattern is not None:
+            expected = f"text such as {self.pattern}"
+        return _odd(where, value, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +117,10 @@ class Many:
     def problem(self, value: object, where: str) -> str | None:
         if not isinstance(value, list) or len(value) > self.most:
             return _odd(where, value, f"a list of at most {self.most:,}")
-        return next((said for index, inner in enumerate(value) if (said := self.inner.problem(inner, f"{where}[{index}]"))), None)
+        for index, inner in enumerate(value):
+            if said := self.inner.problem(inner, f"{where}[{index}]"):
+                return said
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +131,8 @@ class Pair:
     def problem(self, value: object, where: str) -> str | None:
         if not isinstance(value, list) or len(value) != 2:
             return _odd(where, value, "a list of two")
-        return self.first.problem(value[0], f"{where}[0]") or self.second.problem(value[1], f"{where}[1]")
+        first = self.first.problem(value[0], f"{where}[0]")
+        return first or self.second.problem(value[1], f"{where}[1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +142,15 @@ class Table:
     """Pattern of the names, and what a name of it is."""
     named: str = "name"
 
+    def _is_name(self, name: object) -> bool:
+        fits = isinstance(name, str) and len(name) <= MAX_NAME
+        return fits and (self.names is None or bool(re.fullmatch(self.names, name, re.ASCII)))
+
     def problem(self, value: object, where: str) -> str | None:
         if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
             return _odd(where, value, f"a mapping of at most {MAX_ENTRIES:,} names")
         for name, inner in value.items():
-            if not isinstance(name, str) or len(name) > MAX_NAME or self.names is not None and not re.fullmatch(self.names, name, re.ASCII):
+            if not self._is_name(name):
                 return f"{where} names {repr(name)[:80]}, which is no {self.named}"
             if said := self.inner.problem(inner, f"{where}.{name}"):
                 return said
@@ -139,7 +167,9 @@ class Plain:
                 return f"{where} is nested more than {MAX_LEVELS} levels deep"
             inner = Plain(self.levels - 1)
             return (Table(inner) if isinstance(value, dict) else Many(inner)).problem(value, where)
-        form = Text() if isinstance(value, str) else Flag() if isinstance(value, bool) else Maybe(Number())
+        if isinstance(value, bool):
+            return None
+        form = Text() if isinstance(value, str) else Maybe(Number())
         return form.problem(value, where)
 
 
@@ -161,12 +191,17 @@ class Fields:
             return f"{where or 'the value'} has no {', '.join(lacking)}"
         for name, inner in value.items():
             form = self.required.get(name) or self.optional.get(name) or self.rest
-            if said := form.problem(inner, f"{where}.{name}" if where else repr(name)[1:81]):
+            if said := form.problem(inner, f"{where}.{_shown(name)}" if where else _shown(name)):
                 return said
         return None
 
 
 # --- Kinds of numbers and texts.
+
+def each(form: Form, *names: str) -> dict[str, Form]:
+    """One form for several names."""
+    return dict.fromkeys(names, form)
+
 
 STEP = Whole(most=2 ** 32 - 1)
 """An optimizer step: half a word of the keys that noise is drawn by."""
@@ -180,8 +215,11 @@ TOKEN_IDS = Many(Whole(most=2 ** 31 - 1))
 
 # --- A ledger.
 
-PHASE = Fields({name: COUNT for name in ("tokens_in", "tokens_generated", "tokens_trained")} | {name: AMOUNT for name in ("flops", "seconds")}, rest=NUMBER)
-LEDGER = Fields({}, {"phases": Table(PHASE)} | {name: AMOUNT for name in ("flops", "paper_flops", "paper_flops_sampled", "seconds")} | {"input_tokens": COUNT, "steps": STEP, "counted_without": Many(NAME)})
+PHASE = Fields(each(COUNT, "tokens_in", "tokens_generated", "tokens_trained")
+               | each(AMOUNT, "flops", "seconds"), rest=NUMBER)
+LEDGER = Fields({}, {"phases": Table(PHASE), "input_tokens": COUNT, "steps": STEP,
+                     "counted_without": Many(NAME)}
+                | each(AMOUNT, "flops", "paper_flops", "paper_flops_sampled", "seconds"))
 WHOLE_LEDGER = Fields(LEDGER.optional)
 """Of a run that is finished, which another one is compared with."""
 
@@ -195,8 +233,10 @@ CHANGE = Fields({"step": STEP, "key": NAME, "from": PLAIN, "to": PLAIN})
 
 STATE = Fields({}, {
     "config": CONFIG,
-    "data": Fields({"cursors": Many(Whole(most=2 ** 53)), "given": Whole(most=2 ** 53), "bad": Table(COUNT), "files": Many(Pair(LINE, LINE))}),
-    "ledger": Fields({"phases": Table(PHASE), "input_tokens": COUNT, "paper_flops": AMOUNT, "paper_flops_sampled": AMOUNT, "steps": STEP}, rest=NUMBER),
+    "data": Fields({"cursors": Many(Whole(most=2 ** 53)), "given": Whole(most=2 ** 53),
+                    "bad": Table(COUNT), "files": Many(Pair(LINE, LINE))}),
+    "ledger": Fields({"phases": Table(PHASE), "input_tokens": COUNT, "paper_flops": AMOUNT,
+                      "paper_flops_sampled": AMOUNT, "steps": STEP}, rest=NUMBER),
     "seconds": AMOUNT,
     "guard": Fields({"norms": Many(AMOUNT), "skipped": COUNT, "spikes": COUNT, "in_a_row": COUNT}),
     "start_logprob": Many(NUMBER),
@@ -207,17 +247,22 @@ STATE = Fields({}, {
     "changes": Many(CHANGE),
     "logs": Table(Fields({"bytes": COUNT, "lines": COUNT, "sha256": CHECKSUM})),
 })
-"""What a checkpoint holds beside tensors, each part of which a resume needs. A part that is not named here is not looked at
-closely, and `test_every_part_of_a_checkpoint_has_a_form` says so."""
+"""What a checkpoint holds beside tensors, each part of which a resume needs.
+
+A part that is not named here is not looked at closely, and
+`test_every_part_of_a_checkpoint_has_a_form` says so."""
 
 SHARD = Fields({"size": COUNT, "sha256": CHECKSUM, "fragments": Table(COUNT), "adam_step": STEP})
 META = Fields({"step": STEP, "state": STATE, "shapes": Table(Many(COUNT, most=16)),
-               "shards": Table(SHARD, names=r"shard_\d{5}-\d{5}\.safetensors", named="shard of the checkpoint")})
+               "shards": Table(SHARD, names=r"shard_\d{5}-\d{5}\.safetensors",
+                               named="shard of the checkpoint")})
 
 # --- What an export says of thoughts.
 
 THOUGHT_FORMAT: dict[str, Form] = {
-    "open_marker": NAME, "close_marker": NAME, "temperature": AMOUNT, "target_temperature": AMOUNT, "max_thought_tokens": Whole(most=2 ** 31), "horizon": Whole(most=2 ** 31),
+    **each(NAME, "open_marker", "close_marker"),
+    **each(AMOUNT, "temperature", "target_temperature"),
+    **each(Whole(most=2 ** 31), "max_thought_tokens", "horizon"),
     "open_marker_ids": TOKEN_IDS, "close_marker_ids": TOKEN_IDS, "instruction_ids": TOKEN_IDS}
 """What readers use of `thought_format.json`."""
 
@@ -226,22 +271,31 @@ THOUGHT_FORMAT: dict[str, Form] = {
 _STEP = {"step": STEP}
 
 RUN_FILES: dict[str, Form] = {
-    "environment.json": Fields({"devices": Many(NAME), "cpu": NAME, "cores": Maybe(COUNT), "world_size": COUNT},
-                               {"date": NAME, "commit": Maybe(NAME), "dirty": Maybe(Flag()), "command": TEXT, "python": NAME, "platform": NAME, "packages": Table(Maybe(NAME))}),
+    "environment.json": Fields(
+        {"devices": Many(NAME), "cpu": NAME, "cores": Maybe(COUNT), "world_size": COUNT},
+        {"commit": Maybe(NAME), "dirty": Maybe(Flag()), "command": TEXT,
+         "packages": Table(Maybe(NAME)), **each(NAME, "date", "python", "platform")}),
     "metrics.jsonl": Fields(_STEP, rest=NUMBER),
     "timing.jsonl": Fields(_STEP, rest=NUMBER),
     "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
-        _STEP | {"document": COUNT, "position": COUNT, "prefix_tail": TEXT, "thought": TEXT, "target": TEXT, "thought_tokens": COUNT, "truncated": Flag()},
-        {name: Maybe(NUMBER) for name in ("reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")}),
+        _STEP | each(COUNT, "document", "position", "thought_tokens") | {"truncated": Flag()}
+        | each(TEXT, "prefix_tail", "thought", "target"),
+        each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
     "config_changes.jsonl": CHANGE,
     "bad_documents.jsonl": Fields(_STEP),
-    "journal.jsonl": Fields(_STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT), "tokens": COUNT, "flops": HEX_FLOAT}, {"thoughts": CHECKSUM, "state": CHECKSUM}),
-    "post_training.jsonl": Fields({}, {"stage": NAME} | {name: Maybe(NUMBER) for name in ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")}),
+    "journal.jsonl": Fields(
+        _STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT),
+                 "tokens": COUNT, "flops": HEX_FLOAT}, each(CHECKSUM, "thoughts", "state")),
+    "post_training.jsonl": Fields(
+        {}, {"stage": NAME} | each(Maybe(NUMBER), "accuracy_with_thought",
+                                   "accuracy_without_thought", "gain_over_start_nats")),
     "ledger.json": LEDGER,
-    "summary.json": Fields({}, {"before": Maybe(MEASURED), "after": Maybe(MEASURED), "steps": STEP, "seconds": AMOUNT, "flops": AMOUNT, "bad_documents": Table(COUNT),
-                                "verdict": Many(LINE), "match": Maybe(Fields({"by": NAME, "ratio": NUMBER}))}),
+    "summary.json": Fields(
+        {}, {**each(Maybe(MEASURED), "before", "after"), **each(AMOUNT, "seconds", "flops"),
+             "steps": STEP, "bad_documents": Table(COUNT), "verdict": Many(LINE),
+             "match": Maybe(Fields({"by": NAME, "ratio": NUMBER}))}),
     "splice.json": Fields({"longest_insert_tokens": Whole(most=2 ** 31)}),
 }
 """By file name; of a `.jsonl` each line."""

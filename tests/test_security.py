@@ -188,7 +188,7 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, place: str
         run, meta, shard = changed(place, value)
         with pytest.raises((CheckpointError, ConfigError, DataError)) as refused:
             run._load(open_checkpoint(forged(tmp_path, meta, shard)))
-        assert 20 < len(str(refused.value)) < 1000, (place, value)
+        assert 20 < len(str(refused.value)) < 1000 and "'." not in str(refused.value), (place, value)
 
 
 def test_the_forger_can_write_a_checkpoint_that_resumes(tmp_path: Path):
