@@ -275,8 +275,10 @@ def _format(probe: Probe) -> list[str]:
     if gain > 0:
         return ["The markers do it: an empty thought, the two markers alone, gains "
                 f"{of_format:.2f} nats, thinking {gain:.2f}. The words of a thought add little."]
+    won = gain - of_format
+    words = f", of which the words of a thought win back {won:.2f}" if won > 0 else ""
     return ["The markers do the harm: an empty thought, the two markers alone, costs "
-            f"{-of_format:.2f} nats, thinking {-gain:.2f}. The model has not learned "
+            f"{-of_format:.2f} nats{words}, thinking {-gain:.2f}. The model has not learned "
             "that after the close marker the text goes on; a warm start teaches it "
             "(docs/warm_start.md)."]
 

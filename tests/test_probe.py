@@ -218,6 +218,8 @@ def test_the_markers_are_blamed_where_an_empty_thought_explains_most():
     harm, = of_format((-7.3, -6.84, -6.4), -1.08)
     assert harm.startswith("The markers do the harm: an empty thought, the two markers alone, "
                            "costs 5.76 nats, thinking 6.84.") and "docs/warm_start.md" in harm
+    repaired, = of_format((-2.1, -1.65, -1.1), 2.24)
+    assert "costs 3.89 nats, of which the words of a thought win back 2.24, thinking 1.65." in repaired
     gain, = of_format((0.8, 1.0, 1.2), 0.2)
     assert "gains 0.80 nats, thinking 1.00" in gain
     assert of_format((-7.3, -6.84, -6.4), -5.0) == []
