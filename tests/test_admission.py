@@ -311,3 +311,21 @@ def test_a_folder_without_a_part_is_told_by_that_part(tmp_path: Path, tokenizer,
     refused("model.path: there is no file or folder '.*nowhere'", tmp_path / "nowhere")
     refused("model.tokenizer: there is no file or folder '.*nowhere'", model__tokenizer=str(tmp_path / "nowhere"))
     refused("thought.instruction_file: no file at '.*alone', which is a folder", thought__instruction_file=str(alone))
+
+
+# --- A bias of the head.
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_a_bias_trains_alike_whole_and_sharded(tmp_path: Path, tokenizer, corpus: Path, ranks, tied: bool):  # noqa: F811
+    """Phi: its bias is gathered with its head, moves in the update, and is exported."""
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    policy = policy_of(config_of("phi", initializer_range=0.3, max_position_embeddings=4096, tie_word_embeddings=tied))
+    policy.lm.save_pretrained(model)
+    biases = []
+    for stage in (0, 3):
+        run = tiny_config(tmp_path / f"run{stage}", model, corpus, budget__steps=2, engine__zero_stage=stage, engine__logprob_form="chunked")
+        assert program.train(run, ranks) == program.DONE
+        biases.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{stage}" / "export").get_output_embeddings().bias.detach())
+    torch.testing.assert_close(biases[1], biases[0], rtol=1e-4, atol=1e-4)
+    assert (biases[0] - policy.head_bias.detach()).abs().max() > 1e-3
