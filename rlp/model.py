@@ -526,6 +526,9 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
     layout, _ = choose_layout(config, architecture)
     lm = _load(config, architecture, _choose_attention(config.model, layout, dtype, device), dtype)
     embed_markers(lm, markers, whole)
+    # Some makers freeze a parameter that only training recipes of their own move: without a gradient it stays as it is here too.
+    for parameter in lm.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
