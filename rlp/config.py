@@ -507,6 +507,13 @@ class LoggingConfig:
         require_one_of("logging.wandb", self.wandb, ("disabled", "offline", "online"))
 
 
+MAX_COUNT = 2 ** 31
+"""Of documents, positions, thoughts, tokens of a thought, steps between two events."""
+
+NO_COUNTS = {"run.seed", "budget.steps", "budget.tokens"}
+"""Whole numbers that nothing is made of so many."""
+
+
 @dataclass
 class Config:
     """A run."""
@@ -531,7 +538,10 @@ class Config:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             for name, value in vars(getattr(self, section.name)).items():
-                require(not isinstance(value, float) or math.isfinite(value), f"{section.name}.{name}", value, "must be finite")
+                key = f"{section.name}.{name}"
+                require(not isinstance(value, float) or math.isfinite(value), key, value, "must be finite")
+                counts = isinstance(value, int) and key not in NO_COUNTS
+                require(not counts or value <= MAX_COUNT, key, value, f"must be at most {MAX_COUNT:,}, which is more than any machine holds")
         require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:OWNER/NAME")
         limits = dataclasses.asdict(self.budget)
         require(any(limit is not None for limit in limits.values()), "budget", limits, f"needs at least one of {', '.join(limits)}")

@@ -130,8 +130,12 @@ def share_cores() -> None:
     """Let torch use the cores that are this rank's, where `OMP_NUM_THREADS` does not say how many: an equal part of those that its
     machine, or container, has for all ranks on it."""
     if "OMP_NUM_THREADS" not in os.environ:
-        neighbours = next((int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)  # torchrun's, DeepSpeed's
-        torch.set_num_threads(max(1, usable_cores() // neighbours))
+        torch.set_num_threads(max(1, usable_cores() // ranks_of_this_machine()))
+
+
+def ranks_of_this_machine() -> int:
+    """As torchrun says, or DeepSpeed's launcher; one without a launcher."""
+    return next((int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
 
 
 def start_ranks(watchdog_s: float = 0) -> Ranks:

@@ -34,7 +34,7 @@ from rlp.metrics import MetricsLog, Pace, Progress, WallTime, duration, quiet_li
 from rlp.model import load_policy
 from rlp.monitor import Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts
 from rlp.numerics import MAX_REFUSED_IN_A_ROW, Guard, NumericsError, require_sound
-from rlp.plan import FormatTokens, plan_run, render_plan
+from rlp.plan import Plan, plan_run, render_plan
 from rlp.preemption import Preemption, StopRequested
 from rlp.probe import no_think_logprob, probe_panel
 from rlp.report import write_report
@@ -42,7 +42,7 @@ from rlp.rollout import Rollout
 from rlp.run_folder import (DamagedFileError, append_json_line, create_run_folder, cut_logs, json_lines, mark_logs, open_run_folder,
                             refused_logs, settle_logs, write_json)
 from rlp.scoring import difficulty
-from rlp.start import Opened, begin_ledger, budget_spent, refuse_checkpoint, refuse_new_start, rehearse, run_dtype
+from rlp.start import Opened, announce, begin_ledger, budget_spent, plan_here, refuse_checkpoint, refuse_new_start, refuse_sizes, rehearse, run_dtype
 from rlp.teacher import Teacher
 from rlp.verdict import verdict
 from rlp.watchdog import Watchdog
@@ -64,6 +64,7 @@ class Run:
         self.start_logprob: list[float] = []
         self.changes: list[dict] = []
         self.watch = Watch()
+        refuse_sizes(config, ranks.world_size)
         with self.watchdog.working("data"):
             opened = Opened(config, ranks.world_size, ranks.rank, warn=self._warn, record=self._record_bad, progress=self._progress)
         self._opened, self.inputs, self.share, self.match, self.panel = opened, opened.inputs, opened.share, opened.match, opened.panel
@@ -72,6 +73,9 @@ class Run:
         self._step_started = time.perf_counter()
         self._saved_step: int | None = None
         self._say(f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million parameters")
+        dtype = run_dtype(config, self.inputs.shapes.width, ranks)
+        self.dtype, self._why_dtype = dtype
+        self._announce(plan_here(config, opened, ranks, dtype))
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
         self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[opened.layout], opened.layout == "tree"
         self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks, self.lock)
@@ -126,8 +130,7 @@ class Run:
         config, ranks = self.config, self.ranks
         start_deepspeed(ranks)
         quiet_libraries(self.folder, ranks)
-        dtype, self._why_dtype = run_dtype(config, self.inputs.shapes.width, ranks)
-        self.dtype = dtype
+        dtype = self.dtype
         with sharded_construction(config, ranks, dtype) as whole:
             policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *needs_copies(config)))
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
@@ -140,6 +143,19 @@ class Run:
         self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
         self.ledger = begin_ledger(config, self.inputs.shapes, on_phase=self.watchdog.mark)
         self.scripts = token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device) if config.objective.thinks else None
+
+    def _announce(self, plan: Plan) -> None:
+        """Say what the run takes; all ranks refuse what the first one refuses."""
+        said, refusal = [], None
+        if self.ranks.is_first:
+            try:
+                said = announce(plan, Path(self.config.run.dir))
+            except ConfigError as error:
+                refusal = str(error)
+        if refusal := self.ranks.broadcast(refusal):
+            raise ConfigError(refusal)
+        for line in said:
+            self._say(line)
 
     def _logprob_form(self) -> str:
         """What computes log-probabilities, for a micro-batch of average thoughts and documents of full length."""
@@ -599,16 +615,15 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     """
     if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
         raise ConfigError(f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this machine.")
-    on_gpu = ranks.device.type == "cuda"
-    world_size, device_bytes = ranks.world_size, torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
-    if machine:
-        world_size, gigabytes = map(int, machine.split("x"))
-        device_bytes = gigabytes * 10 ** 9
+    world_size, gigabytes = map(int, machine.split("x")) if machine else (ranks.world_size, 0)
     notes: list[str] = []
+    if not machine:
+        refuse_sizes(config, world_size)
     opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
     inputs = opened.inputs
-    form = FormatTokens(open=len(inputs.markers.open), close=len(inputs.markers.close), instruction=len(inputs.form.instruction))
-    dtype = None if machine else run_dtype(config, inputs.shapes.width, ranks)
-    plan = plan_run(config, inputs.shapes, world_size, device_bytes, layout=opened.layout, form=form, dtype=dtype)
+    if machine:
+        plan = plan_run(config, inputs.shapes, world_size, gigabytes * 10 ** 9, layout=opened.layout, form=opened.form_tokens)
+    else:
+        plan = plan_here(config, opened, ranks, run_dtype(config, inputs.shapes.width, ranks))
     notes += inputs.notes() + rehearse(config, opened, ranks)
     return "\n\n".join([to_yaml(config), *notes, inputs.show_example(), render_plan(plan)])

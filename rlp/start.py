@@ -19,9 +19,11 @@ from rlp.distributed import Ranks
 from rlp.forms import STATE, WHOLE_LEDGER
 from rlp.inputs import Inputs
 from rlp.ledger import Ledger, ModelShapes
+from rlp.machine import available_memory_bytes
 from rlp.match import open_match
-from rlp.metrics import Progress, Tell, require_wandb
+from rlp.metrics import Progress, Tell, require_wandb, size
 from rlp.model import choose_dtype, choose_layout
+from rlp.plan import FormatTokens, Plan, fits, plan_run, positions_per_document
 from rlp.preemption import Deadline
 from rlp.probe import held_out_panel, load_frozen
 from rlp.run_folder import RunFolder, json_lines, open_run_folder, read_json, why_no_run_folder
@@ -53,6 +55,8 @@ class Opened:
         self.inputs = Inputs(config, warn, record, progress)
         self.layout, self.why_layout = choose_layout(config, self.inputs.architecture)
         begin_ledger(config, self.inputs.shapes)
+        form = self.inputs.form
+        self.form_tokens = FormatTokens(open=len(form.markers.open), close=len(form.markers.close), instruction=len(form.instruction))
         self.panel = None if self.inputs.held_out is None else held_out_panel(self.inputs)
 
 
@@ -101,6 +105,56 @@ def _saved_dtype(config: Config) -> torch.dtype | None:
     state = peek(path) if path is not None and path.is_dir() else None
     names = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
     return names.get(str(state.get("dtype"))) if state else None
+
+
+BYTES_OF_A_THOUGHT_TOKEN, BYTES_OF_A_DOCUMENT_TOKEN = 25, 8
+"""In memory on its rank for the whole step: its noise, id, mask, log-probability and entropy; and an id."""
+
+
+def refuse_sizes(config: Config, world_size: int) -> None:
+    """Refuse a step, or a panel, whose tokens alone are more than this machine's memory.
+
+    Raises:
+        ConfigError: naming the settings that multiply.
+    """
+    available = available_memory_bytes()
+    documents, thinks = -(-config.optim.batch_size // world_size), config.objective.thinks
+    thoughts = documents * positions_per_document(config) * config.thought.group_size if thinks else 0
+    panel = config.evaluation.panel_positions * config.evaluation.thoughts_per_position if config.data.held_out else 0
+    for what, thoughts, documents, settings in (
+            ("a step", thoughts, documents, "optim.batch_size, position.per_document, thought.group_size or thought.max_thought_tokens"),
+            ("the held-out panel", panel, 0, "evaluation.panel_positions, evaluation.thoughts_per_position or thought.max_thought_tokens")):
+        held = thoughts * config.thought.max_thought_tokens * BYTES_OF_A_THOUGHT_TOKEN + documents * config.data.max_document_tokens * BYTES_OF_A_DOCUMENT_TOKEN
+        if available is not None and held > available:
+            raise ConfigError(f"{what} has {thoughts:,} thoughts of {config.thought.max_thought_tokens:,} tokens on each rank: {size(held)} for their tokens alone, "
+                              f"and this machine has {size(available)}. Write a smaller {settings}.")
+
+
+def announce(plan: Plan, run_dir: Path) -> list[str]:
+    """What the run takes of memory and disk, in a few lines; what does not fit stands out.
+
+    Raises:
+        ConfigError: the disk has no room for a checkpoint and the export, without which a new run leaves nothing.
+    """
+    held = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    free, least = plan.disk_free_bytes + held, plan.checkpoint_bytes + plan.export_bytes
+    if free < least and not run_dir.exists():
+        raise ConfigError(f"run.dir: {run_dir} is on a disk with {size(free)} for this run, and it needs {size(least)}: {size(plan.checkpoint_bytes)} for a checkpoint and "
+                          f"{size(plan.export_bytes)} for the export. Make room there, or write run.dir=OTHER.")
+    room = plan.device_bytes or plan.available_bytes
+    said = [f"planned at most: {size(plan.peak_bytes)} of memory a rank" + (f", which has {size(room)}" if room else "") + f"; {size(plan.disk_bytes)} of disk, where {size(free)} are free"]
+    if not fits(plan):
+        settings = ", ".join(setting for setting, _ in plan.relief)
+        said.append("WARNING: that may be more memory than there is. " + (f"Write, in this order, as many as it takes: {settings}." if settings else "Write shorter documents or thoughts."))
+    if free < plan.disk_bytes:
+        said.append("WARNING: that is more disk than there is. Write a smaller checkpoint.keep, or make room; a checkpoint that can not be written is said, and the one before it stays.")
+    return said
+
+
+def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.dtype, str]) -> Plan:
+    """The plan of a run on the devices of its ranks."""
+    device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
+    return plan_run(config, opened.inputs.shapes, ranks.world_size, device_bytes, layout=opened.layout, form=opened.form_tokens, dtype=dtype)
 
 
 def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,

@@ -12,11 +12,14 @@ import torch
 from torch.optim.adamw import adamw
 
 import train
-from conftest import tiny_policy
+from conftest import architecture, tiny_policy
 from rlp import distributed, engine, machine, start
-from rlp.config import load_config
+from rlp import plan as plan_module
+from rlp.config import ConfigError, load_config
 from rlp.distributed import start_ranks
+from rlp.ledger import model_shapes
 from rlp.model import choose_dtype
+from rlp.plan import plan_run, render_plan
 from rlp.run import Run
 from training import tiny_config, write_corpus
 
@@ -230,3 +233,55 @@ def test_the_head_is_widened_once_for_all_tokens_of_a_rollout(monkeypatch):
         policy.head.mul_(2)
         assert policy._head_in(torch.float32) is not first
         torch.testing.assert_close(policy._logits(hidden), 2 * inside)
+
+
+def small_config(tmp_path, *overrides):
+    return load_config({"run": {"dir": str(tmp_path / "run")}, "model": {"path": "unused"}, "data": {"train": ["unused"], "held_out": ["unused"], "max_document_tokens": 32},
+                        "budget": {"steps": 1}, "engine": {"dtype": "float32"}}, list(overrides))
+
+
+@pytest.mark.parametrize("overrides, what", [
+    (["optim.batch_size=2000000000"], "a step has 32,000,000,000 thoughts of 2,048 tokens"),
+    (["evaluation.thoughts_per_position=1000000000"], "the held-out panel has 256,000,000,000 thoughts"),
+    (["objective.policy_weight=0", "objective.lm_weight=1", "optim.batch_size=2000000000", "data.max_document_tokens=100000"], "a step has 0 thoughts")])
+def test_a_step_that_no_memory_holds_is_refused_in_a_sentence(tmp_path, overrides, what):
+    """Its tokens alone: before a document is read."""
+    with pytest.raises(ConfigError, match=f"{what}.*for their tokens alone, and this machine has .*Write a smaller"):
+        start.refuse_sizes(small_config(tmp_path, *overrides), 1)
+    start.refuse_sizes(small_config(tmp_path), 1)
+
+
+def test_a_number_that_counts_nothing_on_earth_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"optim.batch_size must be at most 2,147,483,648.*got 10000000000"):
+        small_config(tmp_path, "optim.batch_size=10000000000")
+    assert small_config(tmp_path, "budget.tokens=10000000000").budget.tokens == 10 ** 10
+
+
+def test_a_cpu_plan_says_what_to_write_where_memory_is_short(tmp_path, monkeypatch):
+    """What changes nothing but speed comes first, and each setting leads to a smaller peak than the one before."""
+    config = small_config(tmp_path, "optim.micro_batch_size=4", "optim.batch_size=8", "thought.max_thought_tokens=64")
+    shapes = model_shapes(architecture("qwen3"))
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 0)
+    monkeypatch.setattr(plan_module, "PROCESS_BYTES", 10 ** 12)
+    plan = plan_run(config, shapes, 1, layout="tree")
+    settings, peaks = zip(*plan.relief)
+    assert settings[0] == "optim.micro_batch_size=1" and settings[-1] == "baseline.kind=self"
+    assert list(peaks) == sorted(peaks, reverse=True) and peaks[0] < plan.peak_bytes
+    told = render_plan(plan)
+    assert "DOES NOT FIT in the" in told and told.index("micro_batch_size=1") < told.index("baseline.kind=self")
+    assert any(line.startswith("WARNING: that may be more memory") for line in start.announce(plan, tmp_path / "run"))
+
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 10 ** 14)
+    plan = plan_run(config, shapes, 1, layout="tree")
+    assert plan.relief == () and "fits in the" in render_plan(plan)
+
+
+def test_disk_is_planned_and_a_run_that_could_leave_nothing_is_refused(tmp_path):
+    """A checkpoint of 16 bytes a parameter, two kept and one being written; an export of 4."""
+    plan = plan_run(small_config(tmp_path), replace(model_shapes(architecture("qwen3")), parameters=10 ** 6), 1, layout="tree")
+    assert (plan.checkpoint_bytes, plan.export_bytes, plan.disk_bytes) == (16_000_000, 4_000_000, 48_000_000)
+    with pytest.raises(ConfigError, match="with 19 MB for this run, and it needs 20 MB: 16 MB for a checkpoint and 4 MB for the export"):
+        start.announce(replace(plan, disk_free_bytes=19_000_000), tmp_path / "run")
+    tight = start.announce(replace(plan, disk_free_bytes=47_000_000), tmp_path / "run")
+    assert "48 MB of disk, where 47 MB are free" in tight[0] and "more disk than there is" in tight[-1]
+    assert len(start.announce(replace(plan, disk_free_bytes=48_000_000), tmp_path / "run")) == 1
