@@ -8,9 +8,7 @@ Imported before anything else of `rlp`, and before torch: its OpenMP runtime rea
     cores, memory      A container sees all of its machine, and is stopped or throttled at its own limits (cgroups).
 """
 
-import ctypes
 import os
-import sys
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")

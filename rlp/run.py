@@ -89,7 +89,7 @@ class Run:
             for note in self.inputs.notes():
                 self.log.say(note)
             self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
-            self.log.say(f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}" + (f"; {torch.get_num_threads()} threads a rank" if ranks.device.type == "cpu" else ""))
+            self.log.say(f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}" + (f"; threads a rank: {torch.get_num_threads()}" if ranks.device.type == "cpu" else ""))
             if self.inputs.shapes.uncounted:
                 self.log.say(f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose cost is not known: a lower bound, by which nothing is matched")
             with self.watchdog.working("resume"):
