@@ -21,7 +21,7 @@ from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
 
 import rlp.preemption
-import rlp.run
+import rlp.start
 import rlp.watchdog
 import train as program
 from rlp import sources
@@ -333,7 +333,7 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
         monkeypatch.setitem(sources.UNPACKERS, ".gz", slowly)
         monkeypatch.setattr(sources, "_line_ends", lines_slowly)
         monkeypatch.setattr(watchdog, "working", lambda phase: nullcontext())  # pieces alone are to count
-        monkeypatch.setattr(rlp.run, "choose_layout", stop_here)  # what comes after the data
+        monkeypatch.setattr(rlp.start, "choose_layout", stop_here)  # what comes after the data
         with pytest.raises(StopHere):
             Run(config, ranks, watchdog=watchdog)
     assert not bark
