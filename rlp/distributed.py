@@ -151,7 +151,8 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
     share_cores()
     on_gpu = torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
-    alone = "WORLD_SIZE" not in os.environ
+    # A single rank needs no port to meet at, which another run on the machine may have.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone:
         # DeepSpeed looks for these, and without them searches for MPI.
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):

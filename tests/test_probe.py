@@ -380,11 +380,11 @@ def test_the_command_on_the_base_of_the_world_finds_signal(said):
 
 @pytest.mark.parametrize("words, code, message", [
     (["MODEL", "/nowhere.jsonl"], 3, "no file at '/nowhere.jsonl'"),
-    (["/nowhere", "CORPUS"], 2, "no tokenizer at '/nowhere'"),
+    (["/nowhere", "CORPUS"], 2, "there is no file or folder '/nowhere'"),
     (["MODEL", "CORPUS", "thought.group_sise=3"], 2, "Did you mean thought.group_size?"),
     (["MODEL", "CORPUS", "--config", "/nowhere.yaml"], 2, "no config file at /nowhere.yaml"),
     (["MODEL", "CORPUS", "--out", "/nowhere/out"], 2, "there is no folder /nowhere"),
-    (["MODEL", "CORPUS", "--start", "/nowhere"], 2, "no tokenizer at '/nowhere'"),
+    (["MODEL", "CORPUS", "--start", "/nowhere"], 2, "there is no file or folder '/nowhere'"),
     (["MODEL", "CORPUS", "--strat", "MODEL"], 2, "unrecognized arguments"),
     (["RUN", "CORPUS"], 2, "is a run folder"),
 ])

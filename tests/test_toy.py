@@ -176,14 +176,50 @@ def evidence(policy: Policy, teacher: Policy, documents: list[Document], positio
     return Evidence(scores.thought.sum(dim=1).reshape(shape), log_evidence(scores.target).reshape(shape), baseline_logprob)
 
 
-def step_loss(engine: Callable, form: ThoughtFormat, documents: list[Document], positions: Positions, thoughts: Thoughts,
-              baseline_logprob: Tensor | None = None, **weights: float) -> Tensor:
-    """`train.micro_batch_loss` on one micro-batch that is the whole step: the run is cut down to what that function reads."""
+class Backward:
+    """An engine that keeps the loss it is given."""
+
+    def __init__(self, model: Callable) -> None:
+        self._model = model
+
+    def __call__(self, *arguments: object) -> object:
+        return self._model(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+def step_loss(
+    model: Callable,
+    form: ThoughtFormat,
+    documents: list[Document],
+    positions: Positions,
+    thoughts: Thoughts,
+    baseline_logprob: Tensor | None = None,
+    **weights: float,
+) -> Tensor:
+    """What `train.learn` hands to the engine for one micro-batch that is the whole step: the run is cut
+    down to what that function reads."""
+    config = SimpleNamespace(
+        objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights),
+        optim=SimpleNamespace(thoughts_per_forward=None),
+        reward=RewardConfig(),
+    )
+    engine = Backward(model)
     run = SimpleNamespace(
-        config=SimpleNamespace(objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights), reward=RewardConfig()), asks_for_matches=False, engine=engine, arrange=repeated, ranks=SimpleNamespace(device=CPU),
-        inputs=SimpleNamespace(form=form, markers=form.markers), count=lambda *work, **passes: None, tell_thoughts=lambda *told: None)
+        config=config,
+        asks_for_matches=False,
+        engine=engine,
+        arrange=repeated,
+        ranks=SimpleNamespace(device=CPU),
+        inputs=SimpleNamespace(form=form, markers=form.markers),
+        count=lambda *work, **passes: None,
+        offer_thoughts=lambda *told: None,
+    )
     batch = train.MicroBatch(documents, positions, thoughts, baseline_logprob)
-    return train.micro_batch_loss(run, batch, None, [thoughts.truncated.numel(), 1], Tally(), lm=False)[0]
+    divisors = [thoughts.truncated.numel(), 1]
+    train.learn(run, batch, None, None, divisors, Tally(), first=True)
+    return engine.loss
 
 
 def expected_step(policy: Policy, prefix: list[int], target: int, budget: int, group_size: int, **weights: float) -> Tensor:
