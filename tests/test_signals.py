@@ -80,7 +80,7 @@ def test_an_evaluation_that_was_stopped_is_made_when_the_run_continues(harness):
 
 def test_a_signal_to_one_rank_stops_both_in_the_middle_of_long_thoughts(harness):
     """The rank that was not signalled would think for minutes: it hears of it and leaves off."""
-    endless = {"thought.max_thought_tokens": 50_000, "thought.close_marker": "w1 w2 w3 w4 w5 w6 w7", "data.held_out": "[]", "evaluation.every_n_steps": 0}
+    endless = {"thought.max_thought_tokens": 30_000, "thought.close_marker": "w1 w2 w3 w4 w5 w6 w7", "data.held_out": "[]", "evaluation.every_n_steps": 0}
     answer = stops(harness, "one_rank", "rollout:1:term@rank1", ranks=2, settings=endless)
     assert "asked to stop (SIGTERM): step 0 is saved; the step begun after it is not counted" in answer["text"]
 
