@@ -119,16 +119,33 @@ def refuse_odd_entries(folder: Path, *, files: tuple[str, ...] = (), folders: tu
     for name, expected in [*((name, "a file") for name in files), *((name, "a folder") for name in folders)]:
         if (kind := _kind(folder / name)) not in (expected, "nothing"):
             raise _refusal(folder / name, kind, expected)
-    waiting = [folder]
+    waiting = _entries(folder)
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path = Path(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    if str(path.relative_to(folder)) not in leave_out:
-                        waiting.append(path)
-                elif not entry.is_file(follow_symlinks=False):
-                    raise _refusal(path, _kind(path), "a file or a folder")
+        entry = waiting.pop()
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            if str(path.relative_to(folder)) not in leave_out:
+                # Another rank or job may have renamed or removed it since it was listed.
+                with suppress(FileNotFoundError):
+                    waiting += _entries(path)
+        elif not entry.is_file(follow_symlinks=False):
+            raise _refusal(path, _kind(path), "a file or a folder")
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, the last name first."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in a folder, at any depth; what goes meanwhile does not count, nor what a link leads to."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 # Writing

@@ -16,6 +16,7 @@ from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest
 from rlp.config import BudgetConfig, Config, ConfigError, load_config
 from rlp.data import share_of_rank
 from rlp.distributed import Ranks
+from rlp.files import folder_bytes
 from rlp.forms import STATE, WHOLE_LEDGER
 from rlp.inputs import Inputs
 from rlp.ledger import Ledger, ModelShapes
@@ -136,7 +137,7 @@ def announce(plan: Plan, run_dir: Path) -> list[str]:
     Raises:
         ConfigError: the disk has no room for a checkpoint and the export, without which a new run leaves nothing.
     """
-    held = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    held = folder_bytes(run_dir / "checkpoints")
     free, least = plan.disk_free_bytes + held, plan.checkpoint_bytes + plan.export_bytes
     if free < least and not run_dir.exists():
         raise ConfigError(f"run.dir: {run_dir} is on a disk with {size(free)} for this run, and it needs {size(least)}: {size(plan.checkpoint_bytes)} for a checkpoint and "

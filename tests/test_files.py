@@ -50,6 +50,22 @@ def test_what_is_no_file_in_a_run_folder_is_refused_by_name(run: Path, name: str
     assert (run.parent / "outside" / "file").read_text() == "precious\n"
 
 
+def test_a_folder_that_another_rank_renames_while_it_is_looked_at_is_no_fault(run: Path, monkeypatch):
+    """A claim of the lock is made under a passing name."""
+    passing = run / "lock" / ".tmp.2.abc"
+    passing.mkdir(parents=True)
+    scan = os.scandir
+
+    def late(folder: Path):
+        if Path(folder) == passing:
+            passing.rename(run / "lock" / "2")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", late)
+    open_run_folder(run)
+    assert (run / "lock" / "2").is_dir()
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "export", "logs"])
 def test_a_link_or_a_file_in_place_of_a_folder_is_refused(run: Path, name: str):
     for folder in ("checkpoints/step_1", "checkpoints", "export", "logs"):

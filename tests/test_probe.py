@@ -371,8 +371,9 @@ def test_the_command_on_a_random_model_finds_no_signal(said, model_folder, tmp_p
 @pytest.mark.skipif(not (WORLD / "data" / "held_out.jsonl").exists(), reason="experiments/world/data is not made; python experiments/world/make_world.py makes it")
 def test_the_command_on_the_base_of_the_world_finds_signal(said):
     """Its thoughts are about their own problem: clearly better than those about another one."""
-    code, printed, _ = said(WORLD / "base", WORLD / "data" / "held_out.jsonl", "position.selector=marker", "position.marker=faces", "evaluation.panel_positions=64")
-    assert code == 0
+    code, printed, _ = said(WORLD / "base", WORLD / "data" / "held_out.jsonl", "position.selector=marker", "position.marker=faces", "evaluation.panel_positions=64",
+                            "data.max_document_tokens=64")
+    assert code == 0, printed
     assert "SIGNAL: " in printed and "NO SIGNAL" not in printed and "at most 16 tokens" in printed
     gain, low = (float(word) for word in printed.split("gain over another document's thoughts")[1].split()[:2])
     assert gain > low > 0.2
