@@ -317,9 +317,27 @@ class Engine:
     def _whole_weights(self) -> AbstractContextManager:
         if self._stage < 3 or self._decodes_together:
             return nullcontext()
+        return self._gathered_apart()
+
+    @contextmanager
+    def _gathered_apart(self) -> Iterator[None]:
+        """All weights whole on every rank, and no forward a collective.
+
+        DeepSpeed's own context leaves one hook in place, which compares the ranks' order of modules
+        at each forward until it has seen one whole: a rank that leaves before its first would leave
+        the others waiting.
+        """
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
-        return unwrap_model_for_generation(self._deepspeed)
+        offload = self._deepspeed.optimizer.parameter_offload
+        offload.fwd_pre_hook.remove()
+        try:
+            with unwrap_model_for_generation(self._deepspeed):
+                yield
+        finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
+                lambda module, *given: offload.get_param_coordinator().reset_step()
+            )
 
     def agree(self, claim: bool) -> bool:
         """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode in step, else this rank alone."""

@@ -85,6 +85,11 @@ def test_a_signal_to_one_rank_stops_both_in_the_middle_of_long_thoughts(harness)
     assert "asked to stop (SIGTERM): step 0 is saved; the step begun after it is not counted" in answer["text"]
 
 
+def test_a_rank_that_leaves_before_its_first_forward_leaves_nobody_waiting(harness):
+    """Sharded weights are gathered for sampling; what one rank runs there is no other rank's business."""
+    stops(harness, "first_forward", "evaluation:1:term@rank0", ranks=2, settings={"engine.zero_stage": 3})
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_asks(ranks, number):  # noqa: F811
     signal.signal(number, signal.SIG_DFL)
