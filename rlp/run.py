@@ -456,6 +456,8 @@ class Run:
         else:
             return
         changes = self._load(checkpoint)
+        if resumes and self.is_complete():
+            return  # what it has logged after its last checkpoint, which may be an early one, stays
         if resumes:
             lost = self._on_first_rank(lambda: cut_logs(self.folder, self.step, checkpoint.state["logs"]), "its logs could not be cut back")
             for words in lost:

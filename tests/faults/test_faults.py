@@ -161,6 +161,18 @@ def test_a_run_past_its_first_checkpoint_does_not_begin_again(harness, tmp_path)
     assert answer["codes"] == [0] and "nothing to do" in answer["text"]
 
 
+def test_a_complete_run_keeps_what_it_logged_after_its_last_checkpoint(harness, tmp_path):
+    """The disk was full at every save but the first, and not at the end."""
+    run = tmp_path / "run"
+    answer = harness.start(run, fault="save.before_meta:2-:enospc")
+    assert answer["codes"] == [0] and "could not be written" in answer["text"]
+    logs = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
+
+    answer = harness.start(run)
+    assert answer["codes"] == [0] and "nothing to do" in answer["text"]
+    assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == logs
+
+
 def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_path):
     """The config names the same folder, and what is in it has changed."""
     model, run = tmp_path / "model", tmp_path / "run"
