@@ -40,7 +40,7 @@ from rlp.probe import no_think_logprob, probe_panel
 from rlp.report import write_report
 from rlp.rollout import Rollout
 from rlp.run_folder import (DamagedFileError, append_json_line, create_run_folder, cut_logs, json_lines, mark_logs, open_run_folder,
-                            refused_logs, settle_logs, write_json)
+                            refused_logs, remove_unfinished, settle_logs, write_json)
 from rlp.scoring import difficulty
 from rlp.start import Opened, announce, begin_ledger, budget_spent, plan_here, refuse_checkpoint, refuse_new_start, refuse_sizes, rehearse, run_dtype
 from rlp.teacher import Teacher
@@ -457,7 +457,9 @@ class Run:
             return
         changes = self._load(checkpoint)
         if resumes and self.is_complete():
-            return  # what it has logged after its last checkpoint, which may be an early one, stays
+            # What it has logged after its last checkpoint, which may be an early one, stays.
+            self._on_first_rank(lambda: remove_unfinished(self.folder), "what a crash left could not be removed")
+            return
         if resumes:
             lost = self._on_first_rank(lambda: cut_logs(self.folder, self.step, checkpoint.state["logs"]), "its logs could not be cut back")
             for words in lost:

@@ -458,9 +458,14 @@ def cut_logs(folder: RunFolder, step: int, marks: dict[str, dict]) -> list[str]:
         if path.exists() and path.stat().st_size > log.size:
             cut(path, log.size, point="resume.before_truncate")
         _logs[path] = log
+    remove_unfinished(folder)
+    return found
+
+
+def remove_unfinished(folder: RunFolder) -> None:
+    """Remove what a crash left half written."""
     for left in (*folder.path.glob(".*.partial"), *folder.path.glob(".tmp.*")):
         remove(left)
-    return found
 
 
 _NOTHING = {"bytes": 0, "lines": 0, "sha256": hashlib.sha256().hexdigest()}

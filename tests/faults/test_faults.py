@@ -168,9 +168,11 @@ def test_a_complete_run_keeps_what_it_logged_after_its_last_checkpoint(harness, 
     assert answer["codes"] == [0] and "could not be written" in answer["text"]
     logs = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
 
+    (run / ".report.html.0123456789abcdef.partial").write_text("half")  # a crash at the very end
     answer = harness.start(run)
     assert answer["codes"] == [0] and "nothing to do" in answer["text"]
     assert {path.name: path.read_bytes() for path in run.glob("*.jsonl")} == logs
+    assert not list(run.glob(".*.partial"))
 
 
 def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_path):
