@@ -19,7 +19,6 @@ numbers alone.
     Plain       anything that JSON has, of finite numbers and so many levels
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -49,7 +48,8 @@ def _shown(name: object) -> str:
 
 def _odd(where: str, value: object, expected: str) -> str:
     long = isinstance(value, str | list | dict) and len(value) >= 80
-    shown = f"a {type(value).__name__} of {len(value):,}" if long else repr(value)
+    huge = type(value) is int and abs(value) >= 10 ** 40
+    shown = "a huge number" if huge else f"a {type(value).__name__} of {len(value):,}" if long else repr(value)
     return f"{where or 'the value'} is {shown[:80]}, expected {expected}"
 
 
@@ -61,9 +61,8 @@ class Whole:
     def problem(self, value: object, where: str) -> str | None:
         if type(value) is int and self.least <= value <= self.most:
             return None
-        huge = type(value) is int and abs(value) >= 10 ** 40
         expected = f"a whole number from {self.least} to {self.most}"
-        return _odd(where, "a huge number" if huge else value, expected)
+        return _odd(where, value, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,8 @@ class Number:
         # NaN compares with nothing.
         if type(value) in (float, int) and self.least <= value <= self.most:
             return None
-        huge = type(value) is int and abs(value) >= 10 ** 40
         expected = f"a number from {self.least:g} to {self.most:g}"
-        return _odd(where, "a huge number" if huge else value, expected)
+        return _odd(where, value, expected)
 
 
 @dataclass(frozen=True, slots=True)

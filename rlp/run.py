@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlp.admission import check_model
-from rlp.checkpoint import Checkpoint, CheckpointError, changed_settings, newest_checkpoint, newest_name, open_checkpoint, refuse_other_inputs, restore, save_checkpoint
-from rlp.config import Config, ConfigError, OptimConfig, load_config, needs_copies, to_yaml
+from rlp.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, newest_name, open_checkpoint, refuse_other_inputs, restore, save_checkpoint
+from rlp.config import Config, ConfigError, OptimConfig, needs_copies, to_yaml
 from rlp.data import Document, Positions, choose_positions
 from rlp.distributed import Ranks
 from rlp.engine import Engine, StepResult, shard_frozen, sharded_construction, start_deepspeed
@@ -471,8 +471,7 @@ class Run:
         """Begin at step 0 in the folder of a run that was killed before its first checkpoint (`refuse_new_start`)."""
         if self.is_complete():
             return
-        steps = refuse_new_start(self.folder, self.config, self.ranks)
-        changes = changed_settings(asdict(load_config(self.folder.config_yaml)), asdict(self.config), self.folder.path)
+        steps, changes = refuse_new_start(self.folder, self.config, self.ranks)
         self._on_first_rank(lambda: cut_logs(self.folder, -1, {}), "its logs could not be cut back")
         self._note_changes([], changes)
         self.log.say(f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
@@ -493,9 +492,8 @@ class Run:
 
     def _load(self, checkpoint: Checkpoint) -> list[dict]:
         """Take over what a checkpoint holds; the settings that differ from its own."""
-        refuse_checkpoint(checkpoint, self.config, self._opened, self.dtype)
+        changes = refuse_checkpoint(checkpoint, self.config, self._opened, self.dtype)
         state = checkpoint.state
-        changes = changed_settings(state["config"], asdict(self.config), checkpoint.path)
         refuse_other_inputs(state["inputs"], self._input_checksums, checkpoint.path)
         self._input_checksums = state["inputs"]  # a panel that is not read in this life may be read in the next
         restore(checkpoint, self.engine, self.ranks)

@@ -159,9 +159,12 @@ def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.d
 
 
 def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
-                      dtype: torch.dtype) -> None:
+                      dtype: torch.dtype) -> list[dict]:
     """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors
     are not looked at.
+
+    Returns:
+        settings that differ from its own and may (`changed_settings`).
 
     Raises:
         CheckpointError, ConfigError, DataError: made by another version, other settings, another
@@ -174,7 +177,7 @@ def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
         raise CheckpointError(f"{checkpoint.path} was written by another version of this program: "
                               f"it has no {', '.join(lacking)}. Resume with that version, or start "
                               "a new run with model.path set to its export.")
-    changed_settings(state["config"], asdict(config), checkpoint.path)
+    changes = changed_settings(state["config"], asdict(config), checkpoint.path)
     if state["dtype"] != str(dtype):
         raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this "
                           f"run computes in {dtype}. Write "
@@ -186,28 +189,30 @@ def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
         raise CheckpointError(f"{checkpoint.path} holds start_logprob of {known} positions, and "
                               f"the held-out panel has {len(panel)}. It was made with another "
                               "panel, or somebody has changed it.")
+    return changes
 
 
-def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> int:
+def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> tuple[int, list[dict]]:
     """Refuse to begin again, at step 0, in the folder of a run without a checkpoint, unless nothing
     that a checkpoint held is lost.
 
     Returns:
-        steps that it has logged.
+        steps that it has logged, and settings that differ from its own and may.
 
     Raises:
         ConfigError: other settings, or the run is past its first checkpoint, so there was one, or
         it could not be written.
     """
     every = config.checkpoint.every_n_steps
-    changed_settings(asdict(load_config(folder.config_yaml)), asdict(config), folder.path)
+    before = asdict(load_config(folder.config_yaml))
+    changes = changed_settings(before, asdict(config), folder.path)
     steps = ranks.broadcast(_logged_steps(folder) if ranks.is_first else None)
     if 0 < every < steps:
         raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint "
                           f"every {every}, and {folder.checkpoints} holds none. "
                           "Put one back there, or write run.dir=OTHER run.resume=never for a new "
                           "run.")
-    return steps
+    return steps, changes
 
 
 def _logged_steps(folder: RunFolder) -> int:
@@ -254,8 +259,9 @@ def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | N
         if folder.summary_json.exists():
             said.append(f"{path} is complete: the run would do nothing")
         elif found is None:
+            steps, _ = refuse_new_start(folder, config, ranks)
             said.append(f"the run begins again at step 0: {path} has no checkpoint and "
-                        f"{refuse_new_start(folder, config, ranks)} steps")
+                        f"{steps} steps")
         return found
     if obstacle := why_no_run_folder(path):
         raise ConfigError(obstacle)
