@@ -13,7 +13,7 @@ Dimensions
 """
 
 if __name__ == "__main__":
-    from rlp.launcher import watch_from_the_start
+    from rlp.process.launcher import watch_from_the_start
 
     watch_from_the_start()  # the imports below take seconds
 
@@ -25,24 +25,42 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rlp.checkpoint import CheckpointError
 from rlp.config import Config, ConfigError, load_config
-from rlp.data import DataError, Document, Positions
-from rlp.distributed import PeerLost, Ranks, run_as_process, start_ranks, stop_ranks
-from rlp.launcher import LAUNCHER_GONE, LauncherGone, launchers
-from rlp.layout import Layout, Thoughts, Work
-from rlp.metrics import visible_text
-from rlp.monitor import Tally, thought_lengths, watch_gains, watch_ratio, watch_rewards, watch_thoughts
-from rlp.objective import clipped_surrogate, greedy_match, group_relative_advantage, information_gain, kl_to_start, log_evidence
-from rlp.rollout import NoiseKey, sample_thoughts
-from rlp.files import FolderLostError, NotWrittenError
-from rlp.lock import RunLock
-from rlp.numerics import NumericsError
-from rlp.preemption import Preemption, StopRequested
-from rlp.run import Run, dry_run
-from rlp.run_folder import DamagedFileError
-from rlp.scoring import Scores, score
-from rlp.watchdog import Watchdog
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.data.sources import DataError
+from rlp.learn.checkpoint import CheckpointError
+from rlp.learn.guard import NumericsError
+from rlp.measure.thought_statistics import (
+    thought_lengths,
+    watch_gains,
+    watch_ratio,
+    watch_rewards,
+    watch_thoughts,
+)
+from rlp.model.layout import Layout
+from rlp.model.scoring import Scores, score
+from rlp.model.shapes import Work
+from rlp.model.thoughts import Thoughts
+from rlp.objective import (
+    clipped_surrogate,
+    greedy_match,
+    group_relative_advantage,
+    information_gain,
+    kl_to_start,
+    log_evidence,
+)
+from rlp.process.console import visible_text
+from rlp.process.files import FolderLostError, NotWrittenError
+from rlp.process.launcher import LAUNCHER_GONE, LauncherGone, launchers
+from rlp.process.lock import RunLock
+from rlp.process.preemption import Preemption, StopRequested
+from rlp.process.ranks import PeerLost, Ranks, run_as_process, start_ranks, stop_ranks
+from rlp.process.stored import DamagedFileError
+from rlp.process.tally import Tally
+from rlp.process.watchdog import Watchdog
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.trainer import Run, dry_run
 
 DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, FOLDER_LOST, NOT_WRITTEN, PREEMPTED = 0, 2, 3, 4, 5, 69, 73, 74, 75
 

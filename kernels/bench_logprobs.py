@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import rlp  # noqa: F401, before torch: see rlp/machine.py
+import rlp  # noqa: F401, before torch: see rlp/process/machine.py
 import rlp_kernels
 import torch
 from torch import Tensor

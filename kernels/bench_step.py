@@ -60,7 +60,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import rlp  # noqa: F401, before torch: see rlp/machine.py
+import rlp  # noqa: F401, before torch: see rlp/process/machine.py
 import numpy as np
 import torch
 import transformers
@@ -69,14 +69,18 @@ from rlp_kernels import choose_form, token_logprobs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import rlp.layout
-import rlp.model
-from rlp.data import Document, Positions
-from rlp.layout import ThoughtFormat, Thoughts, Work, repeated
-from rlp.ledger import causal_pairs, forward_flops, model_shapes
-from rlp.model import Markers, Policy
+import rlp.model.layout
+import rlp.model.policy
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import repeated
+from rlp.model.shapes import Work
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.shapes import causal_pairs, forward_flops, model_shapes
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
 from rlp.objective import clipped_surrogate, group_relative_advantage, information_gain, log_evidence
-from rlp.scoring import score
+from rlp.model.scoring import score
 
 SEED, LEARNING_RATE, EMA_DECAY, CLIP, TEMPERATURE = 0, 1e-6, 0.999, 0.2, 0.7
 PAD, EOS, OPEN, CLOSE, FIRST_WORD = 0, 1, 2, 3, 8
@@ -265,12 +269,12 @@ class Ours:
     def __init__(self, network: Network, arrange: Callable, form: str = "auto") -> None:
         """
         Args:
-            arrange: `rlp.layout.repeated` or `rlp.layout.tree`.
+            arrange: `rlp.model.layout.repeated` or `rlp.model.layout.tree`.
             form: of the log-probabilities, as in `rlp_kernels.token_logprobs`.
         """
         self.network, self._arrange, self._form = network, arrange, form
         for lm in (network.lm, network.teacher) if arrange is not repeated else ():
-            lm.set_attn_implementation(importlib.import_module("rlp.attention").register("sdpa"))
+            lm.set_attn_implementation(importlib.import_module("rlp.model.attention").register("sdpa"))
         self._policy, self._teacher = Policy(network.lm, FORM.markers), Policy(network.teacher, FORM.markers)
 
     def prepare(self, given: Given) -> Given:
@@ -284,7 +288,7 @@ class Ours:
     def gradient_of(self, given: Given, watch: Stopwatch) -> Tensor:
         """Leave the gradient in the weights; returns the rewards [M, G]."""
         thoughts = given.thoughts
-        with mock.patch.object(rlp.model, "token_logprobs", functools.partial(token_logprobs, form=self._form)):
+        with mock.patch.object(rlp.model.policy, "token_logprobs", functools.partial(token_logprobs, form=self._form)):
             with watch.part("scoring"), torch.no_grad():
                 baseline_logprob = log_evidence(score(self._teacher, self._layout(given, None, no_think=True)).no_think)
             scores = score(self._policy, self._layout(given, thoughts, no_think=False))
@@ -296,7 +300,7 @@ class Ours:
         (surrogate.sum() / thoughts.truncated.numel()).backward()
         return reward.detach()
 
-    def _layout(self, given: Given, thoughts: Thoughts | None, *, no_think: bool) -> rlp.layout.Layout:
+    def _layout(self, given: Given, thoughts: Thoughts | None, *, no_think: bool) -> rlp.model.layout.Layout:
         return self._arrange(given.documents, given.positions, thoughts, FORM, lm=False, no_think=no_think, device=self._policy.device)
 
 
@@ -417,7 +421,7 @@ class Bench:
         if name == NAIVE:
             return Peer(network, self.shape, self.folder, careful=False, micro_batch=min(NAIVE_MICRO_BATCH, self.shape.num_thoughts))
         arrangement, _, plain = name.partition(", ")
-        return Ours(network, getattr(rlp.layout, arrangement), form="plain" if plain else "auto")
+        return Ours(network, getattr(rlp.model.layout, arrangement), form="plain" if plain else "auto")
 
     def given(self) -> Given:
         return make_given(self.shape, self.config.vocab_size)
@@ -430,7 +434,7 @@ class Bench:
 
 def contender_names(bench: Bench, checkpointing: bool) -> list[str]:
     """Ours first, then ours with features switched off in turn, then the peers."""
-    names = ["tree", "repeated"] if hasattr(rlp.layout, "tree") else ["repeated"]
+    names = ["tree", "repeated"] if hasattr(rlp.model.layout, "tree") else ["repeated"]
     if log_probability_form(bench) == "chunked":
         names.append("repeated, plain log-probs")
     return [*names, CAREFUL, *([CHECKPOINTED] if checkpointing else []), NAIVE]
@@ -674,7 +678,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = provenance(device)
         print("\n".join(f"{key}: {value}" for key, value in report.items()))
         print(f"model: Qwen3 architecture, d {options.d}, {options.layers} layers, V {options.vocabulary}, random, {dtype}; {options.warmups} warm-ups, {options.repeats} repeats")
-        if not hasattr(rlp.layout, "tree"):
+        if not hasattr(rlp.model.layout, "tree"):
             print("tree: not in this version")
         results = []
         for bench in benches:

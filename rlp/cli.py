@@ -27,14 +27,19 @@ from rich.table import Table
 from rich.text import Text
 
 from rlp.config import ConfigError
-from rlp.files import append, write_new
-from rlp.metrics import quoted_text, visible_text
-from rlp.report import information_gain_of, is_report, worth_of, write_report
-from rlp.run_folder import DamagedFileError, RunFolder, open_run_folder, read_json_lines, saved_steps
-from rlp.sources import DataError
+from rlp.data.sources import DataError
+from rlp.measure.report import is_report, write_report
+from rlp.measure.report_runs import information_gain_of, worth_of
+from rlp.process.console import quoted_text, visible_text
+from rlp.process.files import append, write_new
+from rlp.process.run_folder import RunFolder, open_run_folder, saved_steps
+from rlp.process.run_logs import read_json_lines
+from rlp.process.stored import DamagedFileError
 
 if TYPE_CHECKING:
-    from rlp.evaluation import Benchmark, Result
+    from rlp.compare.benchmarks import Result
+    from rlp.compare.tasks import Benchmark
+
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 3
     except BrokenPipeError:
-        raise  # nobody reads what is printed (`rlp.terminal`)
+        raise  # nobody reads what is printed (`rlp.process.terminal`)
     except OSError as error:
         print(visible_text(f"rlp: {_refusal(error)}"), file=sys.stderr)
         return 2
@@ -165,7 +170,7 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_match(commands: argparse._SubParsersAction) -> None:
-    from rlp.match import AMOUNTS, ARMS
+    from rlp.compare.match import AMOUNTS, ARMS
 
     match = commands.add_parser("match", help="write the config of a control arm that spends what a finished run has spent")
     match.add_argument("run", type=Path, metavar="RUN", help="a finished run")
@@ -196,7 +201,7 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
 
 def audit_runs(arguments: argparse.Namespace) -> int:
     """`rlp audit`. Exit code 1 where the two differ."""
-    from rlp.journal import audit
+    from rlp.measure.journal import audit
 
     for folder in (open_run_folder(arguments.run), open_run_folder(arguments.reference)):
         if not folder.journal_jsonl.exists():
@@ -208,7 +213,7 @@ def audit_runs(arguments: argparse.Namespace) -> int:
 
 def match_run(arguments: argparse.Namespace) -> int:
     """`rlp match`."""
-    from rlp.match import write_match
+    from rlp.compare.match import write_match
 
     config = write_match(open_run_folder(arguments.run), arguments.arm, arguments.by, arguments.out, arguments.data, arguments.overrides)
     print(f"{arguments.out}: {arguments.arm}, matched with {arguments.run} by {arguments.by} ({getattr(config.budget, arguments.by):.6g}). Run it with\n  deepspeed train.py {arguments.out}")
@@ -217,9 +222,9 @@ def match_run(arguments: argparse.Namespace) -> int:
 
 def splice_documents(arguments: argparse.Namespace) -> int:
     """`rlp splice`."""
+    from rlp.compare.splice import splice
     from rlp.config import load_config
-    from rlp.distributed import start_ranks, stop_ranks
-    from rlp.splice import splice
+    from rlp.process.ranks import start_ranks, stop_ranks
 
     path = open_run_folder(arguments.run).config_yaml if arguments.run.is_dir() else arguments.run
     config = load_config(path, arguments.overrides)
@@ -236,7 +241,9 @@ def splice_documents(arguments: argparse.Namespace) -> int:
 
 def probe_one(arguments: argparse.Namespace) -> int:
     """`rlp probe`."""
-    from rlp.preflight import probe_checkpoint  # it loads transformers, which the other commands do without
+    from rlp.measure.probe import (
+        probe_checkpoint,  # it loads transformers, which the other commands do without
+    )
 
     probe_checkpoint(arguments.checkpoint, arguments.data, config=arguments.config, start=arguments.start, out=arguments.out,
                      overrides=arguments.overrides, console=Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
@@ -247,7 +254,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> int:
     """`rlp eval`."""
     import torch  # it and transformers take seconds, which the other commands do without
 
-    from rlp.evaluation import load_tasks, open_evaluator, run_benchmarks, thought_gain, versions
+    from rlp.compare.benchmarks import open_evaluator, run_benchmarks, thought_gain
+    from rlp.compare.tasks import load_tasks, versions
 
     for name, least in (("batch_size", 1), ("seed", 0), ("limit", 1)):
         value = getattr(arguments, name)
@@ -304,7 +312,7 @@ def _evaluated(name: str) -> str:
 
 def _benchmarks(arguments: argparse.Namespace) -> dict[str, "Benchmark"]:
     """What the command line asks for; a flag given there counts for every benchmark."""
-    from rlp.evaluation import Benchmark, load_benchmarks
+    from rlp.compare.tasks import Benchmark, load_benchmarks
 
     if arguments.config is not None:
         benchmarks = load_benchmarks(arguments.config)
@@ -350,8 +358,11 @@ def _result_table(results: list["Result"], gains: dict[str, tuple[float, float |
 
 def export_step(arguments: argparse.Namespace) -> int:
     """`rlp export`."""
-    from rlp.checkpoint import CheckpointError, open_checkpoint  # they load transformers, which the other commands do without
-    from rlp.export import export_checkpoint
+    from rlp.learn.checkpoint import (  # they load transformers, which the other commands do without
+        CheckpointError,
+        open_checkpoint,
+    )
+    from rlp.learn.export import export_checkpoint
 
     path = _chosen_checkpoint(arguments.checkpoint, arguments.step)
     try:
@@ -382,7 +393,9 @@ def _chosen_checkpoint(path: Path, step: str | None) -> Path:
 def add_markers(arguments: argparse.Namespace) -> int:
     """`rlp add-markers`."""
     from rlp.config import ThoughtConfig
-    from rlp.export import export_with_markers  # it loads transformers; other commands do without
+    from rlp.learn.export import (
+        export_with_markers,  # it loads transformers; other commands do without
+    )
 
     notes = export_with_markers(arguments.model,
                                 ThoughtConfig(open_marker=arguments.open,

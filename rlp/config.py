@@ -386,7 +386,7 @@ class EngineConfig:
     """0 (no sharding, float32 only), 1 (optimizer), 2 (and gradients), 3 (and parameters)."""
     dtype: str = "auto"
     """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, and on a CPU
-    with instructions for it (avx512_bf16, AMX) where the model is wide enough to gain (`rlp/model.py`), else float32. A run goes on
+    with instructions for it (avx512_bf16, AMX) where the model is wide enough to gain (`rlp/model/loading.py`), else float32. A run goes on
     in the dtype that it began in, whatever machine it comes to. The choice and its reason are said when the run starts."""
     layout: str = "auto"
     """How thoughts and documents become rows: `repeated` (each thought with its own copy of the prefix; any causal
@@ -493,7 +493,7 @@ class LoggingConfig:
     thoughts: int = 16
     """Thoughts written to `thoughts.jsonl` each time: the most and least helpful ones."""
     journal: bool = True
-    """Write `journal.jsonl`: checksums of what each step read and thought, to compare two runs (`rlp/journal.py`)."""
+    """Write `journal.jsonl`: checksums of what each step read and thought, to compare two runs (`rlp/measure/journal.py`)."""
     digest_every_n_steps: int = 100
     """In it, a checksum of master weights, moments and EMA every n steps; 0: none."""
     wandb: str = "disabled"
@@ -652,7 +652,6 @@ def _refuse_depth(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise ValueError(f"nested more than {MAX_YAML_DEPTH} levels deep")
-
 
 
 SECRET = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<![\w-])eyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")

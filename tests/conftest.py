@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from rlp.data import Document
-from rlp.model import Markers, Policy
+from rlp.data.documents import Document
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

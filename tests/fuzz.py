@@ -38,21 +38,22 @@ from safetensors.torch import save
 from test_report import make_run, make_thought
 from training import tiny_config, write_corpus
 
-from rlp import sources
-from rlp.checkpoint import FORMAT, CheckpointError, open_checkpoint
+from rlp.data import sources
+from rlp.learn.checkpoint import FORMAT, CheckpointError, open_checkpoint
 from rlp.cli import main as rlp_command
 from rlp.config import Config, ConfigError, DataConfig, known_keys, load_config
-from rlp.data import DocumentStream
-from rlp.distributed import start_ranks
-from rlp.evaluation import load_benchmarks, own_task
-from rlp.export import known_ids, read_thought_format
-from rlp.figures import Curve, Interval, draw_curves, draw_intervals
-from rlp.ledger import PHASES
-from rlp.match import open_match
-from rlp.preflight import find_subject
-from rlp.run import Run
-from rlp.run_folder import DamagedFileError, environment
-from rlp.sources import DataError, open_rows
+from rlp.data.stream import DocumentStream
+from rlp.process.ranks import start_ranks
+from rlp.compare.tasks import load_benchmarks, own_task
+from rlp.learn.export import known_ids, read_thought_format
+from rlp.measure.figures import Curve, Interval, draw_curves, draw_intervals
+from rlp.measure.ledger import PHASES
+from rlp.compare.match import open_match
+from rlp.measure.probe import find_subject
+from rlp.trainer import Run
+from rlp.process.environment import environment
+from rlp.process.stored import DamagedFileError
+from rlp.data.sources import DataError, open_rows
 from train import train_step
 
 TOKENIZER = word_tokenizer()
@@ -366,7 +367,7 @@ def read_run_folder(folder: Path, case: tuple[int, list[tuple[str, bytes]]]) -> 
     try:
         for name, content in case:
             (run / name).write_bytes(content)
-        drawn = {"rlp.report.draw_curves": lambda *values, **options: "data:,", "rlp.report.draw_intervals": lambda *values, **options: "data:,"}
+        drawn = {"rlp.measure.report.draw_curves": lambda *values, **options: "data:,", "rlp.measure.report.draw_intervals": lambda *values, **options: "data:,"}
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), ExitStack() as patches:
             for what, instead in drawn.items():
                 patches.enter_context(patch(what, instead))

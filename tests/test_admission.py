@@ -14,15 +14,17 @@ from training import tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 import train as program
-from rlp.admission import check_model, context_limit, why_unfit, why_unsound
+from rlp.model.admission import check_model, context_limit, why_unfit, why_unsound
 from rlp.config import Config, ConfigError
-from rlp.data import Positions
-from rlp.inputs import Inputs, PanelInputs
-from rlp.layout import ThoughtFormat, Thoughts, repeated, sequence_parts, tree
-from rlp.model import Markers, Policy
-from rlp.match import write_match
-from rlp.run import dry_run
-from rlp.run_folder import open_run_folder
+from rlp.data.positions import Positions
+from rlp.model.setup import Inputs, PanelInputs
+from rlp.model.layout import repeated, sequence_parts, tree
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
+from rlp.compare.match import write_match
+from rlp.trainer import dry_run
+from rlp.process.run_folder import open_run_folder
 
 MARKERS = Markers(open=(2,), close=(3,))
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -150,7 +152,7 @@ def test_logits_that_are_transformed_otherwise_are_found():
     """By a factor that the config does not name."""
     scaled = tiny_policy()
     scaled.logit_scale = 1.1
-    assert "`_logit_transform` in rlp/model.py" in why_unsound(scaled)
+    assert "`_logit_transform` in rlp/model/loading.py" in why_unsound(scaled)
 
 
 def test_a_cache_whose_fork_mixes_rows_is_found(monkeypatch: pytest.MonkeyPatch):

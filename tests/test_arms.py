@@ -14,17 +14,18 @@ from training import read_lines, tiny_config, write_corpus
 import train as program
 from conftest import random_documents, tiny_policy
 from rlp.config import ConfigError, load_config, to_yaml
-from rlp.data import Positions
-from rlp.layout import ThoughtFormat, repeated, tree
-from rlp.ledger import PHASES, Ledger
-from rlp.match import ARMS, step_cost, write_match
-from rlp.model import Markers
+from rlp.data.positions import Positions
+from rlp.model.layout import repeated, tree
+from rlp.model.thoughts import ThoughtFormat
+from rlp.measure.ledger import PHASES, Ledger
+from rlp.compare.match import ARMS, step_cost, write_match
+from rlp.model.markers import Markers
 from rlp.objective import group_relative_advantage
-from rlp.rollout import NoiseKey, sample_thoughts
-from rlp.run import Run
-from rlp.run_folder import open_run_folder
-from rlp.scoring import greedy_targets, score
-from rlp.splice import splice
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.trainer import Run
+from rlp.process.run_folder import open_run_folder
+from rlp.model.scoring import greedy_targets, score
+from rlp.compare.splice import splice
 
 FORM = ThoughtFormat(markers=Markers(open=(2,), close=(3,)), instruction=(), begin=None, temperature=0.7, target_temperature=1.0, horizon=2)
 
@@ -41,7 +42,7 @@ def test_matches_come_from_the_same_forward_as_log_probabilities(arrange):
     """`Scores.matched` is what a separate greedy pass says, and asking for it leaves log-probabilities and gradient as they are."""
     policy = tiny_policy("qwen3")
     if arrange is tree:
-        from rlp.attention import register
+        from rlp.model.attention import register
 
         policy.lm.set_attn_implementation(register("sdpa"))
     documents, positions, thoughts = two_documents_with_thoughts(policy)

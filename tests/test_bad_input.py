@@ -28,11 +28,13 @@ from training import REPOSITORY, read_lines, tiny_config
 from transformers import PreTrainedTokenizerFast
 
 import train as program
-from rlp import hub, sources
+from rlp.data import hub, sources
 from rlp.config import ConfigError, DataConfig, ModelConfig
-from rlp.data import LISTED_PER_REASON, DataError, first_ids, share_of_rank
-from rlp.model import load_tokenizer
-from rlp.sources import EXPANSION_MARGIN_BYTES, open_rows
+from rlp.data.documents import first_ids
+from rlp.data.sources import DataError
+from rlp.data.stream import LISTED_PER_REASON, share_of_rank
+from rlp.model.tokenizer import load_tokenizer
+from rlp.data.sources import EXPANSION_MARGIN_BYTES, open_rows
 
 
 # --- Files that are not whole.
@@ -261,10 +263,10 @@ MEMORY = """
 import json, sys
 import numpy as np
 from conftest import word_tokenizer
-from rlp import sources
+from rlp.data import sources
 from rlp.config import DataConfig
-from rlp.data import DocumentStream
-from rlp.sources import open_rows
+from rlp.data.stream import DocumentStream
+from rlp.data.sources import open_rows
 
 def own_memory():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

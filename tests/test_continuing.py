@@ -13,7 +13,7 @@ from training import read_lines, tiny_config, write_corpus
 import train as program
 from conftest import WORDS
 from rlp.config import ConfigError
-from rlp.report import write_report
+from rlp.measure.report import write_report
 
 SMALL = {"budget__steps": 2, "checkpoint__every_n_steps": 1, "optim__batch_size": 2, "thought__group_size": 2, "position__per_document": 1,
          "evaluation__panel_positions": 2}
@@ -137,7 +137,7 @@ def test_a_panel_that_comes_later_is_refused(tmp_path, inputs, ranks):  # noqa: 
 
 def test_the_checksum_of_weights_does_not_depend_on_their_dtype_or_cut():
     """A bfloat16 number is a float32 number; two halves add up to the whole."""
-    from rlp.journal import weighted_bits
+    from rlp.measure.journal import weighted_bits
 
     values = torch.randn(1001, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert weighted_bits(values, 0) == weighted_bits(values.float(), 0)

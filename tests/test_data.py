@@ -16,24 +16,14 @@ import pytest
 from conftest import WORDS, random_documents, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from rlp import sources
+from rlp.data import sources
 from rlp.config import ConfigError, DataConfig, PositionConfig
-from rlp.data import (
-    ORDER_NOISE,
-    PANEL_NOISE,
-    POSITION_NOISE,
-    THOUGHT_NOISE,
-    DataError,
-    Document,
-    DocumentStream,
-    Positions,
-    candidate_positions,
-    choose_positions,
-    keyed_noise,
-    marker_ids,
-    share_of_rank,
-)
-from rlp.sources import Rows, Table, open_rows
+from rlp.data.documents import Document
+from rlp.data.noise import ORDER_NOISE, PANEL_NOISE, POSITION_NOISE, THOUGHT_NOISE, keyed_noise
+from rlp.data.positions import Positions, candidate_positions, choose_positions, marker_ids
+from rlp.data.sources import DataError
+from rlp.data.stream import DocumentStream, share_of_rank
+from rlp.data.sources import Rows, Table, open_rows
 
 GOOD = b'{"text": "w1 w2 w3"}\n'
 GOOD_TOKENS = [7, 8, 9]

@@ -13,12 +13,15 @@ from answer_checks import dies_on_three, hangs_on_three
 from conftest import tiny_policy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlp.answers import AnswerPool, Verdict
+from rlp.compare.answers import AnswerPool, Verdict
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
-from rlp.evaluation import Benchmark, Thinker, load_benchmarks, mean_and_error, run_benchmark, settle_samples, thinking_lm, thought_gain
-from rlp.layout import ThoughtFormat
-from rlp.model import Markers
+from rlp.compare.benchmarks import mean_and_error, run_benchmark, thought_gain
+from rlp.compare.harness import thinking_lm
+from rlp.compare.tasks import Benchmark, load_benchmarks, settle_samples
+from rlp.compare.thinker import Thinker
+from rlp.model.thoughts import ThoughtFormat
+from rlp.model.markers import Markers
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 pytest.importorskip("math_verify", reason="math-verify is not installed (extra eval)")
@@ -125,7 +128,7 @@ def test_white_space_after_a_thought_ends_no_answer(policy, tokenizer):
 
 def test_a_greedy_thought_is_the_models_own(policy, tokenizer):
     """Temperature 0 of a benchmark is the most probable thought."""
-    from rlp.evaluation import Evaluator
+    from rlp.compare.benchmarks import Evaluator
 
     form = thinker_of(policy, tokenizer, thinks=True)._form
     evaluator = Evaluator(policy, tokenizer, form, ThoughtConfig(max_thought_tokens=5))

@@ -11,8 +11,9 @@ from test_training import corpus, ranks, trained  # noqa: F401  (fixtures)
 from training import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlp.export import model_card
-from rlp.model import Markers, Policy
+from rlp.learn.export import model_card
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
 
 
 @pytest.mark.parametrize("settings", [{"engine__zero_stage": 0}, *({"engine__zero_stage": stage, "engine__dtype": "bfloat16"} for stage in (1, 2, 3))])

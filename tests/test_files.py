@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlp import files
-from rlp.checkpoint import open_checkpoint
+from rlp.process import files
+from rlp.learn.checkpoint import open_checkpoint
 from rlp.config import ConfigError
-from rlp.metrics import _RankLog
-from rlp.run_folder import FILES, open_run_folder
+from rlp.process.library_logs import _RankLog
+from rlp.process.run_folder import FILES, open_run_folder
 
 
 def plant(path: Path, kind: str, outside: Path) -> None:

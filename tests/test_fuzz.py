@@ -3,7 +3,7 @@
 import pytest
 from fuzz import READERS, search
 
-from rlp import sources
+from rlp.data import sources
 
 INPUTS = {"config": 120, "data": 300, "checkpoint": 300, "resume": 60, "run folder": 30, "figures": 4, "thought format": 80, "benchmarks": 60}
 """Seconds each on one core; the same inputs in every run."""

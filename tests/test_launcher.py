@@ -13,9 +13,9 @@ import pytest
 from test_training import corpus  # noqa: F401  (fixture)
 from training import REPOSITORY, TINY
 
-import rlp.launcher
-from rlp.launcher import LAUNCHER_GONE, Launchers
-from rlp.terminal import INTERRUPTED
+import rlp.process.launcher
+from rlp.process.launcher import LAUNCHER_GONE, Launchers
+from rlp.process.terminal import INTERRUPTED
 
 LIMIT_S = 300.0
 """Nothing here takes longer, on a machine that does much else."""
@@ -81,7 +81,7 @@ print(json.dumps(answers))
 """
 
 RANK = """
-from rlp.launcher import watch_from_the_start
+from rlp.process.launcher import watch_from_the_start
 watch_from_the_start()
 import os, time
 print(os.getpid(), flush=True)
@@ -103,7 +103,7 @@ def test_a_rank_whose_launcher_dies_while_it_imports_ends(tmp_path):
 
 def test_a_program_goes_on_when_the_shell_that_started_it_has_ended(tmp_path):
     """As after `nohup python train.py &` and logout."""
-    (tmp_path / "program.py").write_text(RANK.replace("time.sleep(3600)", f"time.sleep(3 * {rlp.launcher.POLL_S})\nopen({str(tmp_path / 'done')!r}, 'x')"))
+    (tmp_path / "program.py").write_text(RANK.replace("time.sleep(3600)", f"time.sleep(3 * {rlp.process.launcher.POLL_S})\nopen({str(tmp_path / 'done')!r}, 'x')"))
     subprocess.run(["sh", "-c", f"{sys.executable} {tmp_path / 'program.py'} >{tmp_path / 'log'} 2>&1 &"], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     until(lambda: (tmp_path / "done").exists())
     assert "error" not in (tmp_path / "log").read_text()

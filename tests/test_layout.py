@@ -8,10 +8,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rlp.config import load_config
-from rlp.data import Document, Positions
-from rlp.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout, ThoughtFormat, Thoughts, Work, repeated, row_work, thought_format
-from rlp.model import Markers
-from rlp.rollout import NoiseKey, sample_thoughts
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout, repeated
+from rlp.model.shapes import Work, row_work
+from rlp.model.thoughts import ThoughtFormat, Thoughts, thought_format
+from rlp.model.markers import Markers
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
 
 CPU = torch.device("cpu")
 OPEN, CLOSE, INSTRUCTION = (2, 40), (41, 3), (42, 43, 44)

@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rlp.distributed import Ranks
-from rlp.layout import Work
-from rlp.ledger import PHASES, Ledger, ModelShapes, _in_out, _is_as_its_config_says, causal_pairs, forward_flops, model_shapes
+from rlp.process.ranks import Ranks
+from rlp.model.shapes import Work
+from rlp.measure.ledger import PHASES, Ledger
+from rlp.model.shapes import ModelShapes, _in_out, _is_as_its_config_says, causal_pairs, forward_flops, model_shapes
 
 SMALL = {"hidden_size": 64, "vocab_size": 97, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 STATE_SPACE = {"ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16}
@@ -287,7 +288,7 @@ def test_time_is_counted_even_when_the_block_fails() -> None:
 def test_an_inner_block_takes_its_seconds_from_the_outer_one(monkeypatch) -> None:
     """Seconds go where the FLOPs go: a pass of another phase inside a block is not the block's. The watchdog hears of both ends."""
     clock = iter([0.0, 1.0, 4.0, 4.5, 5.5, 10.0])
-    monkeypatch.setattr("rlp.ledger.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("rlp.measure.ledger.time.perf_counter", lambda: next(clock))
     phases = []
     ledger = Ledger(HAND, on_phase=phases.append)
     with ledger.time("train"):
@@ -303,7 +304,7 @@ def test_an_inner_block_takes_its_seconds_from_the_outer_one(monkeypatch) -> Non
 def test_phases_that_share_a_pass_divide_its_seconds_as_its_flops(monkeypatch) -> None:
     """Three quarters of the FLOPs, three quarters of the seconds; to the first phase where none has any."""
     clock = iter([0.0, 8.0, 8.0, 10.0])
-    monkeypatch.setattr("rlp.ledger.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("rlp.measure.ledger.time.perf_counter", lambda: next(clock))
     ledger = Ledger(HAND)
     with ledger.time("train", "lm"):
         ledger.add("train", Work(tokens=30), passes=3)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlp import files, lock
+from rlp.process import files, lock
 from rlp.config import ConfigError
-from rlp.files import FolderLostError, NotWrittenError
-from rlp.lock import RunLock, started
+from rlp.process.files import FolderLostError, NotWrittenError
+from rlp.process.lock import RunLock, started
 
 
 class Alone:

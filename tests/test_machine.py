@@ -13,14 +13,17 @@ from torch.optim.adamw import adamw
 
 import train
 from conftest import architecture, tiny_policy
-from rlp import distributed, engine, machine, start
-from rlp import plan as plan_module
+from rlp import checks as start
+from rlp.learn import engine
+from rlp.learn import optimizer as optimizer_module
+from rlp.process import ranks as distributed, machine
+from rlp.measure import plan as plan_module
 from rlp.config import ConfigError, load_config
-from rlp.distributed import start_ranks
-from rlp.ledger import model_shapes
-from rlp.model import choose_dtype
-from rlp.plan import plan_run, render_plan
-from rlp.run import Run
+from rlp.process.ranks import start_ranks
+from rlp.model.shapes import model_shapes
+from rlp.model.loading import choose_dtype
+from rlp.measure.plan import plan_run, render_plan
+from rlp.trainer import Run
 from training import tiny_config, write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +61,7 @@ def what_torch_finds(program, **environment):
     return next((line for line in done.stdout.splitlines() if line.startswith("torch finds")), "no torch here")
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, "rlp.cli", "rlp.run"], ids=lambda program: str(program).removeprefix(f"{ROOT}/"))
+@pytest.mark.parametrize("program", [*PROGRAMS, "rlp.cli", "rlp.trainer"], ids=lambda program: str(program).removeprefix(f"{ROOT}/"))
 def test_waiting_threads_sleep_in_every_program(program):
     """The policy is read when torch loads, so it is set before, whatever is imported first."""
     assert what_torch_finds(program) in ("torch finds passive", "no torch here")
@@ -76,14 +79,14 @@ def test_train_loads_torch():
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_an_update_goes_piece_by_piece_and_changes_no_bit(monkeypatch, ema_decay):
     """AdamW as torch has it, on a tensor of three pieces, the last one short; no tensor of the whole size is made beside the state."""
-    monkeypatch.setattr(engine, "PIECE_ELEMENTS", 100 // torch.get_num_threads())
+    monkeypatch.setattr(optimizer_module, "PIECE_ELEMENTS", 100 // torch.get_num_threads())
     pieces = []
-    monkeypatch.setattr(engine, "adamw", lambda weights, *rest, **options: pieces.append(weights[0].numel()) or adamw(weights, *rest, **options))
+    monkeypatch.setattr(optimizer_module, "adamw", lambda weights, *rest, **options: pieces.append(weights[0].numel()) or adamw(weights, *rest, **options))
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(12, 21, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer, reference = engine.AdamWithEMA([{"params": [ours]}], ema_decay=ema_decay, **options), torch.optim.AdamW([theirs], **options)
+    optimizer, reference = optimizer_module.AdamWithEMA([{"params": [ours]}], ema_decay=ema_decay, **options), torch.optim.AdamW([theirs], **options)
 
     average = start.double()
     for _ in range(3):

@@ -18,17 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import REPOSITORY, read_lines, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 
-import rlp.preflight
+import rlp.measure.probe
 import train as program
-from rlp.attention import register
+from rlp.model.attention import register
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
-from rlp.data import Document
-from rlp.inputs import Inputs, ModelInputs, PanelInputs
-from rlp.layout import ThoughtFormat, repeated, tree
-from rlp.model import Markers, embed_markers, find_markers, marker_notes
-from rlp.run import dry_run
-from rlp.scoring import score
+from rlp.data.documents import Document
+from rlp.model.setup import Inputs, ModelInputs, PanelInputs
+from rlp.model.layout import repeated, tree
+from rlp.model.thoughts import ThoughtFormat
+from rlp.model.markers import Markers, embed_markers, find_markers, marker_notes
+from rlp.trainer import dry_run
+from rlp.model.scoring import score
 
 TWO_WORDS = {"open_marker": "<pad> w1", "close_marker": "<pad> w2"}
 """Markers that the tokenizer of the tests writes with two tokens each, 0 and 7, 0 and 8; no
@@ -296,7 +297,7 @@ def test_the_commands_of_the_warm_start_work(tmp_path, monkeypatch, capsys, rank
     """Every command of docs/warm_start.md, on tiny data, in its order: each reads what the one
     before it wrote."""
     monkeypatch.chdir(tmp_path)
-    for module in (program, rlp.preflight):
+    for module in (program, rlp.measure.probe):
         monkeypatch.setattr(module, "stop_ranks", lambda: None)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     for name in ("train.jsonl", "test.jsonl"):

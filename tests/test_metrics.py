@@ -18,12 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlp import metrics
+from rlp.measure import wandb_log
+from rlp.process import console
+from rlp.process import progress as progress_module
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, LoggingConfig, ModelConfig, RunConfig, load_config
-from rlp.lock import RunLock
-from rlp.metrics import EVALUATION, METRICS, MetricsLog, Pace, Progress, WallTime, quiet_libraries
-from rlp.run_folder import (DamagedFileError, RunFolder, append_json_line, create_run_folder, cut_logs, json_lines, mark_logs,
-                            open_run_folder, read_json, read_json_lines, write_json)
+from rlp.process.lock import RunLock
+from rlp.measure.metrics import EVALUATION, METRICS
+from rlp.measure.metrics_log import MetricsLog
+from rlp.process.library_logs import quiet_libraries
+from rlp.process.progress import Pace, Progress, WallTime
+from rlp.process.new_run_folder import create_run_folder
+from rlp.process.run_folder import RunFolder, open_run_folder
+from rlp.process.run_logs import append_json_line, cut_logs, json_lines, mark_logs, read_json_lines
+from rlp.process.stored import DamagedFileError, read_json, write_json
 
 
 @dataclass
@@ -339,7 +346,7 @@ def test_a_run_does_not_wait_for_wandb_that_hangs(tmp_path, monkeypatch, capsys,
     wandb, released = FakeWandb(), threading.Event()
     wandb._break = lambda asked: released.wait(60) if asked == part else None
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(metrics, "FINISH_PATIENCE_S", 0.2)
+    monkeypatch.setattr(wandb_log, "FINISH_PATIENCE_S", 0.2)
     folder, log = start_log(tmp_path, wandb="online")
     start = time.monotonic()
     for step in range(1, 50):
@@ -356,7 +363,7 @@ def test_what_waits_for_wandb_is_bounded(tmp_path, monkeypatch, capsys):
     wandb, released = FakeWandb(), threading.Event()
     wandb._break = lambda asked: released.wait(60)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(metrics, "MAX_WAITING", 5)
+    monkeypatch.setattr(wandb_log, "MAX_WAITING", 5)
     _, log = start_log(tmp_path, wandb="online")
     for step in range(1, 20):
         log.step(step, {"reward/mean": 0.5})
@@ -419,7 +426,7 @@ def test_lines_are_plain_json_that_other_programs_read(tmp_path):
 def clock(monkeypatch):
     """Time that passes only where the test says so."""
     now = [1000.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -445,7 +452,7 @@ def test_a_rank_that_does_not_speak_tells_no_progress(capsys, clock):
 
 def test_on_a_terminal_long_work_is_a_bar_that_goes_away(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(metrics, "tqdm", functools.partial(metrics.tqdm, mininterval=0))
+    monkeypatch.setattr(progress_module, "tqdm", functools.partial(progress_module.tqdm, mininterval=0))
     with Progress("thinking", total=4, unit="documents") as progress:
         progress._bar.delay = 0
         progress.advance(3)
@@ -455,7 +462,7 @@ def test_on_a_terminal_long_work_is_a_bar_that_goes_away(capsys, monkeypatch):
 
 @pytest.mark.parametrize("seconds, words", [(0.42, "0.4 s"), (9.96, "10 s"), (59.6, "1:00"), (200, "3:20"), (3725, "1:02:05"), (360_600, "4 d 04:10")])
 def test_seconds_are_told_as_people_say_them(seconds, words):
-    assert metrics.duration(seconds) == words
+    assert console.duration(seconds) == words
 
 
 def test_what_is_left_follows_the_last_steps():
@@ -470,8 +477,8 @@ def test_what_is_left_follows_the_last_steps():
 def test_every_second_of_a_process_belongs_to_one_part(clock, monkeypatch):
     """Of a process that began 7 seconds ago."""
     born = time.time() - 7
-    monkeypatch.setattr(metrics.time, "time", lambda: born + 7)
-    monkeypatch.setattr(metrics.psutil.Process, "create_time", lambda process: born)
+    monkeypatch.setattr(progress_module.time, "time", lambda: born + 7)
+    monkeypatch.setattr(progress_module.psutil.Process, "create_time", lambda process: born)
     wall = WallTime()
     clock[0] += 20
     wall.enter("training")

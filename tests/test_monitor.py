@@ -14,12 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 import train as program
 from conftest import WORDS
-from rlp import monitor
-from rlp.data import Document, Positions
-from rlp.distributed import start_ranks
-from rlp.layout import Thoughts
-from rlp.metrics import METRICS
-from rlp.monitor import STREAK_STEPS, Tally, TopThoughts, Watch, combine_parts, mismatch_of, token_scripts, watch_ratio, watch_rewards, watch_thoughts
+from rlp.measure import monitor, thought_statistics
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.process.ranks import start_ranks
+from rlp.model.thoughts import Thoughts
+from rlp.measure.metrics import METRICS
+from rlp.measure.monitor import STREAK_STEPS, Watch, mismatch_of
+from rlp.measure.thought_statistics import combine_parts, token_scripts, watch_ratio, watch_rewards, watch_thoughts
+from rlp.measure.told_thoughts import TopThoughts
+from rlp.process.tally import Tally
 
 CLOSE = 3
 BUDGET = 6
@@ -221,7 +225,7 @@ def test_ranks_do_not_change_a_number(scripts, random_step):
 def test_how_many_positions_are_looked_at_together_does_not_change_a_number(scripts, random_step, monkeypatch):
     groups, prefixes, targets = random_step
     whole = watched(groups, scripts, prefixes=prefixes, targets=targets)
-    monkeypatch.setattr(monitor, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(thought_statistics, "TOKENS_AT_ONCE", 1)
     assert watched(groups, scripts, prefixes=prefixes, targets=targets) == pytest.approx(whole, rel=1e-12)
 
 
@@ -282,7 +286,7 @@ def test_a_resumed_run_keeps_its_alarms_and_its_metrics(tmp_path, model_folder, 
     """Random thoughts against a threshold that they fall below at step 3. Resumed from step 2, the alarm is said again and kept once."""
     monkeypatch.setattr(monitor, "COLLAPSE_STEPS", 2)
     monkeypatch.setattr(monitor, "COLLAPSE_FRACTION", 10)
-    monkeypatch.setattr("rlp.run.write_report", lambda *paths: None)
+    monkeypatch.setattr("rlp.trainer.write_report", lambda *paths: None)
     generator, ranks = np.random.default_rng(0), start_ranks()
     corpus = write_corpus(tmp_path / "train.jsonl", [" ".join(WORDS[i] for i in generator.integers(5, len(WORDS), size=9)) for _ in range(12)])
     settings = {"checkpoint__every_n_steps": 2, "checkpoint__keep": 9, "budget__steps": 5}

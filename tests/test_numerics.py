@@ -8,12 +8,12 @@ import torch
 from test_training import corpus, masters, ranks, trained  # noqa: F401  (fixtures)
 from training import read_lines, tiny_config
 
-import rlp.rollout
+import rlp.sampling.rollout
 import train as program
 from rlp.config import OptimConfig
-from rlp.faults import VARIABLE, forget_passages
-from rlp.numerics import Guard, NumericsError
-from rlp.run import Run
+from rlp.process.faults import VARIABLE, forget_passages
+from rlp.learn.guard import Guard, NumericsError
+from rlp.trainer import Run
 
 POISON = {
     2: ("score.target", 2, "nan", "reward/mean"),
@@ -142,14 +142,14 @@ def test_the_limit_of_a_spike_is_over_a_full_window_of_made_updates(ranks):  # n
 
 def sampled(monkeypatch, token: int) -> None:
     """Every thought token is this one."""
-    draw = rlp.rollout.draw
+    draw = rlp.sampling.rollout.draw
 
     def same(logits, uniform, temperature):
         _, _, entropy = draw(logits, uniform, temperature)
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
         return torch.full_like(logits[:, 0], token, dtype=torch.int64), logprobs[:, token], entropy
 
-    monkeypatch.setattr(rlp.rollout, "draw", same)
+    monkeypatch.setattr(rlp.sampling.rollout, "draw", same)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

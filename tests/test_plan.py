@@ -12,30 +12,20 @@ import torch
 from conftest import architecture, random_documents, tiny_policy
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from rlp import attention, rollout
+from rlp.model import attention
+from rlp.sampling import branches, rollout
 from rlp.config import Config, ConfigError, load_config
-from rlp.data import Document, Positions
-from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
-from rlp.ledger import PHASES, ModelShapes, forward_flops, model_shapes
-from rlp.model import Markers, choose_layout
-from rlp.plan import (
-    BUCKET_ELEMENTS,
-    LOGITS_TILE_BYTES,
-    FormatTokens,
-    Plan,
-    activation_bytes,
-    cache_bytes,
-    checkpoint_bytes,
-    fits,
-    gradient_bytes,
-    optimizer_bytes,
-    plan_run,
-    positions_per_document,
-    render_plan,
-    shared_cache_bytes,
-    step_flops,
-    weight_bytes,
-)
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import Layout, repeated, tree
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.measure.ledger import PHASES
+from rlp.model.shapes import ModelShapes, forward_flops, model_shapes
+from rlp.model.loading import choose_layout
+from rlp.model.markers import Markers
+from rlp.measure.plan import Plan, fits, plan_run, render_plan
+from rlp.measure.plan_memory import BUCKET_ELEMENTS, LOGITS_TILE_BYTES, activation_bytes, cache_bytes, checkpoint_bytes, gradient_bytes, optimizer_bytes, shared_cache_bytes, weight_bytes
+from rlp.measure.plan_work import FormatTokens, positions_per_document, step_flops
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ModelShapes(parameters=1000, matmul_parameters=100, scan_multiply_adds=0, attention_layers=2, query_key_width=8, value_width=8,
@@ -341,7 +331,7 @@ def watched_keys(monkeypatch: pytest.MonkeyPatch) -> list[attention.SharedKeys]:
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(rollout, "SharedKeys", Watched)
+    monkeypatch.setattr(branches, "SharedKeys", Watched)
     return made
 
 
@@ -526,9 +516,13 @@ def test_arms_differ_from_the_paper_preset_in_their_objective_alone() -> None:
 
 
 # Both look up only, and neither pulls in DeepSpeed or a tracker by itself.
-@pytest.mark.parametrize("module, above", [("ledger", {"distributed", "layout"}), ("plan", {"config", "distributed", "layout", "ledger", "machine", "model"})])
+@pytest.mark.parametrize("module, above", [
+    ("ledger", {"process.ranks", "model.shapes"}),
+    ("plan_work", {"config", "model.shapes"}),
+    ("plan_memory", {"config", "model.shapes", "measure.plan_work"}),
+])
 def test_the_arithmetic_imports_only_what_is_above_it(module: str, above: set[str]) -> None:
-    tree = ast.parse((ROOT / "rlp" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / "rlp" / "measure" / f"{module}.py").read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name.removeprefix("rlp.") for name in names if name.startswith("rlp")} == above

@@ -13,18 +13,19 @@ from pyarrow import parquet
 from test_training import corpus, ranks, trained  # noqa: F401  (fixtures)
 from training import read_lines, write_corpus
 
-import rlp.preflight
+import rlp.measure.probe
 from conftest import ARCHITECTURES, WORDS, random_documents, tiny_policy, word_tokenizer
-from rlp.attention import register
-from rlp.checkpoint import open_checkpoint
+from rlp.model.attention import register
+from rlp.learn.checkpoint import open_checkpoint
 from rlp.cli import main
 from rlp.config import Config, PositionConfig, load_config
-from rlp.data import choose_positions
-from rlp.inputs import PanelInputs
-from rlp.layout import ThoughtFormat, repeated, tree
-from rlp.metrics import EVALUATION
-from rlp.model import Markers
-from rlp.probe import Panel, PanelThoughts, Probe, bootstrap_intervals, no_think_logprob, probe_model, probe_panel
+from rlp.data.positions import choose_positions
+from rlp.model.setup import PanelInputs
+from rlp.model.layout import repeated, tree
+from rlp.model.thoughts import ThoughtFormat
+from rlp.measure.metrics import EVALUATION
+from rlp.model.markers import Markers
+from rlp.measure.panel import Panel, PanelThoughts, Probe, bootstrap_intervals, no_think_logprob, probe_model, probe_panel
 
 OPEN, CLOSE = 2, 3
 MARKERS = Markers(open=(OPEN,), close=(CLOSE,))
@@ -153,7 +154,7 @@ def test_one_document_has_no_shuffled_thoughts_and_no_intervals():
     found = probe(panel((9,)))
     assert "gain_over_shuffled_nats" not in found.means and found.intervals == {}
     assert "gain_over_empty_nats" in found.means
-    assert rlp.preflight.verdict(found, settings())[0].startswith("No verdict: the panel holds 1 "
+    assert rlp.measure.probe.verdict(found, settings())[0].startswith("No verdict: the panel holds 1 "
                                                                   "document,")
 
 
@@ -162,7 +163,7 @@ def test_one_thought_has_no_siblings():
     found = probe(panel(), config=settings("evaluation.thoughts_per_position=1"))
     assert not {"reward_group_std_nats", "reward_length_correlation"} & set(found.means)
     many = replace(found, panel=panel((9,) * 30))
-    assert rlp.preflight.verdict(many, settings())[0].startswith("No verdict: one thought at each "
+    assert rlp.measure.probe.verdict(many, settings())[0].startswith("No verdict: one thought at each "
                                                                  "position")
 
 
@@ -177,7 +178,7 @@ def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
                     means=found.means | {name: value[1] for name, value in measured.items()},
                     intervals=found.intervals
                     | {name: (value[0], value[2]) for name, value in measured.items()})
-    return rlp.preflight.verdict(found, settings())
+    return rlp.measure.probe.verdict(found, settings())
 
 
 def test_below_thirty_documents_there_is_no_verdict():
@@ -319,7 +320,7 @@ def test_every_evaluation_of_a_run_holds_the_whole_decomposition(trained, corpus
 @pytest.fixture
 def said(monkeypatch, capsys):
     """Runs `rlp probe` in this process: exit code, what it printed, and its error."""
-    monkeypatch.setattr(rlp.preflight, "stop_ranks", lambda: None)
+    monkeypatch.setattr(rlp.measure.probe, "stop_ranks", lambda: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
@@ -401,7 +402,7 @@ def test_a_checkpoint_says_how_it_thinks(model_folder, corpus, tmp_path):  # noq
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "model" / "thought_format.json").write_text(json.dumps({"open_marker": "<think>", "close_marker": ".", "temperature": 0.5, "max_thought_tokens": 7, "instruction_ids": [8, 9]}))
     (tmp_path / "config.yaml").write_text("data: {train: [x], template: '{body}'}\nbudget: {steps: 1}\nthought: {temperature: 0.9, open_marker: w1}\n")
-    subject = rlp.preflight.find_subject(str(tmp_path / "model"), str(corpus), tmp_path, ["thought.max_thought_tokens=3"])
+    subject = rlp.measure.probe.find_subject(str(tmp_path / "model"), str(corpus), tmp_path, ["thought.max_thought_tokens=3"])
     thought = subject.config.thought
     assert (thought.open_marker, thought.close_marker, thought.temperature, thought.max_thought_tokens) == ("<think>", ".", 0.5, 3)
     assert subject.config.data.template == "{body}" and subject.config.data.held_out == [str(corpus)]
@@ -420,9 +421,9 @@ def test_an_instruction_without_a_file_is_thought_after(model_folder, corpus, ra
 
 def test_what_a_model_wrote_does_nothing_to_the_terminal():
     """In one line, cut, with escapes, line ends and reversals spelled out."""
-    assert rlp.preflight._shown("a\nb\tc\x1b[31m\u202e") == "|a\\nb\\tc\\x1b[31m\\u202e|"
-    assert rlp.preflight._shown("x" * 300 + "end", end=True) == "|..." + "x" * 237 + "end|"
-    assert rlp.preflight._shown("x" * 300) == "|" + "x" * 240 + "...|"
+    assert rlp.measure.probe._shown("a\nb\tc\x1b[31m\u202e") == "|a\\nb\\tc\\x1b[31m\\u202e|"
+    assert rlp.measure.probe._shown("x" * 300 + "end", end=True) == "|..." + "x" * 237 + "end|"
+    assert rlp.measure.probe._shown("x" * 300) == "|" + "x" * 240 + "...|"
 
 
 def test_thoughts_of_a_panel_are_picked_by_position():

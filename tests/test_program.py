@@ -186,7 +186,7 @@ def test_the_dry_run_says_what_a_resumed_run_would_do(arguments, tmp_path, capsy
 
 def test_the_dry_run_says_that_large_weights_are_left_out(arguments, capsys, monkeypatch):
     """What only they show is then seen when the run starts."""
-    monkeypatch.setattr("rlp.start.CHECKED_PARAMETERS", 1000)
+    monkeypatch.setattr("rlp.checks.CHECKED_PARAMETERS", 1000)
     assert program.main([*arguments, "--dry-run"]) == program.DONE
     assert "weights: not loaded" in capsys.readouterr().out
 

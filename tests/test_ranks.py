@@ -10,7 +10,7 @@ from test_training import assert_same_run, corpus, curve, ranks, trained  # noqa
 from training import launch, read_lines
 from two_ranks import JOBS
 
-from rlp.checkpoint import open_checkpoint
+from rlp.learn.checkpoint import open_checkpoint
 
 SETTINGS = {name: {key: value for key, value in settings.items() if value != "CORPUS"} for name, settings in JOBS.items()}
 

@@ -9,11 +9,15 @@ import pytest
 
 from rlp.cli import main
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, ModelConfig, RunConfig, to_yaml
-from rlp.figures import GREY, Curve, draw_curves, neighbour_mean
-from rlp.metrics import METRICS, visible_text
-from rlp.report import _arms, _read_run, arm_curve, duration, without_seed, write_report
-from rlp.run_folder import RunFolder, append_json_line, read_json, write_json
-from rlp.verdict import verdict
+from rlp.measure.figures import GREY, Curve, draw_curves, neighbour_mean
+from rlp.measure.metrics import METRICS
+from rlp.process.console import visible_text
+from rlp.measure.report import arm_curve, duration, write_report
+from rlp.measure.report_runs import _arms, _read_run, without_seed
+from rlp.process.run_folder import RunFolder
+from rlp.process.run_logs import append_json_line
+from rlp.process.stored import read_json, write_json
+from rlp.measure.verdict import verdict
 
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> [bold red]x[/bold red] [/] {{ 7 * 7 }} \x1b[31mred\x1b[0m \x1b]0;title\x07 \u202e \x00 :smile:"
 
@@ -55,7 +59,7 @@ def page_of(*paths, out):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Curves are not drawn, which takes most of the time of a page: for tests that read its words."""
-    monkeypatch.setattr("rlp.report.draw_curves", lambda *curves, **options: "data:image/svg+xml;base64,")
+    monkeypatch.setattr("rlp.measure.report.draw_curves", lambda *curves, **options: "data:image/svg+xml;base64,")
 
 
 class Tags(HTMLParser):
@@ -231,7 +235,7 @@ def test_nothing_on_a_page_is_wider_than_a_telephone(tmp_path, undrawn):
 def test_labels_beside_a_curve_are_inside_the_figure_and_say_the_whole_number(values, monkeypatch):
     """Wide ones too; and no `1e-5+7e-1` above the axes, where nobody sees it."""
     figures = []
-    monkeypatch.setattr("rlp.figures._data_url", lambda figure: figures.append(figure) or "")
+    monkeypatch.setattr("rlp.measure.figures._data_url", lambda figure: figures.append(figure) or "")
     curve = Curve(np.array([0.0, 1.0]), np.array([values]), "black", "-", True)
     draw_curves([curve], [], unit="", x_label="step", size=(4.4, 2.6))
     axes, renderer = figures[0].axes[0], figures[0].canvas.get_renderer()
@@ -252,7 +256,7 @@ def test_what_two_arms_began_with_has_its_interval_on_every_row(tmp_path, monkey
         before = before if name == "first" else {key: value for key, value in before.items() if "ema" not in key}
         write_json(run / "summary.json", {"before": before, "after": before, "steps": 30, "seconds": 3.0, "flops": 2.5e12}, point="end.torn_summary")
     drawn = []
-    monkeypatch.setattr("rlp.report.draw_intervals", lambda rows, series, **options: drawn.append(dict(series)) or "data:,")
+    monkeypatch.setattr("rlp.measure.report.draw_intervals", lambda rows, series, **options: drawn.append(dict(series)) or "data:,")
     text = Tags(page_of(tmp_path / "first", tmp_path / "second", out=tmp_path / "page.html")).text
     shown = {label: (interval.low, interval.high) for label, interval in drawn[0][GREY].items()}
     assert shown["Gain over the start"] == (-0.6, -0.4) and shown["Gain over the EMA"] == (-0.7, -0.3) and shown["Gain over an empty thought"] == (-0.2, 0.0)

@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from rlp.data import PANEL_NOISE, Document, Positions
-from rlp.layout import ThoughtFormat, Thoughts, Work, repeated
-from rlp.model import Markers, Policy
-from rlp.rollout import NoiseKey, Rollout, draw, sample_thoughts
-from rlp.scoring import ask, score, unpack
+from rlp.data.documents import Document
+from rlp.data.noise import PANEL_NOISE
+from rlp.data.positions import Positions
+from rlp.model.layout import repeated
+from rlp.model.shapes import Work
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
+from rlp.sampling.rollout import NoiseKey, Rollout, draw, sample_thoughts
+from rlp.model.scoring import ask, score, unpack
 
 GROUP, BUDGET, TEMPERATURE = 4, 12, 0.7
 NEVER = (0,) * (BUDGET + 1)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlp.admission import why_unsound
-from rlp.data import Document, Positions
-from rlp.layout import ThoughtFormat, Thoughts, repeated
-from rlp.model import Markers, Policy
-from rlp.scoring import Scores, difficulty, greedy_targets, score
+from rlp.model.admission import why_unsound
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import repeated
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
+from rlp.model.scoring import Scores, difficulty, greedy_targets, score
 
 CPU = torch.device("cpu")
 MARKERS = Markers(open=(2, 40), close=(41, 3))

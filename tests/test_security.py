@@ -28,21 +28,23 @@ from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import TINY
 
 import train as program
-from rlp.answers import same_answer
-from rlp.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from rlp.compare.answers import same_answer
+from rlp.learn.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.cli import main as rlp_command
 from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, EngineConfig, ModelConfig, RunConfig, load_config, without_secrets
-from rlp.evaluation import Benchmark, load_benchmarks, load_tasks
-from rlp.export import known_ids, model_card, read_thought_format
-from rlp.forms import STATE, Fields
-from rlp.metrics import visible_text
-from rlp.model import load_policy, open_tokenizer
-from rlp.preflight import draw, find_subject
-from rlp.probe import Probe
-from rlp.report import without_seed, write_report
-from rlp.run import Run
-from rlp.run_folder import environment
-from rlp.sources import DataError, open_rows
+from rlp.compare.tasks import Benchmark, load_benchmarks, load_tasks
+from rlp.learn.export import known_ids, model_card, read_thought_format
+from rlp.process.schemas import STATE, Fields
+from rlp.process.console import visible_text
+from rlp.model.loading import load_policy
+from rlp.model.tokenizer import open_tokenizer
+from rlp.measure.probe import draw, find_subject
+from rlp.measure.panel import Probe
+from rlp.measure.report import write_report
+from rlp.measure.report_runs import without_seed
+from rlp.trainer import Run
+from rlp.process.environment import environment
+from rlp.data.sources import DataError, open_rows
 
 TOKEN = "hf_" + "aBcD1234" * 4
 """What an access token of the Hub looks like."""
@@ -198,7 +200,7 @@ def test_the_forger_can_write_a_checkpoint_that_resumes(tmp_path: Path):
 
 
 def test_every_part_of_a_checkpoint_has_a_form(tmp_path: Path):
-    """So that a part that a later version adds is given one: `rlp/forms.py`."""
+    """So that a part that a later version adds is given one: `rlp/process/schemas.py`."""
     state = resuming()[1]["state"]
     assert set(state) == set(STATE.optional)
     for part, form in STATE.optional.items():

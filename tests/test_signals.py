@@ -20,19 +20,19 @@ from filelock import FileLock
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
 
-import rlp.preemption
-import rlp.start
-import rlp.watchdog
+import rlp.process.preemption
+import rlp.checks
+import rlp.process.watchdog
 import train as program
-from rlp import sources
+from rlp.data import sources
 from rlp.config import ConfigError, RunConfig, moment
-from rlp.distributed import COLLECTIVES_S
-from rlp.faults import VARIABLE, forget_passages
-from rlp.launcher import LAUNCHER_GONE
-from rlp.metrics import Progress
-from rlp.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption, steady_time
-from rlp.run import Run
-from rlp.watchdog import STALLED, Watchdog
+from rlp.process.ranks import COLLECTIVES_S
+from rlp.process.faults import VARIABLE, forget_passages
+from rlp.process.launcher import LAUNCHER_GONE
+from rlp.process.progress import Progress
+from rlp.process.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption, steady_time
+from rlp.trainer import Run
+from rlp.process.watchdog import STALLED, Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +109,8 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(ranks):  # noqa: F
 def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):  # noqa: F811
     """With a message, and from a thread: the main one may hang in a collective. The same keypress passed on by a launcher is not a second."""
     ended, now = [], [100.0]
-    monkeypatch.setattr(rlp.preemption.os, "_exit", ended.append)
-    monkeypatch.setattr(rlp.preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rlp.process.preemption.os, "_exit", ended.append)
+    monkeypatch.setattr(rlp.process.preemption.time, "monotonic", lambda: now[0])
     looks = Looks()
     with Preemption(ranks) as preemption:
         preemption._launchers = looks
@@ -122,7 +122,7 @@ def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):
         now[0] += 0.1
         signal.raise_signal(signal.SIGINT)
         looks.wait()
-    assert ended == [rlp.preemption.INTERRUPTED]
+    assert ended == [rlp.process.preemption.INTERRUPTED]
     assert "Ctrl-C again" in (said := capfd.readouterr().err) and "interrupted twice" in said
 
 
@@ -155,11 +155,11 @@ def wait_for(holds, limit_s: float = LIMIT_S) -> None:
 
 def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ranks, monkeypatch, capsys):  # noqa: F811
     """`checkpoint.save_by` is reached in step 3: it is given up, and step 2 is saved."""
-    step, steady = program.train_step, rlp.preemption.steady_time
+    step, steady = program.train_step, rlp.process.preemption.steady_time
 
     def until_time_is_over(run):
         if run.step == 3:
-            monkeypatch.setattr(rlp.preemption, "steady_time", lambda: steady() + 360_000)
+            monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: steady() + 360_000)
             wait_for(lambda: run.preemption.requested)
         step(run)
 
@@ -179,11 +179,11 @@ def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ran
 ])
 def test_a_clock_that_is_set_misses_no_deadline(monkeypatch, save_by, steady, wall, come):
     """Seconds after a start at midnight of 2 January 1970, on the clock that nobody sets and on the one on the wall."""
-    monkeypatch.setattr(rlp.preemption.time, "time", lambda: 86_400.0)
-    monkeypatch.setattr(rlp.preemption, "steady_time", lambda: 7.0)
+    monkeypatch.setattr(rlp.process.preemption.time, "time", lambda: 86_400.0)
+    monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: 7.0)
     deadline = Deadline(save_by)
-    monkeypatch.setattr(rlp.preemption.time, "time", lambda: 86_400.0 + wall)
-    monkeypatch.setattr(rlp.preemption, "steady_time", lambda: 7.0 + steady)
+    monkeypatch.setattr(rlp.process.preemption.time, "time", lambda: 86_400.0 + wall)
+    monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: 7.0 + steady)
     assert deadline.has_come() == come
 
 
@@ -288,8 +288,8 @@ def test_time_in_which_the_process_stands_still_is_no_stall(tmp_path, ranks, mon
     watchdog.mark()
     for passed, worked in [(0, 0), *looks]:
         now, used = now + passed, used + worked
-        monkeypatch.setattr(rlp.watchdog.time, "monotonic", lambda now=now: now)
-        monkeypatch.setattr(rlp.watchdog.time, "process_time", lambda used=used: used)
+        monkeypatch.setattr(rlp.process.watchdog.time, "monotonic", lambda now=now: now)
+        monkeypatch.setattr(rlp.process.watchdog.time, "process_time", lambda used=used: used)
         watchdog._look()
     assert (watchdog._silent_s, watchdog._stood_still_s) == (silent, stood)
 
@@ -303,7 +303,7 @@ def looked(watchdog: Watchdog) -> None:
 def bark(monkeypatch) -> list[int]:
     """Exit codes with which a watchdog would have ended this process."""
     ended = []
-    monkeypatch.setattr(rlp.watchdog.os, "_exit", ended.append)
+    monkeypatch.setattr(rlp.process.watchdog.os, "_exit", ended.append)
     return ended
 
 
@@ -338,7 +338,7 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
         monkeypatch.setitem(sources.UNPACKERS, ".gz", slowly)
         monkeypatch.setattr(sources, "_line_ends", lines_slowly)
         monkeypatch.setattr(watchdog, "working", lambda phase: nullcontext())  # pieces alone are to count
-        monkeypatch.setattr(rlp.start, "choose_layout", stop_here)  # what comes after the data
+        monkeypatch.setattr(rlp.checks, "choose_layout", stop_here)  # what comes after the data
         with pytest.raises(StopHere):
             Run(config, ranks, watchdog=watchdog)
     assert not bark
@@ -386,8 +386,8 @@ import ctypes, datetime, json, os, sys, time
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from rlp.config import RunConfig
-from rlp.distributed import run_as_process, start_ranks
-from rlp.watchdog import Watchdog
+from rlp.process.ranks import run_as_process, start_ranks
+from rlp.process.watchdog import Watchdog
 
 def hold_the_lock():
     sleep = ctypes.PyDLL(None).usleep

@@ -9,52 +9,75 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = ("machine", "terminal", "launcher", "outside", "faults", "forms", "config", "files", "distributed", "lock", "preemption", "watchdog", "run_folder", "metrics", "attention", "hub", "model", "admission", "sources", "data", "layout", "rollout", "scoring", "objective", "monitor", "engine", "numerics",
-         "teacher", "ledger", "match", "inputs", "checkpoint", "journal", "export", "probe", "splice", "answers", "evaluation", "plan", "figures", "verdict", "report", "preflight", "start", "run", "cli", "__main__")
-"""A module of `rlp` imports only those to its left."""
+ROOMS = ("config", "objective", "process", "data", "model", "sampling", "learn", "measure", "algorithm", "compare",
+         "checks", "trainer", "cli", "__main__")
+"""A line of `rlp` imports from its own room and from those to its left. A room is a package, or one file."""
 
 MUST_NOT_KNOW = {
     "config": {"torch", "transformers"},
-    "sources": {"torch", "transformers", "rlp.model"},                       # what a row must hold
-    "data": {"torch", "rlp.model", "rlp.layout"},                            # that thoughts exist
-    "layout": {"rlp.rollout", "rlp.scoring", "rlp.objective", "rlp.engine"},  # rewards, how it is run
-    "rollout": {"rlp.scoring", "rlp.objective", "rlp.engine"},
-    "scoring": {"rlp.rollout", "rlp.objective", "rlp.engine"},
+    "data.sources": {"torch", "transformers"},                              # what a row must hold
+    "data": {"torch"},                                                      # that thoughts exist
     "objective": {"rlp", "transformers", "deepspeed", "numpy"},
-    "metrics": {"rlp.model", "rlp.data", "rlp.objective"},
-    "checkpoint": {"rlp.objective", "rlp.rollout", "rlp.scoring", "rlp.layout"},
+    "measure.metrics": {"rlp"},
 }
-"""Beyond the order: what a module has no business with, with all that lies under each name."""
+"""Beyond the order: what a room or a module has no business with, with all that lies under each name."""
 
-MODULES = sorted((ROOT / "rlp").glob("*.py"))
-PROGRAM = [*MODULES, *sorted((ROOT / "kernels").rglob("*.py")), ROOT / "train.py"]
+MODULES = {".".join(path.relative_to(ROOT / "rlp").with_suffix("").parts): path for path in sorted((ROOT / "rlp").rglob("*.py"))}
+"""Source files by their name below `rlp`."""
+PROGRAM = [*MODULES.values(), *sorted((ROOT / "kernels").rglob("*.py")), ROOT / "train.py"]
 
 
 def imports(source: str) -> set[str]:
-    """Full names of all that a source imports, at any depth, relative to `rlp`: `from rlp.data import Document` gives
-    rlp.data and rlp.data.Document."""
+    """Full names of all that a source imports, at any depth: `from rlp.data.stream import Source` gives rlp.data.stream and
+    rlp.data.stream.Source. A relative import, which nobody writes here, gives `.` and its name."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            home = ".".join(part for part in ("rlp" if node.level else "", node.module) if part)
+            home = "." * node.level + (node.module or "")
             names |= {home} | {f"{home}.{alias.name}" for alias in node.names}
     return names
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What a module of `rlp` imports against the order or against `MUST_NOT_KNOW`."""
-    allowed = set(ORDER[: ORDER.index(module)])
+    """What a module of `rlp` (`config`, `data.stream`) imports against the order of rooms or against `MUST_NOT_KNOW`."""
+    room = module.partition(".")[0]
+    hidden = set(ROOMS[ROOMS.index(room) + 1 :])
+    ignorant = MUST_NOT_KNOW.get(room, set()) | MUST_NOT_KNOW.get(module, set())
     found = []
     for name in sorted(imports(source)):
         parts = name.split(".")
-        if parts[0] == "rlp" and len(parts) > 1 and parts[1] in ORDER and parts[1] not in allowed:
+        if parts[0] == "rlp" and len(parts) > 1 and parts[1] in hidden:
             found.append(f"{module} imports {name}, which stands below it")
+        if name.startswith("."):
+            found.append(f"{module} imports {name}, which is not a whole name")
         if parts[0] == "experiments":
             found.append(f"{module} imports {name}, an experiment")
-        if any(name == other or name.startswith(f"{other}.") for other in MUST_NOT_KNOW.get(module, ())):
+        if any(name == other or name.startswith(f"{other}.") for other in ignorant):
             found.append(f"{module} must not know {name}")
+    return found
+
+
+def cycles(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a ring, by their names below `rlp`."""
+    needs = {}
+    for module, source in sources.items():
+        names = {name.removeprefix("rlp.") for name in imports(source) if name.startswith("rlp.")}
+        needs[module] = sorted((names & sources.keys()) - {module})
+    done: set[str] = set()
+    found = []
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            found.append(" > ".join((*path[path.index(module) :], module)))
+        elif module not in done:
+            for other in needs[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in sources:
+        visit(module, ())
     return found
 
 
@@ -99,7 +122,7 @@ def writes(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in [*MODULES, ROOT / "train.py"] if path.stem != "files"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in [*MODULES.values(), ROOT / "train.py"] if path.stem != "files"], ids=lambda path: path.name)
 def test_only_files_writes(path: Path):
     """One place knows how a file is opened safely, written whole and made to fail in tests."""
     assert writes(path.read_text()) == []
@@ -111,29 +134,47 @@ def test_the_checker_sees_a_write(source: str):
     assert writes(source) != []
 
 
-def test_every_module_has_a_place_in_the_order():
-    """A new file of `rlp` is given its place, or this fails."""
-    assert {path.stem for path in MODULES} - set(ORDER) == {"__init__"}
+def test_every_room_has_a_place_in_the_order():
+    """A new room, or a new file beside the rooms, is given its place, or this fails."""
+    assert {name.partition(".")[0] for name in MODULES} - {"__init__"} == set(ROOMS) - {"algorithm"}
 
 
-@pytest.mark.parametrize("module", [module for module in ORDER if (ROOT / "rlp" / f"{module}.py").exists()])
-def test_a_module_imports_only_those_above_it(module: str):
-    """So each can be read, and tested, with what came before it."""
-    assert violations(module, (ROOT / "rlp" / f"{module}.py").read_text()) == []
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
+def test_a_module_imports_only_from_rooms_above_its_own(module: str):
+    """So each room can be read, and tested, with what came before it."""
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+def test_no_modules_import_each_other():
+    """Within a room too: what a file needs can be read before it."""
+    assert cycles({module: path.read_text() for module, path in MODULES.items()}) == []
+
+
+def test_the_checker_sees_a_ring():
+    sources = {"data.a": "import rlp.data.b", "data.b": "from rlp.data import c", "data.c": "def f():\n    from rlp.data.a import x"}
+    assert cycles(sources) == ["data.a > data.b > data.c > data.a"]
+
+
+@pytest.mark.parametrize("path", [path for name, path in MODULES.items() if path.stem == "__init__" and name != "__init__"], ids=lambda path: path.parent.name)
+def test_a_room_exports_nothing_itself(path: Path):
+    """A name has one home, which is a file."""
+    assert imports(path.read_text()) == set()
 
 
 @pytest.mark.parametrize("module, source", [
-    ("layout", "from rlp.objective import information_gain"),
-    ("layout", "def f():\n    from rlp.rollout import sample_thoughts"),
+    ("model.layout", "from rlp.learn.teacher import Teacher"),
+    ("model.layout", "def f():\n    from rlp.sampling.rollout import sample_thoughts"),
     ("objective", "from rlp.config import Config"),
     ("objective", "import rlp"),
-    ("data", "import rlp.model as m"),
-    ("data", "from rlp import layout"),
-    ("data", "from . import layout"),
-    ("data", "from .layout import Thoughts"),
+    ("data.stream", "import rlp.model.layout as m"),
+    ("data.stream", "from rlp import model"),
+    ("data.stream", "from rlp.model import layout"),
+    ("data.stream", "from . import sources"),
+    ("data.stream", "from .sources import Rows"),
+    ("data.stream", "import torch"),
     ("config", "import torch.nn"),
-    ("run", "import experiments.world"),
-    ("scoring", "if True:\n    import rlp.engine"),
+    ("trainer", "import experiments.world"),
+    ("model.scoring", "if True:\n    import rlp.learn.engine"),
 ])
 def test_the_checker_sees_a_violation(module: str, source: str):
     """In each spelling of an import, also inside a function."""
@@ -141,8 +182,8 @@ def test_the_checker_sees_a_violation(module: str, source: str):
 
 
 def test_the_checker_lets_the_order_through():
-    assert violations("run", "from rlp.probe import Panel\nimport rlp.config\nimport torch") == []
-    assert violations("data", "from rlp.config import Config") == []
+    assert violations("trainer", "from rlp.measure.panel import Panel\nimport rlp.config\nimport torch") == []
+    assert violations("data.stream", "from rlp.config import Config\nfrom rlp.data.noise import keyed_noise") == []
 
 
 def test_objective_imports_nothing_of_this_project():
@@ -193,7 +234,7 @@ def test_only_engine_names_deepspeed():
 
 def test_importing_rlp_imports_no_heavy_library():
     """deepspeed, wandb and datasets load when a run needs them, so `rlp report` starts on a laptop without them."""
-    code = "import importlib, sys\n" + "".join(f"importlib.import_module('rlp.{path.stem}')\n" for path in MODULES)
+    code = "import importlib, sys\n" + "".join(f"importlib.import_module('rlp.{name}')\n" for name in MODULES if not name.endswith("__init__"))
     code += "print([name for name in ('deepspeed', 'wandb', 'datasets', 'trl', 'lm_eval', 'math_verify') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

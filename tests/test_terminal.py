@@ -12,7 +12,7 @@ import pytest
 from rlp.__main__ import main as rlp_process
 from rlp.cli import main
 from rlp.config import ConfigError, load_config
-from rlp.terminal import run_command
+from rlp.process.terminal import run_command
 
 
 def ascii_stream() -> io.TextIOWrapper:
@@ -32,7 +32,7 @@ def test_text_that_the_terminal_lacks_is_spelled_out(monkeypatch: pytest.MonkeyP
 
 def test_a_run_prints_any_text_and_ends_by_ctrl_c_without_a_traceback():
     """The way of train.py, in a process of its own, because it ends it."""
-    code = "from rlp.distributed import run_as_process\ndef main():\n    print('\\u4e2d')\n    raise KeyboardInterrupt\nrun_as_process(main)"
+    code = "from rlp.process.ranks import run_as_process\ndef main():\n    print('\\u4e2d')\n    raise KeyboardInterrupt\nrun_as_process(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120,
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout, done.stderr) == (130, "\\u4e2d\n", "interrupted\n")
@@ -99,9 +99,9 @@ def test_the_export_of_a_run_folder_tells_its_steps(run_with_steps: Path, capsys
 
 @pytest.mark.parametrize("step, chosen", [("5", "step_5"), ("20", "step_20"), ("newest", "step_20")])
 def test_a_step_of_a_run_folder_is_exported(run_with_steps: Path, monkeypatch: pytest.MonkeyPatch, capsys, step: str, chosen: str):
-    monkeypatch.setattr("rlp.checkpoint.open_checkpoint", lambda path: path)
+    monkeypatch.setattr("rlp.learn.checkpoint.open_checkpoint", lambda path: path)
     made = []
-    monkeypatch.setattr("rlp.export.export_checkpoint", lambda checkpoint, out: made.append((checkpoint, out)))
+    monkeypatch.setattr("rlp.learn.export.export_checkpoint", lambda checkpoint, out: made.append((checkpoint, out)))
     assert main(["export", str(run_with_steps), "--out", "made", "--step", step]) == 0
     assert made == [(run_with_steps / "checkpoints" / chosen, Path("made"))] and str(run_with_steps / "checkpoints" / chosen) in capsys.readouterr().out
 
@@ -109,10 +109,10 @@ def test_a_step_of_a_run_folder_is_exported(run_with_steps: Path, monkeypatch: p
 def test_benchmarks_look_at_a_folder_before_they_ask_for_it(run_with_steps: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A run folder stands for its export; a checkpoint, a run that has not ended and a path with nothing there are said as what they are."""
     asked = []
-    monkeypatch.setattr("rlp.evaluation.load_tasks", lambda benchmarks: {})
-    monkeypatch.setattr("rlp.evaluation.open_evaluator", lambda checkpoint, **options: asked.append(checkpoint) or SimpleNamespace(marker_notes=lambda: []))
+    monkeypatch.setattr("rlp.compare.tasks.load_tasks", lambda benchmarks: {})
+    monkeypatch.setattr("rlp.compare.benchmarks.open_evaluator", lambda checkpoint, **options: asked.append(checkpoint) or SimpleNamespace(marker_notes=lambda: []))
     command = ["eval", "--tasks", "gsm8k", "--device", "cpu"]
-    monkeypatch.setattr("rlp.evaluation.run_benchmarks", lambda *arguments, **options: iter(()))
+    monkeypatch.setattr("rlp.compare.benchmarks.run_benchmarks", lambda *arguments, **options: iter(()))
     assert main([*command, "--think", str(run_with_steps)]) == 0 and asked == [str(run_with_steps / "export")]
     assert "is a run folder; what is evaluated is its export" in capsys.readouterr().out
     (run_with_steps / "checkpoints" / "step_5" / "meta.json").write_text("{}")

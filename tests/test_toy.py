@@ -22,14 +22,17 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import train
 from rlp.config import ObjectiveConfig, RewardConfig
-from rlp.data import Document, Positions
-from rlp.layout import ThoughtFormat, Thoughts, repeated
-from rlp.model import Markers, Policy
-from rlp.monitor import Tally
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import repeated
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
+from rlp.process.tally import Tally
 from rlp.objective import group_relative_advantage, information_gain, log_evidence
-from rlp.rollout import NoiseKey, draw, sample_thoughts
-from rlp.scoring import score
-from rlp.teacher import Teacher
+from rlp.sampling.rollout import NoiseKey, draw, sample_thoughts
+from rlp.model.scoring import score
+from rlp.learn.teacher import Teacher
 
 OPEN, CLOSE, FIRST_WORD = 0, 1, 2
 TEMPERATURE = 0.5

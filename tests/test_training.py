@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 import train as program
 from conftest import ARCHITECTURES, WORDS, tiny_policy
 from rlp.config import ConfigError
-from rlp.data import Document
-from rlp.distributed import Ranks, start_ranks
-from rlp.run import NumericsError, Run
+from rlp.data.documents import Document
+from rlp.process.ranks import Ranks, start_ranks
+from rlp.learn.guard import NumericsError
+from rlp.trainer import Run
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 

@@ -6,14 +6,17 @@ import torch
 from conftest import architecture, random_documents, tiny_policy
 from einops import rearrange
 
-from rlp import attention
-from rlp.attention import BranchAttention, Tree, why_no_tree
+from rlp.model import attention
+from rlp.model.attention import BranchAttention, Tree, why_no_tree
 from rlp.config import ConfigError
-from rlp.data import Document, Positions
-from rlp.layout import Layout, ThoughtFormat, Thoughts, repeated, tree
-from rlp.model import Markers, Policy
-from rlp.rollout import NoiseKey, sample_thoughts
-from rlp.scoring import Scores, score
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.model.layout import Layout, repeated, tree
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.markers import Markers
+from rlp.model.policy import Policy
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.model.scoring import Scores, score
 
 CPU = torch.device("cpu")
 ATTENTION_ONLY = ("qwen3", "llama", "gpt_neox")
@@ -123,7 +126,7 @@ def test_attention_only_models_run_trees(name):
 
 def test_asking_for_a_tree_that_can_not_be_is_refused(tmp_path, tokenizer):
     """`engine.layout: tree` is never quietly something else."""
-    from rlp.model import choose_layout
+    from rlp.model.loading import choose_layout
     from training import tiny_config
 
     tiny_policy("mamba").lm.save_pretrained(tmp_path / "model")

@@ -12,7 +12,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from training import tiny_config  # noqa: E402
 
 import train as program  # noqa: E402
-from rlp.distributed import start_ranks, stop_ranks  # noqa: E402
+from rlp.process.ranks import start_ranks, stop_ranks  # noqa: E402
 
 JOBS = {
     "stage0": {"engine__zero_stage": 0},

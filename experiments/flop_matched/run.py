@@ -65,7 +65,7 @@ def compare(arm: str, seed: int, out: Path, folder: Path) -> list[dict]:
     """Pretrain, post-train and probe one arm on one seed; its lines of results.jsonl."""
     from post_train import reinforce, supervise
 
-    from rlp.distributed import start_ranks
+    from rlp.process.ranks import start_ranks
 
     ranks = start_ranks()
     base = base_of(seed)
@@ -107,9 +107,10 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
     import train as program
 
     from rlp.config import load_config
-    from rlp.match import write_match
-    from rlp.run_folder import open_run_folder, read_json
-    from rlp.splice import splice
+    from rlp.compare.match import write_match
+    from rlp.process.run_folder import open_run_folder
+    from rlp.process.stored import read_json
+    from rlp.compare.splice import splice
 
     run = folder / "run"
     overrides = [f"run.dir={run}", f"run.arm={arm}", f"run.seed={seed}", "run.resume=auto", *COMMON]
@@ -136,8 +137,8 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
 def probe(model: Path, base: Path, ranks: object) -> dict[str, float]:
     """Held-out numbers of a model, its gain measured against the base."""
     from rlp.config import load_config
-    from rlp.inputs import PanelInputs
-    from rlp.probe import probe_model
+    from rlp.model.setup import PanelInputs
+    from rlp.measure.panel import probe_model
 
     config = load_config(QUICKSTART, [f"model.path={model}", "run.dir=unused", *PANEL])
     return probe_model(PanelInputs(config, lambda text: None), ranks, start=str(base)).means

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-import rlp  # noqa: F401, before torch, which transformers loads: see rlp/machine.py
+import rlp  # noqa: F401, before torch, which transformers loads: see rlp/process/machine.py
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 

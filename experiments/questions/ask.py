@@ -123,7 +123,7 @@ PANEL_SECTIONS = ("position.", "thought.max_thought_tokens")
 
 def answer(names: Iterable[str], seeds: list[int]) -> None:
     """Make the runs of some questions that results.jsonl lacks, the default's first, one after another."""
-    from rlp.distributed import start_ranks, stop_ranks
+    from rlp.process.ranks import start_ranks, stop_ranks
 
     done = {(row["question"], row["setting"], row["seed"]) for row in read_results()}
     wanted = {("all", DEFAULT): ()} | {(name, setting): overrides for name in names for setting, overrides in QUESTIONS[name].settings.items() if setting != DEFAULT}
@@ -174,7 +174,7 @@ def quickstart(model: Path, run: Path, seed: int, *overrides: str) -> object:
 
 def evaluate_answers(model: Path, run: Path, ranks: object) -> dict:
     """The default's held-out panel (the answers, 16 thought tokens) for a model trained on other positions or with another budget."""
-    from rlp.run import Run
+    from rlp.trainer import Run
 
     shutil.rmtree(run, ignore_errors=True)
     values = Run(quickstart(model, run, 0), ranks).evaluate()

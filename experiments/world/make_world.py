@@ -35,7 +35,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import rlp  # noqa: F401, before torch, which transformers loads: see rlp/machine.py
+import rlp  # noqa: F401, before torch, which transformers loads: see rlp/process/machine.py
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 

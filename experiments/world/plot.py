@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rlp.run_folder import open_run_folder, read_json_lines
+from rlp.process.run_folder import open_run_folder
+from rlp.process.run_logs import read_json_lines
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Attempt, Case, Harness, Outcome  # noqa: E402
 
-from rlp.faults import FAULT_POINTS  # noqa: E402
+from rlp.process.faults import FAULT_POINTS  # noqa: E402
 
 TOPOLOGIES = list(itertools.product((1, 2), (1, 2, 3), ("float32", "bfloat16")))
 """Ranks, ZeRO stage, dtype."""

@@ -13,9 +13,9 @@ import numpy as np  # noqa: E402
 from conftest import WORDS, tiny_policy, word_tokenizer  # noqa: E402
 from training import TINY, write_corpus  # noqa: E402
 
-from rlp.faults import VARIABLE  # noqa: E402
-from rlp.journal import audit  # noqa: E402
-from rlp.run_folder import read_json_lines  # noqa: E402
+from rlp.process.faults import VARIABLE  # noqa: E402
+from rlp.measure.journal import audit  # noqa: E402
+from rlp.process.run_logs import read_json_lines  # noqa: E402
 
 SAVE_EVERY = 2
 STEPS = 6

@@ -188,7 +188,7 @@ def _run(arguments: list[str], environment: dict[str, str], record: int | None) 
     os.environ |= environment
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     if record is not None:
-        importlib.import_module("rlp.launcher").watch_from_the_start()
+        importlib.import_module("rlp.process.launcher").watch_from_the_start()
         os.write(record, b"0\n")
         os.close(record)
     return importlib.import_module("train").main(arguments)
@@ -230,7 +230,7 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     for name in PRELOADED:
         importlib.import_module(name)
-    importlib.import_module("rlp.run").write_report = lambda runs, path: importlib.import_module("rlp.files").write_atomically(path, b"", point="report.torn_page")  # half of a tiny run's time, and not at stake
+    importlib.import_module("rlp.trainer").write_report = lambda runs, path: importlib.import_module("rlp.process.files").write_atomically(path, b"", point="report.torn_page")  # half of a tiny run's time, and not at stake
     importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(sys.argv[1])  # compiles a thousand regular expressions
     gc.freeze()  # the collector touches every object, and a fork would copy them all
     for line in sys.stdin:

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 from harness import continued_from, last_step  # noqa: E402
 from training import REPOSITORY, rank_environment, read_lines  # noqa: E402
 
-from rlp.journal import audit  # noqa: E402
+from rlp.measure.journal import audit  # noqa: E402
 
 SETTINGS = ["engine.zero_stage=2", "budget.steps=1000000", "checkpoint.every_n_steps=20", "evaluation.every_n_steps=100", "logging.every_n_steps=50", "logging.thoughts=4"]
 PREEMPTED, PEER_LOST = 75, 69

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import REPOSITORY, SAVE_EVERY, SETTINGS, STEPS, Attempt, Case, Harness, Outcome  # noqa: E402
 
-from rlp.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint  # noqa: E402
-from rlp.distributed import Ranks, start_ranks  # noqa: E402
-from rlp.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault  # noqa: E402
-from rlp.journal import audit, weighted_bits  # noqa: E402
+from rlp.learn.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint  # noqa: E402
+from rlp.process.ranks import Ranks, start_ranks  # noqa: E402
+from rlp.process.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault  # noqa: E402
+from rlp.measure.journal import audit, weighted_bits  # noqa: E402
 
 BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": 4}
 
@@ -252,7 +252,7 @@ def calls_of(path: Path) -> set[str]:
 
 
 def test_every_point_of_the_tables_is_in_the_code_and_the_reverse():
-    files = [path for path in (REPOSITORY / "rlp").glob("*.py") if path.stem != "faults"]
+    files = [path for path in (REPOSITORY / "rlp").rglob("*.py") if path.stem != "faults"]
     expected = FAULT_POINTS.keys() | COMMAND_POINTS.keys() | TENSOR_POINTS.keys()
     assert set().union(*(calls_of(path) for path in [*files, REPOSITORY / "train.py"])) == expected
 
@@ -311,7 +311,7 @@ ELSEWHERE = {"save.before_aside", "resume.before_aside", "append.torn_rank_log"}
 
 def test_every_write_of_a_run_has_a_bad_disk():
     """A new write is given its line in the table, or this fails."""
-    files = [path for path in (REPOSITORY / "rlp").glob("*.py") if path.stem != "faults"]
+    files = [path for path in (REPOSITORY / "rlp").rglob("*.py") if path.stem != "faults"]
     calls = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     handed = {word.value.value for node in calls for word in node.keywords if word.arg == "point" and isinstance(word.value, ast.Constant)}
     assert handed - COMMAND_POINTS.keys() <= BAD_DISK.keys() | ELSEWHERE <= FAULT_POINTS.keys()

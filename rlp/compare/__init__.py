@@ -1,0 +1,1 @@
+"""What a gain is held against: matched arms, spliced thoughts, placebos, benchmarks."""

@@ -1,0 +1,429 @@
+"""DeepSpeed: build, forward, backward, step, gather; the float32 shards; generation under ZeRO-3.
+
+No DeepSpeed name leaves this module, and importing it does not import DeepSpeed. A loss given to
+`backward` is a sum over the whole step with global divisors in it, so gradients add up over
+micro-batches and ranks; the average that DeepSpeed takes over ranks is undone here.
+
+Where the float32 master weights live (DeepSpeed 0.19):
+    stage 0        the parameters themselves
+    stage 1, 2     one flat partition per parameter group and rank
+    stage 3        one flat partition per sub-group and rank
+The EMA of the weights (the teacher, phi) stands beside Adam's moments on those same shards, as its
+lag behind them.
+"""
+
+import io
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+)
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlp.config import Config, keeps_ema
+from rlp.learn.optimizer import STATES, AdamWithEMA
+from rlp.process.faults import fault, poisoned, poisoned_gradient
+from rlp.process.preemption import Preemption
+from rlp.process.ranks import Ranks
+from rlp.process.watchdog import Watchdog
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of one parameter whose float32 master this rank owns."""
+
+    name: str
+    start: int
+    """Index of its first element in the flattened parameter."""
+    numel: int
+    flat: Tensor
+    """The flat master tensor that holds it."""
+    offset: int
+    """Index of its first element in `flat`."""
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """[numel], this fragment's part of `flat` or of a state tensor shaped like it."""
+        return tensor.detach().flatten().narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf where it is not finite."""
+    applied: bool
+    """False where all ranks left weights, moments and EMA as they are."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the gradient is finite on every rank."""
+        return math.isfinite(self.grad_norm)
+
+
+def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
+    """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
+    optim, engine = config.optim, config.engine
+    micro_batches = -(-(optim.batch_size // ranks.world_size) // optim.micro_batch_size)
+    slices = -(-config.thought.group_size // (optim.thoughts_per_forward or config.thought.group_size)) if config.objective.thinks else 1
+    settings = {
+        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches * slices,
+        "gradient_clipping": optim.grad_clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10 ** 9,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        if engine.zero_stage == 1:
+            # Stage 1 with float32 accumulation matches a plain loop to 7e-9; stages 2 and 3 accumulate in bfloat16.
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if engine.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    if engine.zero_stage == 3:
+        # Every parameter is sharded: with DeepSpeed's default, small ones are kept whole and a small model is not sharded at all.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def start_deepspeed(ranks: Ranks) -> None:
+    """Import DeepSpeed quietly and let it find the process group."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        # A shared-memory collective, used by DeepSpeed's inference alone; building it needs a C++ compiler and 46 s.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+@contextmanager
+def sharded_construction(config: Config, ranks: Ranks,
+                         dtype: torch.dtype) -> Iterator[Callable[[list[nn.Parameter]],
+                                                                  AbstractContextManager]]:
+    """Under stage 3, models that transformers loads inside are sharded as they are read.
+
+    A random model is built whole and sharded after: its weights then do not depend on the stage.
+
+    Yields:
+        a context in which given parameters are whole, to be written alike on every rank.
+    """
+    if config.engine.zero_stage < 3 or config.model.init == "random":
+        yield lambda parameters: nullcontext()
+        return
+    import deepspeed
+    from transformers.integrations.deepspeed import (
+        HfDeepSpeedConfig,
+        unset_hf_deepspeed_config,
+    )
+
+    kept = HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))  # transformers holds a weak reference
+    try:
+        yield lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    finally:
+        del kept
+        unset_hf_deepspeed_config()
+
+
+def _initialize(**arguments: object) -> object:
+    """A DeepSpeed engine, with what DeepSpeed prints sent to its log."""
+    import deepspeed
+
+    with redirect_stdout(io.StringIO()) as printed:
+        engine, *_ = deepspeed.initialize(**arguments)
+    logging.getLogger("DeepSpeed").warning("printed by initialize: %s", printed.getvalue())
+    return engine
+
+
+def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+    """A module that is only run forward, sharded as stage 3 shards the policy; whole below stage 3."""
+    module.eval().requires_grad_(False)
+    if config.engine.zero_stage < 3:
+        return module.to(ranks.device)
+    import deepspeed
+
+    settings = deepspeed_config(config, ranks, dtype)
+    settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = _initialize(model=module, config=settings)
+    for parameter in module.head_parameters():
+        deepspeed.zero.register_external_parameter(module, parameter)
+    return engine.module
+
+
+class Engine:
+    """The policy under DeepSpeed."""
+
+    def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype, preemption: Preemption, watchdog: Watchdog) -> None:
+        """
+        Args:
+            preemption, watchdog: are told of every token sampled; sampling is left early where the run is to stop.
+        """
+        self._config = config
+        self._ranks = ranks
+        self._preemption, self._watchdog = preemption, watchdog
+        self._stage = config.engine.zero_stage
+        optim = config.optim
+        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
+        if config.engine.offload_optimizer:
+            options["foreach"] = False
+        optimizer = AdamWithEMA(_decay_groups(policy, optim.weight_decay), ema_decay=config.baseline.ema_decay if keeps_ema(config) else None, **options)
+        policy.to(ranks.device)
+        self._deepspeed = _initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
+        self._optimizer = optimizer
+        self._losses_are_finite = torch.tensor(True, device=ranks.device)
+        self.policy = policy
+        if self._stage == 3:
+            import deepspeed
+
+            for parameter in policy.head_parameters():
+                deepspeed.zero.register_external_parameter(policy, parameter)
+
+    def __call__(self, *arguments: object) -> object:
+        """Forward of the policy with gradient, as `Policy.forward`."""
+        return self._deepspeed(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's loss."""
+        fault("backward")
+        loss = poisoned("loss", poisoned_gradient("gradient", loss))
+        self._losses_are_finite &= loss.detach().isfinite()
+        self._deepspeed.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
+        if self._deepspeed.is_gradient_accumulation_boundary() is False:
+            self._deepspeed.step()
+
+    def losses_are_finite(self) -> bool:
+        """Whether every loss of this rank since the last step is."""
+        return bool(self._losses_are_finite)
+
+    def step(self, learning_rate: float, *, largest_norm: float = math.inf) -> StepResult:
+        """Clip, update the weights and the EMA, and clear the gradient.
+
+        Args:
+            largest_norm: a gradient of a larger norm updates nothing, and one that is not finite never does. Below 0: update
+                nothing, only clear the gradient. The same on every rank.
+        """
+        fault("optimizer")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            norm = _finite_or_inf(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
+            self._optimizer.may_step = lambda: math.isfinite(norm) and norm <= largest_norm
+            self._deepspeed.step()
+        else:
+            def global_norm() -> float:
+                return _finite_or_inf(self._deepspeed.optimizer._global_grad_norm)
+
+            self._optimizer.may_step = lambda: math.isfinite(global_norm()) and global_norm() <= largest_norm
+            self._deepspeed.step()
+            norm = global_norm()
+        self._losses_are_finite.fill_(True)
+        return StepResult(grad_norm=norm, applied=math.isfinite(norm) and norm <= largest_norm)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds all master weights (stage 0)."""
+        return self._stage == 0
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether the optimizer keeps the EMA."""
+        return self._optimizer.ema_decay is not None
+
+    @property
+    def _decodes_together(self) -> bool:
+        """Whether a forward during sampling is a collective, so that ranks must decode in step."""
+        return self._stage == 3 and self._config.engine.generation == "synced"
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Around sampling. Under stage 3 with `engine.generation: gathered`, every rank holds all weights
+        here and ranks may decode different numbers of tokens. A collective.
+
+        Raises:
+            StopRequested: some rank was asked to stop; sampling may not have come to its end.
+        """
+        with self._preemption.leaving_early(), self._whole_weights():
+            yield
+
+    def _whole_weights(self) -> AbstractContextManager:
+        if self._stage < 3 or self._decodes_together:
+            return nullcontext()
+        return self._gathered_apart()
+
+    @contextmanager
+    def _gathered_apart(self) -> Iterator[None]:
+        """All weights whole on every rank, and no forward a collective.
+
+        DeepSpeed's own context leaves one hook in place, which compares the ranks' order of modules
+        at each forward until it has seen one whole: a rank that leaves before its first would leave
+        the others waiting.
+        """
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        offload = self._deepspeed.optimizer.parameter_offload
+        offload.fwd_pre_hook.remove()
+        try:
+            with unwrap_model_for_generation(self._deepspeed):
+                yield
+        finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
+                lambda module, *given: offload.get_param_coordinator().reset_step()
+            )
+
+    def agree(self, claim: bool) -> bool:
+        """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode in step, else this rank alone."""
+        self._watchdog.mark()
+        if not self._decodes_together:
+            self._preemption.look()
+            return claim
+        stop = 2
+        answer = self._ranks.largest(stop if self._preemption.requested else int(claim))
+        if answer == stop:
+            self._preemption.leave()
+        return bool(answer)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names as in the Hugging Face model; tied parameters once."""
+        return list(self.policy.lm.named_parameters())
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the float32 master weights, parameter by parameter."""
+        named = ((name, self._fragment(name, p)) for name, p in self.parameters())
+        return [fragment for _, fragment in named if fragment is not None]
+
+    def _fragment(self, name: str, p: nn.Parameter) -> Fragment | None:
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 0:
+            return Fragment(name, 0, p.numel(), p, 0)
+        if self._stage == 3:
+            group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = self._ranks.rank * p.partition_numel()
+            numel = min(numel, p.ds_numel - start)
+            return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset) if numel > 0 else None
+        if p._hp_mapping is None:
+            return None
+        flats = optimizer.fp32_groups_flat_partition if hasattr(optimizer, "fp32_groups_flat_partition") else optimizer.single_partition_of_fp32_groups
+        hp, lp = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+        return Fragment(name, lp.start, lp.numel, flats[p._hp_mapping.param_group_index], hp.start)
+
+    def not_finite(self) -> list[str]:
+        """Parameters of which this rank's float32 weights, moments or EMA hold a value that is not finite."""
+        fragments = self.fragments()
+        # The least and the largest value of a tensor take no memory, and are NaN where one of its values is.
+        flats = {id(fragment.flat): [fragment.flat.detach(), *(self.state_of(fragment.flat).get(name) for name in STATES)]
+                 for fragment in fragments}
+        sound = {key: all(tensor is None or all(map(math.isfinite, torch.aminmax(tensor))) for tensor in tensors)
+                 for key, tensors in flats.items()}
+        return [fragment.name for fragment in fragments if not sound[id(fragment.flat)]
+                and not all(tensor is None or bool(fragment.view(tensor).isfinite().all()) for tensor in flats[id(fragment.flat)])]
+
+    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """Optimizer state of a flat master tensor; empty before the first step."""
+        return self._optimizer.state[flat]
+
+    def restore_state(self, flat: Tensor, applied_steps: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Zero state for a flat master tensor as after `applied_steps` steps, to be filled."""
+        self._optimizer.state[flat] = {"step": torch.tensor(float(applied_steps)), **{name: torch.zeros_like(flat.detach()) for name in names}}
+        return self._optimizer.state[flat]
+
+    def write_weights(self, module: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
+        """Set the weights of the policy, or of a module sharded like it, from whole or sliced values.
+
+        Args:
+            read: (name, start, numel) -> [numel] values of the flattened parameter.
+        """
+        for name, p in module.lm.named_parameters():
+            if self._stage == 3:
+                start = self._ranks.rank * p.partition_numel()
+                numel = min(p.partition_numel(), p.ds_numel - start)
+                if numel > 0:
+                    p.ds_tensor.detach()[:numel].copy_(read(name, start, numel))
+            else:
+                p.detach().copy_(read(name, 0, p.numel()).reshape(p.shape))
+
+    def held_weights(self, module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
+        """Of a module sharded like the policy: name, start and [numel] values of the parts of its parameters that
+        this rank answers for. Over all ranks each value comes once."""
+        for name, p in module.lm.named_parameters():
+            if self._stage == 3:
+                start = self._ranks.rank * p.partition_numel()
+                numel = min(p.partition_numel(), p.ds_numel - start)
+                if numel > 0:
+                    yield name, start, p.ds_tensor.detach()[:numel]
+            elif self._ranks.is_first:
+                yield name, 0, p.detach().flatten()
+
+    def lag(self, fragment: Fragment) -> Tensor:
+        """[numel] theta - phi, by which the EMA lags behind; 0 before the first step."""
+        state = self.state_of(fragment.flat)
+        return fragment.view(state["lag"] if "lag" in state else torch.zeros_like(fragment.flat))
+
+    def average(self, fragment: Fragment) -> Tensor:
+        """[numel] float32, phi: the EMA of the master weights."""
+        return self.master(fragment) - self.lag(fragment)
+
+    def master(self, fragment: Fragment) -> Tensor:
+        """[numel] float32, theta: the master weights."""
+        return fragment.view(fragment.flat)
+
+    def whole(self, values: Callable[[Fragment], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Parameter by parameter, its name and whole float32 values, on every rank. A collective.
+
+        Each rank puts its fragments into zeros and the ranks add up, which is exact.
+
+        Args:
+            values: fragment -> [numel], such as `master` or `average`.
+        """
+        mine = {fragment.name: fragment for fragment in self.fragments()}
+        for name, p in self.parameters():
+            shape = getattr(p, "ds_shape", p.shape)
+            flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._ranks.device)
+            if name in mine:
+                start, numel = mine[name].start, mine[name].numel
+                flat[start : start + numel] = values(mine[name]).to(flat)
+            if self._stage > 0:
+                dist.all_reduce(flat)
+            yield name, flat.reshape(shape)
+
+    def refresh_average(self, module: nn.Module) -> None:
+        """Set a frozen twin of the policy to the EMA, cast once to its dtype.
+
+        Stage 3 copies shard to shard; below it the ranks put the weights together.
+        """
+        if self._stage == 3:
+            mine = {fragment.name: fragment for fragment in self.fragments()}
+            self.write_weights(module, lambda name, start, numel: self.average(mine[name]))
+            return
+
+        parameters = dict(module.lm.named_parameters())
+        for name, value in self.whole(self.average):
+            parameters[name].detach().copy_(value)
+
+
+def _finite_or_inf(norm: Tensor | float) -> float:
+    """A gradient norm; DeepSpeed gives some that are not finite as -1."""
+    return float(norm) if math.isfinite(norm) and norm >= 0 else math.inf
+
+
+def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices; none on vectors (norms, biases)."""
+    matrices = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,269 @@
+"""What a run will need, before it starts: memory per device, FLOPs and tokens per step, disk.
+
+Arithmetic only: nothing is allocated and no weight is read. Documents are taken at
+`data.max_document_tokens`, thoughts at `thought.max_thought_tokens` and every position at the end of
+its document, so each figure is an upper bound for the step it describes. FLOPs of evaluations are not counted.
+
+Both layouts are planned (`rlp.model.layout`). A thought is cut in two:
+
+    context = I + P - H            instruction and document before the position
+    branch = O + L + E + H - 1     open marker, thought, forced close marker, all targets but the last
+
+In `repeated` every thought is a row of context and branch; in `tree` the context is run once for all thoughts of a document.
+
+Letters
+    n  parameters;  W  ranks (one device each);  c  bytes of a number in the compute dtype (2 or 4)
+    B  documents per step;  K  positions per document;  G  thoughts per position;  N = B K G;  g  of each group in one forward
+    P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker, close marker, instruction
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from rlp.config import Config
+from rlp.measure.plan_memory import (
+    ALLOCATOR_FRACTION,
+    GB,
+    PROCESS_BYTES,
+    USABLE_FRACTION,
+    MemoryPart,
+    _evaluation_parts,
+    _sampling_parts,
+    _state_parts,
+    _update_parts,
+    activation_bytes,
+    checkpoint_bytes,
+)
+from rlp.measure.plan_work import (
+    FormatTokens,
+    _ceil_div,
+    _forward_tokens,
+    _StepSizes,
+    step_flops,
+)
+from rlp.model.loading import choose_dtype
+from rlp.model.shapes import ModelShapes
+from rlp.process.machine import available_memory_bytes
+from rlp.process.ranks import ranks_of_this_machine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run needs."""
+
+    world_size: int
+    zero_stage: int
+    dtype: str
+    why_dtype: str
+    layout: str
+    """`repeated` or `tree`."""
+    activation_checkpointing: bool
+    memory: tuple[MemoryPart, ...]
+    other_activation_bytes: int
+    """Activations of a micro-batch if activation checkpointing were the other way."""
+    host_bytes: int
+    """Host memory per rank for an offloaded optimizer."""
+    device_bytes: int | None
+    """Memory of one GPU; None on a CPU."""
+    available_bytes: int | None
+    """Of a CPU's machine, for one rank: what it has free, in its container's limits, and what this process holds already; None on a GPU."""
+    phase_flops: dict[str, float]
+    """Per step and ledger phase, over all ranks."""
+    input_tokens: int
+    """Document tokens per step, over all ranks."""
+    thought_tokens: int
+    """Sampled tokens per step, over all ranks."""
+    steps: int | None
+    """Steps until the first limit of the budget; None where its only limit is one of seconds."""
+    seconds: float | None
+    """The limit of seconds, if there is one: what a step takes is not known before the run."""
+    step_paper_flops: int
+    """The paper's T_flop of a step: n l bs + T_inp, in tokens."""
+    checkpoint_bytes: int
+    """One checkpoint, over all ranks."""
+    export_bytes: int
+    """The model that the end of the run writes, in float32."""
+    disk_bytes: int
+    """Largest use of the disk: the checkpoints kept, and the one being written or the export."""
+    disk_free_bytes: int
+    counted_without: tuple[str, ...] = ()
+    """What the FLOPs leave out (`ModelShapes.uncounted`)."""
+    relief: tuple[tuple[str, int], ...] = ()
+    """Where the run does not fit: settings to write, each on top of the ones before it, with the peak that they lead to."""
+
+    def bytes_during(self, when: str) -> int:
+        """Bytes on one device while it samples, updates or evaluates."""
+        return sum(part.num_bytes for part in self.memory if part.when in ("always", when))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest that the run comes to."""
+        return max(self.bytes_during(when) for when in ("sampling", "update", "evaluation"))
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs per step over all phases and ranks."""
+        return sum(self.phase_flops.values())
+
+
+def fits(plan: Plan, device_bytes: int | None = None) -> bool:
+    """Whether the peak leaves a GPU the part that the plan does not count (`USABLE_FRACTION`), and a CPU nothing to swap. True where
+    the memory is not known.
+
+    Args:
+        device_bytes: another GPU's memory than the plan's.
+    """
+    device_bytes = device_bytes or plan.device_bytes
+    if device_bytes is not None:
+        return plan.peak_bytes <= USABLE_FRACTION * device_bytes
+    return plan.available_bytes is None or plan.peak_bytes <= plan.available_bytes
+
+
+def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, layout: str, form: FormatTokens = FormatTokens(),
+             dtype: tuple[torch.dtype, str] | None = None) -> Plan:
+    """Add up a run.
+
+    Args:
+        shapes: of the model (`model_shapes`).
+        ranks_world_size: W.
+        device_bytes: memory of one GPU; None plans for a CPU, this one.
+        layout: `repeated` or `tree` (`choose_layout`).
+        dtype: and why; None chooses (`choose_dtype`).
+
+    Raises:
+        ConfigError: documents are too short for the positions asked for.
+    """
+    plan = _add_up(config, shapes, ranks_world_size, device_bytes, layout, form, dtype)
+    return plan if fits(plan) else replace(plan, relief=_relief(config, lambda other: _add_up(other, shapes, ranks_world_size, device_bytes, layout, form, dtype)))
+
+
+def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[str, int], ...]:
+    """Settings that make the run smaller, those first that change nothing but its speed, each on top of the ones before it, until it fits.
+
+    Returns:
+        (setting, peak with it), of those that help.
+    """
+    group = config.thought.group_size
+    steps = [("optim", "micro_batch_size", 1), ("thought", "sampling_rows", group), ("optim", "thoughts_per_forward", max(1, group // 4)),
+             ("engine", "activation_checkpointing", True), ("thought", "sampling_rows", 1), ("optim", "thoughts_per_forward", 1), ("baseline", "kind", "self")]
+    found, peak = [], plan_of(config).peak_bytes
+    for section, name, value in steps:
+        placebo_needs_it = name == "micro_batch_size" and config.reward.placebo != "none"
+        if placebo_needs_it or getattr(getattr(config, section), name) == value:
+            continue
+        smaller = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        plan = plan_of(smaller)
+        if plan.peak_bytes < peak:
+            config, peak = smaller, plan.peak_bytes
+            found.append((f"{section}.{name}={str(value).lower()}", peak))
+        if fits(plan):
+            break
+    return tuple(found)
+
+
+def _add_up(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None, layout: str, form: FormatTokens,
+            dtype: tuple[torch.dtype, str] | None) -> Plan:
+    dtype, why_dtype = dtype or choose_dtype(config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width)
+    number_bytes = dtype.itemsize
+    sizes = _StepSizes.of(config, ranks_world_size, form)
+    activations = [activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing) for checkpointing in (False, True)]
+    checkpointing = config.engine.activation_checkpointing
+    state, host_bytes = _state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
+    update = _update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])
+    moving = sum(part.num_bytes for part in (*state, *update) if part.name in ("gradients", "activations", "LM head and logits tile"))
+    second = _ceil_div(4 * shapes.parameters, ranks_world_size) if number_bytes == 2 else 0
+    process = [] if device_bytes is not None else [MemoryPart("Python and its libraries", PROCESS_BYTES, "always"),
+                                                   MemoryPart("held by the allocator", round(ALLOCATOR_FRACTION * moving) + second, "update")]
+    phase_flops = step_flops(config, shapes, ranks_world_size, layout=layout, form=form)
+    step_input = config.optim.batch_size * config.data.max_document_tokens
+    step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
+    step_paper_flops = step_thoughts + step_input
+    one_checkpoint, export = checkpoint_bytes(config, shapes.parameters), 4 * shapes.parameters
+    return Plan(
+        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), why_dtype=why_dtype, layout=layout, activation_checkpointing=checkpointing,
+        memory=(*state, *process, *_evaluation_parts(config, shapes, sizes, layout, number_bytes), *_sampling_parts(config, shapes, sizes, layout, number_bytes), *update),
+        other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes, available_bytes=_available_bytes() if device_bytes is None else None,
+        phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, seconds=config.budget.seconds,
+        steps=_steps(config, {"tokens": step_input, "flops": sum(phase_flops.values()), "paper_flops": step_paper_flops}), step_paper_flops=step_paper_flops,
+        checkpoint_bytes=one_checkpoint, export_bytes=export, disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export), disk_free_bytes=_disk_free(Path(config.run.dir)),
+        counted_without=shapes.uncounted)
+
+
+def _steps(config: Config, step: dict[str, float]) -> int | None:
+    """Steps until the first limit; documents shorter than the longest take more steps to read as many tokens.
+
+    Args:
+        step: what a step spends, by the names of the budget's limits.
+    """
+    budget = asdict(config.budget)
+    limits = [math.ceil(budget[name] / amount) for name, amount in step.items() if budget[name] is not None]
+    return min([*limits, *([config.budget.steps] if config.budget.steps else [])], default=None)
+
+
+def _available_bytes() -> int | None:
+    """Memory that one rank of this machine may fill, with what this process has filled of it already."""
+    free = available_memory_bytes()
+    return None if free is None else free // ranks_of_this_machine() + psutil.Process().memory_info().rss
+
+
+def _disk_free(run_dir: Path) -> int:
+    """Free bytes where the run folder will be: at its nearest ancestor that exists."""
+    parent = next(path for path in run_dir.absolute().parents if path.exists())
+    return shutil.disk_usage(parent).free
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
+    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout {plan.layout})", f"  {plan.dtype}: {plan.why_dtype}"]
+    lines += [_line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}") for part in plan.memory if part.num_bytes]
+    lines += [_line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}") for when, verb in (("sampling", "sampling"), ("update", "updating"), ("evaluation", "evaluating"))
+              if any(part.when == when and part.num_bytes for part in plan.memory)]
+    lines.append(_line("peak", f"{plan.peak_bytes / GB:.2f}"))
+    other = "without" if plan.activation_checkpointing else "with"
+    lines.append(_line(f"activations {other} activation checkpointing", f"{plan.other_activation_bytes / GB:.2f}"))
+    if plan.host_bytes:
+        lines.append(_line("host memory per rank (offloaded optimizer)", f"{plan.host_bytes / GB:.2f}"))
+    lines += _fit_lines(plan)
+    lines += ["", "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)"]
+    lines += [_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops]
+    lines.append(_line("sum", f"{plan.step_flops:.3e}"))
+    lines += [f"  counted without {name}, whose cost is not known" for name in plan.counted_without]
+    lines += ["", "Tokens and budget", _line("input tokens per step", f"{plan.input_tokens:,}"), _line("thought tokens per step", f"{plan.thought_tokens:,}")]
+    lines += _run_lines(plan)
+    lines += ["", "Disk, GB", _line("one checkpoint", f"{plan.checkpoint_bytes / GB:.2f}")]
+    lines += [_line("the export", f"{plan.export_bytes / GB:.2f}"), _line("checkpoints kept and one being written", f"{plan.disk_bytes / GB:.2f}"), _line("free", f"{plan.disk_free_bytes / GB:.2f}")]
+    if plan.disk_bytes > plan.disk_free_bytes:
+        lines.append("  NOT ENOUGH DISK: lower checkpoint.keep or choose another run.dir")
+    return "\n".join(lines)
+
+
+def _fit_lines(plan: Plan) -> list[str]:
+    """Whether the run fits, and what to write where it does not."""
+    where = f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable" if plan.device_bytes is not None else (
+        None if plan.available_bytes is None else f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank")
+    if where is None:
+        return []
+    if fits(plan):
+        return [f"  fits in {where}"]
+    told = [f"  DOES NOT FIT in {where}"]
+    told += ["  write, in this order until it fits:", *(_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief)] if plan.relief else []
+    return told + ["  else shorter documents or thoughts, or a smaller model"]
+
+
+def _run_lines(plan: Plan) -> list[str]:
+    """The whole run, as far as it is known before a step has been timed."""
+    lines = [] if plan.seconds is None else [_line("seconds", f"{plan.seconds:,g}")]
+    if plan.steps is None:
+        return [*lines, _line("steps", "as the seconds allow"), _line("the paper's T_flop of a step, tokens", f"{plan.step_paper_flops:.3e}")]
+    return [*lines, _line("steps" if plan.seconds is None else "steps, at most", f"{plan.steps:,}"), _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}"),
+            _line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"), _line("the paper's T_flop of the run, tokens", f"{plan.steps * plan.step_paper_flops:.3e}")]
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<46}{value:>22}"

@@ -1,0 +1,90 @@
+"""What a thought is: its tokens, and the format that it stands in.
+
+Dimensions
+    M  positions;  G  thoughts per position;  L  thought tokens
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlp.config import Config
+from rlp.model.markers import Markers
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtFormat:
+    """What a thought looks like in a row, and the temperatures."""
+
+    markers: Markers
+    instruction: tuple[int, ...]
+    """Token ids put before the prefix when thinking; never in the no-think context."""
+    begin: int | None
+    """The beginning-of-sequence token, kept in front of the instruction; None where the tokenizer has none."""
+    temperature: float
+    """Of thought tokens, in sampling and in training."""
+    target_temperature: float
+    horizon: int
+
+    def context(self, document: np.ndarray, position: int) -> np.ndarray:
+        """Instruction and document before the position."""
+        lead = [self.begin] if len(self.instruction) and len(document) and document[0] == self.begin else []
+        return np.concatenate([lead, self.instruction, document[len(lead):position]]).astype(np.int64)
+
+    def prefix(self, document: np.ndarray, position: int) -> np.ndarray:
+        """Instruction, document before the position, open marker: what a thought continues."""
+        return np.concatenate([self.context(document, position), self.markers.open]).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """G sampled thoughts for each of M positions, with what the sampler knew about them."""
+
+    tokens: Tensor
+    """[M, G, L] int64, padded on the right; the close marker included where it was sampled."""
+    mask: Tensor
+    """[M, G, L] bool, True on sampled tokens; at least one per thought (Alg. 1, line 7)."""
+    behavior_logprob: Tensor
+    """[M, G, L] float32, nats, at the sampling temperature; 0 where mask is False."""
+    entropy: Tensor
+    """[M, G, L] float32, nats, of the distribution that each token was drawn from; 0 where mask is False."""
+    truncated: Tensor
+    """[M, G] bool, True where the budget ended the thought: its close marker is forced, without gradient."""
+
+    def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
+        """Those of some positions."""
+        return Thoughts(*(part[positions] for part in self.parts()))
+
+    def siblings(self, group: slice) -> "Thoughts":
+        """Some thoughts of each position."""
+        return self[:, group]
+
+    def exchanged(self, before: "Thoughts") -> "Thoughts":
+        """Each position with the thoughts of the position before it.
+
+        Args:
+            before: what the first one gets: the thoughts of one position, of any length L.
+        """
+        shorter = before.tokens.shape[2] - self.tokens.shape[2]
+        mine, others = self[:-1].padded(max(shorter, 0)), before.padded(max(-shorter, 0))
+        return Thoughts(*(torch.cat(pair) for pair in zip(others.parts(), mine.parts())))
+
+    def padded(self, count: int) -> "Thoughts":
+        """With `count` places more on the right of each thought."""
+        return Thoughts(*(torch.nn.functional.pad(part, (0, count)) for part in self.parts()[:-1]), self.truncated)
+
+    def to(self, device: torch.device | str) -> "Thoughts":
+        """The same on a device."""
+        return Thoughts(*(part.to(device) for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Its fields in order."""
+        return self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated
+
+
+def thought_format(config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None) -> ThoughtFormat:
+    """The format that a config asks for."""
+    return ThoughtFormat(markers=markers, instruction=instruction, begin=begin, temperature=config.thought.temperature,
+                         target_temperature=config.target.temperature, horizon=config.target.horizon)

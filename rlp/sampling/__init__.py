@@ -1,0 +1,1 @@
+"""Thoughts from the policy, with noise that depends on its key alone."""
