@@ -11,10 +11,15 @@ export TOKENIZERS_PARALLELISM := false
 
 NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,kernels triton objective scoring layout tree rollout training ranks numerics probe))
 
-.PHONY: quickstart test test-all test-avx2 gpu setup clean
+.PHONY: quickstart lint test test-all test-avx2 gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
+
+# Formatting and imports, names that do not exist, code that does nothing.
+lint: $(VENV)/test.ok
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 test: $(VENV)/test.ok
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest $(PYTEST_ARGS)

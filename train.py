@@ -3,12 +3,13 @@
     deepspeed train.py configs/quickstart.yaml [section.key=value ...]
     python train.py configs/quickstart.yaml --dry-run
 
-Each step: think (sample G thoughts before a token of ordinary text), score (how probable was the token
-that came next, with the thought and without), compare (each thought with its siblings), learn (raise the
-probability of the thoughts that helped, and of the text itself).
+Each step: think (sample G thoughts before a token of ordinary text), score (how probable was the
+token that came next, with the thought and without), compare (each thought with its siblings), learn
+(raise the probability of the thoughts that helped, and of the text itself).
 
 Dimensions
-    B  documents of a step, all ranks;  M  positions on this rank;  G  thoughts per position;  N = M * G
+    B  documents of a step, all ranks;  M  positions on this rank;  G  thoughts per position;  N = M
+       * G
     L  thought tokens;  H  target tokens
 """
 
@@ -62,17 +63,35 @@ from rlp.process.watchdog import Watchdog
 from rlp.sampling.rollout import NoiseKey, sample_thoughts
 from rlp.trainer import Run, dry_run
 
-DONE, BAD_CONFIG, BAD_DATA, BAD_NUMERICS, NOT_MATCHED, PEER_LOST, FOLDER_LOST, NOT_WRITTEN, PREEMPTED = 0, 2, 3, 4, 5, 69, 73, 74, 75
+(
+    DONE,
+    BAD_CONFIG,
+    BAD_DATA,
+    BAD_NUMERICS,
+    NOT_MATCHED,
+    PEER_LOST,
+    FOLDER_LOST,
+    NOT_WRITTEN,
+    PREEMPTED,
+) = (0, 2, 3, 4, 5, 69, 73, 74, 75)
 
 
 def train(config: Config, ranks: Ranks) -> int:
     """Run to the end of the budget; returns the exit code."""
-    with Watchdog(ranks, config.run) as watchdog, Preemption(ranks, config.checkpoint.save_by) as preemption, RunLock(ranks) as lock:
+    with (
+        Watchdog(ranks, config.run) as watchdog,
+        Preemption(ranks, config.checkpoint.save_by) as preemption,
+        RunLock(ranks) as lock,
+    ):
         preemption.on_poll = lock.beat
         run = Run(config, ranks, preemption, watchdog, lock)
         if run.is_complete():
             run.owe_report()
-            run.log.say(f"{run.folder.path} is complete: nothing to do. To go on from it, write run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger budget.")
+            run.log.say(
+                f"{run.folder.path} is complete: nothing to do. To go on from it, write"
+                f" run.dir=OTHER run.resume={run.folder.checkpoints}/step_{run.step} and a larger"
+                " budget."
+            )
             return DONE
         try:
             return loop(run)
@@ -100,27 +119,37 @@ def loop(run: Run) -> int:
 
 
 def train_step(run: Run) -> None:
-    """Algorithm 1, lines 5 to 15. A micro-batch holds whole groups; divisors are those of the whole step."""
+    """Algorithm 1, lines 5 to 15. A micro-batch holds whole groups; divisors are those of the whole
+    step."""
     config, tally = run.config, Tally()
-    documents = run.next_documents()                                              # x_0 .. x_T
+    documents = run.next_documents()  # x_0 .. x_T
     positions, thoughts = think(run, documents, tally) if config.objective.thinks else (None, None)
-    divisors = run.ranks.sum([thoughts.truncated.numel() if thoughts else 0,
-                              sum(len(document.tokens) - 1 for document in documents)])
-    batches = [compare(run, documents, positions, thoughts, start)
-               for start in range(0, len(documents), config.optim.micro_batch_size)]
+    divisors = run.ranks.sum(
+        [
+            thoughts.truncated.numel() if thoughts else 0,
+            sum(len(document.tokens) - 1 for document in documents),
+        ]
+    )
+    batches = [
+        compare(run, documents, positions, thoughts, start)
+        for start in range(0, len(documents), config.optim.micro_batch_size)
+    ]
     rewards, before = controls(run, batches, thoughts)
 
-    # One forward and backward pass serves thoughts and documents: its seconds are shared out as its FLOPs.
+    # One forward and backward pass serves thoughts and documents: its seconds are shared out as its
+    # FLOPs.
     phases = ("train", "lm") if config.objective.thinks else ("lm",)
     for update in range(config.optim.updates_per_rollout):
         given = before
         for index, batch in enumerate(batches):
             run.safe_point()
             with run.ledger.time(*phases):
-                rewards[index] = learn(run, batch, rewards[index], given, divisors, tally, first=update == 0)
+                rewards[index] = learn(
+                    run, batch, rewards[index], given, divisors, tally, first=update == 0
+                )
             given = None if before is None else rewards[index][-1:]
         with run.ledger.time(*phases):
-            result = run.update(tally, documents)                                 # theta and phi, or neither
+            result = run.update(tally, documents)  # theta and phi, or neither
     run.end_step(tally, result, documents)
 
 
@@ -144,51 +173,99 @@ class MicroBatch:
         """Its last position alone, in its document."""
         positions = self.positions.of_documents(len(self.documents) - 1, len(self.documents))
         baseline_logprob = None if self.baseline_logprob is None else self.baseline_logprob[-1:]
-        return MicroBatch(self.documents[-1:], positions.last(), self.thoughts[-1:], baseline_logprob)
+        return MicroBatch(
+            self.documents[-1:], positions.last(), self.thoughts[-1:], baseline_logprob
+        )
 
 
 def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions, Thoughts]:
     """Choose positions and sample a group of thoughts at each."""
     config = run.config.thought
-    positions = run.choose_positions(documents)                                   # t        [M]
+    positions = run.choose_positions(documents)  # t        [M]
     with run.ledger.time("decode"), run.engine.generation():
-        rollout = sample_thoughts(                                                # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
-            run.engine.policy, documents, positions, run.inputs.form, NoiseKey(run.config.run.seed, run.step), group_size=config.group_size,
-            max_thought_tokens=config.max_thought_tokens, rows=config.sampling_rows, shared=run.shares_prefixes, agree=run.agree,
-            prefill=lambda: run.ledger.time("prefill"))
+        rollout = sample_thoughts(  # c ~ pi_theta(. | x_<t)   [M, G, L]   eq. 2
+            run.engine.policy,
+            documents,
+            positions,
+            run.inputs.form,
+            NoiseKey(run.config.run.seed, run.step),
+            group_size=config.group_size,
+            max_thought_tokens=config.max_thought_tokens,
+            rows=config.sampling_rows,
+            shared=run.shares_prefixes,
+            agree=run.agree,
+            prefill=lambda: run.ledger.time("prefill"),
+        )
     run.count_rollout(rollout)
     run.journal.add_thoughts(positions, rollout.thoughts)
-    watch_thoughts(tally, documents, positions, rollout.thoughts, run.scripts,
-                   close_tokens=len(run.inputs.markers.close), max_thought_tokens=config.max_thought_tokens)
+    watch_thoughts(
+        tally,
+        documents,
+        positions,
+        rollout.thoughts,
+        run.scripts,
+        close_tokens=len(run.inputs.markers.close),
+        max_thought_tokens=config.max_thought_tokens,
+    )
     return positions, rollout.thoughts
 
 
-def compare(run: Run, documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, start: int) -> MicroBatch:
+def compare(
+    run: Run,
+    documents: list[Document],
+    positions: Positions | None,
+    thoughts: Thoughts | None,
+    start: int,
+) -> MicroBatch:
     """The micro-batch that begins at a document, with the no-think prediction of its targets."""
     stop = min(start + run.config.optim.micro_batch_size, len(documents))
     documents = documents[start:stop]
     if thoughts is None:
         return MicroBatch(documents, None, None, None)
-    thoughts, positions = thoughts[positions.slice_of_documents(start, stop)], positions.of_documents(start, stop)
+    thoughts, positions = (
+        thoughts[positions.slice_of_documents(start, stop)],
+        positions.of_documents(start, stop),
+    )
     if not run.scores_baseline():
         return MicroBatch(documents, positions, thoughts, None)
-    layout = run.arrange(documents, positions, None, run.inputs.form, lm=False, no_think=True, device=run.ranks.device)
+    layout = run.arrange(
+        documents,
+        positions,
+        None,
+        run.inputs.form,
+        lm=False,
+        no_think=True,
+        device=run.ranks.device,
+    )
     with run.ledger.time("teacher"):
-        baseline_logprob = run.teacher.baseline_logprob(layout, len(positions.position))   # S_ema    [M]      eq. 4
+        baseline_logprob = run.teacher.baseline_logprob(
+            layout, len(positions.position)
+        )  # S_ema    [M]      eq. 4
     run.count("teacher", layout.document_work if run.teacher.model else Work(), passes=1)
     return MicroBatch(documents, positions, thoughts, baseline_logprob)
 
 
-def learn(run: Run, batch: MicroBatch, reward: Tensor | None, before: Tensor | None, divisors: list[float],
-          tally: Tally, *, first: bool) -> Tensor | None:
-    """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its groups.
+def learn(
+    run: Run,
+    batch: MicroBatch,
+    reward: Tensor | None,
+    before: Tensor | None,
+    divisors: list[float],
+    tally: Tally,
+    *,
+    first: bool,
+) -> Tensor | None:
+    """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its
+    groups.
 
-    A group in slices is scored once more, without gradient and before: each thought is compared with all its siblings.
+    A group in slices is scored once more, without gradient and before: each thought is compared
+    with all its siblings.
 
     Args:
-        reward: [M, G], where it is known: after the first update with the same thoughts, or of a control.
-        before: [1, G], reward of the position before the first one, where every position is given that of the
-            position before it (`reward.placebo: shuffled_reward`).
+        reward: [M, G], where it is known: after the first update with the same thoughts, or of a
+            control.
+        before: [1, G], reward of the position before the first one, where every position is given
+            that of the position before it (`reward.placebo: shuffled_reward`).
         first: whether this is the first update with the thoughts; what they are worth is told then.
 
     Returns:
@@ -206,13 +283,27 @@ def learn(run: Run, batch: MicroBatch, reward: Tensor | None, before: Tensor | N
     reasoned = []
     for group in slices:
         part = batch.siblings(group)
-        layout, scores = forward(run, part, lm=lm and group.start == 0, matched=run.asks_for_matches and reward is None)
-        reasoned_logprob, matched = evidence(run, part, scores, "train")          # S_pred   [M, G]   eq. 3
+        layout, scores = forward(
+            run, part, lm=lm and group.start == 0, matched=run.asks_for_matches and reward is None
+        )
+        reasoned_logprob, matched = evidence(run, part, scores, "train")  # S_pred   [M, G]   eq. 3
         if reward is None:
-            reward = rewards_of(run, batch, reasoned_logprob.detach(), matched)   # r(c)     [M, G]   eq. 5
+            reward = rewards_of(
+                run, batch, reasoned_logprob.detach(), matched
+            )  # r(c)     [M, G]   eq. 5
         fed = reward if before is None else torch.cat([before, reward[:-1]])
-        advantage = group_relative_advantage(fed)                                 # A        [M, G]   eq. 7
-        loss = thought_loss(run, part, layout, scores, reasoned_logprob, advantage[:, group], divisors, tally, first=first)
+        advantage = group_relative_advantage(fed)  # A        [M, G]   eq. 7
+        loss = thought_loss(
+            run,
+            part,
+            layout,
+            scores,
+            reasoned_logprob,
+            advantage[:, group],
+            divisors,
+            tally,
+            first=first,
+        )
         run.engine.backward(loss + text_loss(run, layout, scores, divisors, tally))
         reasoned.append(reasoned_logprob.detach())
     if first:
@@ -227,12 +318,26 @@ def group_slices(run: Run, batch: MicroBatch) -> list[slice]:
     return [slice(start, start + size) for start in range(0, group_size, size)]
 
 
-def forward(run: Run, batch: MicroBatch, *, lm: bool, matched: bool = False) -> tuple[Layout, Scores]:
+def forward(
+    run: Run, batch: MicroBatch, *, lm: bool, matched: bool = False
+) -> tuple[Layout, Scores]:
     """One pass of the policy, with gradient, over thoughts and documents."""
-    layout = run.arrange(batch.documents, batch.positions, batch.thoughts, run.inputs.form, lm=lm,
-                         no_think=lm and batch.thoughts is not None, device=run.ranks.device)
+    layout = run.arrange(
+        batch.documents,
+        batch.positions,
+        batch.thoughts,
+        run.inputs.form,
+        lm=lm,
+        no_think=lm and batch.thoughts is not None,
+        device=run.ranks.device,
+    )
     run.count("train", layout.thought_work, passes=3, tokens_trained=int(layout.thought_mask.sum()))
-    run.count("lm", layout.document_work, passes=3, tokens_trained=int(layout.document_mask.sum()) if lm else 0)
+    run.count(
+        "lm",
+        layout.document_work,
+        passes=3,
+        tokens_trained=int(layout.document_mask.sum()) if lm else 0,
+    )
     return layout, score(run.engine, layout, matched=matched)
 
 
@@ -243,18 +348,30 @@ def score_ahead(run: Run, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
     with run.ledger.time("score"):
         for group in group_slices(run, batch):
             part = batch.siblings(group)
-            layout = run.arrange(part.documents, part.positions, part.thoughts, run.inputs.form, lm=False,
-                                 no_think=False, device=run.ranks.device)
+            layout = run.arrange(
+                part.documents,
+                part.positions,
+                part.thoughts,
+                run.inputs.form,
+                lm=False,
+                no_think=False,
+                device=run.ranks.device,
+            )
             run.count("score", layout.thought_work, passes=1)
             scores = score(run.engine.policy, layout, matched=run.asks_for_matches)
             parts.append(evidence(run, part, scores, "score"))
 
     reasoned_logprob, matched = zip(*parts)
-    return torch.cat(reasoned_logprob, dim=1), torch.cat(matched, dim=1) if run.asks_for_matches else None
+    return torch.cat(reasoned_logprob, dim=1), (
+        torch.cat(matched, dim=1) if run.asks_for_matches else None
+    )
 
 
-def evidence(run: Run, batch: MicroBatch, scores: Scores, phase: str) -> tuple[Tensor, Tensor | None]:
-    """S_pred [M, G], and whether the targets are the most probable tokens [M, G], where they were asked for it."""
+def evidence(
+    run: Run, batch: MicroBatch, scores: Scores, phase: str
+) -> tuple[Tensor, Tensor | None]:
+    """S_pred [M, G], and whether the targets are the most probable tokens [M, G], where they were
+    asked for it."""
     group_size = batch.thoughts.tokens.shape[1]
     reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)
     if scores.matched is None:
@@ -263,8 +380,11 @@ def evidence(run: Run, batch: MicroBatch, scores: Scores, phase: str) -> tuple[T
     return reasoned_logprob, rearrange(scores.matched, "(m g) -> m g", g=group_size)
 
 
-def rewards_of(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None) -> Tensor:
-    """[M, G] reward of whole groups. Without a baseline it is S_pred: what is missing cancels in eq. 7."""
+def rewards_of(
+    run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None
+) -> Tensor:
+    """[M, G] reward of whole groups. Without a baseline it is S_pred: what is missing cancels in
+    eq. 7."""
     if matched is not None:
         return greedy_match(matched)
     if batch.baseline_logprob is None:
@@ -272,13 +392,31 @@ def rewards_of(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, matched: T
     return information_gain(reasoned_logprob, batch.baseline_logprob)
 
 
-def thought_loss(run: Run, batch: MicroBatch, layout: Layout, scores: Scores, reasoned_logprob: Tensor,
-                 advantage: Tensor, divisors: list[float], tally: Tally, *, first: bool) -> Tensor:
+def thought_loss(
+    run: Run,
+    batch: MicroBatch,
+    layout: Layout,
+    scores: Scores,
+    reasoned_logprob: Tensor,
+    advantage: Tensor,
+    divisors: list[float],
+    tally: Tally,
+    *,
+    first: bool,
+) -> Tensor:
     """The terms of the loss that thoughts have."""
     weights, thoughts, num_thoughts = run.config.objective, batch.thoughts, divisors[0]
-    mask, behavior_logprob = (rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob))
-    surrogate = clipped_surrogate(scores.thought, behavior_logprob, mask, rearrange(advantage, "m g -> (m g)"),   # [N]   eq. 8
-                                  clip_low=weights.clip_low, clip_high=weights.clip_high)
+    mask, behavior_logprob = (
+        rearrange(part, "m g l -> (m g) l") for part in (thoughts.mask, thoughts.behavior_logprob)
+    )
+    surrogate = clipped_surrogate(
+        scores.thought,
+        behavior_logprob,
+        mask,
+        rearrange(advantage, "m g -> (m g)"),  # [N]   eq. 8
+        clip_low=weights.clip_low,
+        clip_high=weights.clip_high,
+    )
     loss = weights.policy_weight * surrogate.sum() / num_thoughts
     if weights.predictor_weight > 0:
         loss = loss - weights.predictor_weight * reasoned_logprob.sum() / num_thoughts
@@ -298,7 +436,9 @@ def start_logprob(run: Run, layout: Layout) -> Tensor:
         return score(run.start, layout).thought
 
 
-def text_loss(run: Run, layout: Layout, scores: Scores, divisors: list[float], tally: Tally) -> Tensor:
+def text_loss(
+    run: Run, layout: Layout, scores: Scores, divisors: list[float], tally: Tally
+) -> Tensor:
     """The next-token loss on the documents; 0 for a pass without them."""
     if scores.document.numel() == 0:
         return torch.zeros((), device=run.ranks.device)
@@ -308,67 +448,112 @@ def text_loss(run: Run, layout: Layout, scores: Scores, divisors: list[float], t
     return -run.config.objective.lm_weight * scores.document.sum() / divisors[1]
 
 
-def tell(run: Run, batch: MicroBatch, reasoned_logprob: Tensor, reward: Tensor, advantage: Tensor, tally: Tally) -> None:
-    """What the thoughts of a micro-batch were worth: the reward that eq. 7 is fed, and the information gain."""
+def tell(
+    run: Run,
+    batch: MicroBatch,
+    reasoned_logprob: Tensor,
+    reward: Tensor,
+    advantage: Tensor,
+    tally: Tally,
+) -> None:
+    """What the thoughts of a micro-batch were worth: the reward that eq. 7 is fed, and the
+    information gain."""
     tally.add("policy/reasoned_logprob", reasoned_logprob)
     scored = batch.baseline_logprob is not None
     measured = scored or run.asks_for_matches
-    watch_rewards(tally, reward, thought_lengths(batch.thoughts, len(run.inputs.markers.close)), measured=measured)
-    values = {"reasoned_logprob": reasoned_logprob, "advantage": advantage} | ({"reward": reward} if measured else {})
+    watch_rewards(
+        tally,
+        reward,
+        thought_lengths(batch.thoughts, len(run.inputs.markers.close)),
+        measured=measured,
+    )
+    values = {"reasoned_logprob": reasoned_logprob, "advantage": advantage} | (
+        {"reward": reward} if measured else {}
+    )
     if scored:
         gain = information_gain(reasoned_logprob, batch.baseline_logprob)
         tally.add("baseline/logprob", batch.baseline_logprob)
         watch_gains(tally, gain)
-        values |= {"baseline_logprob": batch.baseline_logprob[:, None].expand_as(gain), "gain": gain}
+        values |= {
+            "baseline_logprob": batch.baseline_logprob[:, None].expand_as(gain),
+            "gain": gain,
+        }
     run.offer_thoughts(batch.documents, batch.positions, batch.thoughts, values)
 
 
-def controls(run: Run, batches: list[MicroBatch], thoughts: Thoughts | None) -> tuple[list[Tensor | None], Tensor | None]:
+def controls(
+    run: Run, batches: list[MicroBatch], thoughts: Thoughts | None
+) -> tuple[list[Tensor | None], Tensor | None]:
     """`reward.placebo`: rewards that say nothing about the thoughts they are given to.
 
-    Each position of the step gets what the position before it has, and the first what the last has, in the
+    Each position of the step gets what the position before it has, and the first what the last has,
+    in the
     order of the documents over all ranks: micro-batches and ranks change nothing.
 
-        foreign_thought    the position before gives its thoughts, which are scored here in place of its own
-        shuffled_reward    it gives its rewards, which `learn` has by then; only those of the last position are
-                           scored ahead
+        foreign_thought    the position before gives its thoughts, which are scored here in place of
+                           its own
+        shuffled_reward    it gives its rewards, which `learn` has by then; only those of the last
+                           position are scored ahead
 
     Returns:
-        for each micro-batch its rewards [M, G] where they are known here, and `before` of the first one.
+        for each micro-batch its rewards [M, G] where they are known here, and `before` of the first
+        one.
     """
     placebo, ranks = run.config.reward.placebo, run.ranks
     if thoughts is None or placebo == "none":
         return [None] * len(batches), None
     if sum(ranks.gather(len(thoughts.tokens))) < 2:
-        raise ConfigError(f"reward.placebo: {placebo} exchanges the positions of a step, and step {run.step} has a "
-                          "single one. Write an optim.batch_size of 2 or more.")
+        raise ConfigError(
+            f"reward.placebo: {placebo} exchanges the positions of a step, and step {run.step} has"
+            " a single one. Write an optim.batch_size of 2 or more."
+        )
     if placebo == "shuffled_reward":
         last = batches[-1].last_position()
         reward = rewards_of(run, last, *score_ahead(run, last))
         return [None] * len(batches), ranks.gather(reward.cpu())[ranks.rank - 1].to(ranks.device)
 
-    foreign = thoughts.exchanged(ranks.gather(thoughts[-1:].to("cpu"))[ranks.rank - 1].to(ranks.device))
+    foreign = thoughts.exchanged(
+        ranks.gather(thoughts[-1:].to("cpu"))[ranks.rank - 1].to(ranks.device)
+    )
     rewards, start = [], 0
     for batch in batches:
         run.safe_point()
         stop = start + len(batch.thoughts.tokens)
-        rewards.append(rewards_of(run, batch, *score_ahead(run, replace(batch, thoughts=foreign[start:stop]))))
+        rewards.append(
+            rewards_of(run, batch, *score_ahead(run, replace(batch, thoughts=foreign[start:stop])))
+        )
         start = stop
     return rewards, None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run, and turn errors into one clear message and an exit code."""
-    parser = argparse.ArgumentParser(description="Pretrain a causal language model with RLP.", epilog="Overrides: section.key=value, as in thought.group_size=8.")
+    parser = argparse.ArgumentParser(
+        description="Pretrain a causal language model with RLP.",
+        epilog="Overrides: section.key=value, as in thought.group_size=8.",
+    )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved config, one example, memory, FLOPs and disk, and exit")
-    parser.add_argument("--machine", default="", metavar="8x80", help="with --dry-run: plan for 8 devices of 80 GB instead of this machine")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved config, one example, memory, FLOPs and disk, and exit",
+    )
+    parser.add_argument(
+        "--machine",
+        default="",
+        metavar="8x80",
+        help="with --dry-run: plan for 8 devices of 80 GB instead of this machine",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     options = parser.parse_intermixed_args(arguments)
     ranks = None
     if options.machine and not options.dry_run:
-        parser.error(f"--machine {options.machine} plans for a machine, and without --dry-run this would start a real run on this one. Write --dry-run --machine {options.machine}, or leave --machine out.")
+        parser.error(
+            f"--machine {options.machine} plans for a machine, and without --dry-run this would"
+            f" start a real run on this one. Write --dry-run --machine {options.machine}, or leave"
+            " --machine out."
+        )
     try:
         launchers().require()
         config = load_config(options.config, options.overrides)

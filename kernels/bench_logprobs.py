@@ -1,4 +1,5 @@
-"""How long token log-probabilities take, and how exact they are, form by form: one command, one table, one JSON file.
+"""How long token log-probabilities take, and how exact they are, form by form: one command, one
+table, one JSON file.
 
     python kernels/bench_logprobs.py [--quick] [--sweep] [--json OUT]
 
@@ -9,9 +10,9 @@ the inputs. On a CPU: float32, small sizes, one thread, process time; Triton's f
 
 Peers are timed where they are installed: TRL's chunked log-probabilities, cut-cross-entropy and
 Liger's fused linear cross entropy. None of them leaves out a token or takes a temperature per row,
-so here every temperature is 1 and nothing is left out, which costs our forms the same. Liger returns
-one mean over rows, so it has no error to show. An arm that fails is named with its error and left out,
-and the exit status is 1.
+so here every temperature is 1 and nothing is left out, which costs our forms the same. Liger
+returns one mean over rows, so it has no error to show. An arm that fails is named with its error
+and left out, and the exit status is 1.
 
 Dimensions
     N  rows
@@ -33,20 +34,35 @@ from functools import partial
 from pathlib import Path
 
 import rlp  # noqa: F401, before torch: see rlp/process/machine.py
-import rlp_kernels
+
+# isort: split
 import torch
 from torch import Tensor
 
+import rlp_kernels
+
 PEAK_FLOPS = 790e12
-"""bf16 with float32 sums on one H200, what large products of random numbers reach; the data sheet says 990e12."""
-GPU_SHAPE = {"num_rows": (8192, 65_536), "vocabulary": 151_936, "width": 2048, "dtype": torch.bfloat16}
+"""bf16 with float32 sums on one H200, what large products of random numbers reach; the data sheet
+says 990e12."""
+GPU_SHAPE = {
+    "num_rows": (8192, 65_536),
+    "vocabulary": 151_936,
+    "width": 2048,
+    "dtype": torch.bfloat16,
+}
 CPU_SHAPE = {"num_rows": (256, 1024), "vocabulary": 8192, "width": 256, "dtype": torch.float32}
 ERROR_ROWS = 512
 """Rows whose float64 answer is computed; `--quick` takes 64."""
 PLAIN_COPIES = 5
 """[N, V] float32 tensors that the plain form has alive in its backward pass, about."""
 
-SWEEP = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3))
+SWEEP = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+)
 """Rows, columns, depth, warps, stages."""
 
 
@@ -104,8 +120,11 @@ class Row:
     peak_memory_bytes: int | None
 
 
-def make_inputs(num_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Logits of deviation 2; temperature 1 and no excluded token, which is all that the peers can do."""
+def make_inputs(
+    num_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str
+) -> Inputs:
+    """Logits of deviation 2; temperature 1 and no excluded token, which is all that the peers can
+    do."""
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(num_rows, width, generator=generator, device=device).to(dtype)
     head = torch.empty(vocabulary, width, dtype=dtype, device=device)
@@ -123,7 +142,9 @@ def our_arms(on_gpu: bool) -> list[Arm]:
 
     def forward(inputs: Inputs, form: str) -> Tensor:
         with torch.no_grad():
-            return rlp_kernels.token_logprobs(inputs.hidden, inputs.head, inputs.target, **inputs.rows, form=form)
+            return rlp_kernels.token_logprobs(
+                inputs.hidden, inputs.head, inputs.target, **inputs.rows, form=form
+            )
 
     def both(inputs: Inputs, form: str) -> tuple[Tensor, ...]:
         hidden, head = inputs.trained()
@@ -136,11 +157,18 @@ def our_arms(on_gpu: bool) -> list[Arm]:
 
     forms = rlp_kernels.FORMS if on_gpu else ("plain", "chunked")
     arms = [
-        Arm(form, partial(forward, form=form), partial(both, form=form), units=6 if form == "plain" else 8)
+        Arm(
+            form,
+            partial(forward, form=form),
+            partial(both, form=form),
+            units=6 if form == "plain" else 8,
+        )
         for form in forms
     ]
     twice = [form for form in forms if form in ("chunked", "triton")]
-    return arms + [Arm(f"{form}, in forward", None, partial(in_forward, form=form), units=6) for form in twice]
+    return arms + [
+        Arm(f"{form}, in forward", None, partial(in_forward, form=form), units=6) for form in twice
+    ]
 
 
 def peer_arms(on_gpu: bool) -> tuple[list[Arm], list[str]]:
@@ -153,7 +181,13 @@ def peer_arms(on_gpu: bool) -> tuple[list[Arm], list[str]]:
     return [peers[name]() for name in usable], absent
 
 
-def _peer(name: str, logprobs: Callable[[Tensor, Tensor, Tensor], Tensor], *, units: int = 8, per_row: bool = True) -> Arm:
+def _peer(
+    name: str,
+    logprobs: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    units: int = 8,
+    per_row: bool = True,
+) -> Arm:
     """An arm from a function of hidden, head and target to log-probabilities."""
 
     def forward(inputs: Inputs) -> Tensor:
@@ -182,20 +216,25 @@ def _trl() -> Arm:
 def _cut_cross_entropy() -> Arm:
     from cut_cross_entropy import linear_cross_entropy
 
-    return _peer("cut-cross-entropy", lambda *given: -linear_cross_entropy(*given, reduction="none"))
+    return _peer(
+        "cut-cross-entropy", lambda *given: -linear_cross_entropy(*given, reduction="none")
+    )
 
 
 def _liger() -> Arm:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
-    return _peer("Liger", lambda hidden, head, target: -loss(head, hidden, target), units=6, per_row=False)
+    return _peer(
+        "Liger", lambda hidden, head, target: -loss(head, hidden, target), units=6, per_row=False
+    )
 
 
 def measure(
     runs: dict[str, Callable[[], object]], repeats: int, on_gpu: bool
 ) -> dict[str, tuple[list[float], int | None]]:
-    """Seconds of each repeat and peak bytes beside the inputs, arms interleaved, after three warm-ups."""
+    """Seconds of each repeat and peak bytes beside the inputs, arms interleaved, after three
+    warm-ups."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     peak: dict[str, int | None] = dict.fromkeys(runs)
     for repeat in range(-3, repeats):
@@ -238,9 +277,22 @@ def time_arms(arms: list[Arm], inputs: Inputs, repeats: int, on_gpu: bool) -> li
                 seconds, peak = measured[arm.name]
                 median = statistics.median(seconds)
                 least, units = (2, 2) if direction == "forward" else (6, arm.units)
-                fracs = [u * operations / PEAK_FLOPS / median if on_gpu else None for u in (units, least)]
+                fracs = [
+                    u * operations / PEAK_FLOPS / median if on_gpu else None for u in (units, least)
+                ]
                 spread = (min(seconds), max(seconds))
-                table.append(Row(arm.name, num_rows, direction, median, spread, chunked / median, *fracs, peak))
+                table.append(
+                    Row(
+                        arm.name,
+                        num_rows,
+                        direction,
+                        median,
+                        spread,
+                        chunked / median,
+                        *fracs,
+                        peak,
+                    )
+                )
     return table
 
 
@@ -250,21 +302,35 @@ def working(arms: list[Arm], inputs: Inputs) -> tuple[list[Arm], dict[str, str]]
     for arm in arms:
         try:
             arm.both(inputs)
-        except Exception as error:  # a peer or a form that breaks here must not cost the rows of the others
+        except (
+            Exception
+        ) as error:  # a peer or a form that breaks here must not cost the rows of the others
             failed[arm.name] = f"{type(error).__name__}: {error}"[:500]
     return [arm for arm in arms if arm.name not in failed], failed
 
 
 def errors(arms: list[Arm], inputs: Inputs) -> list[dict[str, object]]:
-    """Largest error against float64 on the same rounded inputs, and whether a second run is equal to the bit."""
-    wide = Inputs(inputs.hidden.double(), inputs.head.double(), inputs.target, inputs.coefficient.double(), inputs.rows)
+    """Largest error against float64 on the same rounded inputs, and whether a second run is equal
+    to the bit."""
+    wide = Inputs(
+        inputs.hidden.double(),
+        inputs.head.double(),
+        inputs.target,
+        inputs.coefficient.double(),
+        inputs.rows,
+    )
     truth = our_arms(on_gpu=False)[0].both(wide)
     lines = []
     for arm in arms:
         first, second = arm.both(inputs), arm.both(inputs)
-        line: dict[str, object] = {"arm": arm.name, "rerun_bit_equal": all(map(torch.equal, first, second))}
+        line: dict[str, object] = {
+            "arm": arm.name,
+            "rerun_bit_equal": all(map(torch.equal, first, second)),
+        }
         if arm.per_row:
-            for what, ours, true in zip(("logprob", "hidden_grad", "head_grad"), first, truth, strict=True):
+            for what, ours, true in zip(
+                ("logprob", "hidden_grad", "head_grad"), first, truth, strict=True
+            ):
                 line[f"{what}_error"] = (ours.double() - true).abs().max().item()
                 line[f"{what}_largest"] = true.abs().max().item()
         lines.append(line)
@@ -272,7 +338,8 @@ def errors(arms: list[Arm], inputs: Inputs) -> list[dict[str, object]]:
 
 
 def sweep(inputs: Inputs, repeats: int) -> list[dict[str, object]]:
-    """The Triton forward pass by tile sizes; a size that does not compile or fit is reported with its error."""
+    """The Triton forward pass by tile sizes; a size that does not compile or fit is reported with
+    its error."""
     from rlp_kernels import triton_form
 
     lines: list[dict[str, object]] = []
@@ -298,14 +365,28 @@ def provenance(commit: str | None) -> dict[str, str]:
         git = partial(subprocess.run, capture_output=True, text=True, cwd=here, check=True)
         try:
             commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-            changed = git(["git", "status", "--porcelain", "--untracked-files=all", "."]).stdout.strip()
+            changed = git(
+                ["git", "status", "--porcelain", "--untracked-files=all", "."]
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"the commit is part of every row, and git does not say it ({error}): give --commit") from error
+            raise SystemExit(
+                f"the commit is part of every row, and git does not say it ({error}): give --commit"
+            ) from error
         commit += " with changes in kernels/" if changed else ""
     cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    models = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
     found = {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else models[0].split(": ")[1] if models else platform.processor(),
+        "hardware": (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else models[0].split(": ")[1]
+            if models
+            else platform.processor()
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -321,8 +402,14 @@ def provenance(commit: str | None) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="write the raw numbers here")
-    parser.add_argument("--quick", action="store_true", help="the smaller N only, three repeats, fewer rows in float64")
-    parser.add_argument("--sweep", action="store_true", help="also time Triton's forward pass by tile sizes (GPU)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smaller N only, three repeats, fewer rows in float64",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also time Triton's forward pass by tile sizes (GPU)"
+    )
     parser.add_argument("--commit", help="the commit, where there is no git to ask")
     arguments = parser.parse_args()
 
@@ -351,32 +438,67 @@ def main() -> int:
         if not fits:
             print(f"plain is left out at N {num_rows}: about {plain_bytes / 1e9:.0f} GB of logits")
         inputs = make_inputs(num_rows, **fixed)
-        table += time_arms([arm for arm in arms if fits or arm.name != "plain"], inputs, repeats, on_gpu)
+        table += time_arms(
+            [arm for arm in arms if fits or arm.name != "plain"], inputs, repeats, on_gpu
+        )
     checked = errors(arms, make_inputs(64 if arguments.quick else ERROR_ROWS, **fixed))
     swept = sweep(make_inputs(8192, **fixed), repeats) if arguments.sweep and on_gpu else []
 
-    print(f"\nV {shape['vocabulary']}, D {shape['width']}, {shape['dtype']}; medians [range] of {repeats}\n")
-    print("| arm | N | direction | ms | speedup over chunked | of 790 TFLOP/s | of the floor | peak MB |")
+    print(
+        f"\nV {shape['vocabulary']}, D {shape['width']}, {shape['dtype']}; medians [range] of"
+        f" {repeats}\n"
+    )
+    print(
+        "| arm | N | direction | ms | speedup over chunked | of 790 TFLOP/s | of the floor | peak"
+        " MB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for row in table:
         low, high = row.range_s
-        fracs = " | ".join("" if frac is None else f"{frac:.2f}" for frac in (row.roofline_frac, row.floor_frac))
+        fracs = " | ".join(
+            "" if frac is None else f"{frac:.2f}" for frac in (row.roofline_frac, row.floor_frac)
+        )
         memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.0f}"
-        print(f"| {row.arm} | {row.num_rows} | {row.direction} | {row.median_s * 1e3:.4g} [{low * 1e3:.4g}, {high * 1e3:.4g}] | {row.speedup:.2f} | {fracs} | {memory} |")
-    print("\n| arm | logprob error, nats | hidden grad error / largest | head grad error / largest | rerun equal to the bit |")
+        print(
+            f"| {row.arm} | {row.num_rows} | {row.direction} | {row.median_s * 1e3:.4g}"
+            f" [{low * 1e3:.4g}, {high * 1e3:.4g}] | {row.speedup:.2f} | {fracs} | {memory} |"
+        )
+    print(
+        "\n| arm | logprob error, nats | hidden grad error / largest | head grad error / largest |"
+        " rerun equal to the bit |"
+    )
     print("|---|---|---|---|---|")
     for line in checked:
         cells = ["", "", ""]
         if "logprob_error" in line:
-            ratios = [line[f"{what}_error"] / line[f"{what}_largest"] for what in ("hidden_grad", "head_grad")]
+            ratios = [
+                line[f"{what}_error"] / line[f"{what}_largest"]
+                for what in ("hidden_grad", "head_grad")
+            ]
             cells = [f"{value:.1e}" for value in (line["logprob_error"], *ratios)]
-        print(f"| {line['arm']} | {' | '.join(cells)} | {'yes' if line['rerun_bit_equal'] else 'NO'} |")
+        print(
+            f"| {line['arm']} | {' | '.join(cells)} |"
+            f" {'yes' if line['rerun_bit_equal'] else 'NO'} |"
+        )
     for line in swept:
-        print(f"tiles {line['sizes']}: " + (f"{line['median_s'] * 1e3:.4g} ms" if "median_s" in line else line["error"]))
+        print(
+            f"tiles {line['sizes']}: "
+            + (f"{line['median_s'] * 1e3:.4g} ms" if "median_s" in line else line["error"])
+        )
 
     if arguments.json:
-        raw = {"provenance": about, "shape": {name: str(value) for name, value in shape.items()}, "repeats": repeats}
-        raw |= {"table": [asdict(row) for row in table], "errors": checked, "sweep": swept, "absent": absent, "failed": failed}
+        raw = {
+            "provenance": about,
+            "shape": {name: str(value) for name, value in shape.items()},
+            "repeats": repeats,
+        }
+        raw |= {
+            "table": [asdict(row) for row in table],
+            "errors": checked,
+            "sweep": swept,
+            "absent": absent,
+            "failed": failed,
+        }
         arguments.json.write_text(json.dumps(raw, indent=1) + "\n")
     return 1 if failed else 0
 

@@ -7,6 +7,7 @@ from rlp.process.terminal import run_command
 
 def main() -> int:
     """Run one command; the exit code."""
+
     def command() -> int:
         from rlp.cli import main
 

@@ -54,9 +54,16 @@ class Opened:
     """What a config names, opened: data, tokenizer, panel, the run to match. It is in order, as far
     as can be seen without weights."""
 
-    def __init__(self, config: Config, world_size: int, rank: int, *, warn: Callable[[str], None],
-                 record: Callable[[dict], None] = lambda entry: None,
-                 progress: Tell = Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        rank: int,
+        *,
+        warn: Callable[[str], None],
+        record: Callable[[dict], None] = lambda entry: None,
+        progress: Tell = Progress,
+    ) -> None:
         """
         Args:
             warn, record, progress: as `Inputs`.
@@ -73,12 +80,17 @@ class Opened:
         self.layout, self.why_layout = choose_layout(config, self.inputs.architecture)
         begin_ledger(config, self.inputs.shapes)
         form = self.inputs.form
-        self.form_tokens = FormatTokens(open=len(form.markers.open), close=len(form.markers.close), instruction=len(form.instruction))
+        self.form_tokens = FormatTokens(
+            open=len(form.markers.open),
+            close=len(form.markers.close),
+            instruction=len(form.instruction),
+        )
         self.panel = None if self.inputs.held_out is None else held_out_panel(self.inputs)
 
 
-def begin_ledger(config: Config, shapes: ModelShapes,
-                 on_phase: Callable[[str], None] = lambda phase: None) -> Ledger:
+def begin_ledger(
+    config: Config, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None
+) -> Ledger:
     """A ledger that begins with what the data cost (`data.ledger`).
 
     Raises:
@@ -90,12 +102,16 @@ def begin_ledger(config: Config, shapes: ModelShapes,
     try:
         ledger.carry(read_json(Path(path).resolve(), WHOLE_LEDGER))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.ledger: {path} can not be read: {error}. Write the ledger.json "
-                          "that lies beside the data.") from error
+        raise ConfigError(
+            f"data.ledger: {path} can not be read: {error}. Write the ledger.json "
+            "that lies beside the data."
+        ) from error
     if budget_spent(config.budget, 0, ledger) >= 1:
-        raise ConfigError(f"budget: making the data has spent it already ({path}): "
-                          f"{ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or "
-                          "write a larger budget.")
+        raise ConfigError(
+            f"budget: making the data has spent it already ({path}): "
+            f"{ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or "
+            "write a larger budget."
+        )
     return ledger
 
 
@@ -109,9 +125,14 @@ def run_dtype(config: Config, width: int, ranks: Ranks) -> tuple[torch.dtype, st
     """As `choose_dtype`; under `auto` a run that goes on keeps the dtype that it began in. The
     first rank decides for all."""
     chosen = choose_dtype(config, ranks.device, width)
-    saved = _saved_dtype(config) if ranks.is_first and config.engine.dtype == "auto" and config.engine.zero_stage > 0 else None
-    return ranks.broadcast((saved, "so the run began") if saved is not None and saved != chosen[0]
-                           else chosen)
+    saved = (
+        _saved_dtype(config)
+        if ranks.is_first and config.engine.dtype == "auto" and config.engine.zero_stage > 0
+        else None
+    )
+    return ranks.broadcast(
+        (saved, "so the run began") if saved is not None and saved != chosen[0] else chosen
+    )
 
 
 def _saved_dtype(config: Config) -> torch.dtype | None:
@@ -125,7 +146,8 @@ def _saved_dtype(config: Config) -> torch.dtype | None:
 
 
 BYTES_OF_A_THOUGHT_TOKEN, BYTES_OF_A_DOCUMENT_TOKEN = 25, 8
-"""In memory on its rank for the whole step: its noise, id, mask, log-probability and entropy; and an id."""
+"""In memory on its rank for the whole step: its noise, id, mask, log-probability and entropy; and
+an id."""
 
 
 def refuse_sizes(config: Config, world_size: int) -> None:
@@ -136,46 +158,106 @@ def refuse_sizes(config: Config, world_size: int) -> None:
     """
     available = available_memory_bytes()
     documents, thinks = -(-config.optim.batch_size // world_size), config.objective.thinks
-    thoughts = documents * positions_per_document(config) * config.thought.group_size if thinks else 0
-    panel = config.evaluation.panel_positions * config.evaluation.thoughts_per_position if config.data.held_out else 0
+    thoughts = (
+        documents * positions_per_document(config) * config.thought.group_size if thinks else 0
+    )
+    panel = (
+        config.evaluation.panel_positions * config.evaluation.thoughts_per_position
+        if config.data.held_out
+        else 0
+    )
     for what, thoughts, documents, settings in (
-            ("a step", thoughts, documents, "optim.batch_size, position.per_document, thought.group_size or thought.max_thought_tokens"),
-            ("the held-out panel", panel, 0, "evaluation.panel_positions, evaluation.thoughts_per_position or thought.max_thought_tokens")):
-        held = thoughts * config.thought.max_thought_tokens * BYTES_OF_A_THOUGHT_TOKEN + documents * config.data.max_document_tokens * BYTES_OF_A_DOCUMENT_TOKEN
+        (
+            "a step",
+            thoughts,
+            documents,
+            (
+                "optim.batch_size, position.per_document, thought.group_size or"
+                " thought.max_thought_tokens"
+            ),
+        ),
+        (
+            "the held-out panel",
+            panel,
+            0,
+            (
+                "evaluation.panel_positions, evaluation.thoughts_per_position or"
+                " thought.max_thought_tokens"
+            ),
+        ),
+    ):
+        held = (
+            thoughts * config.thought.max_thought_tokens * BYTES_OF_A_THOUGHT_TOKEN
+            + documents * config.data.max_document_tokens * BYTES_OF_A_DOCUMENT_TOKEN
+        )
         if available is not None and held > available:
-            raise ConfigError(f"{what} has {thoughts:,} thoughts of {config.thought.max_thought_tokens:,} tokens on each rank: {size(held)} for their tokens alone, "
-                              f"and this machine has {size(available)}. Write a smaller {settings}.")
+            raise ConfigError(
+                f"{what} has {thoughts:,} thoughts of {config.thought.max_thought_tokens:,} tokens"
+                f" on each rank: {size(held)} for their tokens alone, and this machine has"
+                f" {size(available)}. Write a smaller {settings}."
+            )
 
 
 def announce(plan: Plan, run_dir: Path) -> list[str]:
     """What the run takes of memory and disk, in a few lines; what does not fit stands out.
 
     Raises:
-        ConfigError: the disk has no room for a checkpoint and the export, without which a new run leaves nothing.
+        ConfigError: the disk has no room for a checkpoint and the export, without which a new run
+            leaves nothing.
     """
     held = folder_bytes(run_dir / "checkpoints")
     free, least = plan.disk_free_bytes + held, plan.checkpoint_bytes + plan.export_bytes
     if free < least and not run_dir.exists():
-        raise ConfigError(f"run.dir: {run_dir} is on a disk with {size(free)} for this run, and it needs {size(least)}: {size(plan.checkpoint_bytes)} for a checkpoint and "
-                          f"{size(plan.export_bytes)} for the export. Make room there, or write run.dir=OTHER.")
+        raise ConfigError(
+            f"run.dir: {run_dir} is on a disk with {size(free)} for this run, and it needs"
+            f" {size(least)}: {size(plan.checkpoint_bytes)} for a checkpoint and"
+            f" {size(plan.export_bytes)} for the export. Make room there, or write run.dir=OTHER."
+        )
     room = plan.device_bytes or plan.available_bytes
-    said = [f"planned at most: {size(plan.peak_bytes)} of memory a rank" + (f", which has {size(room)}" if room else "") + f"; {size(plan.disk_bytes)} of disk, where {size(free)} are free"]
+    said = [
+        f"planned at most: {size(plan.peak_bytes)} of memory a rank"
+        + (f", which has {size(room)}" if room else "")
+        + f"; {size(plan.disk_bytes)} of disk, where {size(free)} are free"
+    ]
     if not fits(plan):
         settings = ", ".join(setting for setting, _ in plan.relief)
-        said.append("WARNING: that may be more memory than there is. " + (f"Write, in this order, as many as it takes: {settings}." if settings else "Write shorter documents or thoughts."))
+        said.append(
+            "WARNING: that may be more memory than there is. "
+            + (
+                f"Write, in this order, as many as it takes: {settings}."
+                if settings
+                else "Write shorter documents or thoughts."
+            )
+        )
     if free < plan.disk_bytes:
-        said.append("WARNING: that is more disk than there is. Write a smaller checkpoint.keep, or make room; a checkpoint that can not be written is said, and the one before it stays.")
+        said.append(
+            "WARNING: that is more disk than there is. Write a smaller checkpoint.keep, or make"
+            " room; a checkpoint that can not be written is said, and the one before it stays."
+        )
     return said
 
 
 def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.dtype, str]) -> Plan:
     """The plan of a run on the devices of its ranks."""
-    device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else None
-    return plan_run(config, opened.inputs.shapes, ranks.world_size, device_bytes, layout=opened.layout, form=opened.form_tokens, dtype=dtype)
+    device_bytes = (
+        torch.cuda.get_device_properties(ranks.device).total_memory
+        if ranks.device.type == "cuda"
+        else None
+    )
+    return plan_run(
+        config,
+        opened.inputs.shapes,
+        ranks.world_size,
+        device_bytes,
+        layout=opened.layout,
+        form=opened.form_tokens,
+        dtype=dtype,
+    )
 
 
-def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
-                      dtype: torch.dtype) -> list[dict]:
+def refuse_checkpoint(
+    checkpoint: Checkpoint, config: Config, opened: Opened, dtype: torch.dtype
+) -> list[dict]:
     """Refuse a checkpoint that a run of this config would not continue to the digit; its tensors
     are not looked at.
 
@@ -190,21 +272,27 @@ def refuse_checkpoint(checkpoint: Checkpoint, config: Config, opened: Opened,
     lacking = sorted(STATE.optional.keys() - state.keys())
     lacking += sorted(asdict(config).keys() - state.get("config", {}).keys())
     if lacking:
-        raise CheckpointError(f"{checkpoint.path} was written by another version of this program: "
-                              f"it has no {', '.join(lacking)}. Resume with that version, or start "
-                              "a new run with model.path set to its export.")
+        raise CheckpointError(
+            f"{checkpoint.path} was written by another version of this program: "
+            f"it has no {', '.join(lacking)}. Resume with that version, or start "
+            "a new run with model.path set to its export."
+        )
     changes = changed_settings(state["config"], asdict(config), checkpoint.path)
     if state["dtype"] != str(dtype):
-        raise ConfigError(f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this "
-                          f"run computes in {dtype}. Write "
-                          f"engine.dtype={state['dtype'].removeprefix('torch.')}.")
+        raise ConfigError(
+            f"run.resume: {checkpoint.path} was computed in {state['dtype']}, this "
+            f"run computes in {dtype}. Write "
+            f"engine.dtype={state['dtype'].removeprefix('torch.')}."
+        )
     refuse_other_inputs(state["inputs"], inputs.checksums(), checkpoint.path)
     inputs.stream.refuse_state(state["data"])
     known, panel = len(state["start_logprob"]), opened.panel
     if known and panel is not None and known != len(panel):
-        raise CheckpointError(f"{checkpoint.path} holds start_logprob of {known} positions, and "
-                              f"the held-out panel has {len(panel)}. It was made with another "
-                              "panel, or somebody has changed it.")
+        raise CheckpointError(
+            f"{checkpoint.path} holds start_logprob of {known} positions, and "
+            f"the held-out panel has {len(panel)}. It was made with another "
+            "panel, or somebody has changed it."
+        )
     return changes
 
 
@@ -224,10 +312,12 @@ def refuse_new_start(folder: RunFolder, config: Config, ranks: Ranks) -> tuple[i
     changes = changed_settings(before, asdict(config), folder.path)
     steps = ranks.broadcast(_logged_steps(folder) if ranks.is_first else None)
     if 0 < every < steps:
-        raise ConfigError(f"run.resume: {folder.path} has made {steps} steps, with a checkpoint "
-                          f"every {every}, and {folder.checkpoints} holds none. "
-                          "Put one back there, or write run.dir=OTHER run.resume=never for a new "
-                          "run.")
+        raise ConfigError(
+            f"run.resume: {folder.path} has made {steps} steps, with a checkpoint "
+            f"every {every}, and {folder.checkpoints} holds none. "
+            "Put one back there, or write run.dir=OTHER run.resume=never for a new "
+            "run."
+        )
     return steps, changes
 
 
@@ -252,17 +342,24 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
     said: list[str] = []
     checkpoint = _checkpoint(config, ranks, said)
     if checkpoint is not None:
-        refuse_checkpoint(checkpoint, config, opened,
-                          run_dtype(config, opened.inputs.shapes.width, ranks)[0])
+        refuse_checkpoint(
+            checkpoint, config, opened, run_dtype(config, opened.inputs.shapes.width, ranks)[0]
+        )
         said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
     if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
-        return [*said, f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion "
+        return [
+            *said,
+            (
+                f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion "
                 "parameters are too many for a dry run; what only they show is seen when the run "
-                "starts"]
+                "starts"
+            ),
+        ]
     _, policy = load_frozen(opened.inputs, ranks)
     if checkpoint is not None:
-        refuse_other_model(checkpoint,
-                           {name: list(p.shape) for name, p in policy.lm.named_parameters()})
+        refuse_other_model(
+            checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()}
+        )
     return [*said, "weights: loaded and checked"]
 
 
@@ -276,11 +373,14 @@ def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | N
             said.append(f"{path} is complete: the run would do nothing")
         elif found is None:
             steps, _ = refuse_new_start(folder, config, ranks)
-            said.append(f"the run begins again at step 0: {path} has no checkpoint and "
-                        f"{steps} steps")
+            said.append(
+                f"the run begins again at step 0: {path} has no checkpoint and {steps} steps"
+            )
         return found
     if obstacle := why_no_run_folder(path):
         raise ConfigError(obstacle)
-    return None if config.run.resume in ("auto",
-                                         "never") else open_checkpoint(Path(config.run.resume),
-                                                                       ranks)
+    return (
+        None
+        if config.run.resume in ("auto", "never")
+        else open_checkpoint(Path(config.run.resume), ranks)
+    )

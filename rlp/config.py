@@ -37,7 +37,8 @@ def moment(text: str, start: float) -> float:
     """Unix time, in seconds, that a text means.
 
     Args:
-        text: seconds or HH:MM:SS after the start, or an ISO date and time, local where it names no offset.
+        text: seconds or HH:MM:SS after the start, or an ISO date and time, local where it names no
+            offset.
         start: Unix time.
 
     Raises:
@@ -81,21 +82,37 @@ class RunConfig:
     seed: int = 0
     """Seeds the order of documents, the positions, the thoughts and a random initialization."""
     arm: str = ""
-    """Name of the arm that a comparison (`rlp report`) shows this run under; runs that differ in their seed share it. By default
-    the name of the run folder without the seed at its end."""
+    """Name of the arm that a comparison (`rlp report`) shows this run under; runs that differ in
+    their seed share it. By default the name of the run folder without the seed at its end."""
     resume: str = "never"
-    """`never`: the run folder must not exist. `auto`, for a job that is started again and again: make the folder, or continue it
-    from its newest good checkpoint, or, where the run was killed before its first one, begin again in it.
+    """`never`: the run folder must not exist. `auto`, for a job that is started again and again:
+    make the folder, or continue it from its newest good checkpoint, or, where the run was killed
+    before its first one, begin again in it.
     A PATH: start this new run folder from that checkpoint (`.../checkpoints/step_40`)."""
     watchdog_s: float = 1800.0
-    """Seconds without any progress (a token, a micro-batch, a phase) after which every rank shows its stacks and the run ends
-    with exit code 70. More than the longest thing done in one piece: loading or saving the model. 0: never."""
+    """Seconds without any progress (a token, a micro-batch, a phase) after which every rank shows
+    its stacks and the run ends with exit code 70. More than the longest thing done in one piece:
+    loading or saving the model. 0: never."""
 
     def __post_init__(self) -> None:
-        require(self.dir.isprintable(), "run.dir", self.dir, "must be a path without control characters")
-        require(0 <= self.seed < 2 ** 63, "run.seed", self.seed, "must be at least 0 and below 2 ** 63")
-        require(self.watchdog_s >= 0, "run.watchdog_s", self.watchdog_s, "must be at least 0 (0: no watchdog)")
-        require(bool(self.resume), "run.resume", self.resume, "must be never, auto or the path of a checkpoint")
+        require(
+            self.dir.isprintable(), "run.dir", self.dir, "must be a path without control characters"
+        )
+        require(
+            0 <= self.seed < 2**63, "run.seed", self.seed, "must be at least 0 and below 2 ** 63"
+        )
+        require(
+            self.watchdog_s >= 0,
+            "run.watchdog_s",
+            self.watchdog_s,
+            "must be at least 0 (0: no watchdog)",
+        )
+        require(
+            bool(self.resume),
+            "run.resume",
+            self.resume,
+            "must be never, auto or the path of a checkpoint",
+        )
 
 
 @dataclass
@@ -103,11 +120,13 @@ class ModelConfig:
     """The causal language model that thinks and predicts (the policy, pi_theta)."""
 
     path: str = "???"
-    """A Hugging Face folder or Hub name. With `init: random`, a folder or file that holds a config only."""
+    """A Hugging Face folder or Hub name. With `init: random`, a folder or file that holds a config
+    only."""
     tokenizer: str | None = None
     """Folder or Hub name of the tokenizer; by default that of `path`."""
     init: str = "pretrained"
-    """`pretrained` reads weights; `random` draws them from the model's own initializer with `run.seed`."""
+    """`pretrained` reads weights; `random` draws them from the model's own initializer with
+    `run.seed`."""
     attention: str = "auto"
     """Attention implementation of transformers: auto, sdpa, eager, flash_attention_2. `auto` is
     flash_attention_2 on a GPU where it is installed and the compute dtype is bfloat16, else sdpa
@@ -115,7 +134,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_one_of("model.init", self.init, ("pretrained", "random"))
-        require_one_of("model.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
+        require_one_of(
+            "model.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2")
+        )
 
 
 @dataclass
@@ -123,18 +144,21 @@ class DataConfig:
     """Where documents come from and how one row becomes a document."""
 
     train: list[str] = field(default_factory=list)
-    """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:OWNER/NAME` or `hub:OWNER/NAME@CONFIG`)."""
+    """Files, globs (`corpus/*.jsonl`) or a Hub data set (`hub:OWNER/NAME` or
+    `hub:OWNER/NAME@CONFIG`)."""
     weights: list[float] = field(default_factory=list)
-    """One for each entry of `train`: the share of documents drawn from it, each entry in an order and epochs of its own.
+    """One for each entry of `train`: the share of documents drawn from it, each entry in an order
+    and epochs of its own.
     Empty: all rows of all entries are one corpus."""
     held_out: list[str] = field(default_factory=list)
     """The same, for the held-out panel. Empty: no evaluation."""
     format: str = "auto"
-    """auto (by file ending), jsonl, parquet, csv, tsv (both with a header that names the fields, in UTF-8, all fields text) or
-    text (one document a line). gz and zst are unpacked, once, and Parquet is written as Arrow, below `HF_HOME`; the
-    others are read where they stand."""
+    """auto (by file ending), jsonl, parquet, csv, tsv (both with a header that names the fields, in
+    UTF-8, all fields text) or text (one document a line). gz and zst are unpacked, once, and
+    Parquet is written as Arrow, below `HF_HOME`; the others are read where they stand."""
     delimiter: str | None = None
-    """The character between the fields of csv and tsv files, such as ";"; by default a comma and a tab."""
+    """The character between the fields of csv and tsv files, such as ";"; by default a comma and a
+    tab."""
     split: str = "train"
     """Split of a Hub data set."""
     held_out_split: str = "test"
@@ -142,13 +166,16 @@ class DataConfig:
     template: str = "{text}"
     """How a row becomes text, naming its fields: `{text}`, `{question}\\n{answer}`."""
     tokens_field: str | None = None
-    """Field of the rows of `train` that holds token ids, read in place of text (documents with thoughts made by `rlp splice`)."""
+    """Field of the rows of `train` that holds token ids, read in place of text (documents with
+    thoughts made by `rlp splice`)."""
     ledger: str | None = None
-    """The ledger.json of what made the data. Its tokens, FLOPs and seconds are counted as this run's from the start."""
+    """The ledger.json of what made the data. Its tokens, FLOPs and seconds are counted as this
+    run's from the start."""
     append_eos: bool = False
     """End every document with the tokenizer's end-of-sequence token."""
     max_document_tokens: int = 2048
-    """Longer documents are cut to their first tokens. Paper, section 9: sequence length 8192 for the 12B, 2048 ours."""
+    """Longer documents are cut to their first tokens. Paper, section 9: sequence length 8192 for
+    the 12B, 2048 ours."""
     shuffle: bool = True
     """Read each epoch in a seeded order; False reads the files as they are."""
     max_bad_fraction: float = 0.01
@@ -156,23 +183,63 @@ class DataConfig:
     missing field, empty or too short for a position); up to it they are skipped and counted."""
 
     def __post_init__(self) -> None:
-        require(len(self.weights) in (0, len(self.train)), "data.weights", self.weights, f"needs one weight for each of the {len(self.train)} entries of data.train, or none")
-        require(all(0 < weight < math.inf for weight in self.weights), "data.weights", self.weights, "must be finite and above 0; leave out an entry that is not to be read")
-        require_one_of("data.format", self.format, ("auto", "jsonl", "parquet", "csv", "tsv", "text"))
-        require(self.delimiter is None or len(self.delimiter) == 1 and self.delimiter.isascii() and self.delimiter not in "\"\r\n", "data.delimiter", self.delimiter,
-                "must be one ASCII character, and no quote or line end")
-        require(self.max_document_tokens >= 2, "data.max_document_tokens", self.max_document_tokens, "must be at least 2 (a prefix and a target)")
-        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "is a fraction from 0 to 1")
-        require(_names_fields(self.template), "data.template", self.template,
-                "must name at least one field of a row in braces, and nothing else in them, as in {text}; a brace of the text is written twice")
+        require(
+            len(self.weights) in (0, len(self.train)),
+            "data.weights",
+            self.weights,
+            f"needs one weight for each of the {len(self.train)} entries of data.train, or none",
+        )
+        require(
+            all(0 < weight < math.inf for weight in self.weights),
+            "data.weights",
+            self.weights,
+            "must be finite and above 0; leave out an entry that is not to be read",
+        )
+        require_one_of(
+            "data.format", self.format, ("auto", "jsonl", "parquet", "csv", "tsv", "text")
+        )
+        require(
+            self.delimiter is None
+            or len(self.delimiter) == 1
+            and self.delimiter.isascii()
+            and self.delimiter not in '"\r\n',
+            "data.delimiter",
+            self.delimiter,
+            "must be one ASCII character, and no quote or line end",
+        )
+        require(
+            self.max_document_tokens >= 2,
+            "data.max_document_tokens",
+            self.max_document_tokens,
+            "must be at least 2 (a prefix and a target)",
+        )
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            "is a fraction from 0 to 1",
+        )
+        require(
+            _names_fields(self.template),
+            "data.template",
+            self.template,
+            "must name at least one field of a row in braces, and nothing else in them, as in"
+            " {text}; a brace of the text is written twice",
+        )
 
 
 def _names_fields(template: str) -> bool:
     try:
-        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
+        parts = [
+            (name, spec, conversion)
+            for _, name, spec, conversion in string.Formatter().parse(template)
+            if name is not None
+        ]
     except ValueError:
         return False
-    return len(parts) > 0 and all(name and not spec and conversion is None for name, spec, conversion in parts)
+    return len(parts) > 0 and all(
+        name and not spec and conversion is None for name, spec, conversion in parts
+    )
 
 
 @dataclass
@@ -182,19 +249,37 @@ class PositionConfig:
     per_document: int | str = 1
     """K positions per document, or `all`. Paper, section 3: one random token per document."""
     selector: str = "uniform"
-    """uniform at random (paper); `marker`: right after `marker`; `entropy` or `surprisal`: the K positions
-    with the largest no-think entropy, or the largest -log p of the target, under the policy."""
+    """uniform at random (paper); `marker`: right after `marker`; `entropy` or `surprisal`: the K
+    positions with the largest no-think entropy, or the largest -log p of the target, under the
+    policy."""
     marker: str | None = None
     """Text whose end is a position, for the selector `marker`."""
     min_prefix_tokens: int = 1
     """Tokens of context that a position must have before it."""
 
     def __post_init__(self) -> None:
-        require(self.per_document == "all" or (isinstance(self.per_document, int) and self.per_document >= 1),
-                "position.per_document", self.per_document, "must be a whole number of at least 1, or all")
-        require_one_of("position.selector", self.selector, ("uniform", "marker", "entropy", "surprisal"))
-        require((self.selector == "marker") == bool(self.marker), "position.marker", self.marker, f"goes with position.selector: marker and only with it (selector is {self.selector})")
-        require(self.min_prefix_tokens >= 1, "position.min_prefix_tokens", self.min_prefix_tokens, "must be at least 1 (the first token has no context)")
+        require(
+            self.per_document == "all"
+            or (isinstance(self.per_document, int) and self.per_document >= 1),
+            "position.per_document",
+            self.per_document,
+            "must be a whole number of at least 1, or all",
+        )
+        require_one_of(
+            "position.selector", self.selector, ("uniform", "marker", "entropy", "surprisal")
+        )
+        require(
+            (self.selector == "marker") == bool(self.marker),
+            "position.marker",
+            self.marker,
+            f"goes with position.selector: marker and only with it (selector is {self.selector})",
+        )
+        require(
+            self.min_prefix_tokens >= 1,
+            "position.min_prefix_tokens",
+            self.min_prefix_tokens,
+            "must be at least 1 (the first token has no context)",
+        )
 
 
 @dataclass
@@ -204,13 +289,16 @@ class ThoughtConfig:
     group_size: int = 16
     """G thoughts per position. "Performing 16 rollouts" (paper, section 9)."""
     max_thought_tokens: int = 2048
-    """Sampled tokens at most, the close marker included. "Completion length" 2048 (paper, section 9)."""
+    """Sampled tokens at most, the close marker included. "Completion length" 2048 (paper, section
+    9)."""
     temperature: float = 0.7
-    """Thought tokens are sampled, and their log-probabilities taken, at this temperature (paper, section 9: 0.7)."""
+    """Thought tokens are sampled, and their log-probabilities taken, at this temperature (paper,
+    section 9: 0.7)."""
     open_marker: str = "<think>"
     """Text before a thought; one or several tokens."""
     close_marker: str = "</think>"
-    """Text after a thought; sampled and trained. A thought that reaches the budget gets it by force, without gradient."""
+    """Text after a thought; sampled and trained. A thought that reaches the budget gets it by
+    force, without gradient."""
     add_markers: bool = False
     """Make a marker that the tokenizer writes with several tokens one new token of tokenizer and
     model. Its rows of embedding and head begin as the mean of those tokens'; the export holds both
@@ -218,24 +306,57 @@ class ThoughtConfig:
     such a marker stays several tokens, and the first one of the open marker, often an ordinary one
     such as `<`, is no target anywhere."""
     instruction_file: str | None = None
-    """Text put before the prefix when thinking, never in the no-think context. None: no instruction."""
+    """Text put before the prefix when thinking, never in the no-think context. None: no
+    instruction."""
     sampling_rows: int = 128
     """Thoughts decoded side by side on one rank. Changes memory and speed, never the thoughts."""
     top_p: float = 1.0
-    """Here to be refused: a truncated distribution is not the policy whose log-probability is trained."""
+    """Here to be refused: a truncated distribution is not the policy whose log-probability is
+    trained."""
     top_k: int = 0
     """Here to be refused, as top_p."""
 
     def __post_init__(self) -> None:
-        require(self.group_size >= 2, "thought.group_size", self.group_size, "must be at least 2 (eq. 7 divides by G - 1)")
-        require(self.max_thought_tokens >= 1, "thought.max_thought_tokens", self.max_thought_tokens, "must be at least 1")
-        require(self.temperature > 0, "thought.temperature", self.temperature, "must be above 0 (a greedy thought has no log-probability to train)")
-        require(bool(self.open_marker), "thought.open_marker", self.open_marker, "must not be empty")
-        require(bool(self.close_marker), "thought.close_marker", self.close_marker, "must not be empty")
-        require(self.open_marker != self.close_marker, "thought.close_marker", self.close_marker,
-                "must differ from thought.open_marker, or no thought would end")
-        require(self.sampling_rows >= 1, "thought.sampling_rows", self.sampling_rows, "must be at least 1")
-        same_policy = "would sample from another distribution than the policy whose log-probability is trained, so the ratio of eq. 8 would not be 1 on-policy; write"
+        require(
+            self.group_size >= 2,
+            "thought.group_size",
+            self.group_size,
+            "must be at least 2 (eq. 7 divides by G - 1)",
+        )
+        require(
+            self.max_thought_tokens >= 1,
+            "thought.max_thought_tokens",
+            self.max_thought_tokens,
+            "must be at least 1",
+        )
+        require(
+            self.temperature > 0,
+            "thought.temperature",
+            self.temperature,
+            "must be above 0 (a greedy thought has no log-probability to train)",
+        )
+        require(
+            bool(self.open_marker), "thought.open_marker", self.open_marker, "must not be empty"
+        )
+        require(
+            bool(self.close_marker), "thought.close_marker", self.close_marker, "must not be empty"
+        )
+        require(
+            self.open_marker != self.close_marker,
+            "thought.close_marker",
+            self.close_marker,
+            "must differ from thought.open_marker, or no thought would end",
+        )
+        require(
+            self.sampling_rows >= 1,
+            "thought.sampling_rows",
+            self.sampling_rows,
+            "must be at least 1",
+        )
+        same_policy = (
+            "would sample from another distribution than the policy whose log-probability is"
+            " trained, so the ratio of eq. 8 would not be 1 on-policy; write"
+        )
         require(self.top_p == 1.0, "thought.top_p", self.top_p, f"{same_policy} thought.top_p=1.0")
         require(self.top_k == 0, "thought.top_k", self.top_k, f"{same_policy} thought.top_k=0")
 
@@ -247,7 +368,8 @@ class TargetConfig:
     horizon: int = 1
     """H target tokens; the log-evidence is their mean log-probability. Paper: the next token."""
     temperature: float = 1.0
-    """Targets are scored at temperature 1; anything else makes Proposition 1 false, and is for ablations."""
+    """Targets are scored at temperature 1; anything else makes Proposition 1 false, and is for
+    ablations."""
 
     def __post_init__(self) -> None:
         require(self.horizon >= 1, "target.horizon", self.horizon, "must be at least 1")
@@ -256,19 +378,23 @@ class TargetConfig:
 
 @dataclass
 class RewardConfig:
-    """What a thought is rewarded for. Anything but the defaults is a control that RLP is compared with."""
+    """What a thought is rewarded for. Anything but the defaults is a control that RLP is compared
+    with."""
 
     kind: str = "information_gain"
-    """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token after the thought, else 0
-    (the next-token reward of RPT, arXiv 2506.08007)."""
+    """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token
+    after the thought, else 0 (the next-token reward of RPT, arXiv 2506.08007)."""
     placebo: str = "none"
-    """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the step, whatever the
-    micro-batches and ranks. `foreign_thought`: the reward of each thought is measured with a thought of that position in its
-    place. Neither says anything about the thought."""
+    """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the
+    step, whatever the micro-batches and ranks. `foreign_thought`: the reward of each thought is
+    measured with a thought of that position in its place. Neither says anything about the
+    thought."""
 
     def __post_init__(self) -> None:
         require_one_of("reward.kind", self.kind, ("information_gain", "greedy_match"))
-        require_one_of("reward.placebo", self.placebo, ("none", "shuffled_reward", "foreign_thought"))
+        require_one_of(
+            "reward.placebo", self.placebo, ("none", "shuffled_reward", "foreign_thought")
+        )
 
 
 @dataclass
@@ -279,11 +405,13 @@ class ObjectiveConfig:
     policy_weight: float = 1.0
     """Weight of the clipped surrogate, eq. 8."""
     lm_weight: float = 0.1
-    """Weight of the next-token loss on the documents. 0 in the paper; 0.1 is ours, to be settled by experiment."""
+    """Weight of the next-token loss on the documents. 0 in the paper; 0.1 is ours, to be settled by
+    experiment."""
     predictor_weight: float = 0.0
     """Weight of -log p(x_t | x_<t, c), the gradient through the predictor that the paper drops."""
     kl_weight: float = 0.0
-    """beta: KL to the starting checkpoint on thought tokens. 0 in the paper; its ablation finds no help."""
+    """beta: KL to the starting checkpoint on thought tokens. 0 in the paper; its ablation finds no
+    help."""
     clip_low: float = 0.2
     """epsilon_l of eq. 8. The paper gives no value; 0.2 is PPO's."""
     clip_high: float = 0.2
@@ -292,9 +420,24 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         weights = ("policy_weight", "lm_weight", "predictor_weight", "kl_weight")
         for name in weights:
-            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "must be at least 0")
-        require(any(getattr(self, name) > 0 for name in weights), "objective", [getattr(self, name) for name in weights], f"needs a weight above 0 among {', '.join(weights)}")
-        require(0 <= self.clip_low < 1, "objective.clip_low", self.clip_low, "must be at least 0 and below 1 (the lower bound is 1 - clip_low)")
+            require(
+                getattr(self, name) >= 0,
+                f"objective.{name}",
+                getattr(self, name),
+                "must be at least 0",
+            )
+        require(
+            any(getattr(self, name) > 0 for name in weights),
+            "objective",
+            [getattr(self, name) for name in weights],
+            f"needs a weight above 0 among {', '.join(weights)}",
+        )
+        require(
+            0 <= self.clip_low < 1,
+            "objective.clip_low",
+            self.clip_low,
+            "must be at least 0 and below 1 (the lower bound is 1 - clip_low)",
+        )
         require(self.clip_high >= 0, "objective.clip_high", self.clip_high, "must be at least 0")
 
     @property
@@ -316,13 +459,24 @@ class BaselineConfig:
     ema_decay: float = 0.999
     """Weight of the old average per optimizer step (the paper's tau, 0.999)."""
     every_n_steps: int = 1
-    """Score the baseline on every n-th step; between, no gain is reported, and of an information-gain reward only
+    """Score the baseline on every n-th step; between, no gain is reported, and of an
+    information-gain reward only
     what does not depend on the baseline: its spread within groups, and how it goes with length."""
 
     def __post_init__(self) -> None:
         require_one_of("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
-        require(0 <= self.ema_decay < 1, "baseline.ema_decay", self.ema_decay, "must be at least 0 and below 1")
-        require(self.every_n_steps >= 1, "baseline.every_n_steps", self.every_n_steps, "must be at least 1")
+        require(
+            0 <= self.ema_decay < 1,
+            "baseline.ema_decay",
+            self.ema_decay,
+            "must be at least 0 and below 1",
+        )
+        require(
+            self.every_n_steps >= 1,
+            "baseline.every_n_steps",
+            self.every_n_steps,
+            "must be at least 1",
+        )
 
 
 @dataclass
@@ -334,11 +488,12 @@ class OptimConfig:
     micro_batch_size: int = 1
     """Documents per forward on one rank; changes memory and speed, never the gradient."""
     thoughts_per_forward: int | None = None
-    """Thoughts of each group in one forward, for groups that do not fit in memory; None: whole groups. Groups in
-    slices are scored once more, ahead; the gradient is the same."""
+    """Thoughts of each group in one forward, for groups that do not fit in memory; None: whole
+    groups. Groups in slices are scored once more, ahead; the gradient is the same."""
     updates_per_rollout: int = 1
-    """Optimizer updates with the same thoughts. 1 is on-policy: the ratio is 1 and the clip inert. With more, rewards and
-    behavior log-probabilities are those of the rollout, and the clip is live. The paper's Algorithm 1 has one."""
+    """Optimizer updates with the same thoughts. 1 is on-policy: the ratio is 1 and the clip inert.
+    With more, rewards and behavior log-probabilities are those of the rollout, and the clip is
+    live. The paper's Algorithm 1 has one."""
     learning_rate: float = 1e-6
     """"A constant learning rate of 1e-6" (paper, section 9)."""
     schedule: str = "constant"
@@ -355,27 +510,69 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip. The paper gives no value; 1.0 is ours."""
     spike_factor: float = 0.0
-    """Refuse an update whose gradient norm, before clipping, is above this many times the median of the last `spike_window`
-    applied ones. 0 (ours, as the paper is silent): no update is refused for its size."""
+    """Refuse an update whose gradient norm, before clipping, is above this many times the median of
+    the last `spike_window` applied ones. 0 (ours, as the paper is silent): no update is refused for
+    its size."""
     spike_window: int = 50
     """Applied updates that the median is taken of; before there are as many, none is refused."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "must be at least 1")
-        require(self.micro_batch_size >= 1, "optim.micro_batch_size", self.micro_batch_size, "must be at least 1")
-        require(self.thoughts_per_forward is None or self.thoughts_per_forward >= 1, "optim.thoughts_per_forward", self.thoughts_per_forward, "must be at least 1, or null for whole groups")
-        require(self.updates_per_rollout >= 1, "optim.updates_per_rollout", self.updates_per_rollout, "must be at least 1")
-        require(self.learning_rate >= 0 and math.isfinite(self.learning_rate), "optim.learning_rate", self.learning_rate, "must be finite and at least 0")
+        require(
+            self.micro_batch_size >= 1,
+            "optim.micro_batch_size",
+            self.micro_batch_size,
+            "must be at least 1",
+        )
+        require(
+            self.thoughts_per_forward is None or self.thoughts_per_forward >= 1,
+            "optim.thoughts_per_forward",
+            self.thoughts_per_forward,
+            "must be at least 1, or null for whole groups",
+        )
+        require(
+            self.updates_per_rollout >= 1,
+            "optim.updates_per_rollout",
+            self.updates_per_rollout,
+            "must be at least 1",
+        )
+        require(
+            self.learning_rate >= 0 and math.isfinite(self.learning_rate),
+            "optim.learning_rate",
+            self.learning_rate,
+            "must be finite and at least 0",
+        )
         require_one_of("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
-        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0")
-        require(0 <= self.final_fraction <= 1, "optim.final_fraction", self.final_fraction, "is a fraction from 0 to 1")
+        require(
+            self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0"
+        )
+        require(
+            0 <= self.final_fraction <= 1,
+            "optim.final_fraction",
+            self.final_fraction,
+            "is a fraction from 0 to 1",
+        )
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must be at least 0 and below 1")
+            require(
+                0 <= getattr(self, name) < 1,
+                f"optim.{name}",
+                getattr(self, name),
+                "must be at least 0 and below 1",
+            )
         require(self.epsilon > 0, "optim.epsilon", self.epsilon, "must be above 0")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0")
+        require(
+            self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0"
+        )
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must be at least 0")
-        require(self.spike_factor == 0 or self.spike_factor > 1, "optim.spike_factor", self.spike_factor, "must be above 1, or 0 to refuse no update for its size")
-        require(self.spike_window >= 1, "optim.spike_window", self.spike_window, "must be at least 1")
+        require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            "optim.spike_factor",
+            self.spike_factor,
+            "must be above 1, or 0 to refuse no update for its size",
+        )
+        require(
+            self.spike_window >= 1, "optim.spike_window", self.spike_window, "must be at least 1"
+        )
 
 
 @dataclass
@@ -385,38 +582,60 @@ class EngineConfig:
     zero_stage: int = 1
     """0 (no sharding, float32 only), 1 (optimizer), 2 (and gradients), 3 (and parameters)."""
     dtype: str = "auto"
-    """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU, and on a CPU
-    with instructions for it (avx512_bf16, AMX) where the model is wide enough to gain (`rlp/model/loading.py`), else float32. A run goes on
-    in the dtype that it began in, whatever machine it comes to. The choice and its reason are said when the run starts."""
+    """Compute dtype: float32, bfloat16 (with float32 master weights), or auto: bfloat16 on a GPU,
+    and on a CPU with instructions for it (avx512_bf16, AMX) where the model is wide enough to gain
+    (`rlp/model/loading.py`), else float32. A run goes on in the dtype that it began in, whatever
+    machine it comes to. The choice and its reason are said when the run starts."""
     layout: str = "auto"
-    """How thoughts and documents become rows: `repeated` (each thought with its own copy of the prefix; any causal
-    LM), `tree` (each document once, shared by its thoughts; attention-only models), or auto: tree where the model can."""
+    """How thoughts and documents become rows: `repeated` (each thought with its own copy of the
+    prefix; any causal LM), `tree` (each document once, shared by its thoughts; attention-only
+    models), or auto: tree where the model can."""
     logprob_form: str = "auto"
-    """How log-probabilities are computed from hidden states (`kernels/README.md`): plain, chunked, triton, folded, or
+    """How log-probabilities are computed from hidden states (`kernels/README.md`): plain, chunked,
+    triton, folded, or
     auto: by size and device, from what was measured. The choice is said when the run starts."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (DeepSpeed's CPU offload; stages 1 to 3)."""
     generation: str = "gathered"
-    """Sampling under stage 3: `gathered` holds all weights on each rank while it samples; `synced` gathers
-    layer by layer and keeps the ranks in step, slower and with less memory."""
+    """Sampling under stage 3: `gathered` holds all weights on each rank while it samples; `synced`
+    gathers layer by layer and keeps the ranks in step, slower and with less memory."""
 
     def __post_init__(self) -> None:
-        require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "must be 0, 1, 2 or 3")
+        require(
+            self.zero_stage in (0, 1, 2, 3),
+            "engine.zero_stage",
+            self.zero_stage,
+            "must be 0, 1, 2 or 3",
+        )
         require_one_of("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        require_one_of("engine.logprob_form", self.logprob_form, ("auto", "plain", "chunked", "triton", "folded"))
+        require_one_of(
+            "engine.logprob_form",
+            self.logprob_form,
+            ("auto", "plain", "chunked", "triton", "folded"),
+        )
         require_one_of("engine.layout", self.layout, ("auto", "repeated", "tree"))
         require_one_of("engine.generation", self.generation, ("gathered", "synced"))
-        require(not (self.zero_stage == 0 and self.dtype == "bfloat16"), "engine.zero_stage", self.zero_stage,
-                "must be at least 1 with engine.dtype bfloat16 (stage 0 has no float32 master weights, and at small learning rates bfloat16 weights do not move); write engine.zero_stage=1")
-        require(not (self.zero_stage == 0 and self.offload_optimizer), "engine.offload_optimizer", True, "needs engine.zero_stage of at least 1")
+        require(
+            not (self.zero_stage == 0 and self.dtype == "bfloat16"),
+            "engine.zero_stage",
+            self.zero_stage,
+            "must be at least 1 with engine.dtype bfloat16 (stage 0 has no float32 master weights,"
+            " and at small learning rates bfloat16 weights do not move); write engine.zero_stage=1",
+        )
+        require(
+            not (self.zero_stage == 0 and self.offload_optimizer),
+            "engine.offload_optimizer",
+            True,
+            "needs engine.zero_stage of at least 1",
+        )
 
 
 @dataclass
 class BudgetConfig:
-    """When the run ends: at the first limit reached, of tokens, FLOPs or seconds at the step that comes nearest to it.
-    At least one is needed."""
+    """When the run ends: at the first limit reached, of tokens, FLOPs or seconds at the step that
+    comes nearest to it. At least one is needed."""
 
     steps: int | None = None
     """Optimizer steps."""
@@ -427,7 +646,8 @@ class BudgetConfig:
     paper_flops: float | None = None
     """The paper's T_flop, in tokens: each thought's whole budget, and the input tokens."""
     seconds: float | None = None
-    """Seconds of the ledger's phases, each of its slowest rank. A resumed run does not stop at the same step to the digit."""
+    """Seconds of the ledger's phases, each of its slowest rank. A resumed run does not stop at the
+    same step to the digit."""
 
     def __post_init__(self) -> None:
         for name, limit in vars(self).items():
@@ -436,7 +656,8 @@ class BudgetConfig:
 
 @dataclass
 class MatchConfig:
-    """The run that this one is matched with; `rlp match` writes this section and the budget that goes with it."""
+    """The run that this one is matched with; `rlp match` writes this section and the budget that
+    goes with it."""
 
     ledger: str | None = None
     """The ledger.json of that run. Empty: no match."""
@@ -449,7 +670,8 @@ class MatchConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The held-out panel: fixed positions, scored with and without a thought, before, during and after."""
+    """The held-out panel: fixed positions, scored with and without a thought, before, during and
+    after."""
 
     panel_positions: int = 256
     """Positions in the panel."""
@@ -461,8 +683,18 @@ class EvaluationConfig:
     """Documents per forward on one rank."""
 
     def __post_init__(self) -> None:
-        for name, least in (("panel_positions", 1), ("thoughts_per_position", 1), ("every_n_steps", 0), ("batch_size", 1)):
-            require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"must be at least {least}")
+        for name, least in (
+            ("panel_positions", 1),
+            ("thoughts_per_position", 1),
+            ("every_n_steps", 0),
+            ("batch_size", 1),
+        ):
+            require(
+                getattr(self, name) >= least,
+                f"evaluation.{name}",
+                getattr(self, name),
+                f"must be at least {least}",
+            )
 
 
 @dataclass
@@ -474,13 +706,24 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept."""
     save_by: str | None = None
-    """When the run gives up its step, saves and ends with exit code 75: seconds (`84600`) or HH:MM:SS (`"23:30:00"`) after its start,
-    or a time (`2026-01-31T18:30`, local where it names no offset). Leave the time of a save before the end of the job. None: never."""
+    """When the run gives up its step, saves and ends with exit code 75: seconds (`84600`) or
+    HH:MM:SS (`"23:30:00"`) after its start, or a time (`2026-01-31T18:30`, local where it names no
+    offset). Leave the time of a save before the end of the job. None: never."""
 
     def __post_init__(self) -> None:
-        require(self.every_n_steps >= 0, "checkpoint.every_n_steps", self.every_n_steps, "must be at least 0")
-        require(self.save_by is None or is_moment(self.save_by), "checkpoint.save_by", self.save_by,
-                "must be seconds (84600) or HH:MM:SS after the start, or a time such as 2026-01-31T18:30")
+        require(
+            self.every_n_steps >= 0,
+            "checkpoint.every_n_steps",
+            self.every_n_steps,
+            "must be at least 0",
+        )
+        require(
+            self.save_by is None or is_moment(self.save_by),
+            "checkpoint.save_by",
+            self.save_by,
+            "must be seconds (84600) or HH:MM:SS after the start, or a time such as"
+            " 2026-01-31T18:30",
+        )
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
@@ -493,7 +736,8 @@ class LoggingConfig:
     thoughts: int = 16
     """Thoughts written to `thoughts.jsonl` each time: the most and least helpful ones."""
     journal: bool = True
-    """Write `journal.jsonl`: checksums of what each step read and thought, to compare two runs (`rlp/measure/journal.py`)."""
+    """Write `journal.jsonl`: checksums of what each step read and thought, to compare two runs
+    (`rlp/measure/journal.py`)."""
     digest_every_n_steps: int = 100
     """In it, a checksum of master weights, moments and EMA every n steps; 0: none."""
     wandb: str = "disabled"
@@ -501,13 +745,23 @@ class LoggingConfig:
     wandb_project: str = "rlp"
 
     def __post_init__(self) -> None:
-        require(self.every_n_steps >= 1, "logging.every_n_steps", self.every_n_steps, "must be at least 1")
-        require(self.digest_every_n_steps >= 0, "logging.digest_every_n_steps", self.digest_every_n_steps, "must be at least 0")
+        require(
+            self.every_n_steps >= 1,
+            "logging.every_n_steps",
+            self.every_n_steps,
+            "must be at least 1",
+        )
+        require(
+            self.digest_every_n_steps >= 0,
+            "logging.digest_every_n_steps",
+            self.digest_every_n_steps,
+            "must be at least 0",
+        )
         require(self.thoughts >= 0, "logging.thoughts", self.thoughts, "must be at least 0")
         require_one_of("logging.wandb", self.wandb, ("disabled", "offline", "online"))
 
 
-MAX_COUNT = 2 ** 31
+MAX_COUNT = 2**31
 """Of documents, positions, thoughts, tokens of a thought, steps between two events."""
 
 NO_COUNTS = {"run.seed", "budget.steps", "budget.tokens"}
@@ -539,19 +793,53 @@ class Config:
         for section in dataclasses.fields(self):
             for name, value in vars(getattr(self, section.name)).items():
                 key = f"{section.name}.{name}"
-                require(not isinstance(value, float) or math.isfinite(value), key, value, "must be finite")
+                require(
+                    not isinstance(value, float) or math.isfinite(value),
+                    key,
+                    value,
+                    "must be finite",
+                )
                 counts = isinstance(value, int) and key not in NO_COUNTS
-                require(not counts or value <= MAX_COUNT, key, value, f"must be at most {MAX_COUNT:,}, which is more than any machine holds")
-        require(len(self.data.train) > 0, "data.train", self.data.train, "must name at least one file, glob or hub:OWNER/NAME")
+                require(
+                    not counts or value <= MAX_COUNT,
+                    key,
+                    value,
+                    f"must be at most {MAX_COUNT:,}, which is more than any machine holds",
+                )
+        require(
+            len(self.data.train) > 0,
+            "data.train",
+            self.data.train,
+            "must name at least one file, glob or hub:OWNER/NAME",
+        )
         limits = dataclasses.asdict(self.budget)
-        require(any(limit is not None for limit in limits.values()), "budget", limits, f"needs at least one of {', '.join(limits)}")
-        require(self.match.ledger is None or limits[self.match.by] is not None, "match.by", self.match.by, f"needs budget.{self.match.by}, the amount to match")
+        require(
+            any(limit is not None for limit in limits.values()),
+            "budget",
+            limits,
+            f"needs at least one of {', '.join(limits)}",
+        )
+        require(
+            self.match.ledger is None or limits[self.match.by] is not None,
+            "match.by",
+            self.match.by,
+            f"needs budget.{self.match.by}, the amount to match",
+        )
         alone = self.optim.batch_size == 1 and self.position.per_document == 1
-        require(self.reward.placebo == "none" or not alone, "reward.placebo", self.reward.placebo,
-                "exchanges the positions of a step, which has a single one here; write optim.batch_size=2 or more")
+        require(
+            self.reward.placebo == "none" or not alone,
+            "reward.placebo",
+            self.reward.placebo,
+            "exchanges the positions of a step, which has a single one here; write"
+            " optim.batch_size=2 or more",
+        )
         shortest = self.position.min_prefix_tokens + self.target.horizon
-        require(shortest <= self.data.max_document_tokens, "data.max_document_tokens", self.data.max_document_tokens,
-                f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens")
+        require(
+            shortest <= self.data.max_document_tokens,
+            "data.max_document_tokens",
+            self.data.max_document_tokens,
+            f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens",
+        )
 
 
 def keeps_ema(config: Config) -> bool:
@@ -560,9 +848,13 @@ def keeps_ema(config: Config) -> bool:
 
 
 def needs_copies(config: Config) -> tuple[bool, bool]:
-    """Whether a run needs a second copy of the starting checkpoint for the teacher, and a third for the KL."""
+    """Whether a run needs a second copy of the starting checkpoint for the teacher, and a third for
+    the KL."""
     thinks = config.objective.thinks
-    return thinks and config.baseline.kind in ("ema", "frozen"), thinks and config.objective.kl_weight > 0
+    return (
+        thinks and config.baseline.kind in ("ema", "frozen"),
+        thinks and config.objective.kl_weight > 0,
+    )
 
 
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:
@@ -581,13 +873,24 @@ def _refuse_unknown_keys(tree: dict, where: str) -> None:
     for section, content in tree.items():
         if section in known and "." not in section and not isinstance(content, dict):
             example = next(key for key in known if key.startswith(f"{section}."))
-            raise ConfigError(f"{where}: {section} is a section, got {content!r}. Write its keys, such as {example}.")
-        given = [f"{section}.{name}" for name in content] if isinstance(content, dict) and content else [str(section)]
+            raise ConfigError(
+                f"{where}: {section} is a section, got {content!r}. Write its keys, such as"
+                f" {example}."
+            )
+        given = (
+            [f"{section}.{name}" for name in content]
+            if isinstance(content, dict) and content
+            else [str(section)]
+        )
         for key in given:
             if key not in known:
                 raise ConfigError(f"{where}: unknown config key {key}. {_suggest(key, known)}")
         if isinstance(content, dict):
-            refuse_mappings_for_lists(next(item.type for item in dataclasses.fields(Config) if item.name == section), content, f"{where}: {section}.")
+            refuse_mappings_for_lists(
+                next(item.type for item in dataclasses.fields(Config) if item.name == section),
+                content,
+                f"{where}: {section}.",
+            )
 
 
 def refuse_mappings_for_lists(section: type, content: dict, where: str) -> None:
@@ -599,14 +902,20 @@ def refuse_mappings_for_lists(section: type, content: dict, where: str) -> None:
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    """What an unknown key may have meant: the same name in another section, else the nearest key, else what there is."""
+    """What an unknown key may have meant: the same name in another section, else the nearest key,
+    else what there is."""
     section, _, name = key.rpartition(".")
     same_name = [other for other in known if "." in other and other.rpartition(".")[2] == name]
-    nearest = same_name or difflib.get_close_matches(key, [other for other in known if "." in other or not section], n=1, cutoff=0.7)
+    nearest = same_name or difflib.get_close_matches(
+        key, [other for other in known if "." in other or not section], n=1, cutoff=0.7
+    )
     if nearest:
         return f"Did you mean {' or '.join(nearest)}?"
     if section in known:
-        return f"The section has {', '.join(other for other in known if other.startswith(f'{section}.'))}."
+        return (
+            "The section has"
+            f" {', '.join(other for other in known if other.startswith(f'{section}.'))}."
+        )
     return f"The sections are {', '.join(other for other in known if '.' not in other)}."
 
 
@@ -614,10 +923,16 @@ def read_yaml(path: Path) -> object:
     """`parse_yaml` of a file."""
     try:
         if not path.is_file():
-            raise ConfigError(f"no config file at {path}{', which is a folder' if path.is_dir() else ''}. Write the path of a YAML file, such as configs/quickstart.yaml.")
+            raise ConfigError(
+                f"no config file at {path}{', which is a folder' if path.is_dir() else ''}. Write"
+                " the path of a YAML file, such as configs/quickstart.yaml."
+            )
         return parse_yaml(path.read_bytes().decode(), str(path))
     except OSError as error:
-        raise ConfigError(f"{path} can not be read: {error.strerror}. Write the path of a YAML file, such as configs/quickstart.yaml.") from error
+        raise ConfigError(
+            f"{path} can not be read: {error.strerror}. Write the path of a YAML file, such as"
+            " configs/quickstart.yaml."
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a YAML config: {error}") from error
 
@@ -626,15 +941,27 @@ def parse_yaml(text: str, where: str) -> object:
     """Plain values of a YAML text, which may be a stranger's.
 
     Raises:
-        ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with aliases that stand for more than 10,000 values (OmegaConf's
-            limit; a few lines of them can stand for gigabytes), or with text that `_refuse_text` refuses.
+        ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with aliases that stand for more
+            than 10,000 values (OmegaConf's limit; a few lines of them can stand for gigabytes), or
+            with text that `_refuse_text` refuses.
     """
     try:
         if len(text) > MAX_YAML_BYTES:
-            raise ConfigError(f"{where} is not a YAML config: {len(text):,} characters; expected fewer than {MAX_YAML_BYTES:,}.")
+            raise ConfigError(
+                f"{where} is not a YAML config: {len(text):,} characters; expected fewer than"
+                f" {MAX_YAML_BYTES:,}."
+            )
         _refuse_depth(text)
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError, AssertionError) as error:  # OmegaConf asserts that it is no scalar
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        AssertionError,
+    ) as error:  # OmegaConf asserts that it is no scalar
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where} is not a YAML config: {error}") from error
@@ -642,32 +969,43 @@ def parse_yaml(text: str, where: str) -> object:
     return tree
 
 
-MAX_YAML_BYTES, MAX_YAML_DEPTH = 2 ** 20, 100
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 100
 
 
 def _refuse_depth(text: str) -> None:
-    """The C library that puts YAML together calls itself for each level, and a hundred thousand of them end the process."""
+    """The C library that puts YAML together calls itself for each level, and a hundred thousand of
+    them end the process."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > MAX_YAML_DEPTH:
             raise ValueError(f"nested more than {MAX_YAML_DEPTH} levels deep")
 
 
-SECRET = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<![\w-])eyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+SECRET = re.compile(
+    r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<![\w-])eyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
 """Access tokens by the forms of those who issue them, and user:password of a URL."""
 
 
 def without_secrets(text: str) -> str:
-    """The text with access tokens taken out: by their form, and those that environment variables hold."""
-    held = [value for name, value in os.environ.items() if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()) and len(value) >= 8]
+    """The text with access tokens taken out: by their form, and those that environment variables
+    hold."""
+    held = [
+        value
+        for name, value in os.environ.items()
+        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()) and len(value) >= 8
+    ]
     for value in held:
         text = text.replace(value, "[secret]")
     return SECRET.sub("[secret]", text)
 
 
 def _refuse_text(value: object, where: str) -> None:
-    """Refuse text that no file name and no run folder may hold, at any depth, keys too. Secrets are not repeated in the message."""
+    """Refuse text that no file name and no run folder may hold, at any depth, keys too. Secrets are
+    not repeated in the message."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _refuse_text(key, where)
@@ -677,11 +1015,24 @@ def _refuse_text(value: object, where: str) -> None:
             _refuse_text(inner, where)
     elif isinstance(value, str):
         if without_secrets(value) != value:
-            raise ConfigError(f"{where} holds an access token or a password. A config is copied to the run folder and its report: put secrets in the environment only, such as HF_TOKEN.")
+            raise ConfigError(
+                f"{where} holds an access token or a password. A config is copied to the run folder"
+                " and its report: put secrets in the environment only, such as HF_TOKEN."
+            )
         if "${" in value:
-            raise ConfigError(f"{where}: {value!r} holds `${{`: interpolation is not read here, because it could copy environment variables into the run folder. Write the value itself.")
-        if "\0" in value or not value.isprintable() and any(unicodedata.category(character) == "Cs" for character in value):
-            raise ConfigError(f"{where}: {value!r} holds a NUL or half of a surrogate pair, which no file name can hold.")
+            raise ConfigError(
+                f"{where}: {value!r} holds `${{`: interpolation is not read here, because it could"
+                " copy environment variables into the run folder. Write the value itself."
+            )
+        if (
+            "\0" in value
+            or not value.isprintable()
+            and any(unicodedata.category(character) == "Cs" for character in value)
+        ):
+            raise ConfigError(
+                f"{where}: {value!r} holds a NUL or half of a surrogate pair, which no file name"
+                " can hold."
+            )
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
@@ -694,36 +1045,59 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     Raises:
         ConfigError: unknown key, wrong type, or a value that its section refuses.
     """
-    path, tree = ("config", source) if isinstance(source, dict) else (Path(source), read_yaml(Path(source)))
+    path, tree = (
+        ("config", source) if isinstance(source, dict) else (Path(source), read_yaml(Path(source)))
+    )
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}.")
+        raise ConfigError(
+            f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}."
+        )
     _refuse_text(tree, str(path))
     _refuse_unknown_keys(tree, str(path))
     overrides = overrides or []
     for override in overrides:
         _refuse_text(override, "command line")
         if "=" not in override:
-            raise ConfigError(f"{override!r} is no override. Write section.key=value, such as thought.group_size=8.")
+            raise ConfigError(
+                f"{override!r} is no override. Write section.key=value, such as"
+                " thought.group_size=8."
+            )
         try:
             _refuse_depth(override.partition("=")[2])
             given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with signs in it in quotes, such as 'data.template=\"{{text}}\"'.") from error
+        except (
+            yaml.YAMLError,
+            OmegaConfBaseException,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as error:
+            raise ConfigError(
+                f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with"
+                " signs in it in quotes, such as 'data.template=\"{text}\"'."
+            ) from error
         _refuse_text(given, "command line")
         _refuse_unknown_keys(given, "command line")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides)
+        )
         return OmegaConf.to_object(merged)
     except ConfigError:
         raise
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{path}: {error.full_key} has no value. Write {error.full_key}=VALUE on the command line, or the key in the file.") from error
+        raise ConfigError(
+            f"{path}: {error.full_key} has no value. Write {error.full_key}=VALUE on the command"
+            " line, or the key in the file."
+        ) from error
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         key = error.full_key or "a key"
         if "ListConfig" in str(error):  # OmegaConf's word for a list
-            raise ConfigError(f"{path}: {key}: must be a list. Write it in brackets, as in {key}=[VALUE].") from error
+            raise ConfigError(
+                f"{path}: {key}: must be a list. Write it in brackets, as in {key}=[VALUE]."
+            ) from error
         raise ConfigError(f"{path}: {key}: {first_line(error)}") from error
 
 

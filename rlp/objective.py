@@ -44,7 +44,8 @@ def information_gain(reasoned_logprob: Tensor, baseline_logprob: Tensor) -> Tens
 
 
 def greedy_match(matched: Tensor) -> Tensor:
-    """Reward of RPT (arXiv 2506.08007), a control: 1 where the most probable continuation after the thought is the real one, else 0.
+    """Reward of RPT (arXiv 2506.08007), a control: 1 where the most probable continuation after the
+    thought is the real one, else 0.
 
     Args:
         matched: [M, G] bool.
@@ -73,17 +74,28 @@ def group_relative_advantage(reward: Tensor) -> Tensor:
     """
     group_size = reward.shape[1]
     if group_size < 2:
-        raise ValueError(f"group_relative_advantage compares siblings: G must be >= 2, got {group_size}.")
+        raise ValueError(
+            f"group_relative_advantage compares siblings: G must be >= 2, got {group_size}."
+        )
     return (reward - reward.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
 
 
-def clipped_surrogate(logprob: Tensor, behavior_logprob: Tensor, mask: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+def clipped_surrogate(
+    logprob: Tensor,
+    behavior_logprob: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
     """Loss of each thought: the clipped policy-gradient surrogate, averaged over its tokens.
 
         rho_u = exp(log pi(l_u) - log pi_old(l_u))
         loss  = -1/|c| sum_u min(rho_u * A, clip(rho_u, 1 - eps_l, 1 + eps_h) * A)     (eq. 8)
 
-    On-policy every rho is 1, so the value is -A and sums to zero over a group; its gradient does not.
+    On-policy every rho is 1, so the value is -A and sums to zero over a group; its gradient does
+    not.
     Only `logprob` carries a gradient: the paper's stop-gradient is the detach of the advantage.
 
     Args:
@@ -104,12 +116,14 @@ def clipped_surrogate(logprob: Tensor, behavior_logprob: Tensor, mask: Tensor, a
 
 
 def kl_to_start(logprob: Tensor, start_logprob: Tensor, mask: Tensor) -> Tensor:
-    """KL of the policy to the starting checkpoint on the sampled tokens, averaged over each thought's tokens.
+    """KL of the policy to the starting checkpoint on the sampled tokens, averaged over each
+    thought's tokens.
 
         exp(d) - d - 1,  d = log p_start(l_u) - log pi(l_u)
 
-    Never negative, unbiased for KL(pi || p_start) under samples of pi (Schulman's k3 estimator). Its gradient on
-    those samples is that of KL(p_start || pi): the sampling itself is not differentiated.
+    Never negative, unbiased for KL(pi || p_start) under samples of pi (Schulman's k3 estimator).
+    Its gradient on those samples is that of KL(p_start || pi): the sampling itself is not
+    differentiated.
 
     Args:
         logprob, start_logprob: [N, L], at the sampling temperature.

@@ -1,6 +1,7 @@
 """A run: its parts put together from a config, and everything around the algorithm.
 
-`train.py` holds the algorithm; this module loads, resumes, evaluates, saves, tells and exports for it.
+`train.py` holds the algorithm; this module loads, resumes, evaluates, saves, tells and exports for
+it.
 """
 
 import math
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rlp_kernels import choose_form
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -91,17 +91,28 @@ from rlp.process.stored import DamagedFileError, write_json
 from rlp.process.tally import Tally
 from rlp.process.watchdog import Watchdog
 from rlp.sampling.rollout import Rollout
+from rlp_kernels import choose_form
 
 T = TypeVar("T")
 
 
 class Run:
-    """Everything a run holds. Its parts are built in the order of the design: config, data, model, engine, teacher."""
+    """Everything a run holds. Its parts are built in the order of the design: config, data, model,
+    engine, teacher."""
 
-    def __init__(self, config: Config, ranks: Ranks, preemption: Preemption | None = None, watchdog: Watchdog | None = None,
-                 lock: RunLock | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        preemption: Preemption | None = None,
+        watchdog: Watchdog | None = None,
+        lock: RunLock | None = None,
+    ) -> None:
         self.config, self.ranks, self.lock = config, ranks, lock or RunLock(ranks)
-        self.preemption, self.watchdog = preemption or Preemption(ranks), watchdog or Watchdog(ranks, config.run)
+        self.preemption, self.watchdog = (
+            preemption or Preemption(ranks),
+            watchdog or Watchdog(ranks, config.run),
+        )
         self.step = 0
         self.seconds = 0.0
         self.wall, self.pace = WallTime(), Pace()
@@ -111,19 +122,42 @@ class Run:
         self.watch = Watch()
         refuse_sizes(config, ranks.world_size)
         with self.watchdog.working("data"):
-            opened = Opened(config, ranks.world_size, ranks.rank, warn=self._warn, record=self._record_bad, progress=self._progress)
-        self._opened, self.inputs, self.share, self.match, self.panel = opened, opened.inputs, opened.share, opened.match, opened.panel
+            opened = Opened(
+                config,
+                ranks.world_size,
+                ranks.rank,
+                warn=self._warn,
+                record=self._record_bad,
+                progress=self._progress,
+            )
+        self._opened, self.inputs, self.share, self.match, self.panel = (
+            opened,
+            opened.inputs,
+            opened.share,
+            opened.match,
+            opened.panel,
+        )
         self._data_state, self._made_step, self._began_at = self.inputs.stream.state(), 0, 0
         self._weights_moved = False
         self._step_started = time.perf_counter()
         self._saved_step: int | None = None
-        self._say(f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million parameters")
+        self._say(
+            f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million"
+            " parameters"
+        )
         dtype = run_dtype(config, self.inputs.shapes.width, ranks)
         self.dtype, self._why_dtype = dtype
         self._announce(plan_here(config, opened, ranks, dtype))
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
-        self.arrange, self.shares_prefixes = {"repeated": repeated, "tree": tree}[opened.layout], opened.layout == "tree"
-        self.folder = open_run_folder(config.run.dir) if resumes else create_run_folder(config, ranks, self.lock)
+        self.arrange, self.shares_prefixes = (
+            {"repeated": repeated, "tree": tree}[opened.layout],
+            opened.layout == "tree",
+        )
+        self.folder = (
+            open_run_folder(config.run.dir)
+            if resumes
+            else create_run_folder(config, ranks, self.lock)
+        )
         self.lock.claim(self.folder.path, self._say, self.watchdog.mark)
         self._is_new = not resumes
         try:
@@ -133,23 +167,47 @@ class Run:
             self.journal = Journal(self.folder, config, ranks, self.engine)
             for note in self.inputs.notes():
                 self.log.say(note)
-            self.log.say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {self._logprob_form()}")
-            self.log.say(f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}" + (f"; threads a rank: {torch.get_num_threads()}" if ranks.device.type == "cpu" else ""))
+            self.log.say(
+                f"layout {opened.layout}: {opened.why_layout}; log-probabilities:"
+                f" {self._logprob_form()}"
+            )
+            self.log.say(
+                f"{str(self.dtype).removeprefix('torch.')}: {self._why_dtype}"
+                + (
+                    f"; threads a rank: {torch.get_num_threads()}"
+                    if ranks.device.type == "cpu"
+                    else ""
+                )
+            )
             if self.inputs.shapes.uncounted:
-                self.log.say(f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose cost is not known: a lower bound, by which nothing is matched")
+                self.log.say(
+                    f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose"
+                    " cost is not known: a lower bound, by which nothing is matched"
+                )
             with self.watchdog.working("resume"):
                 self._resume(resumes)
-            self._first, self._last = self._on_first_rank(self._logged_evaluations, "its evaluations could not be read")
+            self._first, self._last = self._on_first_rank(
+                self._logged_evaluations, "its evaluations could not be read"
+            )
         except BaseException:
             self.discard()
             raise
 
     def discard(self) -> None:
-        """After an error: remove the folder of a new run that has made no step. It was made a moment ago, and without it the
-        corrected command works as it stands."""
-        if self._is_new and self._made_step == self._began_at and self._saved_step is None and self.ranks.is_first:
+        """After an error: remove the folder of a new run that has made no step. It was made a
+        moment ago, and without it the corrected command works as it stands."""
+        if (
+            self._is_new
+            and self._made_step == self._began_at
+            and self._saved_step is None
+            and self.ranks.is_first
+        ):
             with suppress(OSError, FolderLostError):
-                remove(set_aside(self.folder.path, f".tmp.{self.folder.name}", point="folder.before_discard"))
+                remove(
+                    set_aside(
+                        self.folder.path, f".tmp.{self.folder.name}", point="folder.before_discard"
+                    )
+                )
 
     def _on_first_rank(self, act: Callable[[], T], words: str) -> T:
         """What the first rank reads or changes in the run folder, on every rank. A collective.
@@ -164,7 +222,10 @@ class Run:
             except DamagedFileError as error:
                 failure = error
             except (OSError, SafetensorError) as error:
-                failure = NotWrittenError(f"{self.folder.path}: {words}: {error}. Make room there, and continue with run.resume=auto.")
+                failure = NotWrittenError(
+                    f"{self.folder.path}: {words}: {error}. Make room there, and continue with"
+                    " run.resume=auto."
+                )
         answer, failure = self.ranks.broadcast((answer, failure))
         if failure is not None:
             raise failure
@@ -177,17 +238,44 @@ class Run:
         quiet_libraries(self.folder, ranks)
         dtype = self.dtype
         with sharded_construction(config, ranks, dtype) as whole:
-            policy, twin, start = (load_policy(config, self.inputs.tokenizer, self.inputs.markers, dtype, ranks.device, whole) if needed else None for needed in (True, *needs_copies(config)))
+            policy, twin, start = (
+                (
+                    load_policy(
+                        config,
+                        self.inputs.tokenizer,
+                        self.inputs.markers,
+                        dtype,
+                        ranks.device,
+                        whole,
+                    )
+                    if needed
+                    else None
+                )
+                for needed in (True, *needs_copies(config))
+            )
         self.engine = Engine(policy, config, ranks, dtype, self.preemption, self.watchdog)
-        check_model(policy, agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None))
-        twin, self.start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
+        check_model(
+            policy,
+            agree=lambda refusal: next((found for found in ranks.gather(refusal) if found), None),
+        )
+        twin, self.start = (
+            copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start)
+        )
         self._input_checksums = self.inputs.checksums()
         for copy in (self.start, twin if config.baseline.kind == "frozen" else None):
             if copy is not None:  # read from model.path in every life of the run
-                self._input_checksums["the weights in model.path"] = weights_digest(self.engine, copy, ranks)
-        self.teacher = Teacher(config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks)
+                self._input_checksums["the weights in model.path"] = weights_digest(
+                    self.engine, copy, ranks
+                )
+        self.teacher = Teacher(
+            config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks
+        )
         self.ledger = begin_ledger(config, self.inputs.shapes, on_phase=self.watchdog.mark)
-        self.scripts = token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device) if config.objective.thinks else None
+        self.scripts = (
+            token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device)
+            if config.objective.thinks
+            else None
+        )
 
     def _announce(self, plan: Plan) -> None:
         """Say what the run takes; all ranks refuse what the first one refuses."""
@@ -203,14 +291,25 @@ class Run:
             self._say(line)
 
     def _logprob_form(self) -> str:
-        """What computes log-probabilities, for a micro-batch of average thoughts and documents of full length."""
+        """What computes log-probabilities, for a micro-batch of average thoughts and documents of
+        full length."""
         config, shapes = self.config, self.inputs.shapes
         if config.engine.logprob_form != "auto":
             return config.engine.logprob_form
         positions = 1 if config.position.per_document == "all" else config.position.per_document
-        thoughts = positions * config.thought.group_size * config.thought.max_thought_tokens // 2 if config.objective.thinks else 0
+        thoughts = (
+            positions * config.thought.group_size * config.thought.max_thought_tokens // 2
+            if config.objective.thinks
+            else 0
+        )
         rows = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
-        return choose_form(rows, shapes.vocabulary, width=shapes.width, dtype=self.dtype, device=self.ranks.device.type)
+        return choose_form(
+            rows,
+            shapes.vocabulary,
+            width=shapes.width,
+            dtype=self.dtype,
+            device=self.ranks.device.type,
+        )
 
     def _warn(self, text: str) -> None:
         self._say(f"data: {text}")
@@ -222,7 +321,14 @@ class Run:
 
     def _progress(self, what: str, total: int | None, unit: str) -> Progress:
         """A `Progress` that the first rank tells."""
-        return Progress(what, total, unit, shown=self.ranks.is_first, say=self._say, on_advance=self.watchdog.mark)
+        return Progress(
+            what,
+            total,
+            unit,
+            shown=self.ranks.is_first,
+            say=self._say,
+            on_advance=self.watchdog.mark,
+        )
 
     def _known_steps(self) -> int | None:
         """Steps of the whole run, where nothing else limits it."""
@@ -244,8 +350,15 @@ class Run:
 
     def choose_positions(self, documents: list[Document]) -> Positions:
         """The positions of this step."""
-        return choose_positions(documents, self.inputs.candidates, self.config.position, horizon=self.config.target.horizon,
-                                seed=self.config.run.seed, step=self.step, scores=self._difficulty(documents))
+        return choose_positions(
+            documents,
+            self.inputs.candidates,
+            self.config.position,
+            horizon=self.config.target.horizon,
+            seed=self.config.run.seed,
+            step=self.step,
+            scores=self._difficulty(documents),
+        )
 
     def _difficulty(self, documents: list[Document]) -> list | None:
         if self.config.position.selector not in ("entropy", "surprisal"):
@@ -253,7 +366,15 @@ class Run:
         with self.ledger.time("score"):
             scores, size = [], self.config.optim.micro_batch_size
             for start in range(0, len(documents), size):
-                layout = self.arrange(documents[start : start + size], None, None, self.inputs.form, lm=True, no_think=False, device=self.ranks.device)
+                layout = self.arrange(
+                    documents[start : start + size],
+                    None,
+                    None,
+                    self.inputs.form,
+                    lm=True,
+                    no_think=False,
+                    device=self.ranks.device,
+                )
                 scores += difficulty(self.engine.policy, layout, self.config.position.selector)
                 self.count("score", layout.document_work, passes=1)
         return scores
@@ -265,9 +386,20 @@ class Run:
         return budget_spent(self.config.budget, self.step, self.ledger)
 
     def is_spent(self) -> bool:
-        """Whether the run ends: its steps are made, or the next step would leave another limit farther behind than this one is before it."""
-        spent, step = {"steps": self.step, **self.ledger.spent()}, {"steps": 0.0, **self.ledger.mean_step()}
-        return any(spent[name] + step[name] / 2 >= limit for name, limit in asdict(self.config.budget).items() if limit is not None)
+        """Whether the run ends: its steps are made, or the next step would leave another limit
+        farther behind than this one is before it."""
+        spent, step = (
+            {"steps": self.step, **self.ledger.spent()},
+            {
+                "steps": 0.0,
+                **self.ledger.mean_step(),
+            },
+        )
+        return any(
+            spent[name] + step[name] / 2 >= limit
+            for name, limit in asdict(self.config.budget).items()
+            if limit is not None
+        )
 
     def learning_rate(self) -> float:
         """Learning rate of this step."""
@@ -291,8 +423,11 @@ class Run:
     # Stopping
 
     def owes_evaluation(self) -> bool:
-        """Whether the evaluation of the step that the run begins with is still to be made: it was stopped, or the run is new."""
-        due = self.step == 0 or (self.due(self.config.evaluation.every_n_steps) and not self.is_spent())
+        """Whether the evaluation of the step that the run begins with is still to be made: it was
+        stopped, or the run is new."""
+        due = self.step == 0 or (
+            self.due(self.config.evaluation.every_n_steps) and not self.is_spent()
+        )
         return due and not self._is_evaluated()
 
     def _is_evaluated(self) -> bool:
@@ -308,7 +443,8 @@ class Run:
         self.log.still(self.step, self.watchdog.phase, time.perf_counter() - self._step_started)
 
     def safe_point(self) -> None:
-        """Between micro-batches: a step from which nothing has moved is given up here where any rank was asked to stop.
+        """Between micro-batches: a step from which nothing has moved is given up here where any
+        rank was asked to stop.
 
         Raises:
             StopRequested: on all ranks.
@@ -319,33 +455,54 @@ class Run:
             self.preemption.safe_point()
 
     def stop(self, asked: StopRequested) -> bool:
-        """Give up the step in progress, and save as after the last one that was made; whether that is on disk."""
+        """Give up the step in progress, and save as after the last one that was made; whether that
+        is on disk."""
         given_up = self.step > self._made_step
         self.step = self._made_step
         self.ledger.drop_step()
         saved = self._saved_step == self.step or self.save()
-        where = f"step {self.step} is saved" if saved else f"step {self.step} could not be saved, and the checkpoint before it stands"
-        self.log.say(f"asked to stop ({asked}): {where}{'; the step begun after it is not counted' if given_up else ''}; continue with run.resume=auto")
+        where = (
+            f"step {self.step} is saved"
+            if saved
+            else f"step {self.step} could not be saved, and the checkpoint before it stands"
+        )
+        self.log.say(
+            f"asked to stop ({asked}):"
+            f" {where}{'; the step begun after it is not counted' if given_up else ''}; continue"
+            " with run.resume=auto"
+        )
         self.log.close()
         return saved
 
     # Updates
 
     def update(self, tally: Tally, documents: list[Document]) -> StepResult:
-        """Make the update from the gradient that the engine holds, unless it is refused (`Guard`)."""
+        """Make the update from the gradient that the engine holds, unless it is refused
+        (`Guard`)."""
         self.watchdog.mark("optimizer")
         self._weights_moved = True
-        result = self.guard.update(self.engine, self.learning_rate(), tally, documents, lambda text: self.log.say(f"step {self.step}: {text}"))
+        result = self.guard.update(
+            self.engine,
+            self.learning_rate(),
+            tally,
+            documents,
+            lambda text: self.log.say(f"step {self.step}: {text}"),
+        )
         self.teacher.refresh()
         return result
 
     # Telling
 
     def end_step(self, tally: Tally, result: StepResult, documents: list[Document]) -> None:
-        """Close the ledger's step, record its metrics, and stop a run whose updates are refused again and again."""
+        """Close the ledger's step, record its metrics, and stop a run whose updates are refused
+        again and again."""
         fault("step.before_log")
         self.watchdog.mark("log")
-        self._data_state, self._made_step, self._weights_moved = self.inputs.stream.state(), self.step, False
+        self._data_state, self._made_step, self._weights_moved = (
+            self.inputs.stream.state(),
+            self.step,
+            False,
+        )
         cost = self.ledger.close_step(self.ranks)
         seconds = time.perf_counter() - self._step_started
         self.seconds += seconds
@@ -355,20 +512,44 @@ class Run:
         sampled = cost["phases"]["decode"]["tokens_generated"]
         done = self.progress()
         values |= {
-            "optim/grad_norm": result.grad_norm, "optim/learning_rate": self.learning_rate(), "optim/skipped": self.guard.skipped,
+            "optim/grad_norm": result.grad_norm,
+            "optim/learning_rate": self.learning_rate(),
+            "optim/skipped": self.guard.skipped,
             "optim/spikes": self.guard.spikes if self.config.optim.spike_factor else None,
-            "teacher/distance": self.teacher.distance(), "data/bad_documents": sum(self.inputs.stream.bad.values()),
-            "budget/tokens": self.ledger.input_tokens, "budget/flops": self.ledger.flops,
-            "perf/step_s": seconds, "perf/thought_tokens_per_s": sampled / sampling if sampled else None, "perf/peak_memory_bytes": self._peak_memory(),
-            "perf/tokens_per_s": (cost["input_tokens"] + sampled) / seconds, "perf/left_s": self.pace.left_s(done - self.progress_before, seconds, 1 - done),
+            "teacher/distance": self.teacher.distance(),
+            "data/bad_documents": sum(self.inputs.stream.bad.values()),
+            "budget/tokens": self.ledger.input_tokens,
+            "budget/flops": self.ledger.flops,
+            "perf/step_s": seconds,
+            "perf/thought_tokens_per_s": sampled / sampling if sampled else None,
+            "perf/peak_memory_bytes": self._peak_memory(),
+            "perf/tokens_per_s": (cost["input_tokens"] + sampled) / seconds,
+            "perf/left_s": self.pace.left_s(done - self.progress_before, seconds, 1 - done),
         }
-        unusable = sorted(name for name, value in values.items() if value is not None and not math.isfinite(value))
-        self.log.step(self.step, {name: value for name, value in values.items() if name not in unusable})
+        unusable = sorted(
+            name for name, value in values.items() if value is not None and not math.isfinite(value)
+        )
+        self.log.step(
+            self.step, {name: value for name, value in values.items() if name not in unusable}
+        )
         self._tell_thoughts()
-        self.journal.close_step(self.step, documents, values, applied=result.applied, tokens=self.ledger.input_tokens, flops=self.ledger.flops)
+        self.journal.close_step(
+            self.step,
+            documents,
+            values,
+            applied=result.applied,
+            tokens=self.ledger.input_tokens,
+            flops=self.ledger.flops,
+        )
         if waiting := refused_logs(self.folder):
-            self.log.say(f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory, and no checkpoint is made without them. Make room in {self.folder.path}")
-        for alarm in self.watch.see({name: value for name, value in values.items() if value is not None}, has_baseline=self.config.baseline.kind != "none"):
+            self.log.say(
+                f"step {self.step}: the disk refuses {', '.join(waiting)}; lines wait in memory,"
+                f" and no checkpoint is made without them. Make room in {self.folder.path}"
+            )
+        for alarm in self.watch.see(
+            {name: value for name, value in values.items() if value is not None},
+            has_baseline=self.config.baseline.kind != "none",
+        ):
             self.log.alarm(self.step, alarm)
         self._watch_mismatch(values)
         self._stop_without_updates()
@@ -383,16 +564,26 @@ class Run:
         if self.guard.in_a_row < MAX_REFUSED_IN_A_ROW:
             return
         self.save()
-        raise NumericsError(f"{self.guard.in_a_row} steps in a row made no update (the last is step {self.step}); the weights are those from before. "
-                            f"{self._where_to_go_on()} Lower optim.learning_rate, or look at the documents named above.")
+        raise NumericsError(
+            f"{self.guard.in_a_row} steps in a row made no update (the last is step {self.step});"
+            f" the weights are those from before. {self._where_to_go_on()} Lower"
+            " optim.learning_rate, or look at the documents named above."
+        )
 
     def _where_to_go_on(self) -> str:
         """The newest checkpoint, in words."""
-        newest = self.ranks.broadcast(newest_name(self.folder.checkpoints) if self.ranks.is_first else None)
-        return f"The newest sound checkpoint is {newest}." if newest else f"There is no checkpoint in {self.folder.checkpoints} yet."
+        newest = self.ranks.broadcast(
+            newest_name(self.folder.checkpoints) if self.ranks.is_first else None
+        )
+        return (
+            f"The newest sound checkpoint is {newest}."
+            if newest
+            else f"There is no checkpoint in {self.folder.checkpoints} yet."
+        )
 
     def _watch_mismatch(self, values: dict[str, float | None]) -> None:
-        """Say loudly where sampler and trainer are two policies, and end a run that can not be trained like that.
+        """Say loudly where sampler and trainer are two policies, and end a run that can not be
+        trained like that.
 
         Raises:
             NumericsError: it ends.
@@ -403,27 +594,46 @@ class Run:
         mismatch, ends = found
         advice = "Compare with engine.layout=repeated and engine.dtype=float32, and report it."
         if ends:
-            raise NumericsError(f"step {self.step}: {mismatch}. The thoughts are not those of the policy that is trained. {self._where_to_go_on()} {advice}")
+            raise NumericsError(
+                f"step {self.step}: {mismatch}. The thoughts are not those of the policy that is"
+                f" trained. {self._where_to_go_on()} {advice}"
+            )
         self.log.alarm(self.step, f"{mismatch}. {advice}")
 
     def _peak_memory(self) -> float:
-        local = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        local = (
+            torch.cuda.max_memory_allocated()
+            if self.ranks.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         return float(max(self.ranks.gather(local)))
 
     def due(self, every_n_steps: int) -> bool:
         """Whether something done every n steps is done at this step; never for 0."""
         return every_n_steps > 0 and self.step % every_n_steps == 0
 
-    def offer_thoughts(self, documents: list[Document], positions: Positions, thoughts: Thoughts, values: dict[str, Tensor]) -> None:
+    def offer_thoughts(
+        self,
+        documents: list[Document],
+        positions: Positions,
+        thoughts: Thoughts,
+        values: dict[str, Tensor],
+    ) -> None:
         """`TopThoughts.offer`, on steps that tell thoughts."""
         if self._top_thoughts is not None:
-            self._top_thoughts.offer(documents, positions, thoughts, values, len(self.inputs.markers.close))
+            self._top_thoughts.offer(
+                documents, positions, thoughts, values, len(self.inputs.markers.close)
+            )
 
     def _tell_thoughts(self) -> None:
-        """Write the most and the least helpful thoughts of the step, at logging intervals. A collective."""
+        """Write the most and the least helpful thoughts of the step, at logging intervals. A
+        collective."""
         told = self._top_thoughts.gather(self.ranks) if self._top_thoughts is not None else []
         for thought in told if self.ranks.is_first else []:
-            texts = {name: self.inputs.tokenizer.decode(thought[name]) for name in ("prefix_tail", "thought", "target")}
+            texts = {
+                name: self.inputs.tokenizer.decode(thought[name])
+                for name in ("prefix_tail", "thought", "target")
+            }
             append_json_line(self.folder.thoughts_jsonl, {"step": self.step} | thought | texts)
 
     # Counting
@@ -433,20 +643,28 @@ class Run:
         return (self.step - 1) % self.config.baseline.every_n_steps == 0
 
     def count(self, phase: str, work: Work, *, passes: int, tokens_trained: int = 0) -> None:
-        """Count a pass over given tokens; `tokens_trained` of them have a gradient through their log-probability."""
-        self.ledger.add(phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=tokens_trained)
+        """Count a pass over given tokens; `tokens_trained` of them have a gradient through their
+        log-probability."""
+        self.ledger.add(
+            phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=tokens_trained
+        )
 
     def count_rollout(self, rollout: Rollout) -> None:
         """Count the prefill and the decoding of a step's thoughts."""
         sampled = int(rollout.thoughts.mask.sum())
         self.count("prefill", rollout.prefill_work, passes=1)
         self.ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
-        self.ledger.add_thoughts(rollout.thoughts.truncated.numel(), max_thought_tokens=self.config.thought.max_thought_tokens, sampled_tokens=sampled)
+        self.ledger.add_thoughts(
+            rollout.thoughts.truncated.numel(),
+            max_thought_tokens=self.config.thought.max_thought_tokens,
+            sampled_tokens=sampled,
+        )
 
     # Evaluation
 
     def evaluate(self) -> dict | None:
-        """Score the held-out panel; the first time, also without thoughts by the starting checkpoint."""
+        """Score the held-out panel; the first time, also without thoughts by the starting
+        checkpoint."""
         if self.panel is None:
             return None
         if self._is_evaluated():  # by an end that was interrupted
@@ -458,34 +676,82 @@ class Run:
         self.watchdog.mark("evaluation")
         fault("evaluation")
         if not self.start_logprob:
-            self.start_logprob = no_think_logprob(self.arrange, self.engine.policy, self.panel, self.inputs.form, self.config, self.ranks)
-        values = probe_panel(self.arrange, self.panel, self.engine.policy, self.teacher.model, self.start_logprob, self.inputs.form, self.config, self.ranks,
-                             generation=self.engine.generation, agree=self.engine.agree, progress=self._progress).numbers()
+            self.start_logprob = no_think_logprob(
+                self.arrange,
+                self.engine.policy,
+                self.panel,
+                self.inputs.form,
+                self.config,
+                self.ranks,
+            )
+        values = probe_panel(
+            self.arrange,
+            self.panel,
+            self.engine.policy,
+            self.teacher.model,
+            self.start_logprob,
+            self.inputs.form,
+            self.config,
+            self.ranks,
+            generation=self.engine.generation,
+            agree=self.engine.agree,
+            progress=self._progress,
+        ).numbers()
         unusable = sorted(name for name, value in values.items() if not math.isfinite(value))
         if unusable:
-            raise NumericsError(f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The weights are of no use. {self._where_to_go_on()}")
+            raise NumericsError(
+                f"held-out evaluation at step {self.step}: not finite: {', '.join(unusable)}. The"
+                f" weights are of no use. {self._where_to_go_on()}"
+            )
         self.log.evaluation(self.step, values)
         self._last = {"step": self.step, **values}
         self._first = self._first or self._last
-        self.log.say(f"held-out at step {self.step}: " + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items()))
+        self.log.say(
+            f"held-out at step {self.step}: "
+            + ", ".join(f"{words} {values[name]:.3f}" for name, words in HEADLINE.items())
+        )
         return values
 
     # Checkpoints
 
     def save(self) -> bool:
-        """Write a checkpoint of all that changes, as after the last step that was made; whether it could be written.
+        """Write a checkpoint of all that changes, as after the last step that was made; whether it
+        could be written.
 
         Raises:
             NumericsError: what it would hold is not finite.
         """
         self.watchdog.mark("save")
-        require_sound(self.engine, self.ranks, f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto and a lower optim.learning_rate.")
-        state = {"config": asdict(self.config), "data": self._data_state, "ledger": self.ledger.state(), "seconds": self.seconds,
-                 "guard": self.guard.state(), "start_logprob": self.start_logprob, "watch": self.watch.state(), "dtype": str(self.dtype),
-                 "inputs": self._input_checksums, "changes": self.changes, "logs": mark_logs(self.folder, self.step)}
+        require_sound(
+            self.engine,
+            self.ranks,
+            f"step {self.step} is not saved. {self._where_to_go_on()} Continue with run.resume=auto"
+            " and a lower optim.learning_rate.",
+        )
+        state = {
+            "config": asdict(self.config),
+            "data": self._data_state,
+            "ledger": self.ledger.state(),
+            "seconds": self.seconds,
+            "guard": self.guard.state(),
+            "start_logprob": self.start_logprob,
+            "watch": self.watch.state(),
+            "dtype": str(self.dtype),
+            "inputs": self._input_checksums,
+            "changes": self.changes,
+            "logs": mark_logs(self.folder, self.step),
+        }
         with self.watchdog.working("save"), self.wall.during("saving"):
-            saved = save_checkpoint(self.folder.checkpoints, self.step, self.engine, self.ranks, state, self.config.checkpoint.keep,
-                                    settle=lambda: settle_logs(self.folder), say=self.log.say)
+            saved = save_checkpoint(
+                self.folder.checkpoints,
+                self.step,
+                self.engine,
+                self.ranks,
+                state,
+                self.config.checkpoint.keep,
+                settle=lambda: settle_logs(self.folder),
+                say=self.log.say,
+            )
         self._saved_step = self.step if saved else self._saved_step
         return saved is not None
 
@@ -503,29 +769,41 @@ class Run:
         changes = self._load(checkpoint)
         if resumes and self.is_complete():
             # What it has logged after its last checkpoint, which may be an early one, stays.
-            self._on_first_rank(lambda: remove_unfinished(self.folder), "what a crash left could not be removed")
+            self._on_first_rank(
+                lambda: remove_unfinished(self.folder), "what a crash left could not be removed"
+            )
             return
         if resumes:
-            lost = self._on_first_rank(lambda: cut_logs(self.folder, self.step, checkpoint.state["logs"]), "its logs could not be cut back")
+            lost = self._on_first_rank(
+                lambda: cut_logs(self.folder, self.step, checkpoint.state["logs"]),
+                "its logs could not be cut back",
+            )
             for words in lost:
                 self.log.alarm(self.step, words)
         self._note_changes(checkpoint.state["changes"], changes, written=resumes)
         self.log.say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def _start_again(self) -> None:
-        """Begin at step 0 in the folder of a run that was killed before its first checkpoint (`refuse_new_start`)."""
+        """Begin at step 0 in the folder of a run that was killed before its first checkpoint
+        (`refuse_new_start`)."""
         if self.is_complete():
             return
         steps, changes = refuse_new_start(self.folder, self.config, self.ranks)
         self._on_first_rank(lambda: cut_logs(self.folder, -1, {}), "its logs could not be cut back")
         self._note_changes([], changes)
-        self.log.say(f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps, and begins again at step 0")
+        self.log.say(
+            f"{self.folder.path} has no checkpoint yet: it was stopped in its first {steps} steps,"
+            " and begins again at step 0"
+        )
 
-    def _note_changes(self, earlier: list[dict], changes: list[dict], *, written: bool = True) -> None:
+    def _note_changes(
+        self, earlier: list[dict], changes: list[dict], *, written: bool = True
+    ) -> None:
         """Say and write down the settings that the run is continued with otherwise.
 
         Args:
-            earlier: those of earlier lives, which stand in the run folder where it was theirs (`written`).
+            earlier: those of earlier lives, which stand in the run folder where it was theirs
+                (`written`).
         """
         new = [{"step": self.step + 1, **change} for change in changes]
         self.changes = [*earlier, *new]
@@ -533,14 +811,19 @@ class Run:
             if self.ranks.is_first:
                 append_json_line(self.folder.config_changes_jsonl, change)
         for change in new:
-            self.log.say(f"from step {change['step']} on: {change['key']} is {change['to']!r}, was {change['from']!r}")
+            self.log.say(
+                f"from step {change['step']} on: {change['key']} is {change['to']!r}, was"
+                f" {change['from']!r}"
+            )
 
     def _load(self, checkpoint: Checkpoint) -> list[dict]:
         """Take over what a checkpoint holds; the settings that differ from its own."""
         changes = refuse_checkpoint(checkpoint, self.config, self._opened, self.dtype)
         state = checkpoint.state
         refuse_other_inputs(state["inputs"], self._input_checksums, checkpoint.path)
-        self._input_checksums = state["inputs"]  # a panel that is not read in this life may be read in the next
+        self._input_checksums = state[
+            "inputs"
+        ]  # a panel that is not read in this life may be read in the next
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
         self.inputs.stream.load_state(state["data"])
@@ -550,7 +833,11 @@ class Run:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self.step, self.seconds = checkpoint.step, state["seconds"]
         self.guard.load_state(state["guard"])
-        self._data_state, self._made_step, self._began_at = self.inputs.stream.state(), self.step, self.step
+        self._data_state, self._made_step, self._began_at = (
+            self.inputs.stream.state(),
+            self.step,
+            self.step,
+        )
         self.start_logprob = state["start_logprob"]
         self.watch.load_state(state["watch"])
         return changes
@@ -571,19 +858,40 @@ class Run:
         self.wall.enter("export and report")
         self.watchdog.mark("export")
         # A run that starts from another run's checkpoint has no evaluation before its first step.
-        before = _values(self._first) if self._first is not None and self._first["step"] == 0 else None
-        card = model_card(self.config, before, after, self.step, self.engine.policy.stock_time_step_limit)
+        before = (
+            _values(self._first) if self._first is not None and self._first["step"] == 0 else None
+        )
+        card = model_card(
+            self.config, before, after, self.step, self.engine.policy.stock_time_step_limit
+        )
         if self.ranks.is_first:
             for left in (self.folder.export, *self.folder.path.glob(".tmp.export.*")):
                 remove(left)  # by an end that was interrupted: a complete run does not come here
         with self.watchdog.working("export"):
-            export_model(self.folder.export, self.engine, self.inputs.tokenizer, self.ranks, self.config, self.inputs.form, card)
-        summary = {"before": before, "after": after, "steps": self.step, "seconds": self.seconds, "wall_s": self.wall.so_far(),
-                   "flops": self.ledger.flops,
-                   "counted_without": list(self.inputs.shapes.uncounted), "bad_documents": self.inputs.stream.bad,
-                   "verdict": verdict([before or {}], [after or {}]),
-                   "match": match and {"by": match.by, "ratio": match.ratio(spent)}}
-        self._on_first_rank(lambda: self._write_end(summary), "the end of the run could not be written")
+            export_model(
+                self.folder.export,
+                self.engine,
+                self.inputs.tokenizer,
+                self.ranks,
+                self.config,
+                self.inputs.form,
+                card,
+            )
+        summary = {
+            "before": before,
+            "after": after,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "wall_s": self.wall.so_far(),
+            "flops": self.ledger.flops,
+            "counted_without": list(self.inputs.shapes.uncounted),
+            "bad_documents": self.inputs.stream.bad,
+            "verdict": verdict([before or {}], [after or {}]),
+            "match": match and {"by": match.by, "ratio": match.ratio(spent)},
+        }
+        self._on_first_rank(
+            lambda: self._write_end(summary), "the end of the run could not be written"
+        )
         self.log.say(self._closing_words(before, after))
         if match:
             self.log.say(match.table(spent))
@@ -607,16 +915,31 @@ class Run:
         try:
             write_report([self.folder.path], self.folder.report_html)
         except (OSError, DamagedFileError, ConfigError) as error:
-            self.log.say(f"the report could not be written: {error}. Write it with: rlp report {self.folder.path}")
+            self.log.say(
+                f"the report could not be written: {error}. Write it with: rlp report"
+                f" {self.folder.path}"
+            )
 
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
-        lines = ["", f"{self.step} steps in {duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",
-                 f"this process took {self.wall.told()}"]
+        lines = [
+            "",
+            f"{self.step} steps in {duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",
+            f"this process took {self.wall.told()}",
+        ]
         if before and after:
-            lines += [f"held-out panel of {after['panel_positions']} positions      before    after"]
-            lines += [f"  {HEADLINE[name]:<34}{before[name]:>8.3f} {after[name]:>8.3f}" for name in HEADLINE]
+            lines += [
+                f"held-out panel of {after['panel_positions']} positions      before    after"
+            ]
+            lines += [
+                f"  {HEADLINE[name]:<34}{before[name]:>8.3f} {after[name]:>8.3f}"
+                for name in HEADLINE
+            ]
         lines += verdict([before or {}], [after or {}])
-        places = {"run folder": self.folder.path, "report": self.folder.report_html, "model": self.folder.export}
+        places = {
+            "run folder": self.folder.path,
+            "report": self.folder.report_html,
+            "model": self.folder.export,
+        }
         return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
 
     def _logged_evaluations(self) -> tuple[dict | None, dict | None]:
@@ -634,8 +957,11 @@ def _values(evaluation: dict) -> dict:
 
 
 HEADLINE = {
-    "gain_over_start_nats": "gain over start (nats)", "positive_gain_frac": "positions with positive gain", "accuracy_with_thought": "accuracy with a thought",
-    "accuracy_without_thought": "accuracy without a thought", "thought_tokens_mean": "thought length (tokens)",
+    "gain_over_start_nats": "gain over start (nats)",
+    "positive_gain_frac": "positions with positive gain",
+    "accuracy_with_thought": "accuracy with a thought",
+    "accuracy_without_thought": "accuracy without a thought",
+    "thought_tokens_mean": "thought length (tokens)",
 }
 """The numbers that a run is told by."""
 
@@ -648,20 +974,32 @@ def learning_rate_at(config: OptimConfig, step: int, progress: float) -> float:
         progress: fraction of the budget that is spent before the step.
     """
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * min(progress, 1.0))) / 2}[config.schedule]
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * min(progress, 1.0))) / 2,
+    }[config.schedule]
     if config.schedule == "constant":
         return config.learning_rate * warmup
-    return config.learning_rate * warmup * (config.final_fraction + (1 - config.final_fraction) * shape)
+    return (
+        config.learning_rate
+        * warmup
+        * (config.final_fraction + (1 - config.final_fraction) * shape)
+    )
 
 
 def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     """What a run would read, hold and cost.
 
     Args:
-        machine: `8x80` plans for 8 devices of 80 GB; empty, for the ranks and devices of this process.
+        machine: `8x80` plans for 8 devices of 80 GB; empty, for the ranks and devices of this
+            process.
     """
     if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
-        raise ConfigError(f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this machine.")
+        raise ConfigError(
+            f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for this"
+            " machine."
+        )
     world_size, gigabytes = map(int, machine.split("x")) if machine else (ranks.world_size, 0)
     notes: list[str] = []
     if not machine:
@@ -669,7 +1007,14 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
     inputs = opened.inputs
     if machine:
-        plan = plan_run(config, inputs.shapes, world_size, gigabytes * 10 ** 9, layout=opened.layout, form=opened.form_tokens)
+        plan = plan_run(
+            config,
+            inputs.shapes,
+            world_size,
+            gigabytes * 10**9,
+            layout=opened.layout,
+            form=opened.form_tokens,
+        )
     else:
         plan = plan_here(config, opened, ranks, run_dtype(config, inputs.shapes.width, ranks))
     notes += inputs.notes() + rehearse(config, opened, ranks)

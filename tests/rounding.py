@@ -2,8 +2,9 @@
 
 The error that one form makes on one machine is luck: another processor adds in another order. These
 bounds hold for every order, so a test that uses them says the same everywhere. They follow one
-float32 operation after the other (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3;
-for sums, Higham and Mary, SIAM J. Sci. Comput. 41, 2019: rounding errors of n terms grow like sqrt(n)).
+float32 operation after the other (Higham, Accuracy and Stability of Numerical Algorithms, chapter
+3; for sums, Higham and Mary, SIAM J. Sci. Comput. 41, 2019: rounding errors of n terms grow like
+sqrt(n)).
 
 Dimensions
     N  rows;  D  width;  V  vocabulary
@@ -23,10 +24,11 @@ FUNCTION = 8 * UNIT
 
 
 def sum_error(terms: int) -> float:
-    """Largest error of a float32 sum or dot product, relative to the sum of the magnitudes, in any order of adding.
+    """Largest error of a float32 sum or dot product, relative to the sum of the magnitudes, in any
+    order of adding.
 
-    n u always holds. 6 sqrt(n) u holds but for one sum in 10**7, where rounding errors are independent
-    (2 exp(-6**2 / 2) = 3e-8).
+    n u always holds. 6 sqrt(n) u holds but for one sum in 10**7, where rounding errors are
+    independent (2 exp(-6**2 / 2) = 3e-8).
     """
     return min(terms, 6 * terms**0.5) * UNIT
 
@@ -59,7 +61,8 @@ def token_logprob_bounds(
     softcap: float = 0.0,
     factor_error: float = 0.0,
 ) -> Bounds:
-    """Bounds on `token_logprobs` in float32, and on the gradients of sum_n coefficient_n * logprob_n.
+    """Bounds on `token_logprobs` in float32, and on the gradients of sum_n coefficient_n *
+    logprob_n.
 
     Args:
         hidden, head: [N, D] and [V, D], of any dtype: what they hold counts as exact.
@@ -67,7 +70,11 @@ def token_logprob_bounds(
             before it is multiplied.
     """
     output = torch.finfo(hidden.dtype)
-    hidden, head, coefficient = hidden.detach().double(), head.detach().double(), coefficient.double()
+    hidden, head, coefficient = (
+        hidden.detach().double(),
+        head.detach().double(),
+        coefficient.double(),
+    )
     beta = inverse_temperature.double()[:, None]
     (num_rows, width), vocabulary = hidden.shape, head.shape[0]
     of_row = torch.arange(num_rows, device=hidden.device)
@@ -82,8 +89,10 @@ def token_logprob_bounds(
         error = error + (FUNCTION + UNIT) * logit.abs()
         slope = 1 - (logit / softcap).square()
         slope_error = 2 * logit.abs() / softcap**2 * error + 4 * UNIT
-    logit = (logit * beta).scatter(1, excluded.clamp(min=0)[:, None], float("-inf")).where(
-        (excluded >= 0)[:, None], logit * beta
+    logit = (
+        (logit * beta)
+        .scatter(1, excluded.clamp(min=0)[:, None], float("-inf"))
+        .where((excluded >= 0)[:, None], logit * beta)
     )
     present = logit.isfinite()
     error = (error * beta + UNIT * logit.abs()).where(present, 0.0)
@@ -95,7 +104,9 @@ def token_logprob_bounds(
     log_total = -logprob.amax(dim=1)
     relative = error + UNIT * shift.abs() + FUNCTION
     # Twice for the sum: once of the terms, once for the rescaling of partial sums.
-    total_error = (probability * relative).sum(dim=1) + 2 * sum_error(vocabulary) + FUNCTION * (1 + log_total)
+    total_error = (
+        (probability * relative).sum(dim=1) + 2 * sum_error(vocabulary) + FUNCTION * (1 + log_total)
+    )
     own = logprob[of_row, target]
     differences = shift[of_row, target].abs() + log_total + own.abs()
     logprob_error = error[of_row, target] + total_error + 2 * UNIT * differences
@@ -115,7 +126,9 @@ def token_logprob_bounds(
         inside = left_error @ right.abs() + 2 * sum_error(right.shape[0]) * magnitude
         return inside + output.eps / 2 * exact.abs() + output.smallest_normal * output.eps
 
-    return Bounds(logprob_error, product(grad, grad_error, head), product(grad.T, grad_error.T, hidden))
+    return Bounds(
+        logprob_error, product(grad, grad_error, head), product(grad.T, grad_error.T, hidden)
+    )
 
 
 def assert_errs_like(plain: tuple, ours: tuple, truth: tuple, bounds: Bounds) -> None:

@@ -1,4 +1,5 @@
-"""A config is read strictly: what is unknown, impossible or malformed is refused with the key, the value and the rule."""
+"""A config is read strictly: what is unknown, impossible or malformed is refused with the key, the
+value and the rule."""
 
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from omegaconf import OmegaConf
 from rlp.config import Config, ConfigError, known_keys, load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
-BASE = "run: {dir: runs/x}\nmodel: {path: somewhere}\ndata: {train: [x.jsonl]}\nbudget: {steps: 1}\n"
+BASE = (
+    "run: {dir: runs/x}\nmodel: {path: somewhere}\ndata: {train: [x.jsonl]}\nbudget: {steps: 1}\n"
+)
 LEAVES = [key for key in known_keys() if "." in key]
 
 
@@ -26,11 +29,16 @@ def refusal(folder: Path, *overrides: str, text: str = BASE) -> str:
     return str(refused.value)
 
 
-TWINS = [{"thought.top_p", "thought.top_k"}, {"optim.beta1", "optim.beta2"}, {"objective.kl_weight", "objective.lm_weight"}]
+TWINS = [
+    {"thought.top_p", "thought.top_k"},
+    {"optim.beta1", "optim.beta2"},
+    {"objective.kl_weight", "objective.lm_weight"},
+]
 """Keys one letter apart: a mistake in that letter may have meant either."""
 
 
-# What the reader sees of a typing mistake: the last letter forgotten, two letters swapped, one doubled.
+# What the reader sees of a typing mistake: the last letter forgotten, two letters swapped, one
+# doubled.
 @pytest.mark.parametrize("key", LEAVES)
 def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path: Path, key: str):
     section, _, name = key.partition(".")
@@ -39,7 +47,10 @@ def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path: Path, key: str):
             continue
         message = refusal(tmp_path, f"{section}.{wrong}=1")
         meant = [other for other in LEAVES if other == key or {other, key} in TWINS]
-        assert message in [f"command line: unknown config key {section}.{wrong}. Did you mean {other}?" for other in meant]
+        assert message in [
+            f"command line: unknown config key {section}.{wrong}. Did you mean {other}?"
+            for other in meant
+        ]
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -55,7 +66,9 @@ def test_a_key_without_its_section_is_refused_with_the_full_one(tmp_path: Path, 
 
 def test_a_key_in_another_section_is_found(tmp_path: Path):
     assert refusal(tmp_path, "thought.horizon=3").endswith("Did you mean target.horizon?")
-    assert refusal(tmp_path, text=BASE + "optm: {learning_rate: 1e-6}\n").endswith("Did you mean optim.learning_rate?")
+    assert refusal(tmp_path, text=BASE + "optm: {learning_rate: 1e-6}\n").endswith(
+        "Did you mean optim.learning_rate?"
+    )
 
 
 def test_a_misspelt_section_is_refused_with_the_right_one(tmp_path: Path):
@@ -71,7 +84,9 @@ def test_a_key_like_no_other_is_answered_with_what_there_is(tmp_path: Path):
 
 def test_the_message_says_where_an_unknown_key_stands(tmp_path: Path):
     assert refusal(tmp_path, "thought.group_sise=3").startswith("command line:")
-    assert refusal(tmp_path, text=BASE + "thought: {group_sise: 3}\n").startswith(str(tmp_path / "config.yaml"))
+    assert refusal(tmp_path, text=BASE + "thought: {group_sise: 3}\n").startswith(
+        str(tmp_path / "config.yaml")
+    )
 
 
 IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a part of the rule)
@@ -88,7 +103,7 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("data.format=xlsx", "data.format", "'xlsx'", "one of auto, jsonl"),
     ("data.max_document_tokens=1", "data.max_document_tokens", "1", "at least 2"),
     ("data.delimiter=ab", "data.delimiter", "ab", "one ASCII character"),
-    ("data.delimiter='\"'", "data.delimiter", "\"", "one ASCII character"),
+    ("data.delimiter='\"'", "data.delimiter", '"', "one ASCII character"),
     ("data.max_bad_fraction=1.5", "data.max_bad_fraction", "1.5", "from 0 to 1"),
     ("data.max_bad_fraction=-0.1", "data.max_bad_fraction", "-0.1", "from 0 to 1"),
     ("data.max_bad_fraction=.nan", "data.max_bad_fraction", "nan", "from 0 to 1"),
@@ -121,7 +136,12 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("objective.lm_weight=-0.1", "objective.lm_weight", "-0.1", "at least 0"),
     ("objective.lm_weight=.inf", "objective.lm_weight", "inf", "finite"),
     ("objective.kl_weight=.nan", "objective.kl_weight", "nan", "at least 0"),
-    ("objective.policy_weight=0 objective.lm_weight=0", "objective", "[0.0, 0.0, 0.0, 0.0]", "a weight above 0"),
+    (
+        "objective.policy_weight=0 objective.lm_weight=0",
+        "objective",
+        "[0.0, 0.0, 0.0, 0.0]",
+        "a weight above 0",
+    ),
     ("objective.clip_low=1", "objective.clip_low", "1.0", "1 - clip_low"),
     ("objective.clip_high=-0.2", "objective.clip_high", "-0.2", "at least 0"),
     ("baseline.kind=mean", "baseline.kind", "'mean'", "one of ema, frozen, self, none"),
@@ -142,9 +162,24 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("engine.zero_stage=4", "engine.zero_stage", "4", "0, 1, 2 or 3"),
     ("engine.dtype=float16", "engine.dtype", "'float16'", "one of auto, float32, bfloat16"),
     ("engine.generation=vllm", "engine.generation", "'vllm'", "one of gathered, synced"),
-    ("engine.zero_stage=0 engine.dtype=bfloat16", "engine.zero_stage", "0", "write engine.zero_stage=1"),
-    ("engine.zero_stage=0 engine.offload_optimizer=true", "engine.offload_optimizer", "True", "at least 1"),
-    ("budget.steps=null", "budget", "'steps': None", "at least one of steps, tokens, flops, paper_flops, seconds"),
+    (
+        "engine.zero_stage=0 engine.dtype=bfloat16",
+        "engine.zero_stage",
+        "0",
+        "write engine.zero_stage=1",
+    ),
+    (
+        "engine.zero_stage=0 engine.offload_optimizer=true",
+        "engine.offload_optimizer",
+        "True",
+        "at least 1",
+    ),
+    (
+        "budget.steps=null",
+        "budget",
+        "'steps': None",
+        "at least one of steps, tokens, flops, paper_flops, seconds",
+    ),
     ("budget.steps=0", "budget.steps", "0", "above 0"),
     ("budget.tokens=-5", "budget.tokens", "-5", "above 0"),
     ("budget.flops=.inf", "budget.flops", "inf", "finite"),
@@ -157,28 +192,71 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("logging.every_n_steps=0", "logging.every_n_steps", "0", "at least 1"),
     ("logging.thoughts=-1", "logging.thoughts", "-1", "at least 0"),
     ("logging.wandb=always", "logging.wandb", "'always'", "one of disabled, offline, online"),
-    ("data.max_document_tokens=8 target.horizon=8", "data.max_document_tokens", "8", "position.min_prefix_tokens + target.horizon = 9"),
-    ("data.max_document_tokens=8 position.min_prefix_tokens=8", "data.max_document_tokens", "8", "= 9"),
+    (
+        "data.max_document_tokens=8 target.horizon=8",
+        "data.max_document_tokens",
+        "8",
+        "position.min_prefix_tokens + target.horizon = 9",
+    ),
+    (
+        "data.max_document_tokens=8 position.min_prefix_tokens=8",
+        "data.max_document_tokens",
+        "8",
+        "= 9",
+    ),
 ]
 
 
-@pytest.mark.parametrize("overrides, key, value, rule", IMPOSSIBLE, ids=[row[0] for row in IMPOSSIBLE])
-def test_an_impossible_value_is_refused_by_key_value_and_rule(tmp_path: Path, overrides: str, key: str, value: str, rule: str):
-    """Each rule stands where the field is defined; its message starts with the key and ends with the value."""
+@pytest.mark.parametrize(
+    "overrides, key, value, rule", IMPOSSIBLE, ids=[row[0] for row in IMPOSSIBLE]
+)
+def test_an_impossible_value_is_refused_by_key_value_and_rule(
+    tmp_path: Path, overrides: str, key: str, value: str, rule: str
+):
+    """Each rule stands where the field is defined; its message starts with the key and ends with
+    the value."""
     message = refusal(tmp_path, *overrides.split(" "))
     assert message.startswith(f"{key} ") and rule in message, message
     assert value in message.rpartition(", got ")[2], message
 
 
-@pytest.mark.parametrize("override", ["run.seed=1.5", "thought.group_size=true", "thought.group_size=four", "position.per_document=true", "position.per_document=1.5",
-                                      "data.shuffle=maybe", "budget.steps=1e3", "data.train=x.jsonl", "optim.schedule=[cosine]", "run.dir="])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=1.5",
+        "thought.group_size=true",
+        "thought.group_size=four",
+        "position.per_document=true",
+        "position.per_document=1.5",
+        "data.shuffle=maybe",
+        "budget.steps=1e3",
+        "data.train=x.jsonl",
+        "optim.schedule=[cosine]",
+        "run.dir=",
+    ],
+)
 def test_a_value_of_another_type_is_refused_with_its_key(tmp_path: Path, override: str):
     assert override.partition("=")[0] in refusal(tmp_path, override)
 
 
-@pytest.mark.parametrize("overrides", ["thought.group_size=2", "position.per_document=all", "position.selector=marker position.marker='Answer:'", "data.max_document_tokens=2",
-                                       "objective.clip_low=0", "optim.learning_rate=0", "optim.grad_clip=0", "budget.steps=null budget.flops=1e18", "engine.zero_stage=0 engine.dtype=float32",
-                                       "engine.zero_stage=1 engine.dtype=bfloat16", "data.max_bad_fraction=0", "data.max_bad_fraction=1", "run.seed=0"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "thought.group_size=2",
+        "position.per_document=all",
+        "position.selector=marker position.marker='Answer:'",
+        "data.max_document_tokens=2",
+        "objective.clip_low=0",
+        "optim.learning_rate=0",
+        "optim.grad_clip=0",
+        "budget.steps=null budget.flops=1e18",
+        "engine.zero_stage=0 engine.dtype=float32",
+        "engine.zero_stage=1 engine.dtype=bfloat16",
+        "data.max_bad_fraction=0",
+        "data.max_bad_fraction=1",
+        "run.seed=0",
+    ],
+)
 def test_the_last_possible_value_is_accepted(tmp_path: Path, overrides: str):
     read(tmp_path, *overrides.split(" "))
 
@@ -186,13 +264,23 @@ def test_the_last_possible_value_is_accepted(tmp_path: Path, overrides: str):
 def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path):
     """YAML 1.1 reads 1e-5 as text; here it is a float, in the file and on the command line."""
     assert read(tmp_path, "optim.learning_rate=1e-5").optim.learning_rate == 0.00001
-    assert read(tmp_path, text=BASE + "optim: {learning_rate: 1e-5}\n").optim.learning_rate == 0.00001
+    assert (
+        read(tmp_path, text=BASE + "optim: {learning_rate: 1e-5}\n").optim.learning_rate == 0.00001
+    )
     assert read(tmp_path, "budget.flops=3e18").budget.flops == 3e18
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
     text = BASE + "thought: {group_size: 3, temperature: 0.5}\n"
-    config = read(tmp_path, "thought.group_size=8", "thought.group_size=9", "data.train=[a.jsonl, b.jsonl]", "data.template='{q}: {a}'", "model.tokenizer=null", text=text)
+    config = read(
+        tmp_path,
+        "thought.group_size=8",
+        "thought.group_size=9",
+        "data.train=[a.jsonl, b.jsonl]",
+        "data.template='{q}: {a}'",
+        "model.tokenizer=null",
+        text=text,
+    )
     assert (config.thought.group_size, config.thought.temperature) == (9, 0.5)
     assert config.data.train == ["a.jsonl", "b.jsonl"]
     assert config.data.template == "{q}: {a}"
@@ -205,7 +293,9 @@ def test_an_override_without_a_value_is_refused(tmp_path: Path, override: str):
     assert "Write section.key=value, such as thought.group_size=8" in refusal(tmp_path, override)
 
 
-@pytest.mark.parametrize("override", ["data.template={text} and more", "data.template={", "data.train=[a"])
+@pytest.mark.parametrize(
+    "override", ["data.template={text} and more", "data.template={", "data.train=[a"]
+)
 def test_an_override_that_is_no_yaml_is_refused_with_quotes_to_write(tmp_path: Path, override: str):
     """Braces are YAML's own: without quotes they do not reach the config."""
     message = refusal(tmp_path, override)
@@ -222,13 +312,16 @@ def test_a_dotted_key_in_the_file_is_refused(tmp_path: Path):
     assert "thought.group_size" in refusal(tmp_path, text=BASE + "thought.group_size: 8\n")
 
 
-@pytest.mark.parametrize("text, part", [
-    ("a: [\n", "is not a YAML config"),
-    ("\tx: 1\n", "is not a YAML config"),
-    (BASE + "run: {seed: 1}\n", "duplicate key run"),
-    ("- a\n- b\n", "must hold sections such as `model:` and `data:`, got list"),
-    ("!!python/object/apply:os.system ['true']\n", "is not a YAML config"),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("a: [\n", "is not a YAML config"),
+        ("\tx: 1\n", "is not a YAML config"),
+        (BASE + "run: {seed: 1}\n", "duplicate key run"),
+        ("- a\n- b\n", "must hold sections such as `model:` and `data:`, got list"),
+        ("!!python/object/apply:os.system ['true']\n", "is not a YAML config"),
+    ],
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, part: str):
     message = refusal(tmp_path, text=text)
     assert part in message and str(tmp_path / "config.yaml") in message
@@ -244,19 +337,38 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("name", ["absent.yaml", ""])
 def test_a_missing_file_is_refused_with_what_to_write(tmp_path: Path, name: str):
     """Also where the path is a folder."""
-    with pytest.raises(ConfigError, match=r"no config file at .*Write the path of a YAML file, such as configs/quickstart.yaml"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no config file at .*Write the path of a YAML file, such as configs/quickstart.yaml",
+    ):
         load_config(tmp_path / name)
 
 
-@pytest.mark.parametrize("text, key", [("", "run.dir"), (BASE.replace("dir: runs/x", "seed: 1"), "run.dir"), (BASE.replace("path: somewhere", "init: random"), "model.path")])
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("", "run.dir"),
+        (BASE.replace("dir: runs/x", "seed: 1"), "run.dir"),
+        (BASE.replace("path: somewhere", "init: random"), "model.path"),
+    ],
+)
 def test_a_needed_value_that_is_missing_is_named(tmp_path: Path, text: str, key: str):
     assert f"{key} has no value. Write {key}=VALUE" in refusal(tmp_path, text=text)
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path):
     """Every key is written out, so a run folder says what ran even after a default changes."""
-    config = read(tmp_path, "optim.learning_rate=1e-5", "position.per_document=all", "data.template=\"{question}\\n{answer}\"", "thought.open_marker='<t: #1>'",
-                  "budget.flops=1e18", "data.held_out=[]", "model.tokenizer='null'", "run.seed=9223372036854775807")
+    config = read(
+        tmp_path,
+        "optim.learning_rate=1e-5",
+        "position.per_document=all",
+        'data.template="{question}\\n{answer}"',
+        "thought.open_marker='<t: #1>'",
+        "budget.flops=1e18",
+        "data.held_out=[]",
+        "model.tokenizer='null'",
+        "run.seed=9223372036854775807",
+    )
     text = to_yaml(config)
     assert config.data.template == "{question}\n{answer}" and config.model.tokenizer == "null"
     assert read(tmp_path, text=text) == config
@@ -265,7 +377,9 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path):
         assert re.search(rf"^  {key.partition('.')[2]}:", text, re.MULTILINE), key
 
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("benchmarks"))
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("benchmarks")
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -276,19 +390,43 @@ def test_every_committed_config_loads(path: Path):
 
 def read_back(config: Config) -> Config:
     """A config written and read once."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(to_yaml(config))))
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(to_yaml(config)))
+    )
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.endswith("_paper")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.endswith("_paper")], ids=lambda path: path.stem
+)
 def test_paper_configs_say_what_the_paper_says(path: Path):
-    """Section 9: 16 rollouts, completion length 2048, temperature 0.7, batch 512, learning rate 1e-6, EMA 0.999, KL 0, one random position."""
+    """Section 9: 16 rollouts, completion length 2048, temperature 0.7, batch 512, learning rate
+    1e-6, EMA 0.999, KL 0, one random position."""
     config = load_config(path)
-    assert (config.thought.group_size, config.thought.max_thought_tokens, config.thought.temperature) == (16, 2048, 0.7)
-    assert (config.optim.batch_size, config.optim.learning_rate, config.optim.schedule) == (512, 1e-6, "constant")
+    assert (
+        config.thought.group_size,
+        config.thought.max_thought_tokens,
+        config.thought.temperature,
+    ) == (16, 2048, 0.7)
+    assert (config.optim.batch_size, config.optim.learning_rate, config.optim.schedule) == (
+        512,
+        1e-6,
+        "constant",
+    )
     assert (config.baseline.kind, config.baseline.ema_decay) == ("ema", 0.999)
-    assert (config.objective.lm_weight, config.objective.kl_weight, config.objective.predictor_weight) == (0.0, 0.0, 0.0)
-    assert (config.position.per_document, config.position.selector, config.target.horizon, config.target.temperature) == (1, "uniform", 1, 1.0)
+    assert (
+        config.objective.lm_weight,
+        config.objective.kl_weight,
+        config.objective.predictor_weight,
+    ) == (0.0, 0.0, 0.0)
+    assert (
+        config.position.per_document,
+        config.position.selector,
+        config.target.horizon,
+        config.target.temperature,
+    ) == (1, "uniform", 1, 1.0)
 
 
 def test_one_file_where_a_list_is_expected_is_said_with_its_brackets(tmp_path: Path):
-    assert "data.train: must be a list. Write it in brackets, as in data.train=[VALUE]" in refusal(tmp_path, "data.train=corpus.jsonl")
+    assert "data.train: must be a list. Write it in brackets, as in data.train=[VALUE]" in refusal(
+        tmp_path, "data.train=corpus.jsonl"
+    )

@@ -1,4 +1,5 @@
-"""How files are written and opened: nothing planted in a folder leads a write, or a read, out of it."""
+"""How files are written and opened: nothing planted in a folder leads a write, or a read, out of
+it."""
 
 import logging
 import os
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlp.process import files
-from rlp.learn.checkpoint import open_checkpoint
 from rlp.config import ConfigError
+from rlp.learn.checkpoint import open_checkpoint
+from rlp.process import files
 from rlp.process.library_logs import _RankLog
 from rlp.process.run_folder import FILES, open_run_folder
 
@@ -22,7 +23,11 @@ def plant(path: Path, kind: str, outside: Path) -> None:
         os.chdir(path.parent)  # the name of a socket has at most 107 bytes
         socket.socket(socket.AF_UNIX).bind(path.name)
     else:
-        {"symbolic link": lambda: path.symlink_to(outside), "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+        {
+            "symbolic link": lambda: path.symlink_to(outside),
+            "FIFO": lambda: os.mkfifo(path),
+            "folder": path.mkdir,
+        }[kind]()
 
 
 @pytest.fixture
@@ -35,14 +40,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-INNER = ("logs/rank_0.log", "checkpoints/step_1/meta.json", "checkpoints/step_1/shard_00000-00000.safetensors",
-         "export/model.safetensors", ".report.html.1.partial")
+INNER = (
+    "logs/rank_0.log",
+    "checkpoints/step_1/meta.json",
+    "checkpoints/step_1/shard_00000-00000.safetensors",
+    "export/model.safetensors",
+    ".report.html.1.partial",
+)
 
 
 @pytest.mark.parametrize("kind", ["symbolic link", "FIFO", "socket"])
 @pytest.mark.parametrize("name", [*FILES, *INNER, "checkpoints/step_2", "notes"])
 def test_what_is_no_file_in_a_run_folder_is_refused_by_name(run: Path, name: str, kind: str):
-    """Before anything is read or written there: `rlp report` and a resume would follow the one and wait for the others."""
+    """Before anything is read or written there: `rlp report` and a resume would follow the one and
+    wait for the others."""
     plant(run / name, kind, run.parent / "outside" / "file")
     with pytest.raises(ConfigError, match="is a(n)? " + kind) as refused:
         open_run_folder(run)
@@ -50,7 +61,9 @@ def test_what_is_no_file_in_a_run_folder_is_refused_by_name(run: Path, name: str
     assert (run.parent / "outside" / "file").read_text() == "precious\n"
 
 
-def test_a_folder_that_another_rank_renames_while_it_is_looked_at_is_no_fault(run: Path, monkeypatch):
+def test_a_folder_that_another_rank_renames_while_it_is_looked_at_is_no_fault(
+    run: Path, monkeypatch
+):
     """A claim of the lock is made under a passing name."""
     passing = run / "lock" / ".tmp.2.abc"
     passing.mkdir(parents=True)
@@ -87,7 +100,8 @@ def test_a_folder_in_place_of_a_file_is_refused(run: Path):
 
 
 def test_a_run_folder_may_itself_be_reached_by_a_link(run: Path):
-    """Who names the path has made the link; Weights & Biases makes some below its own folder, which nobody here reads."""
+    """Who names the path has made the link; Weights & Biases makes some below its own folder, which
+    nobody here reads."""
     (run / "logs" / "wandb").mkdir()
     (run / "logs" / "wandb" / "latest-run").symlink_to("run-1")
     (run.parent / "link").symlink_to(run)
@@ -126,7 +140,9 @@ def test_a_device_is_refused():
         files.read_bytes(Path("/dev/zero"))
 
 
-def test_a_replacement_is_written_under_a_name_that_nobody_knows(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_replacement_is_written_under_a_name_that_nobody_knows(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Even the right guess of it only stops the write: a temporary file is always a new one."""
     outside = run.parent / "outside" / "file"
     monkeypatch.setattr(files.secrets, "token_hex", lambda count: "guessed")
@@ -145,11 +161,15 @@ def test_a_replacement_takes_the_place_of_a_link_and_not_of_its_target(run: Path
 
 
 @pytest.mark.parametrize("action", ["enospc", "eio", "raise"])
-def test_a_write_that_fails_leaves_what_was_there(run: Path, monkeypatch: pytest.MonkeyPatch, action: str):
+def test_a_write_that_fails_leaves_what_was_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch, action: str
+):
     """The old file, whole, and nothing else; a new folder not at all."""
     (run / "summary.json").write_text("old")
     before = sorted(run.iterdir())
-    monkeypatch.setenv("RLP_FAULT", f"end.torn_summary:1-:{action},splice.before_rename:1-:{action}")
+    monkeypatch.setenv(
+        "RLP_FAULT", f"end.torn_summary:1-:{action},splice.before_rename:1-:{action}"
+    )
     with pytest.raises((OSError, RuntimeError), match="fault|left on device|Input/output"):
         files.write_atomically(run / "summary.json", b"new content", point="end.torn_summary")
     with pytest.raises((OSError, RuntimeError)):
@@ -158,8 +178,11 @@ def test_a_write_that_fails_leaves_what_was_there(run: Path, monkeypatch: pytest
     assert (run / "summary.json").read_text() == "old" and sorted(run.iterdir()) == before
 
 
-def test_what_libraries_say_may_be_lost(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """On a full disk, or where the folder has gone: a run does not end for its libraries' words, and prints no traceback."""
+def test_what_libraries_say_may_be_lost(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """On a full disk, or where the folder has gone: a run does not end for its libraries' words,
+    and prints no traceback."""
     handler = _RankLog(run / "logs" / "rank_0.log")
     record = logging.LogRecord("torch", logging.WARNING, "file", 1, "a \udc80 word", None, None)
     handler.emit(record)

@@ -7,29 +7,35 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 import torch
+from conftest import architecture, tiny_policy
 from torch.optim.adamw import adamw
+from training import tiny_config, write_corpus
 
 import train
-from conftest import architecture, tiny_policy
 from rlp import checks as start
-from rlp.learn import engine
-from rlp.learn import optimizer as optimizer_module
-from rlp.process import ranks as distributed, machine
-from rlp.measure import plan as plan_module
 from rlp.config import ConfigError, load_config
-from rlp.process.ranks import start_ranks
-from rlp.model.shapes import model_shapes
-from rlp.model.loading import choose_dtype
+from rlp.learn import optimizer as optimizer_module
+from rlp.measure import plan as plan_module
 from rlp.measure.plan import plan_run, render_plan
+from rlp.model.loading import choose_dtype
+from rlp.model.shapes import model_shapes
+from rlp.process import machine
+from rlp.process import ranks as distributed
+from rlp.process.ranks import start_ranks
 from rlp.trainer import Run
-from training import tiny_config, write_corpus
 
 ROOT = Path(__file__).parents[1]
 
-PROGRAMS = [path for path in (ROOT / "train.py", *sorted((ROOT / "kernels").glob("*.py")), *sorted((ROOT / "experiments").rglob("*.py")))
-            if path.name == "train.py" or "__main__" in path.read_text()]
+PROGRAMS = [
+    path
+    for path in (
+        ROOT / "train.py",
+        *sorted((ROOT / "kernels").glob("*.py")),
+        *sorted((ROOT / "experiments").rglob("*.py")),
+    )
+    if path.name == "train.py" or "__main__" in path.read_text()
+]
 """Whatever can be started."""
 
 WHAT_TORCH_FINDS = """
@@ -55,13 +61,26 @@ else:
 def what_torch_finds(program, **environment):
     """What the OpenMP runtime is told where a program loads torch; the program ends there."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", WHAT_TORCH_FINDS, str(program)], env=kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
-                          capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WHAT_TORCH_FINDS, str(program)],
+        env=kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    return next((line for line in done.stdout.splitlines() if line.startswith("torch finds")), "no torch here")
+    return next(
+        (line for line in done.stdout.splitlines() if line.startswith("torch finds")),
+        "no torch here",
+    )
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, "rlp.cli", "rlp.trainer"], ids=lambda program: str(program).removeprefix(f"{ROOT}/"))
+@pytest.mark.parametrize(
+    "program",
+    [*PROGRAMS, "rlp.cli", "rlp.trainer"],
+    ids=lambda program: str(program).removeprefix(f"{ROOT}/"),
+)
 def test_waiting_threads_sleep_in_every_program(program):
     """The policy is read when torch loads, so it is set before, whatever is imported first."""
     assert what_torch_finds(program) in ("torch finds passive", "no torch here")
@@ -78,15 +97,25 @@ def test_train_loads_torch():
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_an_update_goes_piece_by_piece_and_changes_no_bit(monkeypatch, ema_decay):
-    """AdamW as torch has it, on a tensor of three pieces, the last one short; no tensor of the whole size is made beside the state."""
+    """AdamW as torch has it, on a tensor of three pieces, the last one short; no tensor of the
+    whole size is made beside the state."""
     monkeypatch.setattr(optimizer_module, "PIECE_ELEMENTS", 100 // torch.get_num_threads())
     pieces = []
-    monkeypatch.setattr(optimizer_module, "adamw", lambda weights, *rest, **options: pieces.append(weights[0].numel()) or adamw(weights, *rest, **options))
+    monkeypatch.setattr(
+        optimizer_module,
+        "adamw",
+        lambda weights, *rest, **options: (
+            pieces.append(weights[0].numel()) or adamw(weights, *rest, **options)
+        ),
+    )
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(12, 21, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer, reference = optimizer_module.AdamWithEMA([{"params": [ours]}], ema_decay=ema_decay, **options), torch.optim.AdamW([theirs], **options)
+    optimizer, reference = (
+        optimizer_module.AdamWithEMA([{"params": [ours]}], ema_decay=ema_decay, **options),
+        torch.optim.AdamW([theirs], **options),
+    )
 
     average = start.double()
     for _ in range(3):
@@ -96,11 +125,16 @@ def test_an_update_goes_piece_by_piece_and_changes_no_bit(monkeypatch, ema_decay
         average = average.lerp(theirs.detach().double(), 0.1)
 
     assert torch.equal(ours, theirs) and max(pieces) <= 100 and sum(pieces) == 3 * 252
-    assert all(torch.equal(optimizer.state[ours][name], reference.state[theirs][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert all(
+        torch.equal(optimizer.state[ours][name], reference.state[theirs][name])
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    )
     if ema_decay is None:
         assert "lag" not in optimizer.state[ours]
     else:
-        torch.testing.assert_close((ours.detach() - optimizer.state[ours]["lag"]).double(), average, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            (ours.detach() - optimizer.state[ours]["lag"]).double(), average, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.fixture
@@ -121,16 +155,31 @@ def kernel(tmp_path, monkeypatch):
 
 def test_a_container_is_asked_for_its_limits_and_not_the_machine(kernel):
     """Version 2: the tightest of the nested groups counts, and cached files can be dropped."""
-    kernel("0::/job/step\n", **{"job__cpu_DOT_max": "150000 100000\n", "job__step__cpu_DOT_max": "max 100000\n",
-                                "job__memory_DOT_max": "3000000000\n", "job__memory_DOT_current": "2500000000\n",
-                                "job__memory_DOT_stat": "anon 5\ninactive_file 400000000\n", "job__step__memory_DOT_max": "max\n"})
+    kernel(
+        "0::/job/step\n",
+        job__cpu_DOT_max="150000 100000\n",
+        job__step__cpu_DOT_max="max 100000\n",
+        job__memory_DOT_max="3000000000\n",
+        job__memory_DOT_current="2500000000\n",
+        job__memory_DOT_stat="anon 5\ninactive_file 400000000\n",
+        job__step__memory_DOT_max="max\n",
+    )
     assert machine.available_memory_bytes() == 900_000_000
     assert machine.usable_cores() == min(2, len(os.sched_getaffinity(0)))
 
 
-@pytest.mark.parametrize("environment, threads", [({}, 6), ({"LOCAL_WORLD_SIZE": "4"}, 1), ({"LOCAL_SIZE": "2"}, 3), ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "5"}, None)])
+@pytest.mark.parametrize(
+    "environment, threads",
+    [
+        ({}, 6),
+        ({"LOCAL_WORLD_SIZE": "4"}, 1),
+        ({"LOCAL_SIZE": "2"}, 3),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "5"}, None),
+    ],
+)
 def test_ranks_share_the_cores_of_their_machine(monkeypatch, environment, threads):
-    """torchrun gives each rank one thread and DeepSpeed gives each all cores; what the user says of threads stays."""
+    """torchrun gives each rank one thread and DeepSpeed gives each all cores; what the user says of
+    threads stays."""
     asked = []
     monkeypatch.setattr(distributed, "usable_cores", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -143,45 +192,83 @@ def test_ranks_share_the_cores_of_their_machine(monkeypatch, environment, thread
 
 
 def test_the_older_control_groups_are_read_too(kernel):
-    """Version 1, seen from within: the process's own path is not there, and the root is its group."""
-    kernel("4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n", **{
-        "memory__memory_DOT_limit_in_bytes": "2000000000\n", "memory__memory_DOT_usage_in_bytes": "500000000\n", "memory__memory_DOT_stat": "total_inactive_file 0\n",
-        "cpu__cpu_DOT_cfs_quota_us": "100000\n", "cpu__cpu_DOT_cfs_period_us": "100000\n"})
+    """Version 1, seen from within: the process's own path is not there, and the root is its
+    group."""
+    kernel(
+        "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
+        memory__memory_DOT_limit_in_bytes="2000000000\n",
+        memory__memory_DOT_usage_in_bytes="500000000\n",
+        memory__memory_DOT_stat="total_inactive_file 0\n",
+        cpu__cpu_DOT_cfs_quota_us="100000\n",
+        cpu__cpu_DOT_cfs_period_us="100000\n",
+    )
     assert machine.available_memory_bytes() == 1_500_000_000 and machine.usable_cores() == 1
 
 
 def test_without_limits_the_machine_counts(kernel):
-    kernel("4:memory:/\n0::/\n", **{"memory__memory_DOT_limit_in_bytes": "9223372036854771712\n", "memory__memory_DOT_usage_in_bytes": "5\n",
-                                    "cpu_DOT_max": "max 100000\n"})
+    kernel(
+        "4:memory:/\n0::/\n",
+        memory__memory_DOT_limit_in_bytes="9223372036854771712\n",
+        memory__memory_DOT_usage_in_bytes="5\n",
+        cpu_DOT_max="max 100000\n",
+    )
     assert machine.usable_cores() == len(os.sched_getaffinity(0))
-    assert 0 < machine.available_memory_bytes() < 2 ** 50
+    assert 0 < machine.available_memory_bytes() < 2**50
 
 
 def test_a_plan_for_another_machine_starts_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        train.main([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={tmp_path / 'run'}", "--machine", "8x80"])
-    assert ended.value.code == 2 and "Write --dry-run --machine 8x80" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        train.main(
+            [
+                str(ROOT / "configs" / "quickstart.yaml"),
+                f"run.dir={tmp_path / 'run'}",
+                "--machine",
+                "8x80",
+            ]
+        )
+    assert (
+        ended.value.code == 2
+        and "Write --dry-run --machine 8x80" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
-@pytest.mark.parametrize("flags, isa, width, stage, chosen", [
-    ("fma avx2 avx512f", None, 2048, 1, torch.float32),
-    ("avx512f avx512_bf16", None, 2048, 1, torch.bfloat16),
-    ("avx512_bf16 amx_bf16", None, 576, 2, torch.bfloat16),
-    ("avx512_bf16", None, 255, 1, torch.float32),
-    ("avx512_bf16", None, 64, 1, torch.float32),
-    ("avx512_bf16", None, 2048, 0, torch.float32),
-    ("avx512_bf16", "AVX512_CORE", 2048, 1, torch.float32),
-    ("avx512_bf16", "AVX512_CORE_BF16", 2048, 1, torch.bfloat16)])
-def test_auto_takes_bfloat16_where_the_cpu_multiplies_it_and_the_model_gains(tmp_path, monkeypatch, flags, isa, width, stage, chosen):
+@pytest.mark.parametrize(
+    "flags, isa, width, stage, chosen",
+    [
+        ("fma avx2 avx512f", None, 2048, 1, torch.float32),
+        ("avx512f avx512_bf16", None, 2048, 1, torch.bfloat16),
+        ("avx512_bf16 amx_bf16", None, 576, 2, torch.bfloat16),
+        ("avx512_bf16", None, 255, 1, torch.float32),
+        ("avx512_bf16", None, 64, 1, torch.float32),
+        ("avx512_bf16", None, 2048, 0, torch.float32),
+        ("avx512_bf16", "AVX512_CORE", 2048, 1, torch.float32),
+        ("avx512_bf16", "AVX512_CORE_BF16", 2048, 1, torch.bfloat16),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_it_and_the_model_gains(
+    tmp_path, monkeypatch, flags, isa, width, stage, chosen
+):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
     monkeypatch.setattr(machine, "PROCESSORS", tmp_path / "cpuinfo")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if isa:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-    config = load_config({"run": {"dir": "unused"}, "model": {"path": "unused"}, "data": {"train": ["unused"]}, "budget": {"steps": 1}, "engine": {"zero_stage": stage}})
+    config = load_config(
+        {
+            "run": {"dir": "unused"},
+            "model": {"path": "unused"},
+            "data": {"train": ["unused"]},
+            "budget": {"steps": 1},
+            "engine": {"zero_stage": stage},
+        }
+    )
     assert choose_dtype(config, torch.device("cpu"), width)[0] == chosen
     explicit = replace(config, engine=replace(config.engine, dtype="float32"))
-    assert choose_dtype(explicit, torch.device("cpu"), width) == (torch.float32, "as engine.dtype says")
+    assert choose_dtype(explicit, torch.device("cpu"), width) == (
+        torch.float32,
+        "as engine.dtype says",
+    )
 
 
 @pytest.mark.parametrize("began", [torch.float32, torch.bfloat16])
@@ -202,16 +289,29 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "train.jsonl", ["w1 w2 w3 w4 w5 w6 w7 w8", "w3 w9 w2 w8 w1 w7"])
+    return write_corpus(
+        tmp_path_factory.mktemp("corpus") / "train.jsonl",
+        ["w1 w2 w3 w4 w5 w6 w7 w8", "w3 w9 w2 w8 w1 w7"],
+    )
 
 
 @pytest.fixture
 def trained_in(tmp_path, model_folder, corpus, ranks, monkeypatch):
-    """A run with `engine.dtype: auto` that comes to a dtype, its steps made and saved; None leaves the choice as it is."""
+    """A run with `engine.dtype: auto` that comes to a dtype, its steps made and saved; None leaves
+    the choice as it is."""
+
     def begin(dtype, *, steps, resume="never"):
         if dtype is not None:
             monkeypatch.setattr(start, "choose_dtype", lambda *ignored: (dtype, "first machine"))
-        config = tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="auto", engine__zero_stage=1, budget__steps=steps, run__resume=resume)
+        config = tiny_config(
+            tmp_path / "run",
+            model_folder,
+            corpus,
+            engine__dtype="auto",
+            engine__zero_stage=1,
+            budget__steps=steps,
+            run__resume=resume,
+        )
         run = Run(config, ranks)
         while run.step < steps and resume == "never":
             run.begin_step()
@@ -239,52 +339,104 @@ def test_the_head_is_widened_once_for_all_tokens_of_a_rollout(monkeypatch):
 
 
 def small_config(tmp_path, *overrides):
-    return load_config({"run": {"dir": str(tmp_path / "run")}, "model": {"path": "unused"}, "data": {"train": ["unused"], "held_out": ["unused"], "max_document_tokens": 32},
-                        "budget": {"steps": 1}, "engine": {"dtype": "float32"}}, list(overrides))
+    return load_config(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "model": {"path": "unused"},
+            "data": {"train": ["unused"], "held_out": ["unused"], "max_document_tokens": 32},
+            "budget": {"steps": 1},
+            "engine": {"dtype": "float32"},
+        },
+        list(overrides),
+    )
 
 
-@pytest.mark.parametrize("overrides, what", [
-    (["optim.batch_size=2000000000"], "a step has 32,000,000,000 thoughts of 2,048 tokens"),
-    (["evaluation.thoughts_per_position=1000000000"], "the held-out panel has 256,000,000,000 thoughts"),
-    (["objective.policy_weight=0", "objective.lm_weight=1", "optim.batch_size=2000000000", "data.max_document_tokens=100000"], "a step has 0 thoughts")])
+@pytest.mark.parametrize(
+    "overrides, what",
+    [
+        (["optim.batch_size=2000000000"], "a step has 32,000,000,000 thoughts of 2,048 tokens"),
+        (
+            ["evaluation.thoughts_per_position=1000000000"],
+            "the held-out panel has 256,000,000,000 thoughts",
+        ),
+        (
+            [
+                "objective.policy_weight=0",
+                "objective.lm_weight=1",
+                "optim.batch_size=2000000000",
+                "data.max_document_tokens=100000",
+            ],
+            "a step has 0 thoughts",
+        ),
+    ],
+)
 def test_a_step_that_no_memory_holds_is_refused_in_a_sentence(tmp_path, overrides, what):
     """Its tokens alone: before a document is read."""
-    with pytest.raises(ConfigError, match=f"{what}.*for their tokens alone, and this machine has .*Write a smaller"):
+    with pytest.raises(
+        ConfigError, match=f"{what}.*for their tokens alone, and this machine has .*Write a smaller"
+    ):
         start.refuse_sizes(small_config(tmp_path, *overrides), 1)
     start.refuse_sizes(small_config(tmp_path), 1)
 
 
 def test_a_number_that_counts_nothing_on_earth_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"optim.batch_size must be at most 2,147,483,648.*got 10000000000"):
+    with pytest.raises(
+        ConfigError, match=r"optim.batch_size must be at most 2,147,483,648.*got 10000000000"
+    ):
         small_config(tmp_path, "optim.batch_size=10000000000")
-    assert small_config(tmp_path, "budget.tokens=10000000000").budget.tokens == 10 ** 10
+    assert small_config(tmp_path, "budget.tokens=10000000000").budget.tokens == 10**10
 
 
 def test_a_cpu_plan_says_what_to_write_where_memory_is_short(tmp_path, monkeypatch):
-    """What changes nothing but speed comes first, and each setting leads to a smaller peak than the one before."""
-    config = small_config(tmp_path, "optim.micro_batch_size=4", "optim.batch_size=8", "thought.max_thought_tokens=64")
+    """What changes nothing but speed comes first, and each setting leads to a smaller peak than the
+    one before."""
+    config = small_config(
+        tmp_path, "optim.micro_batch_size=4", "optim.batch_size=8", "thought.max_thought_tokens=64"
+    )
     shapes = model_shapes(architecture("qwen3"))
     monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 0)
-    monkeypatch.setattr(plan_module, "PROCESS_BYTES", 10 ** 12)
+    monkeypatch.setattr(plan_module, "PROCESS_BYTES", 10**12)
     plan = plan_run(config, shapes, 1, layout="tree")
     settings, peaks = zip(*plan.relief)
     assert settings[0] == "optim.micro_batch_size=1" and settings[-1] == "baseline.kind=self"
     assert list(peaks) == sorted(peaks, reverse=True) and peaks[0] < plan.peak_bytes
     told = render_plan(plan)
-    assert "DOES NOT FIT in the" in told and told.index("micro_batch_size=1") < told.index("baseline.kind=self")
-    assert any(line.startswith("WARNING: that may be more memory") for line in start.announce(plan, tmp_path / "run"))
+    assert "DOES NOT FIT in the" in told and told.index("micro_batch_size=1") < told.index(
+        "baseline.kind=self"
+    )
+    assert any(
+        line.startswith("WARNING: that may be more memory")
+        for line in start.announce(plan, tmp_path / "run")
+    )
 
-    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 10 ** 14)
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 10**14)
     plan = plan_run(config, shapes, 1, layout="tree")
     assert plan.relief == () and "fits in the" in render_plan(plan)
 
 
 def test_disk_is_planned_and_a_run_that_could_leave_nothing_is_refused(tmp_path):
     """A checkpoint of 16 bytes a parameter, two kept and one being written; an export of 4."""
-    plan = plan_run(small_config(tmp_path), replace(model_shapes(architecture("qwen3")), parameters=10 ** 6), 1, layout="tree")
-    assert (plan.checkpoint_bytes, plan.export_bytes, plan.disk_bytes) == (16_000_000, 4_000_000, 48_000_000)
-    with pytest.raises(ConfigError, match="with 19 MB for this run, and it needs 20 MB: 16 MB for a checkpoint and 4 MB for the export"):
+    plan = plan_run(
+        small_config(tmp_path),
+        replace(model_shapes(architecture("qwen3")), parameters=10**6),
+        1,
+        layout="tree",
+    )
+    assert (plan.checkpoint_bytes, plan.export_bytes, plan.disk_bytes) == (
+        16_000_000,
+        4_000_000,
+        48_000_000,
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "with 19 MB for this run, and it needs 20 MB: 16 MB for a checkpoint and 4 MB for the"
+            " export"
+        ),
+    ):
         start.announce(replace(plan, disk_free_bytes=19_000_000), tmp_path / "run")
     tight = start.announce(replace(plan, disk_free_bytes=47_000_000), tmp_path / "run")
-    assert "48 MB of disk, where 47 MB are free" in tight[0] and "more disk than there is" in tight[-1]
+    assert (
+        "48 MB of disk, where 47 MB are free" in tight[0] and "more disk than there is" in tight[-1]
+    )
     assert len(start.announce(replace(plan, disk_free_bytes=48_000_000), tmp_path / "run")) == 1

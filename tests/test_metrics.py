@@ -1,4 +1,5 @@
-"""What a run writes down: once per step, whole lines, finite numbers, and never at the price of the run."""
+"""What a run writes down: once per step, whole lines, finite numbers, and never at the price of the
+run."""
 
 import functools
 import hashlib
@@ -18,16 +19,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlp.config import (
+    BudgetConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+    load_config,
+)
 from rlp.measure import wandb_log
-from rlp.process import console
-from rlp.process import progress as progress_module
-from rlp.config import BudgetConfig, Config, ConfigError, DataConfig, LoggingConfig, ModelConfig, RunConfig, load_config
-from rlp.process.lock import RunLock
 from rlp.measure.metrics import EVALUATION, METRICS
 from rlp.measure.metrics_log import MetricsLog
+from rlp.process import console
+from rlp.process import progress as progress_module
 from rlp.process.library_logs import quiet_libraries
-from rlp.process.progress import Pace, Progress, WallTime
+from rlp.process.lock import RunLock
 from rlp.process.new_run_folder import create_run_folder
+from rlp.process.progress import Pace, Progress, WallTime
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import append_json_line, cut_logs, json_lines, mark_logs, read_json_lines
 from rlp.process.stored import DamagedFileError, read_json, write_json
@@ -53,13 +63,22 @@ class FakeRanks:
 
 
 def make_config(path, **logging_settings):
-    return Config(run=RunConfig(dir=str(path)), model=ModelConfig(path="tiny"), data=DataConfig(train=["corpus.jsonl"]),
-                  budget=BudgetConfig(steps=4), logging=LoggingConfig(every_n_steps=2, **logging_settings))
+    return Config(
+        run=RunConfig(dir=str(path)),
+        model=ModelConfig(path="tiny"),
+        data=DataConfig(train=["corpus.jsonl"]),
+        budget=BudgetConfig(steps=4),
+        logging=LoggingConfig(every_n_steps=2, **logging_settings),
+    )
 
 
 def start_log(tmp_path, rank=0, **logging_settings):
     config = make_config(tmp_path / "run", **logging_settings)
-    folder = create_run_folder(config, FakeRanks(), RunLock(FakeRanks())) if rank == 0 else RunFolder(tmp_path / "run")
+    folder = (
+        create_run_folder(config, FakeRanks(), RunLock(FakeRanks()))
+        if rank == 0
+        else RunFolder(tmp_path / "run")
+    )
     return folder, MetricsLog(folder, config, FakeRanks(rank), total_hint=4)
 
 
@@ -76,14 +95,20 @@ def test_a_new_run_folder_holds_its_config_and_its_environment(tmp_path, monkeyp
 def test_an_existing_run_folder_is_refused_and_left_as_it_is(tmp_path):
     config = make_config(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    with pytest.raises(ConfigError, match="exists and is never written over.*run.dir=OTHER.*run.resume=auto"):
+    with pytest.raises(
+        ConfigError, match="exists and is never written over.*run.dir=OTHER.*run.resume=auto"
+    ):
         create_run_folder(config, FakeRanks(), RunLock(FakeRanks()))
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_refusal_of_rank_0_is_raised_on_every_rank(tmp_path):
     with pytest.raises(ConfigError, match="exists"):
-        create_run_folder(make_config(tmp_path / "run"), FakeRanks(rank=1, told="run.dir exists"), RunLock(FakeRanks()))
+        create_run_folder(
+            make_config(tmp_path / "run"),
+            FakeRanks(rank=1, told="run.dir exists"),
+            RunLock(FakeRanks()),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -103,7 +128,11 @@ def test_a_folder_that_no_run_has_left_is_refused(tmp_path):
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"summary.json: after: gain\[1\] is (nan|inf)"):
-            write_json(tmp_path / "summary.json", {"after": {"gain": [0.0, value]}}, point="end.torn_summary")
+            write_json(
+                tmp_path / "summary.json",
+                {"after": {"gain": [0.0, value]}},
+                point="end.torn_summary",
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +144,10 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         write_json(tmp_path / "folder", {"flops": 2}, point="end.torn_ledger")
-    assert read_json(path) == {"flops": 1} and sorted(tmp_path.iterdir()) == [tmp_path / "folder", path]
+    assert read_json(path) == {"flops": 1} and sorted(tmp_path.iterdir()) == [
+        tmp_path / "folder",
+        path,
+    ]
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
@@ -138,13 +170,23 @@ KEPT = b'{"step":1,  "thought": "\\u00e9"}\n{"step": 2}\n{"step": 2, "document":
 
 def marks_of(path: Path, content: bytes) -> dict:
     """What a checkpoint says of a log that holds the content then."""
-    return {path.name: {"bytes": len(content), "lines": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}}
+    return {
+        path.name: {
+            "bytes": len(content),
+            "lines": content.count(b"\n"),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    }
 
 
 @pytest.mark.parametrize("marked", [b"", KEPT[: KEPT.index(b"\n") + 1], KEPT])
-@pytest.mark.parametrize("tail", [b"", b'{"step": 3}\n', b'{"step": 3}\n{"step": 4, "tho', b'{"step": 2, "tho', b'{"step": 2}'])
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b'{"step": 3}\n', b'{"step": 3}\n{"step": 4, "tho', b'{"step": 2, "tho', b'{"step": 2}'],
+)
 def test_a_cut_keeps_the_bytes_of_the_steps_before_it(tmp_path, marked, tail):
-    """Odd spacing, lines after the checkpoint was made, and a line torn off anywhere, also just before its newline."""
+    """Odd spacing, lines after the checkpoint was made, and a line torn off anywhere, also just
+    before its newline."""
     folder = RunFolder(tmp_path)
     path = folder.thoughts_jsonl
     path.write_bytes(KEPT + tail)
@@ -152,28 +194,58 @@ def test_a_cut_keeps_the_bytes_of_the_steps_before_it(tmp_path, marked, tail):
     assert path.read_bytes() == KEPT
     append_json_line(path, {"step": 3})
     assert path.read_bytes() == KEPT + b'{"step": 3}\n'
-    assert mark_logs(folder, 3)["thoughts.jsonl"] == marks_of(path, path.read_bytes())["thoughts.jsonl"]
+    assert (
+        mark_logs(folder, 3)["thoughts.jsonl"]
+        == marks_of(path, path.read_bytes())["thoughts.jsonl"]
+    )
     assert mark_logs(folder, 2)["thoughts.jsonl"] == marks_of(path, KEPT)["thoughts.jsonl"]
 
 
-@pytest.mark.parametrize("content", [None, b"", KEPT[: KEPT.index(b"\n") + 1], KEPT[KEPT.index(b"\n") + 1 :], KEPT.replace(b"7", b"8"), KEPT[:-1]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        KEPT[: KEPT.index(b"\n") + 1],
+        KEPT[KEPT.index(b"\n") + 1 :],
+        KEPT.replace(b"7", b"8"),
+        KEPT[:-1],
+    ],
+)
 def test_lost_and_changed_lines_of_a_log_are_said(tmp_path, content):
-    """A log that is gone, emptied, cut, beheaded or edited since the checkpoint: not sewn over, and no reason to stop."""
+    """A log that is gone, emptied, cut, beheaded or edited since the checkpoint: not sewn over, and
+    no reason to stop."""
     folder = RunFolder(tmp_path)
     if content is not None:
         folder.thoughts_jsonl.write_bytes(content)
     (found,) = cut_logs(folder, 2, marks_of(folder.thoughts_jsonl, KEPT))
     left = (content or b"").count(b"\n")
-    assert f"thoughts.jsonl is not what it was when the checkpoint of step 2 was made: it had 3 lines ({len(KEPT)} bytes) then, and has {left} " in found
+    assert (
+        "thoughts.jsonl is not what it was when the checkpoint of step 2 was made: it had 3 lines"
+        f" ({len(KEPT)} bytes) then, and has {left} " in found
+    )
 
 
-@pytest.mark.parametrize("content", [b'{"loss": 1}\n', b'{"step": 1.0}\n', b"[1]\n", b"\0\n", b'{"step": 1}\n{"st\n{"step": 2}\n', b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"loss": 1}\n',
+        b'{"step": 1.0}\n',
+        b"[1]\n",
+        b"\0\n",
+        b'{"step": 1}\n{"st\n{"step": 2}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
 def test_a_line_that_can_not_be_placed_stops_before_a_log_is_changed(tmp_path, content):
     """Line and advice are said; what the other logs hold too much is still there."""
     folder = RunFolder(tmp_path)
     folder.metrics_jsonl.write_bytes(b'{"step": 1}\n{"step": 2}\n')
     folder.evaluation_jsonl.write_bytes(content)
-    with pytest.raises(DamagedFileError, match=r"evaluation.jsonl, line \d: expected a JSON object.*Mend or remove the line"):
+    with pytest.raises(
+        DamagedFileError,
+        match=r"evaluation.jsonl, line \d: expected a JSON object.*Mend or remove the line",
+    ):
         cut_logs(folder, 1, marks_of(folder.evaluation_jsonl, b"another\n"))
     assert folder.metrics_jsonl.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
@@ -194,11 +266,14 @@ def test_a_log_that_starts_again_at_zero_is_emptied(tmp_path):
     folder.metrics_jsonl.write_bytes(b"no JSON\n")
     (tmp_path / ".summary.json.0.partial").write_bytes(b"half")
     assert cut_logs(folder, -1, {}) == []
-    assert folder.metrics_jsonl.read_bytes() == b"" and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert folder.metrics_jsonl.read_bytes() == b"" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["metrics.jsonl"]
 
 
 def test_a_resume_over_a_large_log_needs_memory_for_a_line(tmp_path):
-    """50 MB of lines of 10 kB: a line, the file's buffers and the checksum are well below 1 MB, with or without a mark."""
+    """50 MB of lines of 10 kB: a line, the file's buffers and the checksum are well below 1 MB,
+    with or without a mark."""
     folder = RunFolder(tmp_path)
     line = json.dumps({"step": 1, "detail": "x" * 10_000}).encode() + b"\n"
     digest = hashlib.sha256()
@@ -206,27 +281,44 @@ def test_a_resume_over_a_large_log_needs_memory_for_a_line(tmp_path):
         for _ in range(5_000):
             file.write(line)
             digest.update(line)
-    mark = {"bad_documents.jsonl": {"bytes": 5_000 * len(line), "lines": 5_000, "sha256": digest.hexdigest()}}
+    mark = {
+        "bad_documents.jsonl": {
+            "bytes": 5_000 * len(line),
+            "lines": 5_000,
+            "sha256": digest.hexdigest(),
+        }
+    }
     tracemalloc.start()
     try:
         assert cut_logs(folder, 1, mark) == []
-        assert len(cut_logs(folder, 1, {"bad_documents.jsonl": mark["bad_documents.jsonl"] | {"sha256": ""}})) == 1
+        assert (
+            len(
+                cut_logs(
+                    folder, 1, {"bad_documents.jsonl": mark["bad_documents.jsonl"] | {"sha256": ""}}
+                )
+            )
+            == 1
+        )
         assert sum(1 for _ in json_lines(folder.bad_documents_jsonl)) == 5_000
-        assert tracemalloc.get_traced_memory()[1] < 2 ** 20
+        assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
 
 
 def test_a_step_is_one_line_in_table_order_with_the_clock_apart(tmp_path):
     folder, log = start_log(tmp_path)
-    log.step(1, {"perf/step_s": 2.5, "lm/loss": 3.0, "baseline/logprob": None, "reward/mean": -0.25})
+    log.step(
+        1, {"perf/step_s": 2.5, "lm/loss": 3.0, "baseline/logprob": None, "reward/mean": -0.25}
+    )
     assert folder.metrics_jsonl.read_text() == '{"step": 1, "reward/mean": -0.25, "lm/loss": 3.0}\n'
     assert folder.timing_jsonl.read_text() == '{"step": 1, "perf/step_s": 2.5}\n'
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name(tmp_path):
     _, log = start_log(tmp_path)
-    with pytest.raises(ValueError, match="unknown metric 'rewards/mean'. Did you mean 'reward/mean'"):
+    with pytest.raises(
+        ValueError, match="unknown metric 'rewards/mean'. Did you mean 'reward/mean'"
+    ):
         log.step(1, {"rewards/mean": 0.0})
     with pytest.raises(ValueError, match="Did you mean 'gain_over_start_nats'"):
         log.evaluation(0, {"gain_over_start": 0.0})
@@ -272,7 +364,9 @@ def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it(tmp_path, capsys, mo
 
 def test_every_metric_has_a_definition_and_a_unit_where_it_needs_one():
     assert all(metric.definition.endswith(".") for metric in (METRICS | EVALUATION).values())
-    assert {name for name, metric in METRICS.items() if metric.unit == "fraction"} == {name for name in METRICS if name.endswith("_frac")}
+    assert {name for name, metric in METRICS.items() if metric.unit == "fraction"} == {
+        name for name in METRICS if name.endswith("_frac")
+    }
 
 
 class FakeWandb(types.ModuleType):
@@ -322,15 +416,23 @@ def run_with_wandb(tmp_path, monkeypatch, mode, fails=()):
 
 def test_wandb_gets_steps_and_evaluations(tmp_path, monkeypatch):
     wandb = run_with_wandb(tmp_path, monkeypatch, "offline")
-    assert wandb.logged == [{"step": 1, "reward/mean": 0.5, "perf/step_s": 1.0}, {"step": 2, "reward/mean": 0.5, "perf/step_s": 1.0},
-                            {"step": 2, "evaluation/panel_positions": 4}]
+    assert wandb.logged == [
+        {"step": 1, "reward/mean": 0.5, "perf/step_s": 1.0},
+        {"step": 2, "reward/mean": 0.5, "perf/step_s": 1.0},
+        {"step": 2, "evaluation/panel_positions": 4},
+    ]
     assert wandb.finished
 
 
 def test_wandb_goes_offline_where_its_server_can_not_be_reached(tmp_path, monkeypatch, capsys):
     wandb = run_with_wandb(tmp_path, monkeypatch, "online", fails=("online",))
     assert wandb.inits == ["online", "offline"] and len(wandb.logged) == 3
-    assert capsys.readouterr().out.count("could not start online (OSError: online is down); continuing offline.") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "could not start online (OSError: online is down); continuing offline."
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("fails", [("online", "offline"), ("log",), ("finish",), ("log", "finish")])
@@ -342,7 +444,8 @@ def test_a_run_goes_on_without_wandb(tmp_path, monkeypatch, capsys, fails):
 
 @pytest.mark.parametrize("part", ["online", "log", "finish"])
 def test_a_run_does_not_wait_for_wandb_that_hangs(tmp_path, monkeypatch, capsys, part):
-    """Whatever call does not return: steps go on at once, the end waits for its patience and says so."""
+    """Whatever call does not return: steps go on at once, the end waits for its patience and says
+    so."""
     wandb, released = FakeWandb(), threading.Event()
     wandb._break = lambda asked: released.wait(60) if asked == part else None
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -353,7 +456,10 @@ def test_a_run_does_not_wait_for_wandb_that_hangs(tmp_path, monkeypatch, capsys,
         log.step(step, {"reward/mean": 0.5})
     log.close()
     assert time.monotonic() - start < 20
-    assert "Weights & Biases hangs; it is left behind after 0.2 s. metrics.jsonl is complete." in capsys.readouterr().out
+    assert (
+        "Weights & Biases hangs; it is left behind after 0.2 s. metrics.jsonl is complete."
+        in capsys.readouterr().out
+    )
     assert len(read_json_lines(folder.metrics_jsonl)) == 49
     released.set()
 
@@ -368,7 +474,12 @@ def test_what_waits_for_wandb_is_bounded(tmp_path, monkeypatch, capsys):
     for step in range(1, 20):
         log.step(step, {"reward/mean": 0.5})
     log.close()
-    assert capsys.readouterr().out.count("Weights & Biases hangs: 5 lines wait for it; it is switched off.") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "Weights & Biases hangs: 5 lines wait for it; it is switched off."
+        )
+        == 1
+    )
     released.set()
 
 
@@ -391,7 +502,8 @@ def restored_logging():
 
 
 def test_libraries_speak_to_the_log_file_only(tmp_path, capfd, restored_logging):
-    """An inner logger with a handler of its own, as torch has; one whose handler comes later, as DeepSpeed's does; a warning."""
+    """An inner logger with a handler of its own, as torch has; one whose handler comes later, as
+    DeepSpeed's does; a warning."""
     folder, _ = start_log(tmp_path)
     logging.getLogger("torch.inner").addHandler(logging.StreamHandler())
     quiet_libraries(folder, FakeRanks(rank=1))
@@ -404,12 +516,18 @@ def test_libraries_speak_to_the_log_file_only(tmp_path, capfd, restored_logging)
         logging.captureWarnings(True)
         warnings.warn("chatter of python")
     written = (folder.logs / "rank_1.log").read_text()
-    assert all(written.count(f"chatter of {name}") >= 1 for name in ("torch.inner", "transformers.models", "DeepSpeed", "python"))
+    assert all(
+        written.count(f"chatter of {name}") >= 1
+        for name in ("torch.inner", "transformers.models", "DeepSpeed", "python")
+    )
     assert "".join(capfd.readouterr()) == ""
 
 
 def test_importing_these_modules_imports_neither_deepspeed_nor_wandb():
-    code = "import sys, rlp.cli; print([name for name in ('deepspeed', 'wandb') if name in sys.modules])"
+    code = (
+        "import sys, rlp.cli; print([name for name in ('deepspeed', 'wandb') if name in"
+        " sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -419,7 +537,11 @@ def test_lines_are_plain_json_that_other_programs_read(tmp_path):
     thought = "\u00e9 \u2028 \ud800 \n \x00"
     append_json_line(tmp_path / "thoughts.jsonl", {"thought": thought})
     content = (tmp_path / "thoughts.jsonl").read_bytes()
-    assert content.isascii() and content.count(b"\n") == 1 and json.loads(content) == {"thought": thought}
+    assert (
+        content.isascii()
+        and content.count(b"\n") == 1
+        and json.loads(content) == {"thought": thought}
+    )
 
 
 @pytest.fixture
@@ -436,7 +558,10 @@ def test_long_work_is_told_every_half_minute_and_short_work_never(capsys, clock)
         for seconds in (10, 19, 1, 29, 1):
             clock[0] += seconds
             progress.advance(2)
-    assert said == ["thinking: 6 of 40 documents in 30 s, about 2:50 left", "thinking: 10 of 40 documents in 1:00, about 3:00 left"]
+    assert said == [
+        "thinking: 6 of 40 documents in 30 s, about 2:50 left",
+        "thinking: 10 of 40 documents in 1:00, about 3:00 left",
+    ]
     with Progress("unpacking", unit="bytes") as progress:
         clock[0] += 31
         progress.advance(1_240_000_000)
@@ -452,7 +577,9 @@ def test_a_rank_that_does_not_speak_tells_no_progress(capsys, clock):
 
 def test_on_a_terminal_long_work_is_a_bar_that_goes_away(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress_module, "tqdm", functools.partial(progress_module.tqdm, mininterval=0))
+    monkeypatch.setattr(
+        progress_module, "tqdm", functools.partial(progress_module.tqdm, mininterval=0)
+    )
     with Progress("thinking", total=4, unit="documents") as progress:
         progress._bar.delay = 0
         progress.advance(3)
@@ -460,7 +587,17 @@ def test_on_a_terminal_long_work_is_a_bar_that_goes_away(capsys, monkeypatch):
     assert out == "" and "thinking:  75%" in err and "3/4" in err and err.endswith("\r")
 
 
-@pytest.mark.parametrize("seconds, words", [(0.42, "0.4 s"), (9.96, "10 s"), (59.6, "1:00"), (200, "3:20"), (3725, "1:02:05"), (360_600, "4 d 04:10")])
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        (0.42, "0.4 s"),
+        (9.96, "10 s"),
+        (59.6, "1:00"),
+        (200, "3:20"),
+        (3725, "1:02:05"),
+        (360_600, "4 d 04:10"),
+    ],
+)
 def test_seconds_are_told_as_people_say_them(seconds, words):
     assert console.duration(seconds) == words
 
@@ -493,12 +630,23 @@ def test_every_second_of_a_process_belongs_to_one_part(clock, monkeypatch):
 def test_a_line_comes_after_half_a_minute_where_steps_are_long(tmp_path, capsys, clock):
     """Every 2nd step, or LINE_EVERY_S after the last line; and within a step that takes as long."""
     _, log = start_log(tmp_path)
-    log.step(1, {"reward/mean": 0.5, "perf/tokens_per_s": 1234.5, "perf/peak_memory_bytes": 6.1e9, "perf/left_s": 200.0})
+    log.step(
+        1,
+        {
+            "reward/mean": 0.5,
+            "perf/tokens_per_s": 1234.5,
+            "perf/peak_memory_bytes": 6.1e9,
+            "perf/left_s": 200.0,
+        },
+    )
     clock[0] += 40
     log.step(3, {"reward/mean": 0.5})
     clock[0] += 29
     log.still(5, "decode", 31.0)
     clock[0] += 2
     log.still(5, "decode", 33.0)
-    assert capsys.readouterr().out.splitlines() == ["step 1/4  reward +0.5000 nats  speed 1,234 tokens/s  memory 6.1 GB  left 3:20",
-                                                    "step 3/4  reward +0.5000 nats", "step 5: in decode, 33 s so far"]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/4  reward +0.5000 nats  speed 1,234 tokens/s  memory 6.1 GB  left 3:20",
+        "step 3/4  reward +0.5000 nats",
+        "step 5: in decode, 33 s so far",
+    ]

@@ -1,4 +1,5 @@
-"""Claims about experiments/questions and the bases it starts from: every number told is in results.jsonl."""
+"""Claims about experiments/questions and the bases it starts from: every number told is in
+results.jsonl."""
 
 import importlib.util
 import json
@@ -55,12 +56,21 @@ def test_every_question_has_a_section_and_a_table(readme):
 
 
 def test_every_number_in_prose_is_in_a_table(readme):
-    assert {title: untraced(section) for title, section in sections(readme).items() if untraced(section)} == {}
+    assert {
+        title: untraced(section) for title, section in sections(readme).items() if untraced(section)
+    } == {}
 
 
 def test_a_number_from_nowhere_is_found(results, readme):
     """The checks above can fail: in a table, in prose, and where a result changes."""
-    changed = [row | {"answers": row["answers"] | {"accuracy_with_thought": 0.5}} if row["setting"] == ask.DEFAULT else row for row in results]
+    changed = [
+        (
+            row | {"answers": row["answers"] | {"accuracy_with_thought": 0.5}}
+            if row["setting"] == ask.DEFAULT
+            else row
+        )
+        for row in results
+    ]
     assert ask.with_tables(readme, changed) != readme
     assert untraced("x: y\naccuracy 0.777\n| 0.666 |") == ["0.777"]
 
@@ -70,21 +80,29 @@ def test_every_setting_has_the_same_seeds_once(results):
     runs = [(row["question"], row["setting"], row["seed"]) for row in results]
     assert len(set(runs)) == len(runs)
     seeds = {seed for _, _, seed in runs}
-    wanted = {("all" if setting == ask.DEFAULT else name, setting) for name, question in ask.QUESTIONS.items() for setting in question.settings}
+    wanted = {
+        ("all" if setting == ask.DEFAULT else name, setting)
+        for name, question in ask.QUESTIONS.items()
+        for setting in question.settings
+    }
     assert len(seeds) == 5
     assert set(runs) == {(name, setting, seed) for name, setting in wanted for seed in seeds}
 
 
 def test_rows_were_made_with_the_overrides_that_the_question_names(results):
     for row in results:
-        question = next(iter(ask.QUESTIONS.values())) if row["question"] == "all" else ask.QUESTIONS[row["question"]]
+        question = (
+            next(iter(ask.QUESTIONS.values()))
+            if row["question"] == "all"
+            else ask.QUESTIONS[row["question"]]
+        )
         assert tuple(row["overrides"]) == question.settings[row["setting"]]
 
 
 @pytest.mark.parametrize("name", ["baseline", "ema_decay"])
 def test_the_baseline_reaches_a_weight_by_rounding_only(results, name):
-    """The no-think score cancels in eq. 7, up to the float32 rounding of S_pred - S_ema: relative 6e-8 a step, here
-    under a thousandth of what 80 steps changed."""
+    """The no-think score cancels in eq. 7, up to the float32 rounding of S_pred - S_ema: relative
+    6e-8 a step, here under a thousandth of what 80 steps changed."""
     rows = [row for row in results if row["question"] == name]
     assert len(rows) > 0
     assert all(row["weights_max_difference"] < 1e-3 * row["weights_max_change"] for row in rows)
@@ -92,12 +110,19 @@ def test_the_baseline_reaches_a_weight_by_rounding_only(results, name):
 
 def test_an_average_without_memory_is_the_policy_itself(results):
     """EMA decay 0 and the kind `self` score the same baseline: bit for bit the same weights."""
-    weights = {(row["setting"], row["seed"]): row["weights_sha256"] for row in results if row["question"] in ("baseline", "ema_decay")}
-    assert all(weights["0", seed] == weights["self", seed] for setting, seed in weights if setting == "0")
+    weights = {
+        (row["setting"], row["seed"]): row["weights_sha256"]
+        for row in results
+        if row["question"] in ("baseline", "ema_decay")
+    }
+    assert all(
+        weights["0", seed] == weights["self", seed] for setting, seed in weights if setting == "0"
+    )
 
 
 def test_a_difference_is_taken_within_seeds():
-    """Seeds far apart and a setting always 0.1 above: the interval is the point 0.1, in whatever order the rows stand."""
+    """Seeds far apart and a setting always 0.1 above: the interval is the point 0.1, in whatever
+    order the rows stand."""
     column = ask.Column("x", lambda row: row["x"], "{:.3f}", compared=True)
     default = {0: {"x": 0.0}, 1: {"x": 10.0}, 2: {"x": 100.0}}
     setting = {2: {"x": 100.1}, 0: {"x": 0.1}, 1: {"x": 10.1}}
@@ -111,23 +136,42 @@ def test_the_interval_of_two_values_spans_them():
 
 def fake_training(accuracies: dict[int, float], trained: list[int]):
     """Stands for the training of bases: an export whose card says the accuracy of its seed."""
+
     def train(seed: int, out: Path) -> Path:
         trained.append(seed)
         export = out / f".run_{seed}" / "export"
         export.mkdir(parents=True)
         (export / "model.safetensors").write_bytes(bytes([seed]))
-        (export / "README.md").write_text(f"| | before | after |\n|---|---|---|\n| accuracy_with_thought | 0.1 | {accuracies[seed]} |\n")
+        (export / "README.md").write_text(
+            "| | before | after |\n|---|---|---|\n| accuracy_with_thought | 0.1 |"
+            f" {accuracies[seed]} |\n"
+        )
         return export
+
     return train
 
 
 def test_a_base_before_its_phase_change_is_rejected_and_stays_on_record(tmp_path):
     trained: list[int] = []
-    assert bases.make_bases(3, tmp_path, fake_training({1: 0.3, 2: 0.5, 3: 0.41}, trained)) == [0, 2, 3]
+    assert bases.make_bases(3, tmp_path, fake_training({1: 0.3, 2: 0.5, 3: 0.41}, trained)) == [
+        0,
+        2,
+        3,
+    ]
     assert trained == [1, 2, 3]
-    assert {path.name for path in tmp_path.iterdir()} == {"seed_0", "seed_2", "seed_3", "bases.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "seed_0",
+        "seed_2",
+        "seed_3",
+        "bases.json",
+    }
     record = json.loads((tmp_path / "bases.json").read_text())
-    assert [(row["seed"], row["counts"], row["accuracy_with_thought"]) for row in record] == [(0, True, 0.6348), (1, False, 0.3), (2, True, 0.5), (3, True, 0.41)]
+    assert [(row["seed"], row["counts"], row["accuracy_with_thought"]) for row in record] == [
+        (0, True, 0.6348),
+        (1, False, 0.3),
+        (2, True, 0.5),
+        (3, True, 0.41),
+    ]
 
 
 def test_bases_that_exist_are_not_made_again(tmp_path):

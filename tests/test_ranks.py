@@ -12,22 +12,61 @@ from two_ranks import JOBS
 
 from rlp.learn.checkpoint import open_checkpoint
 
-SETTINGS = {name: {key: value for key, value in settings.items() if value != "CORPUS"} for name, settings in JOBS.items()}
+SETTINGS = {
+    name: {key: value for key, value in settings.items() if value != "CORPUS"}
+    for name, settings in JOBS.items()
+}
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:  # noqa: F811
-    """Every job of `two_ranks.py`, run once on two ranks; `one_rank` is a run on one, for it to continue."""
-    import train as program
+    """Every job of `two_ranks.py`, run once on two ranks; `one_rank` is a run on one, for it to
+    continue."""
     from training import tiny_config
 
+    import train as program
+
     folder = tmp_path_factory.mktemp("two_ranks")
-    assert program.train(tiny_config(folder / "one_rank", model_folder, corpus, budget__steps=4, checkpoint__every_n_steps=2, checkpoint__keep=3), ranks) == program.DONE
-    launch([str(Path(__file__).with_name("two_ranks.py")), str(folder), str(model_folder), str(corpus)], world_size=2, port=29571)
+    assert (
+        program.train(
+            tiny_config(
+                folder / "one_rank",
+                model_folder,
+                corpus,
+                budget__steps=4,
+                checkpoint__every_n_steps=2,
+                checkpoint__keep=3,
+            ),
+            ranks,
+        )
+        == program.DONE
+    )
+    launch(
+        [
+            str(Path(__file__).with_name("two_ranks.py")),
+            str(folder),
+            str(model_folder),
+            str(corpus),
+        ],
+        world_size=2,
+        port=29571,
+    )
     return folder
 
 
-@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "stage3_synced", "stage3_markers", "shuffled", "foreign"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage0",
+        "stage1",
+        "stage2",
+        "stage3",
+        "stage3_synced",
+        "stage3_markers",
+        "shuffled",
+        "foreign",
+    ],
+)
 def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):  # noqa: F811
     """Same documents, same positions, same thoughts, one gradient: in float32 the curves agree."""
     assert_same_run(trained("alone", **SETTINGS[name]), two_ranks / name, 1e-4)
@@ -35,9 +74,14 @@ def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):  # noqa: F81
 
 def test_the_thoughts_told_are_those_of_both_ranks(two_ranks, trained):  # noqa: F811
     """The best and the worst of the step, however its documents are shared out."""
-    alone, shared = (read_lines(folder / "thoughts.jsonl") for folder in (trained("alone", **SETTINGS["shuffled"]), two_ranks / "shuffled"))
+    alone, shared = (
+        read_lines(folder / "thoughts.jsonl")
+        for folder in (trained("alone", **SETTINGS["shuffled"]), two_ranks / "shuffled")
+    )
     told = ("step", "document", "position", "thought")
-    assert [[line[name] for name in told] for line in shared] == [[line[name] for name in told] for line in alone]
+    assert [[line[name] for name in told] for line in shared] == [
+        [line[name] for name in told] for line in alone
+    ]
 
 
 def test_bfloat16_runs_on_two_ranks(two_ranks):
@@ -59,19 +103,31 @@ def test_the_export_of_two_ranks_is_their_master_weights(two_ranks, name):
 def test_a_checkpoint_of_two_ranks_continues_on_one(two_ranks, trained):  # noqa: F811
     """Stage 1 on two ranks, then one rank: the curve goes on."""
     settings = SETTINGS["stage1"] | {"run__resume": two_ranks / "stage1" / "checkpoints" / "step_2"}
-    torch.testing.assert_close(torch.tensor(curve(trained("alone", **settings))), torch.tensor(curve(two_ranks / "stage1"))[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(curve(trained("alone", **settings))),
+        torch.tensor(curve(two_ranks / "stage1"))[2:],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_a_checkpoint_of_one_rank_continues_on_two(two_ranks):
     """Stage 1 on one rank, then stage 2 on two."""
-    torch.testing.assert_close(torch.tensor(curve(two_ranks / "resumed")), torch.tensor(curve(two_ranks / "one_rank"))[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(curve(two_ranks / "resumed")),
+        torch.tensor(curve(two_ranks / "one_rank"))[2:],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_the_panel_is_the_same_on_two_ranks(two_ranks, trained, corpus):  # noqa: F811
     """Panel documents are shared out, thought about and put together again."""
     alone = trained("alone", **SETTINGS["stage3"], data__held_out=f"[{corpus}]")
     for name, value in json.loads((alone / "summary.json").read_text())["after"].items():
-        assert json.loads((two_ranks / "stage3" / "summary.json").read_text())["after"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        assert json.loads((two_ranks / "stage3" / "summary.json").read_text())["after"][
+            name
+        ] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 def test_the_ledger_counts_the_work_of_all_ranks(two_ranks, trained):  # noqa: F811

@@ -1,4 +1,5 @@
-"""A run that is asked to stop saves and says so; one that hangs shows where; none leaves a process behind."""
+"""A run that is asked to stop saves and says so; one that hangs shows where; none leaves a process
+behind."""
 
 import datetime
 import gzip
@@ -20,24 +21,25 @@ from filelock import FileLock
 from test_training import corpus, ranks  # noqa: F401  (fixtures)
 from training import REPOSITORY, TINY, read_lines, tiny_config
 
-import rlp.process.preemption
 import rlp.checks
+import rlp.process.preemption
 import rlp.process.watchdog
 import train as program
-from rlp.data import sources
 from rlp.config import ConfigError, RunConfig, moment
-from rlp.process.ranks import COLLECTIVES_S
+from rlp.data import sources
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.launcher import LAUNCHER_GONE
-from rlp.process.progress import Progress
 from rlp.process.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption, steady_time
-from rlp.trainer import Run
+from rlp.process.progress import Progress
+from rlp.process.ranks import COLLECTIVES_S
 from rlp.process.watchdog import STALLED, Watchdog
+from rlp.trainer import Run
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run that was asked to stop ignores signals on its way out; the tests have their own back."""
+    """A run that was asked to stop ignores signals on its way out; the tests have their own
+    back."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -59,15 +61,26 @@ def assert_continues_as_if_nothing_had_been(harness, name: str, *, ranks: int = 
     answer = harness.start(harness.folder / name, ranks=ranks)
     assert answer["codes"] == [program.DONE] * ranks, answer["text"]
     for file in SAME_BYTES:
-        assert (harness.folder / name / file).read_bytes() == (harness.reference(ranks, {}) / file).read_bytes(), file
+        assert (harness.folder / name / file).read_bytes() == (
+            harness.reference(ranks, {}) / file
+        ).read_bytes(), file
 
 
 def test_sigterm_loses_no_step_wherever_it_comes(harness):
-    """Before thoughts are sampled, between micro-batches, in a save, in the last evaluation: saved as after the last whole step."""
+    """Before thoughts are sampled, between micro-batches, in a save, in the last evaluation: saved
+    as after the last whole step."""
     folder = harness.folder / "asked"
-    for fault, step in (("rollout:4:term", 2), ("backward:3:term", 2), ("save.before_meta:1:term", 4), ("evaluation:1:term", 6)):
+    for fault, step in (
+        ("rollout:4:term", 2),
+        ("backward:3:term", 2),
+        ("save.before_meta:1:term", 4),
+        ("evaluation:1:term", 6),
+    ):
         text = stops(harness, "asked", fault)["text"]
-        assert f"step {step} is saved" in text and (folder / "checkpoints" / f"step_{step}" / "COMPLETE").exists(), text
+        assert (
+            f"step {step} is saved" in text
+            and (folder / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
+        ), text
     assert_continues_as_if_nothing_had_been(harness, "asked")
 
 
@@ -80,14 +93,29 @@ def test_an_evaluation_that_was_stopped_is_made_when_the_run_continues(harness):
 
 def test_a_signal_to_one_rank_stops_both_in_the_middle_of_long_thoughts(harness):
     """The rank that was not signalled would think for minutes: it hears of it and leaves off."""
-    endless = {"thought.max_thought_tokens": 30_000, "thought.close_marker": "w1 w2 w3 w4 w5 w6 w7", "data.held_out": "[]", "evaluation.every_n_steps": 0}
+    endless = {
+        "thought.max_thought_tokens": 30_000,
+        "thought.close_marker": "w1 w2 w3 w4 w5 w6 w7",
+        "data.held_out": "[]",
+        "evaluation.every_n_steps": 0,
+    }
     answer = stops(harness, "one_rank", "rollout:1:term@rank1", ranks=2, settings=endless)
-    assert "asked to stop (SIGTERM): step 0 is saved; the step begun after it is not counted" in answer["text"]
+    assert (
+        "asked to stop (SIGTERM): step 0 is saved; the step begun after it is not counted"
+        in answer["text"]
+    )
 
 
 def test_a_rank_that_leaves_before_its_first_forward_leaves_nobody_waiting(harness):
-    """Sharded weights are gathered for sampling; what one rank runs there is no other rank's business."""
-    stops(harness, "first_forward", "evaluation:1:term@rank0", ranks=2, settings={"engine.zero_stage": 3})
+    """Sharded weights are gathered for sampling; what one rank runs there is no other rank's
+    business."""
+    stops(
+        harness,
+        "first_forward",
+        "evaluation:1:term@rank0",
+        ranks=2,
+        settings={"engine.zero_stage": 3},
+    )
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -107,7 +135,8 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(ranks):  # noqa: F
 
 
 def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):  # noqa: F811
-    """With a message, and from a thread: the main one may hang in a collective. The same keypress passed on by a launcher is not a second."""
+    """With a message, and from a thread: the main one may hang in a collective. The same keypress
+    passed on by a launcher is not a second."""
     ended, now = [], [100.0]
     monkeypatch.setattr(rlp.process.preemption.os, "_exit", ended.append)
     monkeypatch.setattr(rlp.process.preemption.time, "monotonic", lambda: now[0])
@@ -138,7 +167,8 @@ class Looks:
         self._seen.release()
 
     def wait(self) -> None:
-        """Until all that was sent to the thread before has been dealt with: the look that goes on meanwhile, and a whole one."""
+        """Until all that was sent to the thread before has been dealt with: the look that goes on
+        meanwhile, and a whole one."""
         while self._seen.acquire(blocking=False):
             pass
         for _ in range(2):
@@ -153,7 +183,9 @@ def wait_for(holds, limit_s: float = LIMIT_S) -> None:
         time.sleep(0.05)
 
 
-def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ranks, monkeypatch, capsys):  # noqa: F811
+def test_the_run_stops_when_its_time_is_over(
+    tmp_path, model_folder, corpus, ranks, monkeypatch, capsys
+):
     """`checkpoint.save_by` is reached in step 3: it is given up, and step 2 is saved."""
     step, steady = program.train_step, rlp.process.preemption.steady_time
 
@@ -164,21 +196,43 @@ def test_the_run_stops_when_its_time_is_over(tmp_path, model_folder, corpus, ran
         step(run)
 
     monkeypatch.setattr(program, "train_step", until_time_is_over)
-    config = tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9, checkpoint__save_by=360_000, checkpoint__every_n_steps=0)
+    config = tiny_config(
+        tmp_path / "run",
+        model_folder,
+        corpus,
+        budget__steps=9,
+        checkpoint__save_by=360_000,
+        checkpoint__every_n_steps=0,
+    )
     assert program.train(config, ranks) == program.PREEMPTED
-    assert "asked to stop (checkpoint.save_by 360000 is reached): step 2 is saved" in capsys.readouterr().out
+    assert (
+        "asked to stop (checkpoint.save_by 360000 is reached): step 2 is saved"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").exists()
 
 
-@pytest.mark.parametrize("save_by, steady, wall, come", [
-    ("01:00:00", 3599, 3599, False), ("01:00:00", 3600, 3600, True),
-    ("01:00:00", 3600, 3600 - 86_400, True), ("01:00:00", 3599, 3599 + 86_400, False),   # set back; set forward: a duration is one all the same
-    ("1970-01-02T01:00Z", 3599, 3599, False), ("1970-01-02T01:00Z", 3600, 3600, True),
-    ("1970-01-02T01:00Z", 3600, 0, True),                                                # set back after the start: not missed
-    ("1970-01-02T01:00Z", 60, 3600, True),                                               # set forward: it is that time
-])
+@pytest.mark.parametrize(
+    "save_by, steady, wall, come",
+    [
+        ("01:00:00", 3599, 3599, False),
+        ("01:00:00", 3600, 3600, True),
+        ("01:00:00", 3600, 3600 - 86_400, True),
+        (
+            "01:00:00",
+            3599,
+            3599 + 86_400,
+            False,
+        ),  # set back; set forward: a duration is one all the same
+        ("1970-01-02T01:00Z", 3599, 3599, False),
+        ("1970-01-02T01:00Z", 3600, 3600, True),
+        ("1970-01-02T01:00Z", 3600, 0, True),  # set back after the start: not missed
+        ("1970-01-02T01:00Z", 60, 3600, True),  # set forward: it is that time
+    ],
+)
 def test_a_clock_that_is_set_misses_no_deadline(monkeypatch, save_by, steady, wall, come):
-    """Seconds after a start at midnight of 2 January 1970, on the clock that nobody sets and on the one on the wall."""
+    """Seconds after a start at midnight of 2 January 1970, on the clock that nobody sets and on the
+    one on the wall."""
     monkeypatch.setattr(rlp.process.preemption.time, "time", lambda: 86_400.0)
     monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: 7.0)
     deadline = Deadline(save_by)
@@ -187,7 +241,16 @@ def test_a_clock_that_is_set_misses_no_deadline(monkeypatch, save_by, steady, wa
     assert deadline.has_come() == come
 
 
-@pytest.mark.parametrize("text, seconds", [("90", 90), ("01:30:00", 5400), ("100:00:01", 360_001), ("1970-01-01T01:00:00+00:00", 3600 - 1000), ("1970-01-01 00:30Z", 1800 - 1000)])
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("90", 90),
+        ("01:30:00", 5400),
+        ("100:00:01", 360_001),
+        ("1970-01-01T01:00:00+00:00", 3600 - 1000),
+        ("1970-01-01 00:30Z", 1800 - 1000),
+    ],
+)
 def test_a_time_is_seconds_a_duration_or_a_date(text, seconds):
     """The first two count from the start; a date does not."""
     assert moment(text, 1000.0) == 1000.0 + seconds
@@ -197,32 +260,66 @@ def test_a_date_without_an_offset_is_local():
     assert moment("2026-01-31T18:30", 0.0) == datetime.datetime(2026, 1, 31, 18, 30).timestamp()
 
 
-@pytest.mark.parametrize("text", ["soon", "1:2:3", "10:61:00", "-5", "1.5", "2026-01-31", "2026-13-01T00:00", ""])
+@pytest.mark.parametrize(
+    "text", ["soon", "1:2:3", "10:61:00", "-5", "1.5", "2026-01-31", "2026-13-01T00:00", ""]
+)
 def test_what_is_no_time_is_refused(tmp_path, model_folder, corpus, text):  # noqa: F811
-    with pytest.raises(ConfigError, match="checkpoint.save_by must be seconds .84600. or HH:MM:SS after the start, or a time such as"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            "checkpoint.save_by must be seconds .84600. or HH:MM:SS after the start, or a time"
+            " such as"
+        ),
+    ):
         tiny_config(tmp_path / "run", model_folder, corpus, checkpoint__save_by=f"'{text}'")
 
 
 def test_a_time_that_is_past_is_refused(tmp_path, model_folder, corpus, ranks):  # noqa: F811
     """A run that would stop at once, and again each time it is queued."""
     with pytest.raises(ConfigError, match="save_by 2020-01-01T00:00 is past"):
-        program.train(tiny_config(tmp_path / "run", model_folder, corpus, checkpoint__save_by="2020-01-01T00:00"), ranks)
+        program.train(
+            tiny_config(
+                tmp_path / "run", model_folder, corpus, checkpoint__save_by="2020-01-01T00:00"
+            ),
+            ranks,
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corpus):  # noqa: F811
-    """`deepspeed` alone is signalled, as `docker stop` and `kill` do: it dies, and leaves launch.py and two ranks to themselves."""
-    (tmp_path / "tiny.yaml").write_text(f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
+    """`deepspeed` alone is signalled, as `docker stop` and `kill` do: it dies, and leaves launch.py
+    and two ranks to themselves."""
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir:"
+        f" {tmp_path / 'run'}}}\n"
+    )
     settings = TINY | {"budget.steps": 10_000, "checkpoint.every_n_steps": 0}
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29583", "train.py", str(tmp_path / "tiny.yaml"),
-               *(f"{key}={value}" for key, value in settings.items())]
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29583",
+        "train.py",
+        str(tmp_path / "tiny.yaml"),
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
     with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        launcher = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
     processes = []
     try:
         wait_for(lambda: "step 2/" in (tmp_path / "log").read_text() or launcher.poll() is not None)
         processes = psutil.Process(launcher.pid).children(recursive=True)
-        assert len([process for process in processes if "--local_rank" in " ".join(process.cmdline())]) == 2
+        assert (
+            len([process for process in processes if "--local_rank" in " ".join(process.cmdline())])
+            == 2
+        )
         launcher.terminate()
         assert launcher.wait() == -signal.SIGTERM
         gone, left = psutil.wait_procs(processes, timeout=LIMIT_S)
@@ -231,27 +328,49 @@ def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corp
         for process in (launcher, *(process for process in processes if process.is_running())):
             process.kill()
     text = (tmp_path / "log").read_text()
-    step = int(re.search(r"asked to stop \(the launcher \(process \d+\) is gone\): step (\d+) is saved", text)[1])
+    step = int(
+        re.search(
+            r"asked to stop \(the launcher \(process \d+\) is gone\): step (\d+) is saved", text
+        )[1]
+    )
     assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
     assert f"exits with return code = {program.PREEMPTED}" in text
 
 
-@pytest.mark.parametrize("after_s, ends", [(0.0, {LAUNCHER_GONE, program.PREEMPTED}), (0.6, {LAUNCHER_GONE, program.PREEMPTED})])
+@pytest.mark.parametrize(
+    "after_s, ends",
+    [(0.0, {LAUNCHER_GONE, program.PREEMPTED}), (0.6, {LAUNCHER_GONE, program.PREEMPTED})],
+)
 def test_ranks_whose_launcher_dies_early_end_alike_or_save(harness, after_s, ends):
-    """As soon as they know it, and while the run is put together; it would last for hours. Nothing is left behind."""
+    """As soon as they know it, and while the run is put together; it would last for hours. Nothing
+    is left behind."""
     settings = {"budget.steps": 100_000, "data.held_out": "[]", "evaluation.every_n_steps": 0}
-    answer = harness.start(harness.folder / f"launcher_{after_s}", ranks=2, fault=Attempt(launcher_s=after_s), settings=settings)
+    answer = harness.start(
+        harness.folder / f"launcher_{after_s}",
+        ranks=2,
+        fault=Attempt(launcher_s=after_s),
+        settings=settings,
+    )
     assert set(answer["codes"]) <= ends and answer["left"] == 0, answer
     assert "the launcher (process " in answer["text"] and "Traceback" not in answer["text"]
 
 
 def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
-    """Rank 1 sleeps in a backward; rank 0 waits for it in a collective. Both show where, and what they were doing."""
-    answer = harness.start(harness.folder / "stalled", ranks=2, fault="backward:3:stall@rank1", settings={"run.watchdog_s": 8})
+    """Rank 1 sleeps in a backward; rank 0 waits for it in a collective. Both show where, and what
+    they were doing."""
+    answer = harness.start(
+        harness.folder / "stalled",
+        ranks=2,
+        fault="backward:3:stall@rank1",
+        settings={"run.watchdog_s": 8},
+    )
     assert answer["codes"] == [STALLED, STALLED] and not answer["hung"], answer["text"]
     for rank in (0, 1):
-        for text in ((harness.folder / f"stalled.log.rank{rank}").read_text(), (harness.folder / "stalled" / "logs" / f"rank_{rank}.log").read_text()):
+        for text in (
+            (harness.folder / f"stalled.log.rank{rank}").read_text(),
+            (harness.folder / "stalled" / "logs" / f"rank_{rank}.log").read_text(),
+        ):
             assert re.search(rf"rank {rank} of 2: .*train.*its threads:", text)
             assert "Thread 0x" in text and "in train_step" in text
     assert "in fault" in (harness.folder / "stalled.log.rank1").read_text()
@@ -259,30 +378,57 @@ def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_was_stopped_for_too_long_says_so_when_it_wakes(harness, stopped):
-    """Its peer shows what it waited in, and ends; whichever of the two keeps the store where ranks meet."""
+    """Its peer shows what it waited in, and ends; whichever of the two keeps the store where ranks
+    meet."""
     name = f"stopped_{stopped}"
-    answer = harness.start(harness.folder / name, ranks=2, fault=f"backward:3:stop@rank{stopped}", settings={"run.watchdog_s": 10})
+    answer = harness.start(
+        harness.folder / name,
+        ranks=2,
+        fault=f"backward:3:stop@rank{stopped}",
+        settings={"run.watchdog_s": 10},
+    )
     said = [(harness.folder / f"{name}.log.rank{rank}").read_text() for rank in (0, 1)]
-    assert answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == program.PEER_LOST, answer["text"]
-    assert re.search(rf"rank {1 - stopped} of 2: no progress for \d+ s in train .*its threads:", said[1 - stopped])
-    assert re.search(r"This process stood still for \d+ s .*, longer than run.watchdog_s=10: the others have waited .*run.resume=auto", said[stopped])
+    assert (
+        answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == program.PEER_LOST
+    ), answer["text"]
+    assert re.search(
+        rf"rank {1 - stopped} of 2: no progress for \d+ s in train .*its threads:",
+        said[1 - stopped],
+    )
+    assert re.search(
+        r"This process stood still for \d+ s .*, longer than run.watchdog_s=10: the others have"
+        r" waited .*run.resume=auto",
+        said[stopped],
+    )
     assert "Traceback" not in answer["text"]
 
 
 def test_a_run_of_one_process_that_is_stopped_and_continued_goes_on(harness):
     """Ctrl-Z and `fg`, more than twice as long as the watchdog waits, twice."""
-    answer = harness.start(harness.folder / "continued", fault="backward:3:stop,score:9:stop", settings={"run.watchdog_s": 5}, wake_s=12)
+    answer = harness.start(
+        harness.folder / "continued",
+        fault="backward:3:stop,score:9:stop",
+        settings={"run.watchdog_s": 5},
+        wake_s=12,
+    )
     assert answer["codes"] == [program.DONE], answer["text"]
-    assert (harness.folder / "continued" / "journal.jsonl").read_bytes() == (harness.reference(1, {}) / "journal.jsonl").read_bytes()
+    assert (harness.folder / "continued" / "journal.jsonl").read_bytes() == (
+        harness.reference(1, {}) / "journal.jsonl"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("looks, silent, stood", [
-    ([(1, 0), (1, 0)], 2, 0),        # nothing is marked
-    ([(1, 0), (60, 0)], 2, 59),      # stopped for 59 s between two looks
-    ([(1, 0), (60, 55)], 61, 0),     # busy with something that holds Python's lock
-    ([(2, 0), (2, 0)], 4, 0),        # looks are late on a busy machine
-])
-def test_time_in_which_the_process_stands_still_is_no_stall(tmp_path, ranks, monkeypatch, looks, silent, stood):  # noqa: F811
+@pytest.mark.parametrize(
+    "looks, silent, stood",
+    [
+        ([(1, 0), (1, 0)], 2, 0),  # nothing is marked
+        ([(1, 0), (60, 0)], 2, 59),  # stopped for 59 s between two looks
+        ([(1, 0), (60, 55)], 61, 0),  # busy with something that holds Python's lock
+        ([(2, 0), (2, 0)], 4, 0),  # looks are late on a busy machine
+    ],
+)
+def test_time_in_which_the_process_stands_still_is_no_stall(
+    tmp_path, ranks, monkeypatch, looks, silent, stood
+):
     """Of each look: seconds since the last, and of a processor."""
     watchdog, now, used = Watchdog(ranks, RunConfig(dir=str(tmp_path), watchdog_s=100)), 0.0, 0.0
     watchdog.mark()
@@ -315,13 +461,16 @@ def stop_here(*_: object) -> None:
     raise StopHere
 
 
-def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_stall(tmp_path, model_folder, ranks, bark, monkeypatch):  # noqa: F811
+def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_stall(
+    tmp_path, model_folder, ranks, bark, monkeypatch
+):
     """Four times as long, piece by piece, with the watchdog looking at each."""
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}\n' * 20))
     config = tiny_config(tmp_path / "run", model_folder, packed, run__watchdog_s=1)
     monkeypatch.setattr(sources, "UNPACKED", tmp_path / "unpacked")
     with Watchdog(ranks, config.run) as watchdog:
+
         def slowly(path, plain):
             with gzip.open(path) as file:
                 for line in file:
@@ -337,7 +486,9 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
         ends = sources._line_ends
         monkeypatch.setitem(sources.UNPACKERS, ".gz", slowly)
         monkeypatch.setattr(sources, "_line_ends", lines_slowly)
-        monkeypatch.setattr(watchdog, "working", lambda phase: nullcontext())  # pieces alone are to count
+        monkeypatch.setattr(
+            watchdog, "working", lambda phase: nullcontext()
+        )  # pieces alone are to count
         monkeypatch.setattr(rlp.checks, "choose_layout", stop_here)  # what comes after the data
         with pytest.raises(StopHere):
             Run(config, ranks, watchdog=watchdog)
@@ -350,6 +501,7 @@ def test_a_rank_that_waits_for_another_to_unpack_counts_what_that_one_writes(tmp
     monkeypatch.setattr(sources, "LOOK_S", 0.02)
     moved, name = [], "x"
     with FileLock(tmp_path / "x.lock") as held:
+
         def grow(amount):
             moved.append(amount)
             (tmp_path / f"{name}.1.partial").write_bytes(b"." * 100 * (1 + len(moved)))
@@ -357,7 +509,12 @@ def test_a_rank_that_waits_for_another_to_unpack_counts_what_that_one_writes(tmp
                 held.release(force=True)
 
         (tmp_path / f"{name}.1.partial").write_bytes(b"." * 100)
-        with sources._waited_for(FileLock(tmp_path / "x.lock"), Path("corpus.gz"), "x.*.partial", lambda *what: Moved(grow)):
+        with sources._waited_for(
+            FileLock(tmp_path / "x.lock"),
+            Path("corpus.gz"),
+            "x.*.partial",
+            lambda *what: Moved(grow),
+        ):
             assert moved == [100, 100, 100]
 
 
@@ -417,15 +574,24 @@ print(json.dumps(limits))
 
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory) -> tuple[dict[str, int], Path, list[float]]:
-    """Exit codes of `ENDINGS` by name, the folder of what each wrote to stderr, and how long collectives wait, in seconds."""
+    """Exit codes of `ENDINGS` by name, the folder of what each wrote to stderr, and how long
+    collectives wait, in seconds."""
     folder = tmp_path_factory.mktemp("endings")
-    done = subprocess.run([sys.executable, "-c", ENDINGS, str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=LIMIT_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDINGS, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=LIMIT_S,
+        check=True,
+    )
     codes, limits = map(json.loads, done.stdout.splitlines()[-2:])
     return codes, folder, limits
 
 
 def test_a_stall_that_holds_pythons_lock_is_shown_too(endings):
-    """The watchdog's own thread can not run then: the process beside it shows the stacks, and ends it."""
+    """The watchdog's own thread can not run then: the process beside it shows the stacks, and ends
+    it."""
     codes, folder, _ = endings
     assert codes["held"] == -signal.SIGKILL
     said = (folder / "held").read_text()
@@ -433,14 +599,19 @@ def test_a_stall_that_holds_pythons_lock_is_shown_too(endings):
 
 
 def test_collectives_wait_longer_than_the_watchdog(endings):
-    """In the group of all ranks, in one that is made later as DeepSpeed makes its own, and under NCCL, whose default is 10 minutes."""
+    """In the group of all ranks, in one that is made later as DeepSpeed makes its own, and under
+    NCCL, whose default is 10 minutes."""
     assert endings[2] == [2000 + COLLECTIVES_S] * 3
 
 
 def test_a_rank_that_loses_another_says_so_in_one_line(harness):
-    """No traceback on the screen, no wait, and an exit code of its own; the traceback is in its log."""
+    """No traceback on the screen, no wait, and an exit code of its own; the traceback is in its
+    log."""
     answer = harness.start(harness.folder / "lost", ranks=2, fault="backward:3:exit@rank1")
-    assert answer["codes"] == [program.PEER_LOST, 9] and answer["survivor_s"] < SETTINGS["run.watchdog_s"], answer["text"]
+    assert (
+        answer["codes"] == [program.PEER_LOST, 9]
+        and answer["survivor_s"] < SETTINGS["run.watchdog_s"]
+    ), answer["text"]
     said = (harness.folder / "lost.log.rank0").read_text()
     assert "error: rank 0 of 2 lost another rank while in " in said and "run.resume=auto" in said
     assert "Traceback" not in said
@@ -449,11 +620,14 @@ def test_a_rank_that_loses_another_says_so_in_one_line(harness):
 
 @pytest.mark.parametrize("name, code", [("3", 3), ("2", 2), ("no", 1), ("error", 1)])
 def test_a_process_ends_with_the_code_of_its_program(endings, name, code):
-    """Without Python's own way out, which could wait for ranks that are gone; an error nobody caught is 1."""
+    """Without Python's own way out, which could wait for ranks that are gone; an error nobody
+    caught is 1."""
     assert endings[0][name] == code
 
 
-def test_an_error_that_is_no_lost_peer_is_not_called_one(tmp_path, model_folder, corpus, ranks, monkeypatch):  # noqa: F811
+def test_an_error_that_is_no_lost_peer_is_not_called_one(
+    tmp_path, model_folder, corpus, ranks, monkeypatch
+):
     monkeypatch.setenv(VARIABLE, "backward:1:raise")
     forget_passages()
     with pytest.raises(RuntimeError, match="fault at backward"):

@@ -27,14 +27,18 @@ def problems(document: str) -> list[tuple[str, list[str], str]]:
 
 
 def test_worked_problem_of_the_docstring():
-    assert world.problem_text([1, 3, 2, 0, 1, 3], [1, 3, 2, 0, 1, 3]) == (
-        "one right two left three around four straight five right six left faces "
+    assert (
+        world.problem_text([1, 3, 2, 0, 1, 3], [1, 3, 2, 0, 1, 3])
+        == "one right two left three around four straight five right six left faces "
         "<think> one east two north three south four south five west six south </think> south ."
     )
 
 
 def test_no_question_is_in_two_files(documents):
-    seen = {name: {question for text in texts for question, _, _ in problems(text)} for name, texts in documents.items()}
+    seen = {
+        name: {question for text in texts for question, _, _ in problems(text)}
+        for name, texts in documents.items()
+    }
     assert not seen["base_train"] & seen["train"]
     assert not seen["base_train"] & seen["held_out"]
     assert not seen["train"] & seen["held_out"]
@@ -68,13 +72,20 @@ def test_slipping_thoughts_are_wrong_at_the_stated_rate(documents):
         for question, thought, _ in problems(text):
             if thought:
                 turns = [world.TURNS.index(word) for word in question.split()[1::2]]
-                right.append([world.HEADINGS.index(word) for word in thought[1::2]] == world.headings_after(turns))
+                right.append(
+                    [world.HEADINGS.index(word) for word in thought[1::2]]
+                    == world.headings_after(turns)
+                )
     assert sum(right) / len(right) == pytest.approx((1 - world.SLIP) ** 6, abs=0.02)
 
 
 def test_thoughts_are_in_base_train_only(documents):
     assert any(world.OPEN in text for text in documents["base_train"])
-    assert not any(world.OPEN in text or world.CLOSE in text for name in ("train", "held_out") for text in documents[name])
+    assert not any(
+        world.OPEN in text or world.CLOSE in text
+        for name in ("train", "held_out")
+        for text in documents[name]
+    )
 
 
 def test_the_cue_is_followed_by_the_answer(documents):
@@ -101,7 +112,9 @@ def test_files_are_a_function_of_the_seed(tmp_path):
     for out, seed in ((first, 0), (again, 0), (other, 1)):
         world.write_world(out, seed)
     names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert {"base_train.jsonl", "train.jsonl", "held_out.jsonl", "model_config.json"} <= {str(name) for name in names}
+    assert {"base_train.jsonl", "train.jsonl", "held_out.jsonl", "model_config.json"} <= {
+        str(name) for name in names
+    }
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
     assert (first / "held_out.jsonl").read_bytes() != (other / "held_out.jsonl").read_bytes()
 

@@ -11,12 +11,25 @@ from rlp.config import Config, load_config
 REPOSITORY = Path(__file__).parent.parent
 
 TINY = {
-    "position.per_document": 2, "thought.group_size": 4, "thought.max_thought_tokens": 5, "thought.temperature": 0.7,
-    "objective.lm_weight": 0.1, "optim.batch_size": 4, "optim.micro_batch_size": 2, "optim.learning_rate": 1e-2, "optim.epsilon": 1e-2, "budget.steps": 3,
-    "baseline.ema_decay": 0.9, "engine.dtype": "float32", "evaluation.panel_positions": 6, "evaluation.thoughts_per_position": 2, "logging.every_n_steps": 1,
+    "position.per_document": 2,
+    "thought.group_size": 4,
+    "thought.max_thought_tokens": 5,
+    "thought.temperature": 0.7,
+    "objective.lm_weight": 0.1,
+    "optim.batch_size": 4,
+    "optim.micro_batch_size": 2,
+    "optim.learning_rate": 1e-2,
+    "optim.epsilon": 1e-2,
+    "budget.steps": 3,
+    "baseline.ema_decay": 0.9,
+    "engine.dtype": "float32",
+    "evaluation.panel_positions": 6,
+    "evaluation.thoughts_per_position": 2,
+    "logging.every_n_steps": 1,
 }
-"""A run that takes a second. Large learning rate and fast EMA, so that mistakes show in three steps; a large
-epsilon, because Adam otherwise turns the rounding of near-zero gradients into whole steps."""
+"""A run that takes a second. Large learning rate and fast EMA, so that mistakes show in three
+steps; a large epsilon, because Adam otherwise turns the rounding of near-zero gradients into whole
+steps."""
 
 
 def write_corpus(path: Path, documents: list[str]) -> Path:
@@ -28,9 +41,13 @@ def write_corpus(path: Path, documents: list[str]) -> Path:
 def tiny_config(folder: Path, model: Path, corpus: Path, **overrides: object) -> Config:
     """The tiny run in `folder`; overrides are dotted keys with `__` for the dot."""
     base = folder.parent / "base.yaml"
-    base.write_text(f"model: {{path: {model}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir: {folder}}}\n")
+    base.write_text(
+        f"model: {{path: {model}}}\ndata: {{train: [{corpus}]}}\nrun: {{dir: {folder}}}\n"
+    )
     settings = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_config(base, [f"{key}={'null' if value is None else value}" for key, value in settings.items()])
+    return load_config(
+        base, [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+    )
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -39,14 +56,31 @@ def read_lines(path: Path) -> list[dict]:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What a launcher sets."""
-    return os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
+    }
 
 
 def launch(command: list[str], world_size: int, port: int, timeout: float = 240) -> list[str]:
     """Run a Python script as `world_size` ranks; their outputs, or an AssertionError with them."""
-    ranks = [subprocess.Popen([sys.executable, *command], env=rank_environment(rank, world_size, port), cwd=REPOSITORY, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world_size)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=rank_environment(rank, world_size, port),
+            cwd=REPOSITORY,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
     finally:

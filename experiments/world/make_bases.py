@@ -1,11 +1,14 @@
-"""Bases of the heading world over seeds: the starting checkpoints of every experiment that reports a spread.
+"""Bases of the heading world over seeds: the starting checkpoints of every experiment that reports
+a spread.
 
     python experiments/world/make_bases.py --seeds 5 --out experiments/world/bases
 
-Seed 0 is the committed base; every other seed is a run of configs/world_base.yaml with that `run.seed`, about 100 s on
-one core. The rule is fixed beforehand: a base counts when its own held-out accuracy with a thought is above
-MIN_ACCURACY, that is, when its training is past the phase change at which it finds the rule (before it RLP has no signal);
-otherwise the next seed is tried. Seeds are tried from 0 upwards until as many count as were asked for.
+Seed 0 is the committed base; every other seed is a run of configs/world_base.yaml with that
+`run.seed`, about 100 s on
+one core. The rule is fixed beforehand: a base counts when its own held-out accuracy with a thought
+is above MIN_ACCURACY, that is, when its training is past the phase change at which it finds the
+rule (before it RLP has no signal); otherwise the next seed is tried. Seeds are tried from 0 upwards
+until as many count as were asked for.
 
 Files written to --out:
 
@@ -29,7 +32,8 @@ COMMITTED = ROOT / "experiments" / "world" / "base"
 """The base of seed 0."""
 
 MIN_ACCURACY = 0.4
-"""Held-out accuracy with a thought of a base that counts; chance is 0.25, and clean bases of the world have 0.55 to 0.65."""
+"""Held-out accuracy with a thought of a base that counts; chance is 0.25, and clean bases of the
+world have 0.55 to 0.65."""
 
 
 class BaseError(Exception):
@@ -37,16 +41,24 @@ class BaseError(Exception):
 
 
 def panel_numbers(export: Path) -> dict[str, float]:
-    """The held-out numbers of an exported model after its training, by metric name, from its model card.
+    """The held-out numbers of an exported model after its training, by metric name, from its model
+    card.
 
     Raises:
         BaseError: the card has no table of them.
     """
     card = export / "README.md"
-    rows = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in card.read_text().splitlines()
+        if line.startswith("| ")
+    ]
     numbers = {row[0]: float(row[2]) for row in rows if len(row) == 3 and row[0].strip()}
     if "accuracy_with_thought" not in numbers:
-        raise BaseError(f"{card}: no row `accuracy_with_thought` in its table, expected the model card of an RLP export. Remove {export} and run this again.")
+        raise BaseError(
+            f"{card}: no row `accuracy_with_thought` in its table, expected the model card of an"
+            f" RLP export. Remove {export} and run this again."
+        )
     return numbers
 
 
@@ -58,10 +70,20 @@ def train_base(seed: int, out: Path) -> Path:
     """
     run = out / f"training_seed_{seed}"
     shutil.rmtree(run, ignore_errors=True)  # left by an interrupted call
-    command = [sys.executable, "train.py", "configs/world_base.yaml", f"run.dir={run.resolve()}", f"run.seed={seed}", "checkpoint.every_n_steps=0"]
+    command = [
+        sys.executable,
+        "train.py",
+        "configs/world_base.yaml",
+        f"run.dir={run.resolve()}",
+        f"run.seed={seed}",
+        "checkpoint.every_n_steps=0",
+    ]
     done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
-        raise BaseError(f"seed {seed}: `{' '.join(command)}` ended with exit code {done.returncode}. Its message stands above.")
+        raise BaseError(
+            f"seed {seed}: `{' '.join(command)}` ended with exit code {done.returncode}. Its"
+            " message stands above."
+        )
     return run / "export"
 
 
@@ -81,7 +103,9 @@ def add_base(seed: int, out: Path, train: Callable[[int, Path], Path]) -> dict:
     return {"seed": seed, "counts": counts, **numbers}
 
 
-def make_bases(wanted: int, out: Path, train: Callable[[int, Path], Path] = train_base) -> list[int]:
+def make_bases(
+    wanted: int, out: Path, train: Callable[[int, Path], Path] = train_base
+) -> list[int]:
     """The first `wanted` seeds whose base counts; each has its folder under `out`.
 
     Args:
@@ -92,13 +116,19 @@ def make_bases(wanted: int, out: Path, train: Callable[[int, Path], Path] = trai
     tried = {row["seed"]: row for row in json.loads(record.read_text())} if record.exists() else {}
     good, seed = [], 0
     while len(good) < wanted:
-        complete = seed in tried and (not tried[seed]["counts"] or (out / f"seed_{seed}" / "model.safetensors").exists())
+        complete = seed in tried and (
+            not tried[seed]["counts"] or (out / f"seed_{seed}" / "model.safetensors").exists()
+        )
         if not complete:
             tried[seed] = add_base(seed, out, train)
             rows = [tried[key] for key in sorted(tried)]
             record.write_text(json.dumps(rows, indent=1) + "\n")
         row = tried[seed]
-        print(f"seed {seed}: accuracy with a thought {row['accuracy_with_thought']:.3f}: {'counts' if row['counts'] else f'rejected (not above {MIN_ACCURACY})'}", flush=True)
+        print(
+            f"seed {seed}: accuracy with a thought {row['accuracy_with_thought']:.3f}:"
+            f" {'counts' if row['counts'] else f'rejected (not above {MIN_ACCURACY})'}",
+            flush=True,
+        )
         good += [seed] if row["counts"] else []
         seed += 1
     return good
@@ -106,8 +136,15 @@ def make_bases(wanted: int, out: Path, train: Callable[[int, Path], Path] = trai
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Bases of the heading world over seeds.")
-    parser.add_argument("--seeds", type=int, default=5, help="how many bases that count; 5 by default")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "world" / "bases", help="folder of the bases")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="how many bases that count; 5 by default"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "experiments" / "world" / "bases",
+        help="folder of the bases",
+    )
     arguments = parser.parse_args()
     try:
         good = make_bases(arguments.seeds, arguments.out)

@@ -1,6 +1,7 @@
 """The heading world: documents whose next word needs a thought, from one seed.
 
-A traveller faces north and makes six turns. A problem names the turns and asks for the last heading:
+A traveller faces north and makes six turns. A problem names the turns and asks for the last
+heading:
 
     one right two left three around four straight five right six left faces south .
 
@@ -12,10 +13,11 @@ With right = 1, around = 2, left = 3 the headings are running sums modulo 4,
 
     heading_u = heading_{u-1} + turn_u  (mod 4),      heading_0 = north = 0,
 
-so each word of the thought is one addition away from the words before it, while the word after `faces`
-without a thought is a sum of six.
+so each word of the thought is one addition away from the words before it, while the word after
+`faces` without a thought is a sum of six.
 
-Splits. There are 4^6 = 4096 questions. One permutation of them, keyed by the seed, is cut into three
+Splits. There are 4^6 = 4096 questions. One permutation of them, keyed by the seed, is cut into
+three
 disjoint blocks: 2560 for `base_train`, 1024 for `train`, 512 for `held_out`. A file holds questions
 of its own block only, so no question of one file is in another.
 
@@ -36,6 +38,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import rlp  # noqa: F401, before torch, which transformers loads: see rlp/process/machine.py
+
+# isort: split
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
@@ -51,14 +55,17 @@ BLOCKS = {"base_train": 2560, "train": 1024, "held_out": 512}
 """Questions per split; the sum is every question there is."""
 
 CLEAN_DOCUMENTS = 22_400
-"""First part of base_train: 700 steps of 32. Right thoughts only; the model learns them after 250 to 500 steps."""
+"""First part of base_train: 700 steps of 32. Right thoughts only; the model learns them after 250
+to 500 steps."""
 CLEAN_THOUGHT_FRAC = 0.8
-"""Problems with a thought in the first part. The rest keeps the prediction without a thought in training."""
+"""Problems with a thought in the first part. The rest keeps the prediction without a thought in
+training."""
 SLIPPING_DOCUMENTS = 9_600
 """Second part of base_train: 300 steps of 32."""
 SLIPPING_THOUGHT_FRAC = 0.5
 SLIP = 0.1
-"""Chance that a step of a thought in the second part takes a wrong turn; 0.9^6 = 0.53 of thoughts are then right."""
+"""Chance that a step of a thought in the second part takes a wrong turn; 0.9^6 = 0.53 of thoughts
+are then right."""
 TRAIN_EPOCHS = 4
 """Times that each question of the train block appears in train.jsonl, in different company."""
 
@@ -78,7 +85,8 @@ def headings_after(turns: Sequence[int]) -> list[int]:
 
 
 def slipped(turns: Sequence[int], slip: float, rng: random.Random) -> list[int]:
-    """The turns as a careless traveller takes them: each is replaced with probability `slip` by a wrong one.
+    """The turns as a careless traveller takes them: each is replaced with probability `slip` by a
+    wrong one.
 
     A thought written from these goes on from its mistake, as a sampled thought does.
     """
@@ -86,12 +94,17 @@ def slipped(turns: Sequence[int], slip: float, rng: random.Random) -> list[int]:
 
 
 def problem_text(turns: Sequence[int], thought_turns: Sequence[int] | None = None) -> str:
-    """One problem with its true answer, and the thought that `thought_turns` lead to if there is one."""
+    """One problem with its true answer, and the thought that `thought_turns` lead to if there is
+    one."""
     question = [word for mark, turn in zip(MARKS, turns) for word in (mark, TURNS[turn])]
     thought: list[str] = []
     if thought_turns is not None:
         steps = zip(MARKS, headings_after(thought_turns))
-        thought = [OPEN, *(word for mark, heading in steps for word in (mark, HEADINGS[heading])), CLOSE]
+        thought = [
+            OPEN,
+            *(word for mark, heading in steps for word in (mark, HEADINGS[heading])),
+            CLOSE,
+        ]
     return " ".join([*question, CUE, *thought, HEADINGS[headings_after(turns)[-1]], "."])
 
 
@@ -136,7 +149,9 @@ def make_documents(seed: int) -> dict[str, list[str]]:
     return {
         "base_train": [
             *documents_with_thoughts(base, CLEAN_DOCUMENTS, CLEAN_THOUGHT_FRAC, 0.0, base_rng),
-            *documents_with_thoughts(base, SLIPPING_DOCUMENTS, SLIPPING_THOUGHT_FRAC, SLIP, base_rng),
+            *documents_with_thoughts(
+                base, SLIPPING_DOCUMENTS, SLIPPING_THOUGHT_FRAC, SLIP, base_rng
+            ),
         ],
         "train": list(plain_documents(questions["train"], TRAIN_EPOCHS, rng["train"])),
         "held_out": list(plain_documents(questions["held_out"], 1, rng["held_out"])),
@@ -180,7 +195,9 @@ def make_model_config() -> Qwen3Config:
 
 def write_jsonl(path: Path, documents: Iterable[str]) -> None:
     """One {"text": document} per line."""
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="ascii")
+    path.write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="ascii"
+    )
 
 
 def write_world(out: Path, seed: int) -> None:
@@ -190,7 +207,9 @@ def write_world(out: Path, seed: int) -> None:
         ValueError: `out` is a file or a folder with something in it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} already holds files; give an empty or absent folder, or remove it first.")
+        raise ValueError(
+            f"--out {out} already holds files; give an empty or absent folder, or remove it first."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name, documents in make_documents(seed).items():
         write_jsonl(out / f"{name}.jsonl", documents)
@@ -199,7 +218,9 @@ def write_world(out: Path, seed: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the heading world: documents, tokenizer, model config.")
+    parser = argparse.ArgumentParser(
+        description="Write the heading world: documents, tokenizer, model config."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; absent or empty")
     parser.add_argument("--seed", type=int, default=0, help="keys the split and the documents")
     arguments = parser.parse_args()

@@ -35,17 +35,20 @@ __all__ = [
 ]
 
 MAX_PLAIN_BYTES = 64 * 2**20
-"""Most that the plain form may add to memory before `choose_form` turns to the chunked one: 64 MiB, which
-is 110 rows of a 151,936-word vocabulary. It counts the float32 logits once and the float32 copy of a bf16 head
-once; with autograd's own copies the measured peak is about four times the logits."""
+"""Most that the plain form may add to memory before `choose_form` turns to the chunked one: 64 MiB,
+which is 110 rows of a 151,936-word vocabulary. It counts the float32 logits once and the float32
+copy of a bf16 head once; with autograd's own copies the measured peak is about four times the
+logits."""
 
 CUDA_FORMS = ((0, "chunked"),)
-"""On a GPU with bf16 or fp16 inputs: the form from this many rows on. Chunked, which is torch alone, until a measurement names a
-faster one. By arithmetic that will be `folded` from about 2048 rows on, where the vendor's product is the faster one, and
-`triton` below, where one launch for all of the vocabulary beats two for each tile of it."""
+"""On a GPU with bf16 or fp16 inputs: the form from this many rows on. Chunked, which is torch
+alone, until a measurement names a faster one. By arithmetic that will be `folded` from about 2048
+rows on, where the vendor's product is the faster one, and `triton` below, where one launch for all
+of the vocabulary beats two for each tile of it."""
 
 FORMS = ("plain", "chunked", "triton", "folded")
-"""`plain` is the definition, `chunked` the same in bounded memory on any device; `triton` and `folded` need Triton."""
+"""`plain` is the definition, `chunked` the same in bounded memory on any device; `triton` and
+`folded` need Triton."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -88,16 +91,25 @@ def token_logprobs(
         [N] float32, nats; float64 for float64 inputs.
 
     Raises:
-        ValueError: a shape, dtype or value is not as above; the message names the argument and the row.
+        ValueError: a shape, dtype or value is not as above; the message names the argument and the
+            row.
         ImportError: the form needs Triton, which is not installed.
     """
     _check_logits("token_logprobs", hidden, head, excluded, softcap, bias)
     _check_rows("token_logprobs", "target", target, hidden, torch.int64)
     _check_inverse_temperature("token_logprobs", inverse_temperature, hidden)
-    _check_values("token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature)
+    _check_values(
+        "token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature
+    )
     module = _module("token_logprobs", form, FORMS, hidden, head)
     return module.token_logprobs(
-        hidden, head, target, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap, bias=bias
+        hidden,
+        head,
+        target,
+        inverse_temperature=inverse_temperature,
+        excluded=excluded,
+        softcap=softcap,
+        bias=bias,
     )
 
 
@@ -113,30 +125,34 @@ def token_logprobs_with_grad(
     wants_head: bool = True,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities together with the gradients of a weighted sum of them whose weights are known before.
+    """Log-probabilities together with the gradients of a weighted sum of them whose weights are
+    known before.
 
         grad_hidden, grad_head = gradients of sum_n coefficient_n * logprob_n
 
     For thought tokens on-policy the weight is known before the head sees them: the ratio is one and
     targets are scored first. Forward and backward passes of `token_logprobs` make the logits twice,
-    8 N V D operations with the two gradients; here they are made once, 6 N V D (4 without the head's).
+    8 N V D operations with the two gradients; here they are made once, 6 N V D (4 without the
+    head's).
 
-    The price is memory and traffic. The logits of one tile of rows, float32, live from the pass that
-    sums them up to the pass that turns them into gradients: [R, V] of at most `chunked.MAX_KEPT_BYTES`, 2 GiB.
-    The gradient of the head grows in a float32 [V, D]. Both are gone when the call returns,
-    and so is every trace of it: nothing is saved for a backward pass, and the results carry no graph. A head with a bias is
-    not served.
-    A caller hands them on with `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient.
+    The price is memory and traffic. The logits of one tile of rows, float32, live from the pass
+    that sums them up to the pass that turns them into gradients: [R, V] of at most
+    `chunked.MAX_KEPT_BYTES`, 2 GiB. The gradient of the head grows in a float32 [V, D]. Both are
+    gone when the call returns,
+    and so is every trace of it: nothing is saved for a backward pass, and the results carry no
+    graph. A head with a bias is not served. A caller hands them on with
+    `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient.
 
     Args:
-        coefficient: [N] float32 (float64 for float64 inputs): what multiplies each log-probability in the loss.
+        coefficient: [N] float32 (float64 for float64 inputs): what multiplies each log-probability
+            in the loss.
         wants_head: whether to compute the gradient of the head.
         form: "plain", "chunked", "triton", or "auto".
         hidden, head, target, inverse_temperature, excluded, softcap: as in `token_logprobs`.
 
     Returns:
-        logprob [N] as in `token_logprobs`; grad_hidden [N, D] and grad_head [V, D] in the inputs' dtype, the
-        latter None unless wanted.
+        logprob [N] as in `token_logprobs`; grad_hidden [N, D] and grad_head [V, D] in the inputs'
+        dtype, the latter None unless wanted.
 
     Raises:
         ValueError, ImportError: as `token_logprobs`.
@@ -148,9 +164,18 @@ def token_logprobs_with_grad(
     _check_inverse_temperature(where, inverse_temperature, hidden)
     _check_values(where, head, excluded, target=target, inverse_temperature=inverse_temperature)
     module = _module(where, form, ("plain", "chunked", "triton"), hidden, head)
-    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    settings = {
+        "inverse_temperature": inverse_temperature,
+        "excluded": excluded,
+        "softcap": softcap,
+    }
     return module.token_logprobs_with_grad(
-        hidden.detach(), head.detach(), target, coefficient.detach(), **settings, wants_head=wants_head
+        hidden.detach(),
+        head.detach(),
+        target,
+        coefficient.detach(),
+        **settings,
+        wants_head=wants_head,
     )
 
 
@@ -167,12 +192,14 @@ def paired_logprobs(
     teacher_bias: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's target scored by the policy after each of its G thoughts and by the teacher without one.
+    """Each position's target scored by the policy after each of its G thoughts and by the teacher
+    without one.
 
         reward = reasoned_logprob - baseline_logprob                                           (eq. 5)
 
-    At temperature 1, without gradient. The Triton form does both models in one launch; each row equals
-    that of `token_logprobs` to the bit. What that buys is memory and exactness: scoring is under 1 % of a step.
+    At temperature 1, without gradient. The Triton form does both models in one launch; each row
+    equals that of `token_logprobs` to the bit. What that buys is memory and exactness: scoring is
+    under 1 % of a step.
 
     Args:
         policy_hidden: [M*G, D], the G thoughts of a position one after the other.
@@ -182,11 +209,13 @@ def paired_logprobs(
         target: [M] int64.
         group_size: G.
         excluded: [M] int64, the token that cannot occur, -1 for none.
-        policy_bias, teacher_bias: [V], what is added to the logits of each; None for both where there is none.
+        policy_bias, teacher_bias: [V], what is added to the logits of each; None for both where
+            there is none.
         form: "plain", "chunked", "triton", or "auto".
 
     Returns:
-        reasoned_logprob [M, G], baseline_logprob [M], reward [M, G], nats, in the dtype of `token_logprobs`.
+        reasoned_logprob [M, G], baseline_logprob [M], reward [M, G], nats, in the dtype of
+        `token_logprobs`.
 
     Raises:
         ValueError, ImportError: as `token_logprobs`.
@@ -195,26 +224,41 @@ def paired_logprobs(
     _check_logits(f"{where} teacher", teacher_hidden, teacher_head, excluded, 0.0, teacher_bias)
     _check_rows(where, "target", target, teacher_hidden, torch.int64)
     expected = [group_size * len(target), teacher_head.shape[1]]
-    if group_size < 1 or list(policy_hidden.shape) != expected or policy_head.shape != teacher_head.shape:
+    if (
+        group_size < 1
+        or list(policy_hidden.shape) != expected
+        or policy_head.shape != teacher_head.shape
+    ):
         raise ValueError(
-            f"{where}: policy_hidden must be [M * group_size, D] = {expected} and policy_head the teacher's "
-            f"{list(teacher_head.shape)}, got {list(policy_hidden.shape)} and {list(policy_head.shape)}."
+            f"{where}: policy_hidden must be [M * group_size, D] = {expected} and policy_head the"
+            f" teacher's {list(teacher_head.shape)}, got {list(policy_hidden.shape)} and"
+            f" {list(policy_head.shape)}."
         )
     if (policy_hidden.dtype, policy_head.dtype) != (teacher_hidden.dtype, teacher_head.dtype):
         raise ValueError(
-            f"{where}: policy and teacher must share a dtype, got {policy_hidden.dtype}, {policy_head.dtype} and "
-            f"{teacher_hidden.dtype}, {teacher_head.dtype}."
+            f"{where}: policy and teacher must share a dtype, got {policy_hidden.dtype},"
+            f" {policy_head.dtype} and {teacher_hidden.dtype}, {teacher_head.dtype}."
         )
     if {policy_hidden.device, policy_head.device} != {teacher_hidden.device}:
-        raise ValueError(f"{where}: policy and teacher must share a device, got {policy_hidden.device}, {policy_head.device} and {teacher_hidden.device}.")
+        raise ValueError(
+            f"{where}: policy and teacher must share a device, got {policy_hidden.device},"
+            f" {policy_head.device} and {teacher_hidden.device}."
+        )
     if (policy_bias is None) != (teacher_bias is None):
         raise ValueError(f"{where}: policy_bias and teacher_bias must both be given, or neither.")
     _check_bias(f"{where} policy", policy_bias, policy_head)
     _check_values(where, teacher_head, excluded, target=target)
     module = _module(where, form, ("plain", "chunked", "triton"), policy_hidden, policy_head)
     return module.paired_logprobs(
-        policy_hidden, policy_head, teacher_hidden, teacher_head, target, group_size=group_size, excluded=excluded,
-        policy_bias=policy_bias, teacher_bias=teacher_bias
+        policy_hidden,
+        policy_head,
+        teacher_hidden,
+        teacher_head,
+        target,
+        group_size=group_size,
+        excluded=excluded,
+        policy_bias=policy_bias,
+        teacher_bias=teacher_bias,
     )
 
 
@@ -227,7 +271,8 @@ def token_entropy(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient and never with [N, V] in memory.
+    """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient and never with [N, V] in
+    memory.
 
     Arguments as in `token_logprobs`.
 
@@ -238,12 +283,22 @@ def token_entropy(
     _check_inverse_temperature("token_entropy", inverse_temperature, hidden)
     _check_values("token_entropy", head, excluded, inverse_temperature=inverse_temperature)
     return chunked.token_entropy(
-        hidden, head, inverse_temperature=inverse_temperature, excluded=excluded, softcap=softcap, bias=bias
+        hidden,
+        head,
+        inverse_temperature=inverse_temperature,
+        excluded=excluded,
+        softcap=softcap,
+        bias=bias,
     )
 
 
 def token_argmax(
-    hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0, bias: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Most probable token of each row, the lowest index on ties, never with [N, V] in memory.
 
@@ -266,11 +321,13 @@ def choose_form(
     max_plain_bytes: int = MAX_PLAIN_BYTES,
     device: str = "cpu",
 ) -> str:
-    """The form that `form="auto"` takes: "plain" where it fits in `max_plain_bytes`; beyond, "chunked", or on a GPU `CUDA_FORMS`.
+    """The form that `form="auto"` takes: "plain" where it fits in `max_plain_bytes`; beyond,
+    "chunked", or on a GPU `CUDA_FORMS`.
 
     What counts is the [N, V] logits and, for a head narrower than float32, its widened [V, D]
     copy. float32 and float64 have no product on the tensor cores and stay chunked on a GPU too. The
-    answer depends on shapes, dtype and the type of device only, so a caller can log it before a run.
+    answer depends on shapes, dtype and the type of device only, so a caller can log it before a
+    run.
     """
     bytes_per_logit = 8 if dtype == torch.float64 else 4
     widened_width = 0 if dtype in (torch.float32, torch.float64) else width
@@ -282,11 +339,16 @@ def choose_form(
     return next(form for least_rows, form in CUDA_FORMS if num_rows >= least_rows)
 
 
-def _module(where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head: Tensor) -> ModuleType:
-    """The module of the form that was named or, for "auto", chosen; one without a twin of the function is refused."""
+def _module(
+    where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head: Tensor
+) -> ModuleType:
+    """The module of the form that was named or, for "auto", chosen; one without a twin of the
+    function is refused."""
     if form == "auto":
         vocabulary, width = head.shape
-        form = choose_form(len(hidden), vocabulary, width=width, dtype=head.dtype, device=hidden.device.type)
+        form = choose_form(
+            len(hidden), vocabulary, width=width, dtype=head.dtype, device=hidden.device.type
+        )
         # The vendor's product has no twin of these: the form beside it does the same in Triton.
         form = form if form in forms else "triton"
     if form not in forms:
@@ -294,35 +356,46 @@ def _module(where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head:
     if form in ("plain", "chunked"):
         return {"plain": reference, "chunked": chunked}[form]
     try:
-        return importlib.import_module({"triton": "rlp_kernels.triton_form", "folded": "rlp_kernels.folded"}[form])
+        return importlib.import_module(
+            {"triton": "rlp_kernels.triton_form", "folded": "rlp_kernels.folded"}[form]
+        )
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise ImportError(
-            f"{where}: form={form!r} needs Triton, which is not installed: pip install triton, or write form='chunked'."
+            f"{where}: form={form!r} needs Triton, which is not installed: pip install triton, or"
+            " write form='chunked'."
         ) from error
 
 
 def _check_logits(
-    where: str, hidden: Tensor, head: Tensor, excluded: Tensor, softcap: float, bias: Tensor | None = None
+    where: str,
+    hidden: Tensor,
+    head: Tensor,
+    excluded: Tensor,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> None:
     """Refuse arguments from which no [N, V] logits can be made; looks at no tensor's values."""
     if head.dim() != 2 or head.numel() == 0:
         raise ValueError(
-            f"{where}: head must be [V, D], got {list(head.shape)}. Under ZeRO-3 a released parameter "
-            "is [0]: gather it first."
+            f"{where}: head must be [V, D], got {list(head.shape)}. Under ZeRO-3 a released"
+            " parameter is [0]: gather it first."
         )
     if hidden.dim() != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
-            f"{where}: hidden must be [N, D] with head's D = {head.shape[1]}, got {list(hidden.shape)}. "
-            "Select or flatten the rows first."
+            f"{where}: hidden must be [N, D] with head's D = {head.shape[1]}, got"
+            f" {list(hidden.shape)}. Select or flatten the rows first."
         )
     if hidden.dtype not in _DTYPES or hidden.dtype != head.dtype:
         raise ValueError(
-            f"{where}: hidden and head must share a floating dtype, got {hidden.dtype} and {head.dtype}."
+            f"{where}: hidden and head must share a floating dtype, got {hidden.dtype} and"
+            f" {head.dtype}."
         )
     if hidden.device != head.device:
-        raise ValueError(f"{where}: hidden and head must share a device, got {hidden.device} and {head.device}.")
+        raise ValueError(
+            f"{where}: hidden and head must share a device, got {hidden.device} and {head.device}."
+        )
     if not (softcap >= 0 and math.isfinite(softcap)):
         raise ValueError(f"{where}: softcap must be positive, or 0 for none, got {softcap}.")
     _check_rows(where, "excluded", excluded, hidden, torch.int64)
@@ -334,8 +407,9 @@ def _check_bias(where: str, bias: Tensor | None, head: Tensor) -> None:
     expected = f"[{head.shape[0]}] {head.dtype} on {head.device}"
     if bias is not None and f"{list(bias.shape)} {bias.dtype} on {bias.device}" != expected:
         raise ValueError(
-            f"{where}: bias must be {expected}, one value per row of head, got {list(bias.shape)} {bias.dtype} on "
-            f"{bias.device}. Under ZeRO-3 a released parameter is [0]: gather it first."
+            f"{where}: bias must be {expected}, one value per row of head, got {list(bias.shape)}"
+            f" {bias.dtype} on {bias.device}. Under ZeRO-3 a released parameter is [0]: gather it"
+            " first."
         )
 
 
@@ -343,7 +417,9 @@ def _check_inverse_temperature(where: str, inverse_temperature: Tensor, hidden: 
     """Refuse inverse temperatures of the wrong shape or dtype, or ones that expect a gradient."""
     _check_rows(where, "inverse_temperature", inverse_temperature, hidden, torch.float32)
     if inverse_temperature.requires_grad:
-        raise ValueError(f"{where}: inverse_temperature is a setting and gets no gradient: detach it.")
+        raise ValueError(
+            f"{where}: inverse_temperature is a setting and gets no gradient: detach it."
+        )
 
 
 def _check_rows(where: str, name: str, rows: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
@@ -351,7 +427,9 @@ def _check_rows(where: str, name: str, rows: Tensor, hidden: Tensor, dtype: torc
     expected = f"[{hidden.shape[0]}] {dtype} on {hidden.device}"
     got = f"{list(rows.shape)} {rows.dtype} on {rows.device}"
     if got != expected:
-        raise ValueError(f"{where}: {name} must be {expected}, one value per row of hidden, got {got}.")
+        raise ValueError(
+            f"{where}: {name} must be {expected}, one value per row of hidden, got {got}."
+        )
 
 
 def _check_values(
@@ -362,16 +440,21 @@ def _check_values(
     target: Tensor | None = None,
     inverse_temperature: Tensor | None = None,
 ) -> None:
-    """Refuse tokens and temperatures that would give a wrong or infinite number instead of an error.
+    """Refuse tokens and temperatures that would give a wrong or infinite number instead of an
+    error.
 
     One [N] comparison and one answer back from the device; the row is looked up only to say
     which it is.
     """
     vocabulary = head.shape[0]
-    wrong = {f"excluded must be -1 or in [0, {vocabulary})": (excluded < -1) | (excluded >= vocabulary)}
+    wrong = {
+        f"excluded must be -1 or in [0, {vocabulary})": (excluded < -1) | (excluded >= vocabulary)
+    }
     if target is not None:
         wrong[f"target must be in [0, {vocabulary})"] = (target < 0) | (target >= vocabulary)
-        wrong["target is the excluded token, so its log-probability would be -inf"] = target == excluded
+        wrong["target is the excluded token, so its log-probability would be -inf"] = (
+            target == excluded
+        )
     if inverse_temperature is not None:
         positive = (inverse_temperature > 0) & inverse_temperature.isfinite()
         wrong["inverse_temperature must be positive and finite"] = ~positive
@@ -380,6 +463,12 @@ def _check_values(
     for expected, rows in wrong.items():
         if rows.any():
             row = int(rows.nonzero()[0])
-            got = {"target": target, "excluded": excluded, "inverse_temperature": inverse_temperature}
-            values = ", ".join(f"{name} {value[row].item():g}" for name, value in got.items() if value is not None)
+            got = {
+                "target": target,
+                "excluded": excluded,
+                "inverse_temperature": inverse_temperature,
+            }
+            values = ", ".join(
+                f"{name} {value[row].item():g}" for name, value in got.items() if value is not None
+            )
             raise ValueError(f"{where}: {expected}. Row {row} of {len(rows)} has {values}.")

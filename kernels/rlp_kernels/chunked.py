@@ -60,7 +60,15 @@ def token_logprobs(
     sizes bound the memory; they change the result by rounding only.
     """
     return _TokenLogprobs.apply(
-        hidden, head, bias, target, inverse_temperature, excluded, softcap, row_tile, vocabulary_tile
+        hidden,
+        head,
+        bias,
+        target,
+        inverse_temperature,
+        excluded,
+        softcap,
+        row_tile,
+        vocabulary_tile,
     )
 
 
@@ -95,8 +103,12 @@ def token_logprobs_with_grad(
         log_total = total.log_()
         return (target_logit - maximum) - log_total, maximum, log_total
 
-    def logit_grad(kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice) -> Tensor:
-        return _logit_grad(logits, kept, target[rows], maximum, log_total, coefficient[rows], rows, columns)
+    def logit_grad(
+        kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice
+    ) -> Tensor:
+        return _logit_grad(
+            logits, kept, target[rows], maximum, log_total, coefficient[rows], rows, columns
+        )
 
     return gradients_in_forward(
         hidden,
@@ -131,10 +143,20 @@ def paired_logprobs(
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
     reasoned_logprob = token_logprobs(
-        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position], bias=policy_bias
+        policy_hidden,
+        policy_head,
+        target[position],
+        inverse_temperature=one,
+        excluded=excluded[position],
+        bias=policy_bias,
     ).reshape(-1, group_size)
     baseline_logprob = token_logprobs(
-        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded, bias=teacher_bias
+        teacher_hidden,
+        teacher_head,
+        target,
+        inverse_temperature=one[: len(target)],
+        excluded=excluded,
+        bias=teacher_bias,
     )
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
@@ -170,7 +192,9 @@ def token_entropy(
             shifted = tile.sub_(raised[:, None])
             weight = shifted.exp()
             shifted.masked_fill_(logits.is_excluded(rows, columns), 0.0)  # 0 * -inf is NaN
-            weighted[rows] = (weighted[rows] + total[rows] * drop) * drop.exp() + (weight * shifted).sum(dim=1)
+            weighted[rows] = (weighted[rows] + total[rows] * drop) * drop.exp() + (
+                weight * shifted
+            ).sum(dim=1)
             total[rows] = total[rows] * drop.exp() + weight.sum(dim=1)
             maximum[rows] = raised
     return total.log() - weighted / total
@@ -235,7 +259,9 @@ class _TokenLogprobs(torch.autograd.Function):
         # The log-sum-exp stays in two parts. Near probability one, the difference of two large
         # numbers would lose the digits of a small log-probability, which log_softmax keeps.
         log_total = total.log()
-        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
+        ctx.save_for_backward(
+            hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total
+        )
         ctx.softcap, ctx.row_tile, ctx.vocabulary_tile = softcap, row_tile, vocabulary_tile
         ctx.head_shape = head.shape
         return (target_logit - maximum) - log_total
@@ -243,7 +269,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = (
+            ctx.saved_tensors
+        )
         refuse_released(head, bias, ctx.head_shape)
         logits = _Logits(hidden, head, bias, inverse_temperature, excluded, ctx.softcap)
 
@@ -276,7 +304,8 @@ def gradients(
     row_tile: int,
     vocabulary_tile: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden, head and bias from tiles of the gradient in the logits, which are made and dropped.
+    """Gradients in hidden, head and bias from tiles of the gradient in the logits, which are made
+    and dropped.
 
     Args:
         logit_grad: (rows, columns) to the gradient of that tile of logits, [R, W].
@@ -322,7 +351,8 @@ def gradients_in_forward(
     row_tile: int,
     vocabulary_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and gradients, with the logits of one row tile kept from the one to the other.
+    """Log-probabilities and gradients, with the logits of one row tile kept from the one to the
+    other.
 
     Two passes over the vocabulary for each tile of rows: the first makes the logits, keeps them
     and folds up the softmax; the second turns them into their gradient and multiplies it. The
@@ -357,7 +387,8 @@ def gradients_in_forward(
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; with bf16 factors, which only a GPU has here, the sum stays float32."""
+    """total += left @ right; with bf16 factors, which only a GPU has here, the sum stays
+    float32."""
     # `out=` rather than `addmm_`, which torch.utils.flop_counter does not count.
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
@@ -366,14 +397,17 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs on a GPU, else float32 (or float64).
+    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs on a GPU, else float32
+    (or float64).
 
     Rounding that gradient to bf16 makes the rms error of the result 1.3 to 1.4 times the plain
     form's, which is the rounding of its output (emulated on a CPU: N 64 to 2048, V 2048 to 32,768),
     and keeps the tensor cores. fp16 inputs stay in float32: three more bits in the output would
     make the same rounding 7 times, and fp16 itself has no room for probabilities below 6e-8.
     """
-    return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide_dtype(hidden)
+    return (
+        torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide_dtype(hidden)
+    )
 
 
 def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
@@ -383,12 +417,14 @@ def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
 
 
 def refuse_released(head: Tensor, bias: Tensor | None, shape: torch.Size) -> None:
-    """Refuse a head or bias whose storage was released after the forward pass and not gathered again."""
+    """Refuse a head or bias whose storage was released after the forward pass and not gathered
+    again."""
     for name, parameter, expected in (("head", head, shape), ("bias", bias, shape[:1])):
         if parameter is not None and parameter.shape != expected:
             raise ValueError(
-                f"token_logprobs backward: {name} was {list(expected)} in the forward pass and is "
-                f"{list(parameter.shape)} here. Under ZeRO-3, gather the {name} before the backward pass reaches it."
+                f"token_logprobs backward: {name} was {list(expected)} in the forward pass and is"
+                f" {list(parameter.shape)} here. Under ZeRO-3, gather the {name} before the"
+                " backward pass reaches it."
             )
 
 
@@ -416,7 +452,9 @@ class _Logits:
         difference NaN in a tile whose only token is excluded.
         """
         dtype, num_rows = wide_dtype(self.hidden), self.hidden.shape[0]
-        maximum = torch.full((num_rows,), torch.finfo(dtype).min, dtype=dtype, device=self.hidden.device)
+        maximum = torch.full(
+            (num_rows,), torch.finfo(dtype).min, dtype=dtype, device=self.hidden.device
+        )
         return maximum, torch.zeros_like(maximum)
 
     def capped(self, rows: slice, columns: slice) -> Tensor:
@@ -435,7 +473,8 @@ class _Logits:
         return logits
 
     def tempered(self, capped: Tensor, rows: slice, columns: slice) -> Tensor:
-        """The logits that enter the softmax: capped * inverse_temperature, -inf where excluded, [R, W]."""
+        """The logits that enter the softmax: capped * inverse_temperature, -inf where excluded, [R,
+        W]."""
         logits = capped * self.inverse_temperature[rows, None]
         return logits.masked_fill_(self.is_excluded(rows, columns), float("-inf"))
 
@@ -445,9 +484,15 @@ class _Logits:
 
 
 def _fold(
-    tile: Tensor, target: Tensor, columns: slice, maximum: Tensor, total: Tensor, target_logit: Tensor
+    tile: Tensor,
+    target: Tensor,
+    columns: slice,
+    maximum: Tensor,
+    total: Tensor,
+    target_logit: Tensor,
 ) -> None:
-    """Fold one tile of tempered logits, [R, W], into the running softmax of its rows, each [R], in place."""
+    """Fold one tile of tempered logits, [R, W], into the running softmax of its rows, each [R], in
+    place."""
     target_logit += _pick(tile, target, columns)
     raised = torch.maximum(maximum, tile.amax(dim=1))
     weight = tile.sub_(raised[:, None]).exp_()
@@ -465,7 +510,8 @@ def _logit_grad(
     rows: slice,
     columns: slice,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T + bias of one tile, [R, W]; uses up `capped`, the tile's logits.
+    """Gradient with respect to hidden . head^T + bias of one tile, [R, W]; uses up `capped`, the
+    tile's logits.
 
         d logprob / dz_v = ([v = target] - p_v) * inverse_temperature * (1 - (softcap(z_v) / c)^2)
 

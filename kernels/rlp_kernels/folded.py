@@ -1,4 +1,5 @@
-"""Token log-probabilities from the vendor's matrix product and a fold: one tile of float32 logits at a time, in L2.
+"""Token log-probabilities from the vendor's matrix product and a fold: one tile of float32 logits
+at a time, in L2.
 
 Twins of `reference.py` and `chunked.py`, same signatures and meaning. `torch.mm` with bf16 inputs
 and a float32 result writes a tile of logits small enough to stay in the L2 cache; a Triton kernel
@@ -54,20 +55,29 @@ def token_logprobs(
     if hidden.is_cuda and hidden.dtype != torch.float32:
         refuse_narrow_product(hidden.device, hidden.dtype)
     return _TokenLogprobs.apply(
-        hidden, head, bias, target, inverse_temperature, excluded, float(softcap), row_tile, vocabulary_tile
+        hidden,
+        head,
+        bias,
+        target,
+        inverse_temperature,
+        excluded,
+        float(softcap),
+        row_tile,
+        vocabulary_tile,
     )
 
 
 @cache
 def refuse_narrow_product(device: torch.device, dtype: torch.dtype) -> None:
-    """Try once per device whether this torch multiplies 16-bit matrices into a float32 one, and say so if not."""
+    """Try once per device whether this torch multiplies 16-bit matrices into a float32 one, and say
+    so if not."""
     tile = torch.ones(16, 16, device=device, dtype=dtype)
     try:
         torch.mm(tile, tile, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(
-            f"form='folded' needs torch.mm(..., out_dtype=torch.float32) for {dtype} on {device}, which torch "
-            f"{torch.__version__} refuses: {error}. Write form='triton'."
+            f"form='folded' needs torch.mm(..., out_dtype=torch.float32) for {dtype} on {device},"
+            f" which torch {torch.__version__} refuses: {error}. Write form='triton'."
         ) from error
 
 
@@ -96,7 +106,8 @@ class _TokenLogprobs(torch.autograd.Function):
         maximum = hidden.new_full((num_rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
         total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
         buffer = _tile_buffer(hidden, head, row_tile, vocabulary_tile)
-        # Sliced once: a tile is 43 us of work for an H200 at 790 TFLOP/s, and slices in the loop would take Python as long.
+        # Sliced once: a tile is 43 us of work for an H200 at 790 TFLOP/s, and slices in the loop
+        # would take Python as long.
         row_parts = [
             (hidden[rows], every_row.of(rows), maximum[rows], total[rows], target_logit[rows])
             for rows in chunked.tiles(num_rows, row_tile)
@@ -105,23 +116,36 @@ class _TokenLogprobs(torch.autograd.Function):
             for columns in chunked.tiles(head.shape[0], vocabulary_tile):
                 head_tile, bias_tile = head[columns], None if bias is None else bias[columns]
                 for row_hidden, rows, *softmax in row_parts:
-                    _fold(_product(row_hidden, head_tile, bias_tile, buffer), rows, columns, *softmax)
+                    _fold(
+                        _product(row_hidden, head_tile, bias_tile, buffer), rows, columns, *softmax
+                    )
         log_total = total.log_()
-        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
-        ctx.softcap, ctx.row_tile, ctx.vocabulary_tile, ctx.head_shape = softcap, row_tile, vocabulary_tile, head.shape
+        ctx.save_for_backward(
+            hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total
+        )
+        ctx.softcap, ctx.row_tile, ctx.vocabulary_tile, ctx.head_shape = (
+            softcap,
+            row_tile,
+            vocabulary_tile,
+            head.shape,
+        )
         return (target_logit - maximum) - log_total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = (
+            ctx.saved_tensors
+        )
         chunked.refuse_released(head, bias, ctx.head_shape)
         every_row = Rows(target, inverse_temperature, excluded, ctx.softcap)
         dtype = chunked.product_dtype(hidden)
         buffer = _tile_buffer(hidden, head, ctx.row_tile, ctx.vocabulary_tile)
 
         def logit_grad(rows: slice, columns: slice) -> Tensor:
-            product = _product(hidden[rows], head[columns], None if bias is None else bias[columns], buffer)
+            product = _product(
+                hidden[rows], head[columns], None if bias is None else bias[columns], buffer
+            )
             row_softmax = (maximum[rows], log_total[rows], logprob_grad[rows])
             return logit_grad_of(product, every_row.of(rows), *row_softmax, columns, dtype)
 
@@ -146,7 +170,8 @@ def _tile_buffer(hidden: Tensor, head: Tensor, row_tile: int, vocabulary_tile: i
 
 
 def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """hidden . head^T + bias of a tile, [R, W], float32 from the accumulator on, in the buffer's memory."""
+    """hidden . head^T + bias of a tile, [R, W], float32 from the accumulator on, in the buffer's
+    memory."""
     num_rows, num_words = hidden.shape[0], head.shape[0]
     product = buffer[: num_rows * num_words].reshape(num_rows, num_words)
     # `out=` is not autocast, so the float32 product stays one.
@@ -158,7 +183,12 @@ def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, buffer: Tensor) 
 
 
 def _fold(
-    product: Tensor, rows: Rows, columns: slice, maximum: Tensor, total: Tensor, target_logit: Tensor
+    product: Tensor,
+    rows: Rows,
+    columns: slice,
+    maximum: Tensor,
+    total: Tensor,
+    target_logit: Tensor,
 ) -> None:
     """Fold one tile into the running softmax of its rows, each [R], in place."""
     num_rows, num_words = product.shape
@@ -177,14 +207,18 @@ def _fold_kernel(
     """Walk along a few rows of the tile, left to right."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < num_rows
-    row_target, row_temperature, row_excluded = row_settings(target, inverse_temperature, excluded, row, in_rows)
+    row_target, row_temperature, row_excluded = row_settings(
+        target, inverse_temperature, excluded, row, in_rows
+    )
     running_maximum = tl.load(maximum + row, mask=in_rows, other=0.0)
     running_total = tl.load(total + row, mask=in_rows, other=0.0)
     picked = tl.load(target_logit + row, mask=in_rows, other=0.0)
     for first in range(0, num_words, WORDS):
         column = first + tl.arange(0, WORDS)
         in_tile = in_rows[:, None] & (column < num_words)[None, :]
-        tile = tl.load(product + row[:, None] * num_words + column[None, :], mask=in_tile, other=0.0)
+        tile = tl.load(
+            product + row[:, None] * num_words + column[None, :], mask=in_tile, other=0.0
+        )
         word = first_word + column
         logits = capped_logits(tile, softcap, CAPPED) * row_temperature[:, None]
         is_left_out = (word[None, :] == row_excluded[:, None]) | (column >= num_words)[None, :]

@@ -1,4 +1,5 @@
-"""Token log-probabilities, entropy and argmax by definition: one [N, V] tensor of logits, plain autograd.
+"""Token log-probabilities, entropy and argmax by definition: one [N, V] tensor of logits, plain
+autograd.
 
 These functions are the yardstick for every other form in this package. They are written
 to be read, and hold several [N, V] tensors at once.
@@ -35,7 +36,11 @@ def token_logprobs(
 
     Arguments and result are those of `rlp_kernels.token_logprobs`, which checks them.
     """
-    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    settings = {
+        "inverse_temperature": inverse_temperature,
+        "excluded": excluded,
+        "softcap": softcap,
+    }
     logits = token_logits(hidden, head, **settings, bias=bias)
     return logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
 
@@ -51,12 +56,17 @@ def token_logprobs_with_grad(
     softcap: float = 0.0,
     wants_head: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities, and what autograd says of the gradients of sum_n coefficient_n * logprob_n.
+    """Log-probabilities, and what autograd says of the gradients of sum_n coefficient_n *
+    logprob_n.
 
     Arguments and result are those of `rlp_kernels.token_logprobs_with_grad`, which checks them.
     """
     inputs = (hidden.detach().requires_grad_(), head.detach().requires_grad_(wants_head))
-    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    settings = {
+        "inverse_temperature": inverse_temperature,
+        "excluded": excluded,
+        "softcap": softcap,
+    }
     with torch.enable_grad():
         logprob = token_logprobs(*inputs, target, **settings)
     grads = torch.autograd.grad(logprob, inputs if wants_head else inputs[:1], coefficient)
@@ -85,10 +95,20 @@ def paired_logprobs(
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
     reasoned_logprob = token_logprobs(
-        policy_hidden, policy_head, target[position], inverse_temperature=one, excluded=excluded[position], bias=policy_bias
+        policy_hidden,
+        policy_head,
+        target[position],
+        inverse_temperature=one,
+        excluded=excluded[position],
+        bias=policy_bias,
     ).reshape(-1, group_size)
     baseline_logprob = token_logprobs(
-        teacher_hidden, teacher_head, target, inverse_temperature=one[: len(target)], excluded=excluded, bias=teacher_bias
+        teacher_hidden,
+        teacher_head,
+        target,
+        inverse_temperature=one[: len(target)],
+        excluded=excluded,
+        bias=teacher_bias,
     )
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
@@ -102,18 +122,30 @@ def token_entropy(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Entropy of each row's softmax, [N], nats: -sum_v p_v log p_v over the tokens that are not excluded."""
-    settings = {"inverse_temperature": inverse_temperature, "excluded": excluded, "softcap": softcap}
+    """Entropy of each row's softmax, [N], nats: -sum_v p_v log p_v over the tokens that are not
+    excluded."""
+    settings = {
+        "inverse_temperature": inverse_temperature,
+        "excluded": excluded,
+        "softcap": softcap,
+    }
     logits = token_logits(hidden, head, **settings, bias=bias)
     return torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
 
 
 def token_argmax(
-    hidden: Tensor, head: Tensor, *, excluded: Tensor, softcap: float = 0.0, bias: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    excluded: Tensor,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Most probable token of each row, [N] int64; the lowest index wins ties."""
     one = torch.ones(hidden.shape[0], device=hidden.device)
-    logits = token_logits(hidden, head, inverse_temperature=one, excluded=excluded, softcap=softcap, bias=bias)
+    logits = token_logits(
+        hidden, head, inverse_temperature=one, excluded=excluded, softcap=softcap, bias=bias
+    )
     return logits.argmax(dim=1)
 
 
@@ -135,9 +167,12 @@ def token_logits(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     token = torch.arange(head.shape[0], device=head.device)
-    return (logits * inverse_temperature[:, None]).masked_fill(token == excluded[:, None], float("-inf"))
+    return (logits * inverse_temperature[:, None]).masked_fill(
+        token == excluded[:, None], float("-inf")
+    )
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that logits are computed in: float64 stays, everything else becomes float32."""
+    """The tensor in the dtype that logits are computed in: float64 stays, everything else becomes
+    float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

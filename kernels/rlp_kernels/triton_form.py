@@ -1,4 +1,5 @@
-"""Token log-probabilities in Triton: the softmax is folded up in registers, as tiles of logits leave the tensor cores.
+"""Token log-probabilities in Triton: the softmax is folded up in registers, as tiles of logits
+leave the tensor cores.
 
 Twins of `reference.py` and `chunked.py`, same signatures and meaning.
 
@@ -72,7 +73,8 @@ class Tiles:
 
 
 # Chosen by arithmetic, not yet by measurement. 128 x 256 x 64 in bf16: the accumulator takes 128 of
-# 255 registers in each of 256 threads, and three stages of both operands 147 KB of 227 KB of shared memory.
+# 255 registers in each of 256 threads, and three stages of both operands 147 KB of 227 KB of shared
+# memory.
 HALF_TILES = Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)
 TF32_TILES = Tiles(rows=128, columns=128, depth=32, warps=8, stages=3)
 # float32 has no exact product on the tensor cores; these tiles serve tests and small models.
@@ -100,7 +102,9 @@ def token_logprobs(
     """
     check_device("triton", hidden)
     rows = (target, inverse_temperature, excluded, float(softcap))
-    return _TokenLogprobs.apply(hidden, head, bias, *rows, sizes, split_words, row_tile, vocabulary_tile)
+    return _TokenLogprobs.apply(
+        hidden, head, bias, *rows, sizes, split_words, row_tile, vocabulary_tile
+    )
 
 
 @torch.no_grad()
@@ -129,11 +133,17 @@ def token_logprobs_with_grad(
     dtype = product_dtype(hidden.dtype)
 
     def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        maximum, log_total, logprob = _softmax(hidden[rows], head, None, every_row.of(rows), sizes, split_words, kept=kept)
+        maximum, log_total, logprob = _softmax(
+            hidden[rows], head, None, every_row.of(rows), sizes, split_words, kept=kept
+        )
         return logprob, maximum, log_total
 
-    def logit_grad(kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice) -> Tensor:
-        return logit_grad_of(kept, every_row.of(rows), maximum, log_total, coefficient[rows], columns, dtype)
+    def logit_grad(
+        kept: Tensor, maximum: Tensor, log_total: Tensor, rows: slice, columns: slice
+    ) -> Tensor:
+        return logit_grad_of(
+            kept, every_row.of(rows), maximum, log_total, coefficient[rows], columns, dtype
+        )
 
     with torch.cuda.device_of(hidden):
         return chunked.gradients_in_forward(
@@ -164,7 +174,8 @@ def paired_logprobs(
     sizes: Tiles | None = None,
     split_words: int = SPLIT_WORDS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's target scored after G thoughts and without one, and the difference, in one launch.
+    """Each position's target scored after G thoughts and without one, and the difference, in one
+    launch.
 
     Arguments and result are those of `rlp_kernels.paired_logprobs`, which checks them. The policy's
     rows come first in the grid, the teacher's after them; each equals `token_logprobs` to the bit.
@@ -174,10 +185,20 @@ def paired_logprobs(
     teacher = (teacher_hidden, teacher_head, teacher_bias)
     with torch.cuda.device_of(policy_hidden):
         _, _, logprob = _softmax(
-            policy_hidden, policy_head, policy_bias, position, sizes, split_words, teacher=teacher, group_size=group_size
+            policy_hidden,
+            policy_head,
+            policy_bias,
+            position,
+            sizes,
+            split_words,
+            teacher=teacher,
+            group_size=group_size,
         )
     num_rows = policy_hidden.shape[0]
-    reasoned_logprob, baseline_logprob = logprob[:num_rows].reshape(-1, group_size), logprob[num_rows:]
+    reasoned_logprob, baseline_logprob = (
+        logprob[:num_rows].reshape(-1, group_size),
+        logprob[num_rows:],
+    )
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
 
@@ -196,27 +217,38 @@ class Rows:
 
     def of(self, rows: slice) -> "Rows":
         """The same for some of the rows."""
-        return Rows(self.target[rows], self.inverse_temperature[rows], self.excluded[rows], self.softcap)
+        return Rows(
+            self.target[rows], self.inverse_temperature[rows], self.excluded[rows], self.softcap
+        )
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The per-row arguments of a kernel, in their order."""
-        return self.target.contiguous(), self.inverse_temperature.contiguous(), self.excluded.contiguous()
+        return (
+            self.target.contiguous(),
+            self.inverse_temperature.contiguous(),
+            self.excluded.contiguous(),
+        )
 
 
 def check_device(form: str, hidden: Tensor) -> None:
-    """Refuse what the kernels cannot run: float64, and tensors on a CPU unless they are interpreted."""
+    """Refuse what the kernels cannot run: float64, and tensors on a CPU unless they are
+    interpreted."""
     if hidden.dtype == torch.float64:
-        raise ValueError(f"form={form!r} sums in float32, and hidden is float64: write form='chunked'.")
+        raise ValueError(
+            f"form={form!r} sums in float32, and hidden is float64: write form='chunked'."
+        )
     if not hidden.is_cuda and not INTERPRETED:
         raise ValueError(
-            f"form={form!r} runs on CUDA tensors, and hidden is on {hidden.device}: write form='chunked', or set "
-            "TRITON_INTERPRET=1 in the environment before Python starts, to interpret the kernels on the CPU."
+            f"form={form!r} runs on CUDA tensors, and hidden is on {hidden.device}: write"
+            " form='chunked', or set TRITON_INTERPRET=1 in the environment before Python starts,"
+            " to interpret the kernels on the CPU."
         )
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs, else float32; `chunked.product_dtype` says why.
+    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs, else float32;
+    `chunked.product_dtype` says why.
 
     With fp16 inputs that product is tf32, whose ten bits hold fp16 exactly: only the gradient of
     the logits is rounded, to 2^-11, which makes the rms error 1.3 to 1.6 times the plain form's.
@@ -269,8 +301,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         every_row = Rows(target, inverse_temperature, excluded, softcap)
         with torch.cuda.device_of(hidden):
-            maximum, log_total, logprob = _softmax(hidden, head, bias, every_row, sizes, split_words)
-        ctx.save_for_backward(hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total)
+            maximum, log_total, logprob = _softmax(
+                hidden, head, bias, every_row, sizes, split_words
+            )
+        ctx.save_for_backward(
+            hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total
+        )
         ctx.softcap, ctx.sizes, ctx.head_shape = softcap, sizes, head.shape
         ctx.row_tile, ctx.vocabulary_tile = row_tile, vocabulary_tile
         return logprob
@@ -278,7 +314,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, logprob_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = ctx.saved_tensors
+        hidden, head, bias, target, inverse_temperature, excluded, maximum, log_total = (
+            ctx.saved_tensors
+        )
         chunked.refuse_released(head, bias, ctx.head_shape)
         every_row = Rows(target, inverse_temperature, excluded, ctx.softcap)
         dtype = product_dtype(hidden.dtype)
@@ -286,7 +324,9 @@ class _TokenLogprobs(torch.autograd.Function):
         def logit_grad(rows: slice, columns: slice) -> Tensor:
             row_softmax = (maximum[rows], log_total[rows], logprob_grad[rows])
             words = (head[columns], None if bias is None else bias[columns])
-            return _recomputed_logit_grad(hidden[rows], *words, every_row.of(rows), *row_softmax, columns, dtype, ctx.sizes)
+            return _recomputed_logit_grad(
+                hidden[rows], *words, every_row.of(rows), *row_softmax, columns, dtype, ctx.sizes
+            )
 
         with torch.cuda.device_of(hidden):
             input_grads = chunked.gradients(
@@ -314,9 +354,11 @@ def _softmax(
     teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
     group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, log of the sum of exponentials above it, and log-probability: [N] each, [N + M] with a teacher.
+    """Largest logit, log of the sum of exponentials above it, and log-probability: [N] each, [N +
+    M] with a teacher.
 
-    With `kept`, [N, V] float32, hidden . head^T + bias is stored there as well. Of policy and teacher both or neither have a bias.
+    With `kept`, [N, V] float32, hidden . head^T + bias is stored there as well. Of policy and
+    teacher both or neither have a bias.
     """
     sizes = sizes or (FLOAT_TILES if hidden.dtype == torch.float32 else HALF_TILES)
     (num_rows, width), vocabulary = hidden.shape, head.shape[0]
@@ -327,7 +369,9 @@ def _softmax(
     num_results = num_rows + num_teacher_rows
     num_splits = triton.cdiv(vocabulary, split_words)
     split_maximum, split_total = torch.empty(2, num_splits, num_results, device=hidden.device)
-    target_logit, maximum, log_total, logprob = (torch.empty(num_results, device=hidden.device) for _ in range(4))
+    target_logit, maximum, log_total, logprob = (
+        torch.empty(num_results, device=hidden.device) for _ in range(4)
+    )
     if num_results == 0:
         return maximum, log_total, logprob
     row_tiles = triton.cdiv(num_rows, sizes.rows) + triton.cdiv(num_teacher_rows, sizes.rows)
@@ -359,7 +403,8 @@ def _recomputed_logit_grad(
     dtype: torch.dtype,
     sizes: Tiles | None,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T + bias of one tile, [R, W], from the tile's rows and words."""
+    """Gradient with respect to hidden . head^T + bias of one tile, [R, W], from the tile's rows and
+    words."""
     sizes = sizes or (FLOAT_TILES if hidden.dtype == torch.float32 else HALF_TILES)
     (num_rows, width), num_words = hidden.shape, head.shape[0]
     grad = hidden.new_empty(num_rows, num_words, dtype=dtype)
@@ -373,8 +418,11 @@ def _recomputed_logit_grad(
     return grad
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, sizes: Tiles | None, inputs: torch.dtype) -> None:
-    """total += left @ right in float32, the terms of each sum in their order; `inputs` is the dtype of hidden."""
+def _accumulate(
+    total: Tensor, left: Tensor, right: Tensor, *, sizes: Tiles | None, inputs: torch.dtype
+) -> None:
+    """total += left @ right in float32, the terms of each sum in their order; `inputs` is the dtype
+    of hidden."""
     default = {torch.bfloat16: HALF_TILES, torch.float16: TF32_TILES, torch.float32: FLOAT_TILES}
     sizes = sizes or default[inputs]
     (num_rows, depth), num_columns = left.shape, right.shape[1]
@@ -391,14 +439,17 @@ def _exact_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # without meaning for 16-bit inputs
 
 
-def _product_settings(sizes: Tiles, dtype: torch.dtype, depth: int, precision: str) -> dict[str, object]:
+def _product_settings(
+    sizes: Tiles, dtype: torch.dtype, depth: int, precision: str
+) -> dict[str, object]:
     """The compile-time arguments of a kernel that multiplies."""
     return {
         "ROWS": sizes.rows,
         "COLUMNS": sizes.columns,
         "DEPTH": sizes.depth,
         "EVEN": depth % sizes.depth == 0,
-        # The interpreter's product of bf16 tiles is garbage; float32 copies of them have the same product.
+        # The interpreter's product of bf16 tiles is garbage; float32 copies of them have the same
+        # product.
         "WIDENED": INTERPRETED and dtype != torch.float32,
         "PRECISION": precision,
         "num_warps": sizes.warps,
@@ -417,7 +468,8 @@ def _split_softmax_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, WIDENED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of a tile of rows over one part of the vocabulary; the teacher's rows follow the policy's."""
+    """The softmax of a tile of rows over one part of the vocabulary; the teacher's rows follow the
+    policy's."""
     policy_tiles = tl.cdiv(num_rows, ROWS)
     row_tiles = policy_tiles
     if PAIRED:
@@ -547,7 +599,11 @@ def _recomputed_logit_grad_kernel(
         row, in_rows, first_word + word, softcap, CAPPED,
     )  # fmt: skip
     offset = row.to(tl.int64)[:, None] * num_words + word[None, :]
-    tl.store(grad + offset, tile_grad.to(grad.dtype.element_ty), mask=in_rows[:, None] & in_words[None, :])
+    tl.store(
+        grad + offset,
+        tile_grad.to(grad.dtype.element_ty),
+        mask=in_rows[:, None] & in_words[None, :],
+    )
 
 
 @triton.jit
@@ -561,7 +617,9 @@ def _logit_grad_kernel(
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     in_rows, in_words = row < num_rows, word < num_words
     in_tile = in_rows[:, None] & in_words[None, :]
-    tile = tl.load(product + row.to(tl.int64)[:, None] * product_row + word[None, :], mask=in_tile, other=0.0)
+    tile = tl.load(
+        product + row.to(tl.int64)[:, None] * product_row + word[None, :], mask=in_tile, other=0.0
+    )
     tile_grad = _logit_grad(
         tile, target, inverse_temperature, excluded, maximum, log_total, logprob_grad,
         row, in_rows, first_word + word, softcap, CAPPED,
@@ -609,7 +667,9 @@ def _product(
         else:
             in_depth = first + term < depth
             left_tile = tl.load(left_place, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-            right_tile = tl.load(right_place, mask=in_depth[:, None] & in_columns[None, :], other=0.0)
+            right_tile = tl.load(
+                right_place, mask=in_depth[:, None] & in_columns[None, :], other=0.0
+            )
         if WIDENED:
             left_tile, right_tile = left_tile.to(tl.float32), right_tile.to(tl.float32)
         total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
@@ -624,15 +684,21 @@ def _logit_grad(
     row, in_rows, word, softcap, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """([v = target] - p_v) * inverse_temperature * (1 - (softcap(z_v) / c)^2) * logprob_grad."""
-    row_target, row_temperature, row_excluded = row_settings(target, inverse_temperature, excluded, row, in_rows)
+    row_target, row_temperature, row_excluded = row_settings(
+        target, inverse_temperature, excluded, row, in_rows
+    )
     row_maximum = tl.load(maximum + row, mask=in_rows, other=0.0)
     row_log_total = tl.load(log_total + row, mask=in_rows, other=0.0)
     row_grad = tl.load(logprob_grad + row, mask=in_rows, other=0.0)
     capped = capped_logits(product, softcap, CAPPED)
-    logits = tl.where(word[None, :] == row_excluded[:, None], float("-inf"), capped * row_temperature[:, None])
+    logits = tl.where(
+        word[None, :] == row_excluded[:, None], float("-inf"), capped * row_temperature[:, None]
+    )
     probability = tl.exp((logits - row_maximum[:, None]) - row_log_total[:, None])
     is_target = word[None, :] == row_target[:, None]
-    grad = tl.where(is_target, 1.0 - probability, -probability) * (row_grad * row_temperature)[:, None]
+    grad = (
+        tl.where(is_target, 1.0 - probability, -probability) * (row_grad * row_temperature)[:, None]
+    )
     if CAPPED:
         bend = capped / softcap
         grad = grad * (1.0 - bend * bend)
@@ -641,7 +707,8 @@ def _logit_grad(
 
 @triton.jit
 def row_settings(target, inverse_temperature, excluded, setting, in_rows):
-    """Each row's target, inverse temperature and excluded token; words are counted in int32 here."""
+    """Each row's target, inverse temperature and excluded token; words are counted in int32
+    here."""
     row_target = tl.load(target + setting, mask=in_rows, other=-1).to(tl.int32)
     row_temperature = tl.load(inverse_temperature + setting, mask=in_rows, other=1.0)
     row_excluded = tl.load(excluded + setting, mask=in_rows, other=-1).to(tl.int32)
@@ -650,7 +717,8 @@ def row_settings(target, inverse_temperature, excluded, setting, in_rows):
 
 @triton.jit
 def capped_logits(logits, softcap, CAPPED: tl.constexpr):
-    """c tanh(z / c): the polynomial and the exponential of Cephes' tanhf, 1.3e-7 of relative error at most."""
+    """c tanh(z / c): the polynomial and the exponential of Cephes' tanhf, 1.3e-7 of relative error
+    at most."""
     if CAPPED:
         x = logits / softcap
         size = tl.abs(x)
@@ -668,7 +736,8 @@ def capped_logits(logits, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _grouped(program, row_tiles, column_tiles):
-    """The program's row tile and column tile: GROUP_TILES rows of tiles before the next column of them."""
+    """The program's row tile and column tile: GROUP_TILES rows of tiles before the next column of
+    them."""
     group = program // (GROUP_TILES * column_tiles)
     within = program % (GROUP_TILES * column_tiles)
     first = group * GROUP_TILES

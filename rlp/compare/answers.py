@@ -1,8 +1,9 @@
 """Whether a written answer is the right one, by math-verify in processes that can be killed.
 
-Symbolic comparison of what a model wrote may take for ever, inside C code too. Each answer is therefore checked in a
-worker process with an alarm whose default action ends the process, wherever it hangs; the pool starts another
-worker and the answer counts as wrong. Nothing here imports torch, so workers start fast.
+Symbolic comparison of what a model wrote may take for ever, inside C code too. Each answer is
+therefore checked in a worker process with an alarm whose default action ends the process, wherever
+it hangs; the pool starts another worker and the answer counts as wrong. Nothing here imports torch,
+so workers start fast.
 """
 
 import importlib.util
@@ -30,16 +31,19 @@ class Verdict:
 
     right: bool
     outcome: str
-    """`checked`; or why it counts as wrong: `unparseable` (nothing in it reads as mathematics), `timeout`, `crash`."""
+    """`checked`; or why it counts as wrong: `unparseable` (nothing in it reads as mathematics),
+    `timeout`, `crash`."""
 
 
 def final_part(text: str) -> str:
-    """What stands after the last `####`, the mark of GSM8K's answers; the whole text where there is none."""
+    """What stands after the last `####`, the mark of GSM8K's answers; the whole text where there is
+    none."""
     return text.rpartition("####")[2].strip()
 
 
 def same_answer(answer: str, reference: str) -> bool | None:
-    """Whether two answers are the same mathematics (`1/2`, `0.5` and `\\frac{1}{2}` are), as `Check`."""
+    """Whether two answers are the same mathematics (`1/2`, `0.5` and `\\frac{1}{2}` are), as
+    `Check`."""
     from math_verify import parse, verify
 
     answer, reference = final_part(answer), final_part(reference)
@@ -50,28 +54,37 @@ def same_answer(answer: str, reference: str) -> bool | None:
 
 
 def _read_reference(text: str) -> list:
-    """The reference is one expression: as LaTeX it is boxed, so that no part of it is taken for the whole."""
+    """The reference is one expression: as LaTeX it is boxed, so that no part of it is taken for the
+    whole."""
     import sympy
     from math_verify import parse
 
     try:
-        return [sympy.Float(text)] if "e" in text.lower() and float(text) else parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+        return (
+            [sympy.Float(text)]
+            if "e" in text.lower() and float(text)
+            else parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+        )
     except ValueError:
         return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
 
 
 def _prepare_worker(memory_bytes: int) -> None:
-    """Import what checks need, so that no answer's time pays for it, and bound memory: a power tower is soon gigabytes."""
+    """Import what checks need, so that no answer's time pays for it, and bound memory: a power
+    tower is soon gigabytes."""
     import math_verify  # noqa: F401
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the command, which ends its workers
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
 
 def _check_in_time(check: Check, answer: str, reference: str, timeout_s: float) -> bool | None:
     """In a worker: the check, or the end of this process."""
-    # The default action of SIGALRM ends the process from the kernel; a handler in Python would wait for C code to return.
+    # The default action of SIGALRM ends the process from the kernel; a handler in Python would wait
+    # for C code to return.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
@@ -83,7 +96,14 @@ def _check_in_time(check: Check, answer: str, reference: str, timeout_s: float) 
 class AnswerPool:
     """Checks answers side by side. A context manager: the workers end with it."""
 
-    def __init__(self, *, workers: int | None = None, timeout_s: float = 10.0, memory_bytes: int = 4 << 30, check: Check = same_answer) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        timeout_s: float = 10.0,
+        memory_bytes: int = 4 << 30,
+        check: Check = same_answer,
+    ) -> None:
         """
         Args:
             workers: processes; None is one per core, at most 8.
@@ -92,7 +112,10 @@ class AnswerPool:
             check: what compares, importable by name in another process.
         """
         if importlib.util.find_spec("math_verify") is None:
-            raise ConfigError("math-verify is not installed, and answers are checked with it. Write: pip install 'rlp-pretraining[eval]'.")
+            raise ConfigError(
+                "math-verify is not installed, and answers are checked with it. Write: pip install"
+                " 'rlp-pretraining[eval]'."
+            )
         self._timeout_s, self._memory_bytes, self._check = timeout_s, memory_bytes, check
         # Each lane is a pool of one process, so that a death names its answer.
         self._lanes: queue.Queue[ProcessPoolExecutor | None] = queue.Queue()
@@ -125,14 +148,20 @@ class AnswerPool:
         except BrokenProcessPool:
             lane.shutdown()
             lane = None
-            return Verdict(False, "timeout" if time.monotonic() - start >= self._timeout_s else "crash")
-        except Exception as error:  # what a symbolic library raises on a model's text can not be listed
+            return Verdict(
+                False, "timeout" if time.monotonic() - start >= self._timeout_s else "crash"
+            )
+        except (
+            Exception
+        ) as error:  # what a symbolic library raises on a model's text can not be listed
             logging.getLogger(__name__).debug("a check raised %r", error)
             return Verdict(False, "crash")
         finally:
             self._lanes.put(lane)
 
     def _open_lane(self) -> ProcessPoolExecutor:
-        lane = ProcessPoolExecutor(1, mp_context=self._context, initializer=_prepare_worker, initargs=(self._memory_bytes,))
+        lane = ProcessPoolExecutor(
+            1, mp_context=self._context, initializer=_prepare_worker, initargs=(self._memory_bytes,)
+        )
         lane.submit(os.getpid).result()  # it is ready: starting is not counted as checking
         return lane

@@ -1,4 +1,5 @@
-"""Benchmarks: what a YAML file says of each, and the tasks of lm-evaluation-harness that it becomes."""
+"""Benchmarks: what a YAML file says of each, and the tasks of lm-evaluation-harness that it
+becomes."""
 
 import difflib
 import logging
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
-
-MOST_SAMPLES, MOST_TOKENS = 10_000, 2 ** 24
+MOST_SAMPLES, MOST_TOKENS = 10_000, 2**24
 """Of a benchmark: more is a slip of the pen, and would be memory asked for."""
 
 _FIELDS = re.compile(r"\{\{\s*([\w-]+(?:\s+or\s+[\w-]+)*)\s*\}\}")
-"""One reference to fields of a row. It is all that stands for something in a prompt: a template engine would run what a stranger wrote."""
+"""One reference to fields of a row. It is all that stands for something in a prompt: a template
+engine would run what a stranger wrote."""
 
 
 def _is_plain(template: str) -> bool:
@@ -48,17 +49,25 @@ def _is_plain(template: str) -> bool:
 
 
 def fill_fields(template: str, row: dict) -> str:
-    """The template with the row's values in it. A value is text or a number, and is never looked at for references.
+    """The template with the row's values in it. A value is text or a number, and is never looked at
+    for references.
 
     Raises:
         BadDocument: the row has none of the fields of a reference, or it holds something else.
     """
+
     def value(reference: re.Match) -> str:
         names = reference[1].split(" or ")
-        held = next((row[name.strip()] for name in names if row.get(name.strip()) is not None), None)
+        held = next(
+            (row[name.strip()] for name in names if row.get(name.strip()) is not None), None
+        )
         if not isinstance(held, str | int | float):
             said = "no such field" if held is None else f"a {type(held).__name__}"
-            raise BadDocument("no text", f"{reference[0]}: {said}; the row has {', '.join(map(str, row))}; expected text or a number")
+            raise BadDocument(
+                "no text",
+                f"{reference[0]}: {said}; the row has {', '.join(map(str, row))}; expected text or"
+                " a number",
+            )
         return str(held)
 
     return _FIELDS.sub(value, template)
@@ -66,7 +75,8 @@ def fill_fields(template: str, row: dict) -> str:
 
 @dataclass
 class Benchmark:
-    """One row of the results: where questions come from, how they are asked, how answers are checked."""
+    """One row of the results: where questions come from, how they are asked, how answers are
+    checked."""
 
     task: str | None = None
     """A task or group of lm_eval, such as gsm8k or mmlu_pro. Either this or `data`."""
@@ -75,9 +85,11 @@ class Benchmark:
     split: str = "test"
     """Split of a Hub data set, for `data`."""
     prompt: str = "Question: {{question}}\nAnswer:"
-    """The prompt, for `data`: text in which `{{field}}` stands for a field of the row, `{{field or other}}` for the first that it has."""
+    """The prompt, for `data`: text in which `{{field}}` stands for a field of the row, `{{field or
+    other}}` for the first that it has."""
     reference: str = "{{answer}}"
-    """The right answer in the same way, for `data`; few-shot examples show it whole, and the check reads what stands after its last `####`."""
+    """The right answer in the same way, for `data`; few-shot examples show it whole, and the check
+    reads what stands after its last `####`."""
     examples: str | None = None
     """A JSON Lines file of few-shot examples, for `data`."""
     until: list[str] = field(default_factory=lambda: ["Question:"])
@@ -85,13 +97,15 @@ class Benchmark:
     shots: int | None = None
     """Few-shot examples in the prompt; None: as the task says."""
     check: str = "task"
-    """`task`: the task's own filter and metric. `math`: math-verify on the whole answer (always for `data`)."""
+    """`task`: the task's own filter and metric. `math`: math-verify on the whole answer (always for
+    `data`)."""
     metric: str | None = None
     """For check `task`: the metric to report; None: the task's first."""
     filter: str | None = None
     """For check `task`: the filter to report; None: the task's first."""
     samples: int = 1
-    """k answers to each question; accuracy is pass@1, the mean over them. More than one needs sampled thoughts or answers."""
+    """k answers to each question; accuracy is pass@1, the mean over them. More than one needs
+    sampled thoughts or answers."""
     thought_tokens: int | None = None
     """Budget of a thought, close marker included; None: as the checkpoint was trained."""
     thought_temperature: float | None = None
@@ -102,21 +116,51 @@ class Benchmark:
     """Of answer tokens; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        require((self.task is None) != (self.data is None), "task", self.task, "and data: exactly one of them names the questions")
+        require(
+            (self.task is None) != (self.data is None),
+            "task",
+            self.task,
+            "and data: exactly one of them names the questions",
+        )
         self.check = "math" if self.data else self.check
         require_one_of("check", self.check, ("task", "math"))
         require(self.shots is None or self.shots >= 0, "shots", self.shots, "must be at least 0")
-        require(not (self.data and self.shots and not self.examples), "shots", self.shots, "needs examples: a JSON Lines file that they come from")
-        require(1 <= self.samples <= MOST_SAMPLES, "samples", self.samples, f"must be at least 1 and at most {MOST_SAMPLES:,}")
+        require(
+            not (self.data and self.shots and not self.examples),
+            "shots",
+            self.shots,
+            "needs examples: a JSON Lines file that they come from",
+        )
+        require(
+            1 <= self.samples <= MOST_SAMPLES,
+            "samples",
+            self.samples,
+            f"must be at least 1 and at most {MOST_SAMPLES:,}",
+        )
         for name in ("thought_tokens", "answer_tokens"):
             value = getattr(self, name)
-            require(value is None or 1 <= value <= MOST_TOKENS, name, value, f"must be at least 1 and at most {MOST_TOKENS:,}")
+            require(
+                value is None or 1 <= value <= MOST_TOKENS,
+                name,
+                value,
+                f"must be at least 1 and at most {MOST_TOKENS:,}",
+            )
         for name in ("prompt", "reference"):
-            require(_is_plain(getattr(self, name)), name, getattr(self, name),
-                    "is text with {{field}} or {{field or other}} in it, where names are of letters, digits, _ and -; no other template is read")
+            require(
+                _is_plain(getattr(self, name)),
+                name,
+                getattr(self, name),
+                "is text with {{field}} or {{field or other}} in it, where names are of letters,"
+                " digits, _ and -; no other template is read",
+            )
         require(all(self.until), "until", self.until, "must hold texts that are not empty")
         for name in ("thought_temperature", "answer_temperature"):
-            require(getattr(self, name) is None or 0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be finite and at least 0 (0 is greedy)")
+            require(
+                getattr(self, name) is None or 0 <= getattr(self, name) < math.inf,
+                name,
+                getattr(self, name),
+                "must be finite and at least 0 (0 is greedy)",
+            )
 
 
 def load_benchmarks(path: Path) -> dict[str, Benchmark]:
@@ -126,27 +170,53 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
         ConfigError: no such file, an unknown key, a wrong type or an impossible value.
     """
     tree = read_yaml(path)
-    if not isinstance(tree, dict) or set(tree) != {"benchmarks"} or not isinstance(tree["benchmarks"], dict) or not tree["benchmarks"]:
-        raise ConfigError(f"{path} must hold one section, `benchmarks:`, with a mapping from name to settings; got {list(tree) if isinstance(tree, dict) else tree!r}.")
+    if (
+        not isinstance(tree, dict)
+        or set(tree) != {"benchmarks"}
+        or not isinstance(tree["benchmarks"], dict)
+        or not tree["benchmarks"]
+    ):
+        raise ConfigError(
+            f"{path} must hold one section, `benchmarks:`, with a mapping from name to settings;"
+            f" got {list(tree) if isinstance(tree, dict) else tree!r}."
+        )
     for name in tree["benchmarks"]:
-        require(isinstance(name, str) and name.isprintable(), f"{path}: benchmarks", name, "needs names that can be printed")
-    return {name: _read_benchmark(f"{path}: benchmarks.{name}", content) for name, content in tree["benchmarks"].items()}
+        require(
+            isinstance(name, str) and name.isprintable(),
+            f"{path}: benchmarks",
+            name,
+            "needs names that can be printed",
+        )
+    return {
+        name: _read_benchmark(f"{path}: benchmarks.{name}", content)
+        for name, content in tree["benchmarks"].items()
+    }
 
 
 def _read_benchmark(where: str, content: object) -> Benchmark:
     known = list(Benchmark.__dataclass_fields__)
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} must be a mapping with keys such as task and samples, got {content!r}.")
+        raise ConfigError(
+            f"{where} must be a mapping with keys such as task and samples, got {content!r}."
+        )
     for key in content:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key}. {_did_you_mean(str(key), known) or 'The keys are ' + ', '.join(known) + '.'}")
+            raise ConfigError(
+                f"{where}: unknown key {key}."
+                f" {_did_you_mean(str(key), known) or 'The keys are ' + ', '.join(known) + '.'}"
+            )
     refuse_mappings_for_lists(Benchmark, content, f"{where}.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Benchmark(task="unset")), {"task": None} | content))
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Benchmark(task="unset")), {"task": None} | content)
+        )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error.__cause__ if isinstance(error.__cause__, ConfigError) else f'{error.full_key}: {str(error).splitlines()[0]}'}") from error
+        raise ConfigError(
+            f"{where}:"
+            f" {error.__cause__ if isinstance(error.__cause__, ConfigError) else f'{error.full_key}: {str(error).splitlines()[0]}'}"
+        ) from error
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
@@ -158,27 +228,43 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
     """The lm_eval tasks of each benchmark, with their data.
 
     Raises:
-        ConfigError: lm_eval is not installed, or has no task of that name, or it would run code that a model wrote.
+        ConfigError: lm_eval is not installed, or has no task of that name, or it would run code
+            that a model wrote.
         DataError: data that can not be read or downloaded.
     """
     if find_spec("lm_eval") is None:
-        raise ConfigError("lm-evaluation-harness is not installed. Write: pip install 'rlp-pretraining[eval]'.")
+        raise ConfigError(
+            "lm-evaluation-harness is not installed. Write: pip install 'rlp-pretraining[eval]'."
+        )
     import datasets
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if any(benchmark.task or str(benchmark.data).startswith("hub:") for benchmark in benchmarks.values()):
+    if any(
+        benchmark.task or str(benchmark.data).startswith("hub:")
+        for benchmark in benchmarks.values()
+    ):
         settle_hub()  # lm_eval asks for each file, and again and again
     datasets.disable_progress_bars()
     manager = TaskManager(include_defaults=any(benchmark.task for benchmark in benchmarks.values()))
-    specs = {name: own_task(name, benchmark) if benchmark.data else _known_task(name, benchmark.task, manager.all_tasks) for name, benchmark in benchmarks.items()}
+    specs = {
+        name: (
+            own_task(name, benchmark)
+            if benchmark.data
+            else _known_task(name, benchmark.task, manager.all_tasks)
+        )
+        for name, benchmark in benchmarks.items()
+    }
     loaded = {}
     for name, spec in specs.items():
         with _data_errors(name, benchmarks[name]):
             tasks = list(manager.load([spec])["tasks"].values())
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False):
-                raise ConfigError(f"{name}: the task {task.task_name} runs code that the model writes, which is not done here.")
+                raise ConfigError(
+                    f"{name}: the task {task.task_name} runs code that the model writes, which is"
+                    " not done here."
+                )
             if benchmarks[name].shots is not None:
                 task.set_config("num_fewshot", benchmarks[name].shots)
             task.set_fewshot_seed(1234)  # lm_eval's own
@@ -188,7 +274,11 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
 
 def _known_task(name: str, task: str, known: list[str]) -> str:
     if task not in known:
-        raise ConfigError(f"{name}: lm_eval has no task {task!r}. {_did_you_mean(task, known) or 'See its list with: lm-eval ls tasks.'} A file of your own needs a name that ends in .jsonl.")
+        raise ConfigError(
+            f"{name}: lm_eval has no task {task!r}."
+            f" {_did_you_mean(task, known) or 'See its list with: lm-eval ls tasks.'} A file of"
+            " your own needs a name that ends in .jsonl."
+        )
     return task
 
 
@@ -200,11 +290,26 @@ def _data_errors(name: str, benchmark: Benchmark) -> Iterator[None]:
 
     try:
         yield
-    # What a download raises, or a task of lm_eval on a row that it does not expect, depends on library, cache and network.
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AssertionError, SyntaxError, MemoryError,
-            TemplateError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: the data of {benchmark.task} can not be loaded: {type(error).__name__}: {first_line(error)}. "
-                        "Run it where the Hugging Face Hub can be reached (some sets need a login), or write --tasks FILE.jsonl.") from error
+    # What a download raises, or a task of lm_eval on a row that it does not expect, depends on
+    # library, cache and network.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        SyntaxError,
+        MemoryError,
+        TemplateError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise DataError(
+            f"{name}: the data of {benchmark.task} can not be loaded: {type(error).__name__}:"
+            f" {first_line(error)}. Run it where the Hugging Face Hub can be reached (some sets"
+            " need a login), or write --tasks FILE.jsonl."
+        ) from error
 
 
 class _Questions(list):
@@ -214,14 +319,24 @@ class _Questions(list):
 
 
 def own_task(name: str, benchmark: Benchmark) -> dict:
-    """The lm_eval config of questions that are no task of lm_eval. What it gets is finished text, and no template to fill."""
-    sources = {"test": benchmark.data} | ({"examples": benchmark.examples} if benchmark.examples else {})
+    """The lm_eval config of questions that are no task of lm_eval. What it gets is finished text,
+    and no template to fill."""
+    sources = {"test": benchmark.data} | (
+        {"examples": benchmark.examples} if benchmark.examples else {}
+    )
     rows = {split: _finished(source, benchmark, name) for split, source in sources.items()}
     return {
-        "task": name, "output_type": "generate_until", "custom_dataset": lambda **_: rows, "test_split": "test",
-        "doc_to_text": itemgetter("prompt"), "doc_to_target": itemgetter("reference"),
-        "fewshot_split": "examples" if benchmark.examples else None, "fewshot_config": {"sampler": "first_n"}, "num_fewshot": benchmark.shots or 0,
-        "generation_kwargs": {"until": list(benchmark.until), "do_sample": False}, "metric_list": [{"metric": "exact_match"}],
+        "task": name,
+        "output_type": "generate_until",
+        "custom_dataset": lambda **_: rows,
+        "test_split": "test",
+        "doc_to_text": itemgetter("prompt"),
+        "doc_to_target": itemgetter("reference"),
+        "fewshot_split": "examples" if benchmark.examples else None,
+        "fewshot_config": {"sampler": "first_n"},
+        "num_fewshot": benchmark.shots or 0,
+        "generation_kwargs": {"until": list(benchmark.until), "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
     }
 
 
@@ -232,17 +347,27 @@ def _finished(source: str, benchmark: Benchmark, name: str) -> _Questions:
         DataError: it can not be read, or a row lacks a field; with its line.
     """
     try:
-        rows, finished = open_rows([source], DataConfig(train=[source]), benchmark.split, name), _Questions()
+        rows, finished = (
+            open_rows([source], DataConfig(train=[source]), benchmark.split, name),
+            _Questions(),
+        )
         for index in range(len(rows)):
             row = _row(rows, index)
             if row is not None:
-                finished.append({key: fill_fields(getattr(benchmark, key), row) for key in _Questions.features})
+                finished.append(
+                    {key: fill_fields(getattr(benchmark, key), row) for key in _Questions.features}
+                )
     except BadDocument as error:
-        raise DataError(f"{name}: {rows.where(index)}: {error.args[0]} ({short(error.args[1])}). Mend the line, or the prompt and reference of the benchmark.") from error
+        raise DataError(
+            f"{name}: {rows.where(index)}: {error.args[0]} ({short(error.args[1])}). Mend the line,"
+            " or the prompt and reference of the benchmark."
+        ) from error
     except DataError as error:
         raise DataError(f"{name}: the data of {source} can not be loaded: {error}") from error
     if not finished:
-        raise DataError(f"{name}: {source} holds no question. Write a file with one JSON object on each line.")
+        raise DataError(
+            f"{name}: {source} holds no question. Write a file with one JSON object on each line."
+        )
     return finished
 
 
@@ -258,10 +383,15 @@ def _row(rows: Rows, index: int) -> dict | None:
 
 def settle_samples(benchmark: Benchmark, mode: str) -> Benchmark:
     """One sample where nothing is drawn."""
-    drawn = benchmark.answer_temperature > 0 or (mode == "think" and benchmark.thought_temperature != 0)
+    drawn = benchmark.answer_temperature > 0 or (
+        mode == "think" and benchmark.thought_temperature != 0
+    )
     return benchmark if drawn else replace(benchmark, samples=1)
 
 
 def versions() -> dict[str, str]:
     """Of the libraries that results depend on."""
-    return {name: version(name) for name in ("lm_eval", "math-verify", "transformers", "torch", "datasets")}
+    return {
+        name: version(name)
+        for name in ("lm_eval", "math-verify", "transformers", "torch", "datasets")
+    }

@@ -1,4 +1,5 @@
-"""Questions answered by a model that may think first, and answers scored, as benchmarks ask for it."""
+"""Questions answered by a model that may think first, and answers scored, as benchmarks ask for
+it."""
 
 import hashlib
 import math
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     pass
 
 
-
 GREEDY = 1e-6
-"""The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never drawn."""
+"""The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never
+drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class _Context:
     """All that stands before an answer."""
 
     tokens: np.ndarray
-    """[T] int64: prompt, and where the model thinks instruction, open marker, thought and close marker."""
+    """[T] int64: prompt, and where the model thinks instruction, open marker, thought and close
+    marker."""
     thought: str
     thought_tokens: int
     thought_truncated: bool
@@ -63,8 +65,18 @@ class _Context:
 class Thinker:
     """A policy that answers prompts, and scores continuations, after a thought or without one."""
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, form: ThoughtFormat, *, thinks: bool, thought_tokens: int,
-                 answer_temperature: float = 0.0, seed: int = 0, rows: int = 32) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        form: ThoughtFormat,
+        *,
+        thinks: bool,
+        thought_tokens: int,
+        answer_temperature: float = 0.0,
+        seed: int = 0,
+        rows: int = 32,
+    ) -> None:
         """
         Args:
             form: markers, instruction and the sampling temperature of thoughts.
@@ -73,16 +85,27 @@ class Thinker:
             rows: N, sequences decoded side by side; changes memory and speed, never an answer.
         """
         self._policy, self._tokenizer, self._form = policy, tokenizer, form
-        self._thinks, self._thought_tokens, self._answer_temperature = thinks, thought_tokens, answer_temperature
+        self._thinks, self._thought_tokens, self._answer_temperature = (
+            thinks,
+            thought_tokens,
+            answer_temperature,
+        )
         self._seed, self._rows = seed, rows
-        self._plain = replace(form, markers=Markers(open=(), close=form.markers.close), instruction=())
-        self._limit = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self._plain = replace(
+            form, markers=Markers(open=(), close=form.markers.close), instruction=()
+        )
+        self._limit = (
+            getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        )
         ends = getattr(policy.lm.generation_config, "eos_token_id", None)
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {
+            None
+        }
 
     @property
     def first_token(self) -> int:
-        """What an empty prompt is replaced by: the beginning of a sequence, or else the end of the one before."""
+        """What an empty prompt is replaced by: the beginning of a sequence, or else the end of the
+        one before."""
         begin = self._tokenizer.bos_token_id
         return self._tokenizer.eos_token_id if begin is None else begin
 
@@ -93,18 +116,29 @@ class Thinker:
 
     def without_thoughts(self) -> "Thinker":
         """The same model, which does not think."""
-        return Thinker(self._policy, self._tokenizer, self._form, thinks=False, thought_tokens=self._thought_tokens,
-                       answer_temperature=self._answer_temperature, seed=self._seed, rows=self._rows)
+        return Thinker(
+            self._policy,
+            self._tokenizer,
+            self._form,
+            thinks=False,
+            thought_tokens=self._thought_tokens,
+            answer_temperature=self._answer_temperature,
+            seed=self._seed,
+            rows=self._rows,
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """[T] int64, as documents are encoded in training."""
         return np.array(self._tokenizer(text)["input_ids"] or [self.first_token], dtype=np.int64)
 
-    def replies(self, prompts: list[str], samples: int, *, until: list[str], answer_tokens: int) -> list[list[Reply]]:
+    def replies(
+        self, prompts: list[str], samples: int, *, until: list[str], answer_tokens: int
+    ) -> list[list[Reply]]:
         """`samples` replies to each prompt.
 
         Args:
-            until: texts that end an answer; they are left off. After a thought, white space in front of the answer is not searched for them.
+            until: texts that end an answer; they are left off. After a thought, white space in
+                front of the answer is not searched for them.
         """
         encoded = {prompt: self.encode(prompt) for prompt in prompts}
         texts, found = list(encoded), {}
@@ -113,13 +147,29 @@ class Thinker:
             groups = self._contexts([encoded[text] for text in here], samples, answer_tokens)
             keys = [(_key(encoded[text]), sample) for text in here for sample in range(samples)]
             contexts = [context for group in groups for context in group]
-            replies = [Reply(context.thought, context.thought_tokens, context.thought_truncated, *answer, context.prompt_cut)
-                       for context, answer in zip(contexts, self._continue(contexts, keys, until, answer_tokens))]
-            found |= {text: replies[place * samples : (place + 1) * samples] for place, text in enumerate(here)}
+            replies = [
+                Reply(
+                    context.thought,
+                    context.thought_tokens,
+                    context.thought_truncated,
+                    *answer,
+                    context.prompt_cut,
+                )
+                for context, answer in zip(
+                    contexts, self._continue(contexts, keys, until, answer_tokens)
+                )
+            ]
+            found |= {
+                text: replies[place * samples : (place + 1) * samples]
+                for place, text in enumerate(here)
+            }
         return [found[prompt] for prompt in prompts]
 
-    def scores(self, pairs: list[tuple[np.ndarray, np.ndarray]], samples: list[int]) -> list[tuple[float, bool, Reply]]:
-        """Log-probability of a continuation, nats at temperature 1, whether it is what greedy decoding would write, and the thought before it.
+    def scores(
+        self, pairs: list[tuple[np.ndarray, np.ndarray]], samples: list[int]
+    ) -> list[tuple[float, bool, Reply]]:
+        """Log-probability of a continuation, nats at temperature 1, whether it is what greedy
+        decoding would write, and the thought before it.
 
         All continuations of a prompt are scored after the same thoughts.
 
@@ -136,39 +186,83 @@ class Thinker:
         names = list(prompts)
         for chunk in self._chunks(list(prompts.values()), count):
             chosen = [names[index] for index in chunk]
-            contexts |= zip(chosen, self._contexts([prompts[name] for name in chosen], count, max(longest[name] for name in chosen)))
+            contexts |= zip(
+                chosen,
+                self._contexts(
+                    [prompts[name] for name in chosen], count, max(longest[name] for name in chosen)
+                ),
+            )
         found = []
         for start in range(0, len(pairs), self._rows):
-            some = [(contexts[prompt.tobytes()][sample], continuation)
-                    for (prompt, continuation), sample in zip(pairs[start : start + self._rows], samples[start : start + self._rows])]
+            some = [
+                (contexts[prompt.tobytes()][sample], continuation)
+                for (prompt, continuation), sample in zip(
+                    pairs[start : start + self._rows], samples[start : start + self._rows]
+                )
+            ]
             found += self._score(some)
         return found
 
     def _chunks(self, prompts: list[np.ndarray], samples: int) -> Iterator[list[int]]:
-        """Indices of prompts that are worked on together, longest first; how far that is, is told."""
+        """Indices of prompts that are worked on together, longest first; how far that is, is
+        told."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         size = max(1, self._rows // samples)
-        with Progress("thinking and answering" if self._thinks else "answering", len(order), "prompts") as progress:
+        with Progress(
+            "thinking and answering" if self._thinks else "answering", len(order), "prompts"
+        ) as progress:
             for start in range(0, len(order), size):
                 yield order[start : start + size]
                 progress.advance(len(order[start : start + size]))
 
-    def _contexts(self, prompts: list[np.ndarray], samples: int, answer_tokens: int) -> list[list[_Context]]:
+    def _contexts(
+        self, prompts: list[np.ndarray], samples: int, answer_tokens: int
+    ) -> list[list[_Context]]:
         """What stands before each answer: the prompt, or the prompt and each of its thoughts."""
-        overhead = len(self._form.prefix(np.array([], dtype=np.int64), 0)) + self._thought_tokens + len(self._form.markers.close) if self._thinks else 0
+        overhead = (
+            len(self._form.prefix(np.array([], dtype=np.int64), 0))
+            + self._thought_tokens
+            + len(self._form.markers.close)
+            if self._thinks
+            else 0
+        )
         room = self._limit - overhead - answer_tokens
         if room < 1:
-            raise ConfigError(f"{overhead} tokens of thought and {answer_tokens} of answer leave no room for a prompt in the model's {self._limit}. "
-                              "Write a smaller --thought-budget or --answer-tokens.")
+            raise ConfigError(
+                f"{overhead} tokens of thought and {answer_tokens} of answer leave no room for a"
+                f" prompt in the model's {self._limit}. Write a smaller --thought-budget or"
+                " --answer-tokens."
+            )
         cut = [len(prompt) > room for prompt in prompts]
-        kept = [prompt[-int(room):] if shorter else prompt for prompt, shorter in zip(prompts, cut)]
+        kept = [
+            prompt[-int(room) :] if shorter else prompt for prompt, shorter in zip(prompts, cut)
+        ]
         if not self._thinks:
-            return [[_Context(prompt, "", 0, False, shorter)] * samples for prompt, shorter in zip(kept, cut)]
-        documents = [Document(id=_key(prompt), tokens=tokens) for prompt, tokens in zip(prompts, kept)]
-        ends = Positions(np.arange(len(kept)), np.array([len(prompt) for prompt in kept]), np.zeros((len(kept), 1), dtype=np.int64))
-        thoughts = sample_thoughts(self._policy, documents, ends, self._form, NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
-                                   group_size=samples, max_thought_tokens=self._thought_tokens, rows=self._rows).thoughts
-        tokens, mask, truncated = (part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated))
+            return [
+                [_Context(prompt, "", 0, False, shorter)] * samples
+                for prompt, shorter in zip(kept, cut)
+            ]
+        documents = [
+            Document(id=_key(prompt), tokens=tokens) for prompt, tokens in zip(prompts, kept)
+        ]
+        ends = Positions(
+            np.arange(len(kept)),
+            np.array([len(prompt) for prompt in kept]),
+            np.zeros((len(kept), 1), dtype=np.int64),
+        )
+        thoughts = sample_thoughts(
+            self._policy,
+            documents,
+            ends,
+            self._form,
+            NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
+            group_size=samples,
+            max_thought_tokens=self._thought_tokens,
+            rows=self._rows,
+        ).thoughts
+        tokens, mask, truncated = (
+            part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
+        )
         close = np.array(self._form.markers.close, dtype=np.int64)
         groups = []
         for m, prompt in enumerate(kept):
@@ -177,22 +271,49 @@ class Thinker:
             for g in range(samples):
                 thought = tokens[m, g][mask[m, g]]
                 inner = thought if truncated[m, g] else thought[: -len(close)]
-                groups[-1].append(_Context(np.concatenate([prefix, inner, close]), self._tokenizer.decode(inner), len(thought), bool(truncated[m, g]), cut[m]))
+                groups[-1].append(
+                    _Context(
+                        np.concatenate([prefix, inner, close]),
+                        self._tokenizer.decode(inner),
+                        len(thought),
+                        bool(truncated[m, g]),
+                        cut[m],
+                    )
+                )
         return groups
 
-    def _continue(self, contexts: list[_Context], keys: list[tuple[int, int]], until: list[str], budget: int) -> list[tuple[str, int, bool]]:
+    def _continue(
+        self, contexts: list[_Context], keys: list[tuple[int, int]], until: list[str], budget: int
+    ) -> list[tuple[str, int, bool]]:
         """Text, number of tokens and truncation of the answer after each context.
 
         Args:
             keys: (prompt, sample) of each, for the noise.
         """
         device = self._policy.device
-        documents = [Document(id=key, tokens=context.tokens) for context, (key, _) in zip(contexts, keys)]
-        ends = Positions(np.arange(len(contexts)), np.array([len(context.tokens) for context in contexts]), np.zeros((len(contexts), 1), dtype=np.int64))
+        documents = [
+            Document(id=key, tokens=context.tokens) for context, (key, _) in zip(contexts, keys)
+        ]
+        ends = Positions(
+            np.arange(len(contexts)),
+            np.array([len(context.tokens) for context in contexts]),
+            np.zeros((len(contexts), 1), dtype=np.int64),
+        )
         uniforms = None
         if self._answer_temperature > 0:
-            uniforms = torch.from_numpy(np.stack([
-                keyed_noise(seed=self._seed, purpose=BENCHMARK_ANSWER_NOISE, document=key, thought=sample).random(budget) for key, sample in keys])).to(device)
+            uniforms = torch.from_numpy(
+                np.stack(
+                    [
+                        keyed_noise(
+                            seed=self._seed,
+                            purpose=BENCHMARK_ANSWER_NOISE,
+                            document=key,
+                            thought=sample,
+                        ).random(budget)
+                        for key, sample in keys
+                    ]
+                )
+            ).to(device)
         written: list[list[int]] = [[] for _ in contexts]
         texts: list[str | None] = [None] * len(contexts)
         going = list(range(len(contexts)))
@@ -202,7 +323,11 @@ class Thinker:
             for step in range(budget):
                 logits[:, self._form.markers.excluded] = -torch.inf
                 rows = torch.tensor(going, device=device)
-                token = logits.argmax(dim=1) if uniforms is None else draw(logits, uniforms[rows, step], self._answer_temperature)[0]
+                token = (
+                    logits.argmax(dim=1)
+                    if uniforms is None
+                    else draw(logits, uniforms[rows, step], self._answer_temperature)[0]
+                )
                 for row, one in zip(going, token.tolist()):
                     written[row].append(one)
                     texts[row] = self._ended(written[row], until)
@@ -210,15 +335,21 @@ class Thinker:
                 going = [going[place] for place in still]
                 if not going or step + 1 == budget:
                     break
-                logits = branches.next(torch.tensor(going, device=device), token[torch.tensor(still, device=device)])
-        return [(self._text(tokens) if text is None else text, len(tokens), text is None) for tokens, text in zip(written, texts)]
+                logits = branches.next(
+                    torch.tensor(going, device=device), token[torch.tensor(still, device=device)]
+                )
+        return [
+            (self._text(tokens) if text is None else text, len(tokens), text is None)
+            for tokens, text in zip(written, texts)
+        ]
 
     def _ended(self, tokens: list[int], until: list[str]) -> str | None:
         """The whole answer, where these tokens end it."""
         if tokens[-1] in self._ends:
             return self._cut(self._text(tokens[:-1]), until)
-        # No token of a vocabulary is an empty text, so a stop text lies within its number of bytes of tokens; decoding all each time would be quadratic.
-        tail = self._text(tokens[-1 - max((len(stop.encode()) for stop in until), default=0):])
+        # No token of a vocabulary is an empty text, so a stop text lies within its number of bytes
+        # of tokens; decoding all each time would be quadratic.
+        tail = self._text(tokens[-1 - max((len(stop.encode()) for stop in until), default=0) :])
         if not any(stop in tail for stop in until):
             return None
         text = self._text(tokens)
@@ -237,21 +368,48 @@ class Thinker:
     def _score(self, some: list[tuple[_Context, np.ndarray]]) -> list[tuple[float, bool, Reply]]:
         """One forward over rows of context and continuation, padded on the right."""
         device = self._policy.device
-        rows = [np.concatenate([context.tokens, continuation[:-1]]) for context, continuation in some]
+        rows = [
+            np.concatenate([context.tokens, continuation[:-1]]) for context, continuation in some
+        ]
         tokens = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
         for line, row in zip(tokens, rows):
             line[: len(row)] = row
         lengths = np.array([len(continuation) for _, continuation in some])
         row = np.repeat(np.arange(len(some)), lengths)
-        column = np.concatenate([len(context.tokens) - 1 + np.arange(len(continuation)) for context, continuation in some])
+        column = np.concatenate(
+            [
+                len(context.tokens) - 1 + np.arange(len(continuation))
+                for context, continuation in some
+            ]
+        )
         target = np.concatenate([continuation for _, continuation in some])
-        queries = [torch.from_numpy(part).to(device) for part in (row, column, target, np.ones(len(row), dtype=np.float32), np.full(len(row), self._form.markers.excluded))]
+        queries = [
+            torch.from_numpy(part).to(device)
+            for part in (
+                row,
+                column,
+                target,
+                np.ones(len(row), dtype=np.float32),
+                np.full(len(row), self._form.markers.excluded),
+            )
+        ]
         ids = torch.from_numpy(tokens).to(device)
         with self._policy.sampling():
-            logprob, greedy = (self._policy(statistic, ids, None, None, *queries).cpu().numpy() for statistic in ("logprob", "greedy"))
+            logprob, greedy = (
+                self._policy(statistic, ids, None, None, *queries).cpu().numpy()
+                for statistic in ("logprob", "greedy")
+            )
         found, ends = [], np.cumsum(lengths)
         for (context, continuation), start, end in zip(some, ends - lengths, ends):
-            reply = Reply(context.thought, context.thought_tokens, context.thought_truncated, self._text(continuation.tolist()), len(continuation), False, context.prompt_cut)
+            reply = Reply(
+                context.thought,
+                context.thought_tokens,
+                context.thought_truncated,
+                self._text(continuation.tolist()),
+                len(continuation),
+                False,
+                context.prompt_cut,
+            )
             found.append((float(logprob[start:end].sum()), bool(greedy[start:end].all()), reply))
         return found
 

@@ -1,1 +1,2 @@
-"""Documents and positions in them: from files to token ids, in an order that a few integers resume."""
+"""Documents and positions in them: from files to token ids, in an order that a few integers
+resume."""

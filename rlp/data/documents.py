@@ -1,11 +1,13 @@
-"""Documents: from rows to token ids, in a seeded order that a few integers resume; and positions in them.
+"""Documents: from rows to token ids, in a seeded order that a few integers resume; and positions in
+them.
 
-A row (`rlp/data/sources.py`) becomes text by `data.template` and then token ids, once: ids are never decoded and
-encoded again. A row that can not become a document is skipped and counted by reason, up to
-`data.max_bad_fraction`. What a position is used for is not known here.
+A row (`rlp/data/sources.py`) becomes text by `data.template` and then token ids, once: ids are
+never decoded and encoded again. A row that can not become a document is skipped and counted by
+reason, up to `data.max_bad_fraction`. What a position is used for is not known here.
 
 Dimensions
-    B  documents;  K  positions per document;  M  positions of all documents together (B * K where each gives K)
+    B  documents;  K  positions per document;  M  positions of all documents together (B * K where
+       each gives K)
     H  target tokens (the horizon)
 """
 
@@ -41,9 +43,15 @@ def fill_template(template: str, row: dict) -> str:
         if name is None:
             continue
         if name not in row:
-            raise BadDocument("missing field", f"no field {name!r}; the row has {', '.join(row) or 'none'}; write data.template with fields that it has")
+            raise BadDocument(
+                "missing field",
+                f"no field {name!r}; the row has {', '.join(row) or 'none'}; write data.template"
+                " with fields that it has",
+            )
         if not isinstance(row[name], str):
-            raise BadDocument("field is not text", f"field {name!r} is {type(row[name]).__name__}; expected text")
+            raise BadDocument(
+                "field is not text", f"field {name!r} is {type(row[name]).__name__}; expected text"
+            )
         text.append(row[name])
     return "".join(text)
 
@@ -55,12 +63,17 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) ->
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadDocument("not Unicode", f"character {error.start} is {error.reason.removesuffix(' not allowed')}; expected no lone half of a surrogate pair") from error
+        raise BadDocument(
+            "not Unicode",
+            f"character {error.start} is {error.reason.removesuffix(' not allowed')}; expected no"
+            " lone half of a surrogate pair",
+        ) from error
     return ended(first_ids(text, tokenizer, config.max_document_tokens), tokenizer, config)
 
 
 def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> np.ndarray:
-    """[P] int64: with the end-of-sequence token where `data.append_eos` wants it, cut to `data.max_document_tokens`."""
+    """[P] int64: with the end-of-sequence token where `data.append_eos` wants it, cut to
+    `data.max_document_tokens`."""
     ids = ids + [tokenizer.eos_token_id] if config.append_eos else ids
     return np.array(ids[: config.max_document_tokens], dtype=np.int64)
 
@@ -69,20 +82,33 @@ def given_ids(row: dict, field: str, vocabulary: int) -> list[int]:
     """Token ids that a row holds under `data.tokens_field`."""
     ids = row.get(field)
     if field not in row:
-        raise BadDocument("missing field", f"no field {field!r}; the row has {', '.join(row) or 'none'}; write data.tokens_field with one that it has")
+        raise BadDocument(
+            "missing field",
+            f"no field {field!r}; the row has {', '.join(row) or 'none'}; write data.tokens_field"
+            " with one that it has",
+        )
     if not (isinstance(ids, list) and all(type(token) is int for token in ids)):
-        raise BadDocument("field is not token ids", f"field {field!r} is {type(ids).__name__}; expected a list of whole numbers")
+        raise BadDocument(
+            "field is not token ids",
+            f"field {field!r} is {type(ids).__name__}; expected a list of whole numbers",
+        )
     beyond = [token for token in ids if not 0 <= token < vocabulary]
     if beyond:
-        raise BadDocument("token id beyond the vocabulary", f"field {field!r} holds {beyond[0]}; the model's embedding has rows 0 to {vocabulary - 1}; expected ids of this model's tokenizer")
+        raise BadDocument(
+            "token id beyond the vocabulary",
+            f"field {field!r} holds {beyond[0]}; the model's embedding has rows 0 to"
+            f" {vocabulary - 1}; expected ids of this model's tokenizer",
+        )
     return ids
 
 
 def first_ids(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """The first `count` token ids of a text, and perhaps some more, without tokenizing the rest of a long one.
+    """The first `count` token ids of a text, and perhaps some more, without tokenizing the rest of
+    a long one.
 
-    The text is cut where there are 64 tokens more than asked for: what is behind a cut changes tokens next to it, not
-    tokens that far before. A cut that leaves too few tokens is moved to four times as many characters.
+    The text is cut where there are 64 tokens more than asked for: what is behind a cut changes
+    tokens next to it, not tokens that far before. A cut that leaves too few tokens is moved to four
+    times as many characters.
     """
     wanted = count + 64
     characters = 8 * wanted  # 4 to 5 make a token of English

@@ -2,12 +2,28 @@
 
 import numpy as np
 
-POSITION_NOISE, THOUGHT_NOISE, PANEL_NOISE, ORDER_NOISE, SOURCE_NOISE, BENCHMARK_THOUGHT_NOISE, BENCHMARK_ANSWER_NOISE = range(7)
+(
+    POSITION_NOISE,
+    THOUGHT_NOISE,
+    PANEL_NOISE,
+    ORDER_NOISE,
+    SOURCE_NOISE,
+    BENCHMARK_THOUGHT_NOISE,
+    BENCHMARK_ANSWER_NOISE,
+) = range(7)
 """Purposes of `keyed_noise`: draws for different purposes never share a stream."""
 
 
-def keyed_noise(*, seed: int, purpose: int, step: int = 0, document: int = 0, occurrence: int = 0,
-                position: int = 0, thought: int = 0) -> np.random.Generator:
+def keyed_noise(
+    *,
+    seed: int,
+    purpose: int,
+    step: int = 0,
+    document: int = 0,
+    occurrence: int = 0,
+    position: int = 0,
+    thought: int = 0,
+) -> np.random.Generator:
     """A generator that depends on its key alone.
 
     So a draw is the same on any rank, in any batch, after any resume. Philox is a function from

@@ -1,7 +1,8 @@
 """Which tokens of a document are predicted.
 
 Dimensions
-    M  positions of all documents together;  K  positions per document;  H  target tokens (the horizon)
+    M  positions of all documents together;  K  positions per document;  H  target tokens (the
+       horizon)
 """
 
 from collections.abc import Callable
@@ -45,8 +46,16 @@ class Positions:
         return slice(int(first), int(last))
 
 
-def candidate_positions(tokens: np.ndarray, config: PositionConfig, *, horizon: int, excluded: int, marker: tuple[int, ...] = ()) -> np.ndarray:
-    """Positions of a document that may be chosen: enough prefix, a whole horizon of targets, none of them `excluded`.
+def candidate_positions(
+    tokens: np.ndarray,
+    config: PositionConfig,
+    *,
+    horizon: int,
+    excluded: int,
+    marker: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Positions of a document that may be chosen: enough prefix, a whole horizon of targets, none
+    of them `excluded`.
 
     Args:
         tokens: [P] int64.
@@ -65,30 +74,59 @@ def candidate_positions(tokens: np.ndarray, config: PositionConfig, *, horizon: 
     return positions
 
 
-def choose_positions(documents: list[Document], candidates: Callable[[np.ndarray], np.ndarray], config: PositionConfig, *,
-                     horizon: int, seed: int, step: int, scores: list[np.ndarray] | None = None) -> Positions:
+def choose_positions(
+    documents: list[Document],
+    candidates: Callable[[np.ndarray], np.ndarray],
+    config: PositionConfig,
+    *,
+    horizon: int,
+    seed: int,
+    step: int,
+    scores: list[np.ndarray] | None = None,
+) -> Positions:
     """K positions of each document (fewer where it has fewer candidates).
 
     Args:
-        scores: for the selectors `entropy` and `surprisal`, one [P] array per document, the score of position t
-            at index t; the K largest are taken, the earlier one of equals.
+        scores: for the selectors `entropy` and `surprisal`, one [P] array per document, the score
+            of position t at index t; the K largest are taken, the earlier one of equals.
     """
-    chosen = [_choose(document, candidates(document.tokens), config, seed, step, None if scores is None else scores[index])
-              for index, document in enumerate(documents)]
+    chosen = [
+        _choose(
+            document,
+            candidates(document.tokens),
+            config,
+            seed,
+            step,
+            None if scores is None else scores[index],
+        )
+        for index, document in enumerate(documents)
+    ]
     position = np.concatenate(chosen)
     document = np.repeat(np.arange(len(documents)), [len(part) for part in chosen])
     target = np.stack([documents[d].tokens[t : t + horizon] for d, t in zip(document, position)])
     return Positions(document=document, position=position, target=target)
 
 
-def _choose(document: Document, candidates: np.ndarray, config: PositionConfig, seed: int, step: int, score: np.ndarray | None) -> np.ndarray:
+def _choose(
+    document: Document,
+    candidates: np.ndarray,
+    config: PositionConfig,
+    seed: int,
+    step: int,
+    score: np.ndarray | None,
+) -> np.ndarray:
     if config.per_document == "all" or len(candidates) <= config.per_document:
         return candidates
     if score is not None:
         ranked = candidates[np.argsort(-score[candidates], kind="stable")]
         return np.sort(ranked[: config.per_document])
-    noise = keyed_noise(seed=seed, purpose=POSITION_NOISE, step=step, document=document.id,
-                        occurrence=document.occurrence)
+    noise = keyed_noise(
+        seed=seed,
+        purpose=POSITION_NOISE,
+        step=step,
+        document=document.id,
+        occurrence=document.occurrence,
+    )
     return np.sort(noise.choice(candidates, size=config.per_document, replace=False))
 
 
@@ -97,5 +135,10 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, config: PositionConfig) -> tu
     if config.marker is None:
         return ()
     ids = tuple(tokenizer.encode(config.marker, add_special_tokens=False))
-    require(len(ids) > 0 and tokenizer.unk_token_id not in ids, "position.marker", config.marker, f"must be text that the tokenizer can write (token ids {list(ids)})")
+    require(
+        len(ids) > 0 and tokenizer.unk_token_id not in ids,
+        "position.marker",
+        config.marker,
+        f"must be text that the tokenizer can write (token ids {list(ids)})",
+    )
     return ids

@@ -41,23 +41,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-
 UNPACKED = Path(constants.HF_HOME) / "rlp" / "unpacked"
 """Where unpacked files are kept (`HF_HOME` moves it); deleting it costs unpacking them again."""
 
 LOOK_S = 1.0
 """How often a rank looks how far another one is that unpacks a file."""
 
-MAX_EXPANSION, EXPANSION_MARGIN_BYTES = 200, 2 ** 27
-"""A compressed file may unpack to so many times its size, plus the margin. Text shrinks to a third or a twentieth; a
-file made to fill a disk, to a thousandth."""
+MAX_EXPANSION, EXPANSION_MARGIN_BYTES = 200, 2**27
+"""A compressed file may unpack to so many times its size, plus the margin. Text shrinks to a third
+or a twentieth; a file made to fill a disk, to a thousandth."""
 
-SAMPLED_BYTES = 2 ** 20
+SAMPLED_BYTES = 2**20
 """Of a file, evenly spread, that say whether it is the same file."""
 
 
 class DataError(Exception):
-    """Data that can not be used. The message says where, what came, what was expected and what to write."""
+    """Data that can not be used. The message says where, what came, what was expected and what to
+    write."""
 
 
 class BadDocument(Exception):
@@ -74,7 +74,8 @@ class Table:
     identity: str
     """Differs where the content does."""
     line_of: Callable[[int], int] = lambda row: row + 1
-    """Where a row begins, for messages: its line in the file, or its number where there are no lines."""
+    """Where a row begins, for messages: its line in the file, or its number where there are no
+    lines."""
 
 
 class Rows:
@@ -107,7 +108,9 @@ class Rows:
         return table, index - int(self._starts[table])
 
 
-def open_rows(sources: list[str], config: DataConfig, split: str, key: str, progress: Tell = Progress) -> Rows:
+def open_rows(
+    sources: list[str], config: DataConfig, split: str, key: str, progress: Tell = Progress
+) -> Rows:
     """Open files, globs or a Hub data set.
 
     Args:
@@ -124,7 +127,14 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str, prog
         if source.startswith("hub:"):
             tables.append([_hub_table(source, split, key)])
         else:
-            tables.append([_file_table(path, _format_of(path, config.format, key), config.delimiter, key, progress) for path in _expand(source, key)])
+            tables.append(
+                [
+                    _file_table(
+                        path, _format_of(path, config.format, key), config.delimiter, key, progress
+                    )
+                    for path in _expand(source, key)
+                ]
+            )
     rows = Rows(tables)
     for source, size in zip(sources, rows.source_sizes):
         if size == 0:
@@ -135,24 +145,50 @@ def open_rows(sources: list[str], config: DataConfig, split: str, key: str, prog
 def _expand(source: str, key: str) -> list[str]:
     if "\0" in source:
         raise DataError(f"{key}: {source!r} is no path: it holds a NUL.")
-    paths = sorted(glob(source, recursive=True)) if has_magic(source) and not os.path.exists(source) else [source]
+    paths = (
+        sorted(glob(source, recursive=True))
+        if has_magic(source) and not os.path.exists(source)
+        else [source]
+    )
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) > 0]
     if not files:
-        found = "an empty file" if any(os.path.isfile(path) for path in paths) else _what_else(source)
-        raise DataError(f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a {KINDS} file, a glob that matches some, or hub:OWNER/NAME.")
+        found = (
+            "an empty file" if any(os.path.isfile(path) for path in paths) else _what_else(source)
+        )
+        raise DataError(
+            f"{key}: {found} at {source!r} (looked from {Path.cwd()}). Write the path of a {KINDS}"
+            " file, a glob that matches some, or hub:OWNER/NAME."
+        )
     return files
 
 
 def _what_else(source: str) -> str:
     """What is there in place of files."""
     if os.path.isdir(source):
-        endings = Counter(ending for name in os.listdir(source) if (ending := _plain_ending(name)) in FORMATS)
-        example = f" (its files are named by a glob: {os.path.join(source, '*' + endings.most_common(1)[0][0])!r})" if endings else ""
+        endings = Counter(
+            ending for name in os.listdir(source) if (ending := _plain_ending(name)) in FORMATS
+        )
+        example = (
+            " (its files are named by a glob:"
+            f" {os.path.join(source, '*' + endings.most_common(1)[0][0])!r})"
+            if endings
+            else ""
+        )
         return f"a folder, and no file{example},"
     return "something that is no file" if os.path.exists(source) else "no file"
 
 
-FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".text": "text", ".md": "text"}
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
 """What a file is, by its ending."""
 
 KINDS = ".jsonl, .parquet, .csv, .tsv or .txt"
@@ -170,7 +206,10 @@ def _format_of(path: str, wanted: str, key: str) -> str:
         return wanted
     kind = FORMATS.get(_plain_ending(path))
     if kind is None:
-        raise DataError(f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl, parquet, csv, tsv or text.")
+        raise DataError(
+            f"{key}: can not tell the format of {path!r} by its ending. Write data.format=jsonl,"
+            " parquet, csv, tsv or text."
+        )
     return kind
 
 
@@ -185,18 +224,37 @@ def _file_table(path: str, form: str, delimiter: str | None, key: str, progress:
             rows = Records(plain, delimiter or DELIMITERS[form], progress)
             return Table(path, rows, identity(Path(path)), rows.line_of)
         else:
-            rows = Lines(plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form], progress)
+            rows = Lines(
+                plain, {"jsonl": _parse_json, "text": lambda text: {"text": text}}[form], progress
+            )
         return Table(path, rows, identity(Path(path)))
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, ValueError, LookupError, TypeError, ArithmeticError) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        pyarrow.ArrowException,
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise DataError(f"{key}: {path!r} can not be read: {reason}. Expected a readable {KINDS} file, whole, and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it).") from error
+        raise DataError(
+            f"{key}: {path!r} can not be read: {reason}. Expected a readable {KINDS} file, whole,"
+            f" and plain, gz or zst; what is unpacked goes to {UNPACKED} (HF_HOME moves it)."
+        ) from error
 
 
 def identity(path: Path) -> str:
-    """Of a file: its size and a checksum of `SAMPLED_BYTES` of it, of the whole where it is smaller."""
-    size, block = path.stat().st_size, 2 ** 16
+    """Of a file: its size and a checksum of `SAMPLED_BYTES` of it, of the whole where it is
+    smaller."""
+    size, block = path.stat().st_size, 2**16
     last = max(size - block, 0)
-    starts = range(0, size, block) if size <= SAMPLED_BYTES else (last * i // (SAMPLED_BYTES // block - 1) for i in range(SAMPLED_BYTES // block))
+    starts = (
+        range(0, size, block)
+        if size <= SAMPLED_BYTES
+        else (last * i // (SAMPLED_BYTES // block - 1) for i in range(SAMPLED_BYTES // block))
+    )
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         for start in starts:
@@ -208,7 +266,13 @@ def identity(path: Path) -> str:
 class Lines:
     """Lines of a plain file, found by where they end: 8 bytes of memory each."""
 
-    def __init__(self, path: Path, parse: Callable[[str], object], progress: Tell = Progress, find_ends: Callable[[BinaryIO, Progress], np.ndarray] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[str], object],
+        progress: Tell = Progress,
+        find_ends: Callable[[BinaryIO, Progress], np.ndarray] | None = None,
+    ) -> None:
         """
         Args:
             parse: text of a line -> the row, or BadDocument.
@@ -233,9 +297,16 @@ class Lines:
                 file.seek(start)
                 line = file.read(int(self._ends[index]) - start)
         except OSError as error:
-            raise DataError(f"{self._path} can not be read any more: {error}. Put it back, and continue with run.resume=auto.") from error
+            raise DataError(
+                f"{self._path} can not be read any more: {error}. Put it back, and continue with"
+                " run.resume=auto."
+            ) from error
         if changed:
-            raise DataError(f"{self._path} has changed since this run opened it, so its lines are no longer where they were. Leave files alone that a run reads; put it back, and continue with run.resume=auto.")
+            raise DataError(
+                f"{self._path} has changed since this run opened it, so its lines are no longer"
+                " where they were. Leave files alone that a run reads; put it back, and continue"
+                " with run.resume=auto."
+            )
         try:
             text = line.decode().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
@@ -253,7 +324,7 @@ def _stamp(file: int) -> tuple[int, int]:
 def _line_ends(file: BinaryIO, found: Progress) -> np.ndarray:
     """[rows] int64: offset right after each line; a last line needs no line end."""
     ends, offset = [], 0
-    while chunk := file.read(2 ** 24):
+    while chunk := file.read(2**24):
         ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + offset + 1)
         offset += len(chunk)
         found.advance(len(chunk))
@@ -265,7 +336,8 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 class Records:
-    """Rows of a CSV file (RFC 4180), found by where they end: 8 bytes of memory each, 16 where quotes hold line ends. Every field is text.
+    """Rows of a CSV file (RFC 4180), found by where they end: 8 bytes of memory each, 16 where
+    quotes hold line ends. Every field is text.
 
     The first record names the fields. A record of another number of fields is a bad document.
     """
@@ -286,9 +358,17 @@ class Records:
     def __getitem__(self, index: int) -> dict:
         fields = self._records[index + 1]
         if len(fields) != len(self._names):
-            lines = int(self._first_lines[index + 2] - self._first_lines[index + 1]) if self._first_lines is not None else 1
+            lines = (
+                int(self._first_lines[index + 2] - self._first_lines[index + 1])
+                if self._first_lines is not None
+                else 1
+            )
             span = f" in {lines} lines, held together by quotes" if lines > 1 else ""
-            raise BadDocument("broken CSV", f"{len(fields)} fields{span}; the header names {len(self._names)}: {', '.join(self._names)}")
+            raise BadDocument(
+                "broken CSV",
+                f"{len(fields)} fields{span}; the header names {len(self._names)}:"
+                f" {', '.join(self._names)}",
+            )
         return dict(zip(self._names, fields))
 
     def line_of(self, index: int) -> int:
@@ -299,30 +379,43 @@ class Records:
         try:
             names = self._records[0]
         except BadDocument as error:
-            raise ValueError(f"the header, its first line: {error.args[0]} ({error.args[1]})") from error
+            raise ValueError(
+                f"the header, its first line: {error.args[0]} ({error.args[1]})"
+            ) from error
         if len(set(names)) < len(names) or not all(name.strip() for name in names):
             raise ValueError(f"the header, its first line, must name each field once, got {names}")
         return names
 
     def _fields(self, record: str) -> list[str]:
-        csv.field_size_limit(2 ** 31 - 1)
+        csv.field_size_limit(2**31 - 1)
         try:
             rows = list(csv.reader([record], delimiter=self._delimiter))
         except csv.Error as error:
-            raise BadDocument("broken CSV", f"{error}; expected fields with {self._delimiter!r} between them, in double quotes where they hold it, a quote or a line end") from error
+            raise BadDocument(
+                "broken CSV",
+                f"{error}; expected fields with {self._delimiter!r} between them, in double quotes"
+                " where they hold it, a quote or a line end",
+            ) from error
         return rows[0]
 
     def _find_ends(self, file: BinaryIO, found: Progress) -> np.ndarray:
-        """[records] int64: offset right after each record; and where a record has several lines, the line that each begins with."""
+        """[records] int64: offset right after each record; and where a record has several lines,
+        the line that each begins with."""
         scan, ends, lines = _QuoteScan(self._delimiter), [], []
-        while chunk := file.read(2 ** 20):
+        while chunk := file.read(2**20):
             here, newlines = scan.ends(chunk)
             ends.append(here)
             lines.append(newlines)
             found.advance(len(chunk))
-        ends, lines = (np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (ends, lines))
+        ends, lines = (
+            np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (ends, lines)
+        )
         if scan.is_open:
-            raise ValueError(f"the quote in the record that begins in line {1 + (int(lines[-1]) if len(lines) else 0)} is never closed, so it may be cut off")
+            raise ValueError(
+                "the quote in the record that begins in line"
+                f" {1 + (int(lines[-1]) if len(lines) else 0)} is never closed, so it may be"
+                " cut off"
+            )
         if scan.offset > (ends[-1] if len(ends) else 0):
             ends, lines = np.append(ends, scan.offset), np.append(lines, scan.lines + 1)
         if len(lines) and lines[-1] > len(lines):
@@ -331,14 +424,15 @@ class Records:
 
 
 class _QuoteScan:
-    """Finds the ends of records in pieces of a file. A quote opens at the start of a field only; inside, two of them are one of the text."""
+    """Finds the ends of records in pieces of a file. A quote opens at the start of a field only;
+    inside, two of them are one of the text."""
 
     def __init__(self, delimiter: str) -> None:
         self.quoted = False
         self.offset = self.lines = 0
         """Bytes and line ends seen so far."""
         self._delimiter = delimiter.encode()
-        self._event = re.compile(rb'\n|(?<=[\n' + re.escape(self._delimiter) + rb'])"')
+        self._event = re.compile(rb"\n|(?<=[\n" + re.escape(self._delimiter) + rb'])"')
         self._previous = b"\n"
         self._undecided = False
         """The last byte was a quote in quotes, which ends them or not."""
@@ -349,16 +443,29 @@ class _QuoteScan:
         return self.quoted and not self._undecided
 
     def ends(self, chunk: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets right after the records that end in the next piece, and how many line ends there are up to each."""
-        newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + self.offset + 1
-        ends = newlines if not self.quoted and b'"' not in chunk else np.array(self._walk(chunk), dtype=np.int64)
+        """Offsets right after the records that end in the next piece, and how many line ends there
+        are up to each."""
+        newlines = (
+            np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + self.offset + 1
+        )
+        ends = (
+            newlines
+            if not self.quoted and b'"' not in chunk
+            else np.array(self._walk(chunk), dtype=np.int64)
+        )
         lines = np.searchsorted(newlines, ends, side="right") + self.lines
-        self.offset, self.lines, self._previous = self.offset + len(chunk), self.lines + len(newlines), chunk[-1:]
+        self.offset, self.lines, self._previous = (
+            self.offset + len(chunk),
+            self.lines + len(newlines),
+            chunk[-1:],
+        )
         return ends, lines
 
     def _walk(self, chunk: bytes) -> list[int]:
         if self.offset == 0 and chunk.startswith(codecs.BOM_UTF8):
-            chunk = chunk.replace(codecs.BOM_UTF8, 3 * self._delimiter, 1)  # a quote behind it is at the start of a field
+            chunk = chunk.replace(
+                codecs.BOM_UTF8, 3 * self._delimiter, 1
+            )  # a quote behind it is at the start of a field
         data, place, ends = self._previous + chunk, 1, []
         if self._undecided:
             self.quoted, self._undecided = data[1:2] == b'"', False
@@ -385,9 +492,14 @@ def _parse_json(line: str) -> dict:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadDocument("broken JSON", f"{error}; expected one JSON object on the line") from error
+        raise BadDocument(
+            "broken JSON", f"{error}; expected one JSON object on the line"
+        ) from error
     if not isinstance(value, dict):
-        raise BadDocument("not a JSON object", f"got {type(value).__name__}; expected an object such as {{\"text\": ...}}")
+        raise BadDocument(
+            "not a JSON object",
+            f'got {type(value).__name__}; expected an object such as {{"text": ...}}',
+        )
     return value
 
 
@@ -396,7 +508,15 @@ class ArrowRows:
 
     def __init__(self, path: Path) -> None:
         self._reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        self._starts = np.cumsum([0, *(self._reader.get_batch(index).num_rows for index in range(self._reader.num_record_batches))])
+        self._starts = np.cumsum(
+            [
+                0,
+                *(
+                    self._reader.get_batch(index).num_rows
+                    for index in range(self._reader.num_record_batches)
+                ),
+            ]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -428,15 +548,24 @@ def _plain_row(table: pyarrow.Table | pyarrow.RecordBatch) -> dict:
 
 
 def _converted(path: Path, convert: Callable[[Path, BinaryIO], None], progress: Tell) -> Path:
-    """The plain form of a file, made the first time and kept; ranks wait for the one that makes it."""
+    """The plain form of a file, made the first time and kept; ranks wait for the one that makes
+    it."""
     status = path.stat()
-    name = hashlib.sha256(f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    name = hashlib.sha256(
+        f"{convert.__name__} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()
+    ).hexdigest()
     make_folder(UNPACKED, exist_ok=True)
     plain = UNPACKED / name
     with _waited_for(FileLock(UNPACKED / f"{name}.lock"), path, f"{name}.*.partial", progress):
         if not plain.exists():
             with progress(f"unpacking {path}", None, "bytes") as unpacked:
-                _write_whole(plain, path, convert, MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES, unpacked)
+                _write_whole(
+                    plain,
+                    path,
+                    convert,
+                    MAX_EXPANSION * status.st_size + EXPANSION_MARGIN_BYTES,
+                    unpacked,
+                )
     return plain
 
 
@@ -465,7 +594,13 @@ def _size(path: Path) -> int:
         return 0  # it has its name
 
 
-def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], None], bound: int, unpacked: Progress) -> None:
+def _write_whole(
+    plain: Path,
+    path: Path,
+    convert: Callable[[Path, BinaryIO], None],
+    bound: int,
+    unpacked: Progress,
+) -> None:
     """Make the plain file, all of it or nothing."""
     partial = plain.with_name(f"{plain.name}.{secrets.token_hex(8)}.partial")
     with new_file(partial, point="unpack.torn_file") as file:
@@ -477,7 +612,8 @@ def _write_whole(plain: Path, path: Path, convert: Callable[[Path, BinaryIO], No
 
 
 class _BoundedFile:
-    """A file that refuses to grow beyond `bound` bytes, and tells how far it is. Whoever opened it closes it."""
+    """A file that refuses to grow beyond `bound` bytes, and tells how far it is. Whoever opened it
+    closes it."""
 
     closed = False
 
@@ -490,27 +626,32 @@ class _BoundedFile:
 
     def write(self, content: bytes) -> int:
         if self._file.tell() + len(content) > self._bound:
-            raise OSError(f"it unpacks to more than {self._bound:,} bytes, {MAX_EXPANSION} times its size; "
-                          "if that is right, unpack it yourself")
+            raise OSError(
+                f"it unpacks to more than {self._bound:,} bytes, {MAX_EXPANSION} times its size; "
+                "if that is right, unpack it yourself"
+            )
         self._unpacked.advance(len(content))
         return self._file.write(content)
 
 
 def _gunzip(path: Path, plain: BinaryIO) -> None:
     with gzip.open(path) as file:
-        shutil.copyfileobj(file, plain, 2 ** 20)
+        shutil.copyfileobj(file, plain, 2**20)
 
 
 def _unzstd(path: Path, plain: BinaryIO) -> None:
-    """Frame by frame. The library takes a file that ends inside a frame for a whole one, so the end is looked for here."""
+    """Frame by frame. The library takes a file that ends inside a frame for a whole one, so the end
+    is looked for here."""
     try:
         import zstandard
     except ImportError as error:
-        raise OSError("the package zstandard is not installed; run pip install zstandard") from error
+        raise OSError(
+            "the package zstandard is not installed; run pip install zstandard"
+        ) from error
     decompressor, frame = zstandard.ZstdDecompressor(), None
     with open(path, "rb") as file:
         # Four bytes can stand for 128 KiB: what comes out of a small piece is small enough.
-        while piece := file.read(2 ** 12):
+        while piece := file.read(2**12):
             while piece:
                 frame = frame or decompressor.decompressobj()
                 try:
@@ -527,11 +668,19 @@ UNPACKERS = {".gz": _gunzip, ".zst": _unzstd}
 
 
 def _parquet_to_arrow(path: Path, plain: BinaryIO) -> None:
-    """The same rows as an Arrow file. What the file says of itself besides its columns is left behind."""
+    """The same rows as an Arrow file. What the file says of itself besides its columns is left
+    behind."""
     with parquet.ParquetFile(path) as file:
         writer = None
         for batch in file.iter_batches(batch_size=256):
-            columns = [column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column for column in batch.columns]
+            columns = [
+                (
+                    column.dictionary_decode()
+                    if isinstance(column, pyarrow.DictionaryArray)
+                    else column
+                )
+                for column in batch.columns
+            ]
             batch = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
             writer = writer or pyarrow.ipc.new_file(plain, batch.schema)
             writer.write_batch(batch)
@@ -541,25 +690,37 @@ def _parquet_to_arrow(path: Path, plain: BinaryIO) -> None:
 
 
 _HUB_NAME = re.compile(r"(?!buckets/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
-"""`datasets` takes a bare word for one of its own readers where it has one of that name, and then reads what lies here."""
+"""`datasets` takes a bare word for one of its own readers where it has one of that name, and then
+reads what lies here."""
 
 
 def _hub_table(source: str, split: str, key: str) -> Table:
     """A Hub data set through `datasets`, its errors turned into ours.
 
-    Rows are read as Arrow holds them: what the data set says of its columns may have files and addresses opened.
+    Rows are read as Arrow holds them: what the data set says of its columns may have files and
+    addresses opened.
     """
     name, _, subset = source.removeprefix("hub:").partition("@")
     if not _HUB_NAME.fullmatch(name) or name.endswith(".py") or os.path.exists(name):
-        raise DataError(f"{key}: {source!r} is no name of a Hub data set. Write hub:OWNER/NAME or hub:OWNER/NAME@CONFIG; files are named without hub:.")
+        raise DataError(
+            f"{key}: {source!r} is no name of a Hub data set. Write hub:OWNER/NAME or"
+            " hub:OWNER/NAME@CONFIG; files are named without hub:."
+        )
     settle_hub()
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = HubRows(datasets.load_dataset(name, *filter(None, [subset]), split=split).with_format("arrow"))
+        rows = HubRows(
+            datasets.load_dataset(name, *filter(None, [subset]), split=split).with_format("arrow")
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()
-        raise DataError(f"{key}: {source!r} can not be read: {reason[0].rstrip('.') if reason else type(cause).__name__}. Expected a Hub data set that this machine can reach, or has in its cache {datasets.config.HF_DATASETS_CACHE}.") from error
+        raise DataError(
+            f"{key}: {source!r} can not be read:"
+            f" {reason[0].rstrip('.') if reason else type(cause).__name__}. Expected a Hub data set"
+            " that this machine can reach, or has in its cache"
+            f" {datasets.config.HF_DATASETS_CACHE}."
+        ) from error
     return Table(source, rows, f"{len(rows)} rows")

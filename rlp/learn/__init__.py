@@ -1,1 +1,2 @@
-"""From a gradient to new weights, and the weights to disk: engine, optimizer, teacher, checkpoint, export."""
+"""From a gradient to new weights, and the weights to disk: engine, optimizer, teacher, checkpoint,
+export."""

@@ -2,15 +2,15 @@
 
 A checkpoint is a folder `step_N`:
 
-    shard_RRRRR-PPPPP.safetensors   per rank, in parts: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`,
-                                    `lag/NAME` (master - EMA), flat pieces of the float32 tensors that
-                                    the rank owns
-    meta.json                       sizes and checksums of the parts, where each piece starts, the shapes of the
-                                    parameters, and the run's state
+    shard_RRRRR-PPPPP.safetensors   per rank, in parts: `master/NAME`, `exp_avg/NAME`,
+                                    `exp_avg_sq/NAME`, `lag/NAME` (master - EMA), flat pieces of the
+                                    float32 tensors that the rank owns
+    meta.json                       sizes and checksums of the parts, where each piece starts, the
+                                    shapes of the parameters, and the run's state
     COMPLETE                        the checksum of meta.json, written last
 
-It is written under another name, synced, read back, and renamed: it is complete or invisible. Only then do older ones
-go, so there is a good one at every moment. No pickle is written or read.
+It is written under another name, synced, read back, and renamed: it is complete or invisible. Only
+then do older ones go, so there is a good one at every moment. No pickle is written or read.
 """
 
 import errno
@@ -47,10 +47,11 @@ from rlp.process.schemas import META
 FORMAT = 3
 """Of the folder; another one is refused."""
 
-PART_BYTES = 2 ** 26
-"""Tensor data in a file, at most. A save takes about three times this much memory, however large the model is."""
+PART_BYTES = 2**26
+"""Tensor data in a file, at most. A save takes about three times this much memory, however large
+the model is."""
 
-MAX_META_BYTES = 2 ** 28
+MAX_META_BYTES = 2**28
 """Of meta.json: some hundred bytes for each part of 64 MiB of tensors."""
 
 
@@ -58,17 +59,28 @@ class CheckpointError(Exception):
     """A checkpoint that can not be used; the message says which and why."""
 
 
-def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state: dict, keep: int, *,
-                    settle: Callable[[], None], say: Callable[[str], None]) -> Path | None:
+def save_checkpoint(
+    parent: Path,
+    step: int,
+    engine: Engine,
+    ranks: Ranks,
+    state: dict,
+    keep: int,
+    *,
+    settle: Callable[[], None],
+    say: Callable[[str], None],
+) -> Path | None:
     """Write `parent/step_N`, then remove all but the `keep` newest checkpoints. A collective.
 
     Args:
         state: JSON values: everything of the run that is no tensor.
-        settle: brings to disk, on the first rank, what must be there before the checkpoint is; an OSError of it fails the save.
+        settle: brings to disk, on the first rank, what must be there before the checkpoint is; an
+            OSError of it fails the save.
         say: told what could not be done.
 
     Returns:
-        The folder, or None where some rank could not write: training may go on, the older checkpoints stand.
+        The folder, or None where some rank could not write: training may go on, the older
+            checkpoints stand.
     """
     final = parent / f"step_{step}"
     temporary = ranks.broadcast(temporary_of(final) if ranks.is_first else None)
@@ -87,22 +99,39 @@ def save_checkpoint(parent: Path, step: int, engine: Engine, ranks: Ranks, state
         shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
         try:
             settle()
-            _complete(temporary, final, {"format": FORMAT, "step": step, "shards": shards, "shapes": shapes, "state": state})
+            _complete(
+                temporary,
+                final,
+                {
+                    "format": FORMAT,
+                    "step": step,
+                    "shards": shards,
+                    "shapes": shapes,
+                    "state": state,
+                },
+            )
         except OSError as error:
             failures = [f"rank 0: {error}"]
     failures = ranks.broadcast(failures)
     if failures:
-        say(f"step {step}: the checkpoint could not be written ({'; '.join(failures)}). Training goes on; the older checkpoints stand.")
+        say(
+            f"step {step}: the checkpoint could not be written ({'; '.join(failures)}). Training"
+            " goes on; the older checkpoints stand."
+        )
     if ranks.is_first:
         try:
             _remove_old(parent, keep, newest=None if failures else final)
         except OSError as error:
-            say(f"step {step}: an old checkpoint could not be removed ({error}). The new one is good; removal is tried again after the next.")
+            say(
+                f"step {step}: an old checkpoint could not be removed ({error}). The new one is"
+                " good; removal is tried again after the next."
+            )
     return None if failures else final
 
 
 def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
-    """Write this rank's tensors, part by part, and read each part back; what meta.json says of them, by file name."""
+    """Write this rank's tensors, part by part, and read each part back; what meta.json says of
+    them, by file name."""
     written = {}
     for index, (starts, adam_step, tensors) in enumerate(_parts(engine, ranks)):
         fault("save.before_part")
@@ -112,13 +141,20 @@ def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
         checksum = hashlib.sha256(content).hexdigest()
         if _digest(path) != checksum:
             raise OSError(errno.EIO, "reads back otherwise than it was written", str(path))
-        written[path.name] = {"size": len(content), "sha256": checksum, "fragments": starts, "adam_step": adam_step}
+        written[path.name] = {
+            "size": len(content),
+            "sha256": checksum,
+            "fragments": starts,
+            "adam_step": adam_step,
+        }
     return written
 
 
 def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, dict[str, Tensor]]]:
-    """This rank's tensors, at most `PART_BYTES` at a time: where each parameter's piece starts in the flattened parameter,
-    the optimizer's step, and copies of the pieces. Where nothing is sharded the first rank has them all."""
+    """This rank's tensors, at most `PART_BYTES` at a time: where each parameter's piece starts in
+    the flattened parameter, the optimizer's step, and copies of the pieces. Where nothing is
+    sharded the first rank has them all.
+    """
     starts, tensors, adam_step, room = {}, {}, 0, PART_BYTES
     for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
         state = engine.state_of(fragment.flat)
@@ -134,7 +170,9 @@ def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, 
             starts[fragment.name] = fragment.start + done
             for kind, flat in kinds.items():
                 # A copy each: safetensors refuses views that share storage.
-                tensors[f"{kind}/{fragment.name}"] = fragment.view(flat)[done : done + count].to("cpu", copy=True)
+                tensors[f"{kind}/{fragment.name}"] = fragment.view(flat)[done : done + count].to(
+                    "cpu", copy=True
+                )
             done, room = done + count, room - count * bytes_each
     if tensors:
         yield starts, adam_step, tensors
@@ -146,7 +184,11 @@ def _complete(temporary: Path, final: Path, meta: dict) -> None:
     content = json.dumps(meta, indent=1, allow_nan=False).encode()
     write_new(temporary / "meta.json", content, point="save.torn_meta")
     fault("save.before_complete")
-    write_new(temporary / "COMPLETE", hashlib.sha256(content).hexdigest().encode(), point="save.torn_complete")
+    write_new(
+        temporary / "COMPLETE",
+        hashlib.sha256(content).hexdigest().encode(),
+        point="save.torn_complete",
+    )
     if final.exists():
         _set_aside(final, point="save.before_aside")
     name_folder(temporary, final, point="save.before_rename")
@@ -154,7 +196,8 @@ def _complete(temporary: Path, final: Path, meta: dict) -> None:
 
 
 def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
-    """Remove what this or an earlier save left unfinished, and, where there is a new checkpoint, all but the `keep` newest.
+    """Remove what this or an earlier save left unfinished, and, where there is a new checkpoint,
+    all but the `keep` newest.
 
     An old checkpoint loses its name first: half of one is never taken for damage.
     """
@@ -164,7 +207,8 @@ def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
 
 
 def _remove_unfinished(parent: Path) -> None:
-    """Delete what saves and removals left that were interrupted. At the start of a run, and after a save, nobody writes there."""
+    """Delete what saves and removals left that were interrupted. At the start of a run, and after a
+    save, nobody writes there."""
     for stale in parent.glob(".tmp.step_*"):
         fault("purge.before_delete")
         shutil.rmtree(stale)
@@ -203,7 +247,8 @@ class Checkpoint:
         return max((shard["adam_step"] for shard in self.shards.values()), default=0)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """[numel] float32: part of a flattened parameter's `master`, moment or EMA, from whichever shards hold it."""
+        """[numel] float32: part of a flattened parameter's `master`, moment or EMA, from whichever
+        shards hold it."""
         values, pieces = torch.zeros(numel), []
         for file, shard in self.shards.items():
             if name not in shard["fragments"]:
@@ -213,19 +258,29 @@ class Checkpoint:
                     piece = tensors.get_slice(f"{kind}/{name}")
                     begin, shape = shard["fragments"][name], piece.get_shape()
                     if piece.get_dtype() != "F32" or len(shape) != 1:
-                        raise CheckpointError(f"{self.path}: {file} holds {kind} of {name} as {piece.get_dtype()} {shape}; expected one dimension of F32.")
+                        raise CheckpointError(
+                            f"{self.path}: {file} holds {kind} of {name} as {piece.get_dtype()}"
+                            f" {shape}; expected one dimension of F32."
+                        )
                     low, high = max(start, begin), min(start + numel, begin + shape[0])
                     if low < high:
                         values[low - start : high - start] = piece[low - begin : high - begin]
                         pieces.append((low, high))
             except SafetensorError as error:
-                raise CheckpointError(f"{self.path}: {kind} of {name} can not be read from {file}: {error}.") from error
+                raise CheckpointError(
+                    f"{self.path}: {kind} of {name} can not be read from {file}: {error}."
+                ) from error
         filled = sum(high - low for low, high in pieces)
         if filled != numel:
-            raise CheckpointError(f"{self.path}: {kind} of {name} has {filled} of the {numel} values asked for. It was made by another model.")
+            raise CheckpointError(
+                f"{self.path}: {kind} of {name} has {filled} of the {numel} values asked for. It"
+                " was made by another model."
+            )
         pieces.sort()
         if any(end != begin for (_, end), (begin, _) in zip(pieces, pieces[1:])):
-            raise CheckpointError(f"{self.path}: pieces of {kind} of {name} overlap, and others are missing.")
+            raise CheckpointError(
+                f"{self.path}: pieces of {kind} of {name} overlap, and others are missing."
+            )
         return values
 
     @property
@@ -241,10 +296,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """Read and verify one checkpoint. With `ranks` a collective: each verifies its share of the files.
+    """Read and verify one checkpoint. With `ranks` a collective: each verifies its share of the
+    files.
 
     Raises:
-        CheckpointError: incomplete, or a file whose size or checksum is not the recorded one; on every rank the same.
+        CheckpointError: incomplete, or a file whose size or checksum is not the recorded one; on
+            every rank the same.
         ConfigError: written by another version.
     """
     checkpoint, problem = None, None
@@ -268,7 +325,8 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
 
 
 def peek(path: Path) -> dict | None:
-    """The state in a checkpoint, or in the newest of a folder of them, that can be read; tensors are not verified. None where there is none."""
+    """The state in a checkpoint, or in the newest of a folder of them, that can be read; tensors
+    are not verified. None where there is none."""
     for candidate in [path] if (path / "meta.json").is_file() else _by_step(path):
         try:
             return _read_meta(candidate).state
@@ -280,32 +338,57 @@ def peek(path: Path) -> dict | None:
 def _read_meta(path: Path) -> Checkpoint:
     meta_path, complete = path / "meta.json", path / "COMPLETE"
     if not (meta_path.is_file() and complete.is_file()):
-        raise CheckpointError(f"{path} is no complete checkpoint: expected meta.json and COMPLETE in it.")
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: expected meta.json and COMPLETE in it."
+        )
     if read_bytes(complete) != _digest(meta_path).encode():
-        raise CheckpointError(f"{path}: meta.json is not the one that was written (its checksum differs).")
+        raise CheckpointError(
+            f"{path}: meta.json is not the one that was written (its checksum differs)."
+        )
     if meta_path.stat().st_size > MAX_META_BYTES:
-        raise CheckpointError(f"{path}: meta.json is larger than {MAX_META_BYTES:,} bytes, which no checkpoint needs.")
+        raise CheckpointError(
+            f"{path}: meta.json is larger than {MAX_META_BYTES:,} bytes, which no checkpoint needs."
+        )
     try:
         meta = json.loads(read_bytes(meta_path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: meta.json is not JSON: {error}.") from error
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{path}: meta.json must be a JSON object, got {type(meta).__name__}.")
+        raise CheckpointError(
+            f"{path}: meta.json must be a JSON object, got {type(meta).__name__}."
+        )
     if meta.get("format") != FORMAT:
-        raise ConfigError(f"run.resume: {path} has format {repr(meta.get('format', 1))[:20]}; this version of rlp reads format {FORMAT}. Continue with the version that wrote it.")
+        raise ConfigError(
+            f"run.resume: {path} has format {repr(meta.get('format', 1))[:20]}; this version of rlp"
+            f" reads format {FORMAT}. Continue with the version that wrote it."
+        )
     if problem := META.problem(meta, ""):
         raise CheckpointError(f"{path}: meta.json: {problem}.")
-    return Checkpoint(path=path, step=meta["step"], state=meta["state"], shapes=meta["shapes"], shards=meta["shards"])
+    return Checkpoint(
+        path=path,
+        step=meta["step"],
+        state=meta["state"],
+        shapes=meta["shapes"],
+        shards=meta["shards"],
+    )
 
 
 def _verify(file: Path, entry: dict) -> None:
-    if not file.is_file() or file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
-        raise CheckpointError(f"{file.parent}: {file.name} is missing or damaged (its size or checksum differs).")
+    if (
+        not file.is_file()
+        or file.stat().st_size != entry["size"]
+        or _digest(file) != entry["sha256"]
+    ):
+        raise CheckpointError(
+            f"{file.parent}: {file.name} is missing or damaged (its size or checksum differs)."
+        )
 
 
-def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
-                      changes: bool = True) -> Checkpoint | None:
-    """The newest good checkpoint of a run; bad ones are said, and set aside. None where there never was one. A collective.
+def newest_checkpoint(
+    parent: Path, ranks: Ranks, say: Callable[[str], None], *, changes: bool = True
+) -> Checkpoint | None:
+    """The newest good checkpoint of a run; bad ones are said, and set aside. None where there never
+    was one. A collective.
 
     Args:
         changes: False leaves the folder as it is (a dry run): what is bad is said alone.
@@ -317,8 +400,13 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
         try:
             _remove_unfinished(parent)
         except OSError as error:
-            say(f"what an interrupted save left could not be removed ({error}). It is tried again after the next save.")
-    paths, earlier = ranks.broadcast((_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None)
+            say(
+                f"what an interrupted save left could not be removed ({error}). It is tried again"
+                " after the next save."
+            )
+    paths, earlier = ranks.broadcast(
+        (_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None
+    )
     rejected = [f"{path} was set aside earlier." for path in earlier]
     for path in paths:
         try:
@@ -331,7 +419,11 @@ def newest_checkpoint(parent: Path, ranks: Ranks, say: Callable[[str], None], *,
             what = ranks.broadcast(_try_to_set_aside(path) if ranks.is_first else None)
             say(f"{error} {what}; the one before it is tried.")
     if rejected:
-        raise CheckpointError("No good checkpoint is left: " + " ".join(rejected) + " Start a new run, or write run.resume=PATH of a good one.")
+        raise CheckpointError(
+            "No good checkpoint is left: "
+            + " ".join(rejected)
+            + " Start a new run, or write run.resume=PATH of a good one."
+        )
     return None
 
 
@@ -349,16 +441,18 @@ def _set_aside(path: Path, *, point: str) -> Path:
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
-    """Set weights, master weights, moments and EMA, whatever the number of ranks and the stage were.
+    """Set weights, master weights, moments and EMA, whatever the number of ranks and the stage
+    were.
 
     Raises:
-        CheckpointError: made by a model with other parameters, or without the EMA that this run needs.
+        CheckpointError: made by a model with other parameters, or without the EMA that this run
+            needs.
     """
     fault("resume.before_restore")
     fragments = engine.fragments()
-    refuse_other_model(checkpoint,
-                       {name: list(getattr(p, "ds_shape", p.shape)) for name,
-                        p in engine.parameters()})
+    refuse_other_model(
+        checkpoint, {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
+    )
     states = STATES if engine.keeps_ema else STATES[:2]
     for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
         if checkpoint.adam_step > 0:
@@ -373,31 +467,61 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
 
 def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     """Refuse a checkpoint whose parameters are not those of a model, by name and shape."""
-    odd = sorted(name for name in shapes.keys() | checkpoint.shapes.keys()
-                 if shapes.get(name) != checkpoint.shapes.get(name))
+    odd = sorted(
+        name
+        for name in shapes.keys() | checkpoint.shapes.keys()
+        if shapes.get(name) != checkpoint.shapes.get(name)
+    )
     if odd:
-        raise CheckpointError(f"{checkpoint.path} was made by another model: {len(odd)} parameters "
-                              f"differ, such as {odd[0]}, "
-                              f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and "
-                              f"{shapes.get(odd[0], 'none')} here.")
+        raise CheckpointError(
+            f"{checkpoint.path} was made by another model: {len(odd)} parameters "
+            f"differ, such as {odd[0]}, "
+            f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and "
+            f"{shapes.get(odd[0], 'none')} here."
+        )
 
 
 MAY_CHANGE = {
-    "run", "engine", "budget", "evaluation", "checkpoint", "logging", "model.attention", "data.max_bad_fraction", "data.held_out",
-    "thought.sampling_rows", "optim.micro_batch_size", "optim.thoughts_per_forward",
-    *(f"optim.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "final_fraction", "grad_clip", "spike_factor", "spike_window"))}
-"""Sections and settings that a continued run may have otherwise: where it runs and how long, how it is sharded, measured
-and told, which rows it puts up with, and how large its updates are from here on."""
+    "run",
+    "engine",
+    "budget",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "model.attention",
+    "data.max_bad_fraction",
+    "data.held_out",
+    "thought.sampling_rows",
+    "optim.micro_batch_size",
+    "optim.thoughts_per_forward",
+    *(
+        f"optim.{name}"
+        for name in (
+            "learning_rate",
+            "schedule",
+            "warmup_steps",
+            "final_fraction",
+            "grad_clip",
+            "spike_factor",
+            "spike_window",
+        )
+    ),
+}
+"""Sections and settings that a continued run may have otherwise: where it runs and how long, how it
+is sharded, measured and told, which rows it puts up with, and how large its updates are from here
+on."""
 
 MUST_STAY = {"run.seed", "evaluation.panel_positions"}
-"""In spite of their section. The dtype that a run computes in must stay too, whatever `engine.dtype` calls it: it is in the state."""
+"""In spite of their section. The dtype that a run computes in must stay too, whatever
+`engine.dtype` calls it: it is in the state."""
 
 NOT_TOLD = {"run.dir", "run.resume"}
 """Others in every continued run."""
 
 
 def changed_settings(saved: dict, config: dict, path: Path) -> list[dict]:
-    """The settings of a continued run that are others than those it was made with: `key`, `from` and `to` of each.
+    """The settings of a continued run that are others than those it was made with: `key`, `from`
+    and `to` of each.
 
     What was done stays done; what would make it another run is refused.
 
@@ -408,14 +532,23 @@ def changed_settings(saved: dict, config: dict, path: Path) -> list[dict]:
     Raises:
         ConfigError: a setting that must stay is another one.
     """
-    changes = [{"key": f"{section}.{name}", "from": saved.get(section, {}).get(name), "to": value}
-               for section, values in config.items() for name, value in values.items()
-               if saved.get(section, {}).get(name) != value]
-    refused = [f"{change['key']} was {change['from']!r}, is {change['to']!r}" for change in changes
-               if change["key"] in MUST_STAY or not {change["key"], change["key"].partition(".")[0]} & MAY_CHANGE]
+    changes = [
+        {"key": f"{section}.{name}", "from": saved.get(section, {}).get(name), "to": value}
+        for section, values in config.items()
+        for name, value in values.items()
+        if saved.get(section, {}).get(name) != value
+    ]
+    refused = [
+        f"{change['key']} was {change['from']!r}, is {change['to']!r}"
+        for change in changes
+        if change["key"] in MUST_STAY
+        or not {change["key"], change["key"].partition(".")[0]} & MAY_CHANGE
+    ]
     if refused:
-        raise ConfigError(f"run.resume: {path} was made with other settings: {'; '.join(refused)}. "
-                          "Write the same values, or start a new run with model.path set to its export.")
+        raise ConfigError(
+            f"run.resume: {path} was made with other settings: {'; '.join(refused)}. "
+            "Write the same values, or start a new run with model.path set to its export."
+        )
     return [change for change in changes if change["key"] not in NOT_TOLD]
 
 
@@ -423,11 +556,14 @@ def refuse_other_inputs(saved: dict[str, str], inputs: dict[str, str], path: Pat
     """Refuse to continue a run on other inputs than those that its numbers come from.
 
     Args:
-        saved, inputs: checksums by what they are of. What is no longer read need not be there; what is read
-            now was there from the start.
+        saved, inputs: checksums by what they are of. What is no longer read need not be there; what
+            is read now was there from the start.
         path: of the checkpoint.
     """
     other = [name for name, checksum in inputs.items() if saved.get(name) != checksum]
     if other:
-        raise ConfigError(f"run.resume: {path} was made with other inputs than those that the config names: {', '.join(other)} changed "
-                          "since, or came later. Put them back as they were, or start a new run with model.path set to its export.")
+        raise ConfigError(
+            f"run.resume: {path} was made with other inputs than those that the config names:"
+            f" {', '.join(other)} changed since, or came later. Put them back as they were, or"
+            " start a new run with model.path set to its export."
+        )

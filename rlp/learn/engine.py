@@ -74,7 +74,11 @@ def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
     """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
     optim, engine = config.optim, config.engine
     micro_batches = -(-(optim.batch_size // ranks.world_size) // optim.micro_batch_size)
-    slices = -(-config.thought.group_size // (optim.thoughts_per_forward or config.thought.group_size)) if config.objective.thinks else 1
+    slices = (
+        -(-config.thought.group_size // (optim.thoughts_per_forward or config.thought.group_size))
+        if config.objective.thinks
+        else 1
+    )
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": micro_batches * slices,
@@ -82,18 +86,23 @@ def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10 ** 9,
+        "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
     if dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
         if engine.zero_stage == 1:
-            # Stage 1 with float32 accumulation matches a plain loop to 7e-9; stages 2 and 3 accumulate in bfloat16.
+            # Stage 1 with float32 accumulation matches a plain loop to 7e-9; stages 2 and 3
+            # accumulate in bfloat16.
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.offload_optimizer:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+        settings["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": ranks.device.type == "cuda",
+        }
     if engine.zero_stage == 3:
-        # Every parameter is sharded: with DeepSpeed's default, small ones are kept whole and a small model is not sharded at all.
+        # Every parameter is sharded: with DeepSpeed's default, small ones are kept whole and a
+        # small model is not sharded at all.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings
 
@@ -108,15 +117,16 @@ def start_deepspeed(ranks: Ranks) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
-        # A shared-memory collective, used by DeepSpeed's inference alone; building it needs a C++ compiler and 46 s.
+        # A shared-memory collective, used by DeepSpeed's inference alone; building it needs a C++
+        # compiler and 46 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 @contextmanager
-def sharded_construction(config: Config, ranks: Ranks,
-                         dtype: torch.dtype) -> Iterator[Callable[[list[nn.Parameter]],
-                                                                  AbstractContextManager]]:
+def sharded_construction(
+    config: Config, ranks: Ranks, dtype: torch.dtype
+) -> Iterator[Callable[[list[nn.Parameter]], AbstractContextManager]]:
     """Under stage 3, models that transformers loads inside are sharded as they are read.
 
     A random model is built whole and sharded after: its weights then do not depend on the stage.
@@ -133,7 +143,9 @@ def sharded_construction(config: Config, ranks: Ranks,
         unset_hf_deepspeed_config,
     )
 
-    kept = HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))  # transformers holds a weak reference
+    kept = HfDeepSpeedConfig(
+        deepspeed_config(config, ranks, dtype)
+    )  # transformers holds a weak reference
     try:
         yield lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
     finally:
@@ -152,7 +164,8 @@ def _initialize(**arguments: object) -> object:
 
 
 def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
-    """A module that is only run forward, sharded as stage 3 shards the policy; whole below stage 3."""
+    """A module that is only run forward, sharded as stage 3 shards the policy; whole below stage
+    3."""
     module.eval().requires_grad_(False)
     if config.engine.zero_stage < 3:
         return module.to(ranks.device)
@@ -169,22 +182,41 @@ def shard_frozen(module: nn.Module, config: Config, ranks: Ranks, dtype: torch.d
 class Engine:
     """The policy under DeepSpeed."""
 
-    def __init__(self, policy: nn.Module, config: Config, ranks: Ranks, dtype: torch.dtype, preemption: Preemption, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        config: Config,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        preemption: Preemption,
+        watchdog: Watchdog,
+    ) -> None:
         """
         Args:
-            preemption, watchdog: are told of every token sampled; sampling is left early where the run is to stop.
+            preemption, watchdog: are told of every token sampled; sampling is left early where the
+                run is to stop.
         """
         self._config = config
         self._ranks = ranks
         self._preemption, self._watchdog = preemption, watchdog
         self._stage = config.engine.zero_stage
         optim = config.optim
-        options = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
+        options = {
+            "lr": optim.learning_rate,
+            "betas": (optim.beta1, optim.beta2),
+            "eps": optim.epsilon,
+        }
         if config.engine.offload_optimizer:
             options["foreach"] = False
-        optimizer = AdamWithEMA(_decay_groups(policy, optim.weight_decay), ema_decay=config.baseline.ema_decay if keeps_ema(config) else None, **options)
+        optimizer = AdamWithEMA(
+            _decay_groups(policy, optim.weight_decay),
+            ema_decay=config.baseline.ema_decay if keeps_ema(config) else None,
+            **options,
+        )
         policy.to(ranks.device)
-        self._deepspeed = _initialize(model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype))
+        self._deepspeed = _initialize(
+            model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype)
+        )
         self._optimizer = optimizer
         self._losses_are_finite = torch.tensor(True, device=ranks.device)
         self.policy = policy
@@ -199,7 +231,8 @@ class Engine:
         return self._deepspeed(*arguments)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's loss."""
+        """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's
+        loss."""
         fault("backward")
         loss = poisoned("loss", poisoned_gradient("gradient", loss))
         self._losses_are_finite &= loss.detach().isfinite()
@@ -215,21 +248,29 @@ class Engine:
         """Clip, update the weights and the EMA, and clear the gradient.
 
         Args:
-            largest_norm: a gradient of a larger norm updates nothing, and one that is not finite never does. Below 0: update
-                nothing, only clear the gradient. The same on every rank.
+            largest_norm: a gradient of a larger norm updates nothing, and one that is not finite
+                never does. Below 0: update nothing, only clear the gradient. The same on every
+                rank.
         """
         fault("optimizer")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self._stage == 0:
-            norm = _finite_or_inf(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None]))
+            norm = _finite_or_inf(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.policy.parameters() if p.grad is not None]
+                )
+            )
             self._optimizer.may_step = lambda: math.isfinite(norm) and norm <= largest_norm
             self._deepspeed.step()
         else:
+
             def global_norm() -> float:
                 return _finite_or_inf(self._deepspeed.optimizer._global_grad_norm)
 
-            self._optimizer.may_step = lambda: math.isfinite(global_norm()) and global_norm() <= largest_norm
+            self._optimizer.may_step = lambda: (
+                math.isfinite(global_norm()) and global_norm() <= largest_norm
+            )
             self._deepspeed.step()
             norm = global_norm()
         self._losses_are_finite.fill_(True)
@@ -252,8 +293,8 @@ class Engine:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Around sampling. Under stage 3 with `engine.generation: gathered`, every rank holds all weights
-        here and ranks may decode different numbers of tokens. A collective.
+        """Around sampling. Under stage 3 with `engine.generation: gathered`, every rank holds all
+        weights here and ranks may decode different numbers of tokens. A collective.
 
         Raises:
             StopRequested: some rank was asked to stop; sampling may not have come to its end.
@@ -287,7 +328,8 @@ class Engine:
             )
 
     def agree(self, claim: bool) -> bool:
-        """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode in step, else this rank alone."""
+        """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode
+        in step, else this rank alone."""
         self._watchdog.mark()
         if not self._decodes_together:
             self._preemption.look()
@@ -315,35 +357,68 @@ class Engine:
             group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
             start = self._ranks.rank * p.partition_numel()
             numel = min(numel, p.ds_numel - start)
-            return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset) if numel > 0 else None
+            return (
+                Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+                if numel > 0
+                else None
+            )
         if p._hp_mapping is None:
             return None
-        flats = optimizer.fp32_groups_flat_partition if hasattr(optimizer, "fp32_groups_flat_partition") else optimizer.single_partition_of_fp32_groups
+        flats = (
+            optimizer.fp32_groups_flat_partition
+            if hasattr(optimizer, "fp32_groups_flat_partition")
+            else optimizer.single_partition_of_fp32_groups
+        )
         hp, lp = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
         return Fragment(name, lp.start, lp.numel, flats[p._hp_mapping.param_group_index], hp.start)
 
     def not_finite(self) -> list[str]:
-        """Parameters of which this rank's float32 weights, moments or EMA hold a value that is not finite."""
+        """Parameters of which this rank's float32 weights, moments or EMA hold a value that is not
+        finite."""
         fragments = self.fragments()
-        # The least and the largest value of a tensor take no memory, and are NaN where one of its values is.
-        flats = {id(fragment.flat): [fragment.flat.detach(), *(self.state_of(fragment.flat).get(name) for name in STATES)]
-                 for fragment in fragments}
-        sound = {key: all(tensor is None or all(map(math.isfinite, torch.aminmax(tensor))) for tensor in tensors)
-                 for key, tensors in flats.items()}
-        return [fragment.name for fragment in fragments if not sound[id(fragment.flat)]
-                and not all(tensor is None or bool(fragment.view(tensor).isfinite().all()) for tensor in flats[id(fragment.flat)])]
+        # The least and the largest value of a tensor take no memory, and are NaN where one of its
+        # values is.
+        flats = {
+            id(fragment.flat): [
+                fragment.flat.detach(),
+                *(self.state_of(fragment.flat).get(name) for name in STATES),
+            ]
+            for fragment in fragments
+        }
+        sound = {
+            key: all(
+                tensor is None or all(map(math.isfinite, torch.aminmax(tensor)))
+                for tensor in tensors
+            )
+            for key, tensors in flats.items()
+        }
+        return [
+            fragment.name
+            for fragment in fragments
+            if not sound[id(fragment.flat)]
+            and not all(
+                tensor is None or bool(fragment.view(tensor).isfinite().all())
+                for tensor in flats[id(fragment.flat)]
+            )
+        ]
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Optimizer state of a flat master tensor; empty before the first step."""
         return self._optimizer.state[flat]
 
-    def restore_state(self, flat: Tensor, applied_steps: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def restore_state(
+        self, flat: Tensor, applied_steps: int, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         """Zero state for a flat master tensor as after `applied_steps` steps, to be filled."""
-        self._optimizer.state[flat] = {"step": torch.tensor(float(applied_steps)), **{name: torch.zeros_like(flat.detach()) for name in names}}
+        self._optimizer.state[flat] = {
+            "step": torch.tensor(float(applied_steps)),
+            **{name: torch.zeros_like(flat.detach()) for name in names},
+        }
         return self._optimizer.state[flat]
 
     def write_weights(self, module: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
-        """Set the weights of the policy, or of a module sharded like it, from whole or sliced values.
+        """Set the weights of the policy, or of a module sharded like it, from whole or sliced
+        values.
 
         Args:
             read: (name, start, numel) -> [numel] values of the flattened parameter.
@@ -358,8 +433,8 @@ class Engine:
                 p.detach().copy_(read(name, 0, p.numel()).reshape(p.shape))
 
     def held_weights(self, module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
-        """Of a module sharded like the policy: name, start and [numel] values of the parts of its parameters that
-        this rank answers for. Over all ranks each value comes once."""
+        """Of a module sharded like the policy: name, start and [numel] values of the parts of its
+        parameters that this rank answers for. Over all ranks each value comes once."""
         for name, p in module.lm.named_parameters():
             if self._stage == 3:
                 start = self._ranks.rank * p.partition_numel()
@@ -425,5 +500,8 @@ def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on matrices; none on vectors (norms, biases)."""
     matrices = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

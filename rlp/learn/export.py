@@ -1,7 +1,8 @@
-"""Hand a checkpoint on: a plain Hugging Face folder that SFT and RL trainers, evaluators and `rlp` itself load.
+"""Hand a checkpoint on: a plain Hugging Face folder that SFT and RL trainers, evaluators and `rlp`
+itself load.
 
-Beside weights (safetensors), config and tokenizer it holds `thought_format.json`, how a thought is written
-and sampled, and a model card with the numbers of the run.
+Beside weights (safetensors), config and tokenizer it holds `thought_format.json`, how a thought is
+written and sampled, and a model card with the numbers of the run.
 """
 
 import copy
@@ -36,12 +37,21 @@ from rlp.process.ranks import Ranks
 from rlp.process.schemas import THOUGHT_FORMAT, Fields
 
 
-def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, config: Config, form: ThoughtFormat, card: str) -> None:
-    """Write the policy as a Hugging Face folder: safetensors, tokenizer, model card, and the thought format.
+def export_model(
+    folder: Path,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks,
+    config: Config,
+    form: ThoughtFormat,
+    card: str,
+) -> None:
+    """Write the policy as a Hugging Face folder: safetensors, tokenizer, model card, and the
+    thought format.
 
-    The weights are the float32 masters, whatever the compute dtype: those that the next trainer would
-    round for itself, and the same as `export_checkpoint` writes. A collective: every rank takes part in
-    putting them together, the first one writes.
+    The weights are the float32 masters, whatever the compute dtype: those that the next trainer
+    would round for itself, and the same as `export_checkpoint` writes. A collective: every rank
+    takes part in putting them together, the first one writes.
     """
     fault("export.before_write")
     tensors = {}
@@ -56,23 +66,39 @@ def export_model(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBas
             failure = str(error)
     failure = ranks.broadcast(failure)
     if failure:
-        raise NotWrittenError(f"{folder}: the export could not be written: {failure}. Make room there, and end the run with run.resume=auto.")
+        raise NotWrittenError(
+            f"{folder}: the export could not be written: {failure}. Make room there, and end the"
+            " run with run.resume=auto."
+        )
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder, in float32 as its master weights are.
+    """Write the weights of a checkpoint as a Hugging Face folder, in float32 as its master weights
+    are.
 
     Raises:
-        ConfigError: the folder exists, or the model and tokenizer that the run started from are gone.
+        ConfigError: the folder exists, or the model and tokenizer that the run started from are
+            gone.
     """
     if folder.exists():
-        raise ConfigError(f"--out: {folder} exists and is never written over. Write another folder.")
+        raise ConfigError(
+            f"--out: {folder} exists and is never written over. Write another folder."
+        )
     config = load_config(checkpoint.config)
     inputs = ModelInputs(config)
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, torch.float32,
-                         torch.device("cpu"))
+    policy = load_policy(
+        config, inputs.tokenizer, inputs.markers, torch.float32, torch.device("cpu")
+    )
     tensors = master_weights(checkpoint, policy.lm)
-    _write(folder, policy.lm, tensors, inputs.tokenizer, config, inputs.form, model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit))
+    _write(
+        folder,
+        policy.lm,
+        tensors,
+        inputs.tokenizer,
+        config,
+        inputs.form,
+        model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit),
+    )
 
 
 def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> list[str]:
@@ -87,15 +113,22 @@ def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> lis
         already.
     """
     if folder.exists():
-        raise ConfigError(f"--out: {folder} exists and is never written over. Write another "
-                          "folder.")
-    config = Config(model=ModelConfig(path=model), thought=thought,
-                    data=DataConfig(train=["unused"]), budget=BudgetConfig(steps=1))
+        raise ConfigError(
+            f"--out: {folder} exists and is never written over. Write another folder."
+        )
+    config = Config(
+        model=ModelConfig(path=model),
+        thought=thought,
+        data=DataConfig(train=["unused"]),
+        budget=BudgetConfig(steps=1),
+    )
     inputs = ModelInputs(config)
     if not inputs.markers.pieces:
-        raise ConfigError(f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and "
-                          f"{thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens "
-                          "already. Use it as it is.")
+        raise ConfigError(
+            f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and "
+            f"{thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens "
+            "already. Use it as it is."
+        )
     lm = load_with_markers(config, inputs.tokenizer, inputs.markers)
     try:
         with new_folder(folder, point="markers.before_rename") as new:
@@ -112,25 +145,46 @@ def master_weights(checkpoint: Checkpoint, lm: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it was made by a model with other parameters.
     """
-    return {name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape) for name, p in lm.named_parameters()}
+    return {
+        name: checkpoint.read("master", name, 0, p.numel()).reshape(p.shape)
+        for name, p in lm.named_parameters()
+    }
 
 
-def _write(folder: Path, lm: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase,
-           config: Config, form: ThoughtFormat, card: str) -> None:
+def _write(
+    folder: Path,
+    lm: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    form: ThoughtFormat,
+    card: str,
+) -> None:
     manifest = {
-        "open_marker": config.thought.open_marker, "open_marker_ids": list(form.markers.open),
-        "close_marker": config.thought.close_marker, "close_marker_ids": list(form.markers.close),
-        "excluded_from_targets": form.markers.excluded, "instruction_ids": list(form.instruction),
-        "temperature": form.temperature, "target_temperature": form.target_temperature,
-        "max_thought_tokens": config.thought.max_thought_tokens, "horizon": form.horizon,
+        "open_marker": config.thought.open_marker,
+        "open_marker_ids": list(form.markers.open),
+        "close_marker": config.thought.close_marker,
+        "close_marker_ids": list(form.markers.close),
+        "excluded_from_targets": form.markers.excluded,
+        "instruction_ids": list(form.instruction),
+        "temperature": form.temperature,
+        "target_temperature": form.target_temperature,
+        "max_thought_tokens": config.thought.max_thought_tokens,
+        "horizon": form.horizon,
         "order": ["instruction", "prefix", "open_marker", "thought", "close_marker", "target"],
     }
     with new_folder(folder, point="export.before_rename") as new:
         lm.save_pretrained(new, state_dict=tensors, safe_serialization=True)
-        _config_in_float32(lm).save_pretrained(new)  # transformers wrote the dtype that the model computes in
+        _config_in_float32(lm).save_pretrained(
+            new
+        )  # transformers wrote the dtype that the model computes in
         fault("export.torn_weights")
         tokenizer.save_pretrained(new)
-        write_new(new / "thought_format.json", json.dumps(manifest, indent=2).encode(), point="export.torn_format")
+        write_new(
+            new / "thought_format.json",
+            json.dumps(manifest, indent=2).encode(),
+            point="export.torn_format",
+        )
         write_new(new / "README.md", card.encode(), point="export.torn_card")
     fault("export.after_rename")
 
@@ -144,7 +198,8 @@ def _config_in_float32(lm: PreTrainedModel) -> PretrainedConfig:
 
 
 def read_thought_format(path: Path) -> dict:
-    """`thought_format.json` of a folder that may be a stranger's, what is used of it; empty where there is no such file.
+    """`thought_format.json` of a folder that may be a stranger's, what is used of it; empty where
+    there is no such file.
 
     Raises:
         ConfigError: it is no JSON object, or has another form than `_write` gives it.
@@ -154,9 +209,13 @@ def read_thought_format(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}. Export the checkpoint again with `rlp export`.") from error
+        raise ConfigError(
+            f"{path} is not JSON: {error}. Export the checkpoint again with `rlp export`."
+        ) from error
     if said := Fields({}, THOUGHT_FORMAT).problem(manifest, ""):
-        raise ConfigError(f"{path} is no thought format: {said}. Export the checkpoint again with `rlp export`.")
+        raise ConfigError(
+            f"{path} is no thought format: {said}. Export the checkpoint again with `rlp export`."
+        )
     return {key: manifest[key] for key in THOUGHT_FORMAT if key in manifest}
 
 
@@ -164,37 +223,87 @@ def known_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[i
     """The `instruction_ids` of a thought format, which the tokenizer must have."""
     last = max(tokenizer.get_vocab().values())
     if max(ids, default=0) > last:
-        raise ConfigError(f"thought_format.json: instruction_ids holds {max(ids)}, and the tokenizer of the folder ends at {last}. Write a folder with the tokenizer that the run used.")
+        raise ConfigError(
+            f"thought_format.json: instruction_ids holds {max(ids)}, and the tokenizer of the"
+            f" folder ends at {last}. Write a folder with the tokenizer that the run used."
+        )
     return tuple(ids)
 
 
 def as_code(text: str) -> str:
-    """Text as Markdown code, in which nothing means anything: its control characters are spelled out, its backquotes are fenced in by more of them."""
+    """Text as Markdown code, in which nothing means anything: its control characters are spelled
+    out, its backquotes are fenced in by more of them."""
     shown = visible_text(text).replace("\n", "\\n").replace("\t", "\\t")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     inner = f" {shown} " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else shown
     return f"{fence}{inner}{fence}"
 
 
-def model_card(config: Config, before: dict | None, after: dict | None, steps: int, stock_time_step_limit: tuple[float, float] | None) -> str:
-    """README.md of an export: where it comes from, what it gained, how to think with it. What a config says enters as code, and no Markdown.
+def model_card(
+    config: Config,
+    before: dict | None,
+    after: dict | None,
+    steps: int,
+    stock_time_step_limit: tuple[float, float] | None,
+) -> str:
+    """README.md of an export: where it comes from, what it gained, how to think with it. What a
+    config says enters as code, and no Markdown.
 
     Args:
         stock_time_step_limit: of the policy.
     """
-    objective = "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)" if config.objective.thinks else "continued pretraining (next-token loss)"
-    lines = ["---", "library_name: transformers", "tags: [rlp]", "---", "", f"# {as_code(Path(config.run.dir).name)}", "",
-             f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in the run's `config.yaml`.", ""]
+    objective = (
+        "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)"
+        if config.objective.thinks
+        else "continued pretraining (next-token loss)"
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [rlp]",
+        "---",
+        "",
+        f"# {as_code(Path(config.run.dir).name)}",
+        "",
+        (
+            f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in"
+            " the run's `config.yaml`."
+        ),
+        "",
+    ]
     if before and after:
-        lines += [f"Held-out panel of {after['panel_positions']} positions:", "", "| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before[name]:.4g} | {after[name]:.4g} |" for name in after if name in before and name != "panel_positions" and not name.endswith(("_low", "_high"))]
+        lines += [
+            f"Held-out panel of {after['panel_positions']} positions:",
+            "",
+            "| | before | after |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {before[name]:.4g} | {after[name]:.4g} |"
+            for name in after
+            if name in before and name != "panel_positions" and not name.endswith(("_low", "_high"))
+        ]
         lines.append("")
-    lines += [f"A thought stands after the prefix, between {as_code(config.thought.open_marker)} and {as_code(config.thought.close_marker)}, and is sampled at "
-              f"temperature {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens, the close marker included; "
-              "`thought_format.json` has the token ids. Predictions leave out the open marker's first token.", ""]
+    lines += [
+        (
+            f"A thought stands after the prefix, between {as_code(config.thought.open_marker)} and"
+            f" {as_code(config.thought.close_marker)}, and is sampled at temperature"
+            f" {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens,"
+            " the close marker included; `thought_format.json` has the token ids. Predictions"
+            " leave out the open marker's first token."
+        ),
+        "",
+    ]
     if stock_time_step_limit:
         low, high = stock_time_step_limit
-        lines += [f"transformers clamps the time steps of this architecture's scans (prefill and scoring) to {low:g} .. {high:g} and does not clamp them in decoding; "
-                  "it was trained with the limits of its `config.json` in both. Log-probabilities that transformers scores differ from the run's by that: set "
-                  "`time_step_limit` of the mixers to the config's to have them equal.", ""]
+        lines += [
+            (
+                "transformers clamps the time steps of this architecture's scans (prefill and"
+                f" scoring) to {low:g} .. {high:g} and does not clamp them in decoding; it was"
+                " trained with the limits of its `config.json` in both. Log-probabilities that"
+                " transformers scores differ from the run's by that: set `time_step_limit` of the"
+                " mixers to the config's to have them equal."
+            ),
+            "",
+        ]
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""Which updates are made: none from a number that is not finite on any rank, and on request none from a gradient out of all proportion.
+"""Which updates are made: none from a number that is not finite on any rank, and on request none
+from a gradient out of all proportion.
 
-A reward or a ratio that is not finite need not reach the gradient: the clip of eq. 8, a mask or a weight of zero can hide it. So what
-the loss is made from is looked at itself, and all ranks agree before the update. Weights and optimizer state are looked at
+A reward or a ratio that is not finite need not reach the gradient: the clip of eq. 8, a mask or a
+weight of zero can hide it. So what the loss is made from is looked at itself, and all ranks agree
+before the update. Weights and optimizer state are looked at
 before they are saved: an update can overflow although all that it was made from is finite.
 """
 
@@ -24,7 +26,8 @@ class NumericsError(Exception):
 
 
 class Guard:
-    """Makes updates, or refuses them on all ranks together: weights, moments and EMA then stay as they are."""
+    """Makes updates, or refuses them on all ranks together: weights, moments and EMA then stay as
+    they are."""
 
     def __init__(self, config: OptimConfig, ranks: Ranks) -> None:
         self._config, self._ranks = config, ranks
@@ -34,11 +37,20 @@ class Guard:
         self.spikes = 0
         """Updates refused so far for the size of their gradient."""
         self.in_a_row = 0
-        """Steps since the last in which an update was made; the updates of a step are made from the same thoughts."""
+        """Steps since the last in which an update was made; the updates of a step are made from the
+        same thoughts."""
         self._made = False
 
-    def update(self, engine: Engine, learning_rate: float, tally: Tally, documents: list[Document], say: Callable[[str], None]) -> StepResult:
-        """Make the update from the gradient that the engine holds, or refuse it and say why. A collective.
+    def update(
+        self,
+        engine: Engine,
+        learning_rate: float,
+        tally: Tally,
+        documents: list[Document],
+        say: Callable[[str], None],
+    ) -> StepResult:
+        """Make the update from the gradient that the engine holds, or refuse it and say why. A
+        collective.
 
         Args:
             tally: everything that was measured on the way to the loss.
@@ -59,8 +71,12 @@ class Guard:
         found = [doubtful, [document.id for document in documents]] if doubtful or sound else None
         for rank, entry in enumerate(self._ranks.gather(found)):
             if entry is not None:
-                why = f"gradient norm {result.grad_norm:.4g} is above {self.largest_norm():.4g}, optim.spike_factor times the median" if spiked else \
-                    f"not finite: {', '.join(entry[0]) or 'the gradient'}"
+                why = (
+                    f"gradient norm {result.grad_norm:.4g} is above {self.largest_norm():.4g},"
+                    " optim.spike_factor times the median"
+                    if spiked
+                    else f"not finite: {', '.join(entry[0]) or 'the gradient'}"
+                )
                 say(f"update refused: {why}; documents of rank {rank}: {entry[1]}")
         return result
 
@@ -77,11 +93,20 @@ class Guard:
 
     def state(self) -> dict:
         """What a resumed run needs to refuse the same updates."""
-        return {"norms": list(self._norms), "skipped": self.skipped, "spikes": self.spikes, "in_a_row": self.in_a_row}
+        return {
+            "norms": list(self._norms),
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "in_a_row": self.in_a_row,
+        }
 
     def load_state(self, state: dict) -> None:
         self._norms.extend(state["norms"])
-        self.skipped, self.spikes, self.in_a_row = state["skipped"], state["spikes"], state["in_a_row"]
+        self.skipped, self.spikes, self.in_a_row = (
+            state["skipped"],
+            state["spikes"],
+            state["in_a_row"],
+        )
 
 
 def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
@@ -95,5 +120,8 @@ def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
     """
     found = sorted({name for names in ranks.gather(engine.not_finite()) for name in names})
     if found:
-        raise NumericsError(f"not finite: {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}. "
-                            f"No checkpoint is made of them; {where}")
+        raise NumericsError(
+            "not finite:"
+            f" {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}. No"
+            f" checkpoint is made of them; {where}"
+        )

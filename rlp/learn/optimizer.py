@@ -16,12 +16,13 @@ class AdamWithEMA(torch.optim.AdamW):
 
         lag <- decay * (lag + theta' - theta)
 
-    Kept itself, in float32, an entry of phi would stand still until its weight is 1 / (1 - decay) / 2
+    Kept itself, in float32, an entry of phi would stand still until its weight is 1 / (1 - decay) /
+    2
     units in the last place away: 500 of them at 0.999. The lag is small, so its rounding is too.
 
-    It sees the float32 shards that ZeRO gives it, so the lag is sharded, costs no communication, and
-    does not move on a skipped step. DeepSpeed calls `step` with the global gradient norm known: here,
-    in one place for all stages, an update is refused.
+    It sees the float32 shards that ZeRO gives it, so the lag is sharded, costs no communication,
+    and does not move on a skipped step. DeepSpeed calls `step` with the global gradient norm known:
+    here, in one place for all stages, an update is refused.
     """
 
     def __init__(self, params: list[dict], *, ema_decay: float | None, **options: object) -> None:
@@ -39,7 +40,8 @@ class AdamWithEMA(torch.optim.AdamW):
                     self._step_one(p, group)
 
     def _step_one(self, p: Tensor, group: dict) -> None:
-        """AdamW and the lag of one tensor, a piece at a time: every entry by itself, so the pieces change no number."""
+        """AdamW and the lag of one tensor, a piece at a time: every entry by itself, so the pieces
+        change no number."""
         state, ema = self.state[p], self.ema_decay is not None
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -47,22 +49,47 @@ class AdamWithEMA(torch.optim.AdamW):
             if name not in state:
                 state[name] = torch.zeros_like(p)
 
-        length = PIECE_ELEMENTS * torch.get_num_threads() if p.device.type == "cpu" else GPU_PIECE_ELEMENTS
-        weights, grads, *states = (whole.view(-1).split(length) for whole in (p.detach(), p.grad.contiguous(), *(state[name] for name in STATES[: 2 + ema])))
+        length = (
+            PIECE_ELEMENTS * torch.get_num_threads()
+            if p.device.type == "cpu"
+            else GPU_PIECE_ELEMENTS
+        )
+        weights, grads, *states = (
+            whole.view(-1).split(length)
+            for whole in (
+                p.detach(),
+                p.grad.contiguous(),
+                *(state[name] for name in STATES[: 2 + ema]),
+            )
+        )
         step = state["step"].clone()
         for weight, grad, exp_avg, exp_avg_sq, *lag in zip(weights, grads, *states, strict=True):
             before = weight.clone() if ema else None
             adamw(
-                [weight], [grad], [exp_avg], [exp_avg_sq], [], [state["step"].copy_(step)], foreach=group["foreach"], amsgrad=False, maximize=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+                [weight],
+                [grad],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [state["step"].copy_(step)],
+                foreach=group["foreach"],
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
             if ema:
                 lag[0].sub_(before.sub_(weight)).mul_(self.ema_decay)
 
 
-PIECE_ELEMENTS, GPU_PIECE_ELEMENTS = 2 ** 18, 2 ** 24
-"""Of a tensor in one update: for each thread of a CPU, and on a GPU. AdamW and the lag make five temporary tensors of that
-size. At 1 MB each they stay in a CPU's cache: 20 million weights take 0.05 CPU-seconds, whole 0.13 and 240 MB more, most of
-it page faults (torch 2.13, one core of an AMD EPYC, 2026-11-21)."""
+PIECE_ELEMENTS, GPU_PIECE_ELEMENTS = 2**18, 2**24
+"""Of a tensor in one update: for each thread of a CPU, and on a GPU. AdamW and the lag make five
+temporary tensors of that size. At 1 MB each they stay in a CPU's cache: 20 million weights take
+0.05 CPU-seconds, whole 0.13 and 240 MB more, most of it page faults (torch 2.13, one core of an AMD
+EPYC, 2026-11-21)."""
 
 STATES = ("exp_avg", "exp_avg_sq", "lag")
 """Optimizer state that has an entry per weight."""

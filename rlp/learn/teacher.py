@@ -38,7 +38,9 @@ class Teacher:
     @property
     def model(self) -> Policy | None:
         """The network that predicts; None for the kind `none`."""
-        return {"ema": self._twin, "frozen": self._twin, "self": self._engine.policy, "none": None}[self.kind]
+        return {"ema": self._twin, "frozen": self._twin, "self": self._engine.policy, "none": None}[
+            self.kind
+        ]
 
     def refresh(self) -> None:
         """After an optimizer step: bring the EMA's forward copy up to date."""
@@ -58,7 +60,8 @@ class Teacher:
         return log_evidence(score(self.model, layout).no_think)
 
     def distance(self) -> float | None:
-        """Relative distance of the EMA to the policy, ||phi - theta|| / ||theta||; 0 before the first step.
+        """Relative distance of the EMA to the policy, ||phi - theta|| / ||theta||; 0 before the
+        first step.
 
         Returns None where there is no EMA. A collective: call it on every rank.
         """

@@ -1,1 +1,2 @@
-"""What a run has cost and gained, and what it will cost: ledger, plan, metrics, panel, probe, report."""
+"""What a run has cost and gained, and what it will cost: ledger, plan, metrics, panel, probe,
+report."""

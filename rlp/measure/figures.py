@@ -1,4 +1,5 @@
-"""Figures of a report: small pictures that the page carries, drawn as SVG. Numbers come in, a data URL goes out."""
+"""Figures of a report: small pictures that the page carries, drawn as SVG. Numbers come in, a data
+URL goes out."""
 
 import base64
 import io
@@ -12,19 +13,42 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, ScalarFormatter
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#999933", "#888888")
-"""Okabe and Ito's palette without its yellow, told apart by colour-blind readers too, and three of Tol's after it."""
+COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#882255",
+    "#999933",
+    "#888888",
+)
+"""Okabe and Ito's palette without its yellow, told apart by colour-blind readers too, and three of
+Tol's after it."""
 
 LINES = ("-", "--", ":")
 
 GREY = "#777777"
 
 MARGIN_INCHES, LABEL_GAP_INCHES = 0.57, 0.04
-"""Left of the axes of a curve, and left of the labels that stand there; a label that needs more gets more."""
+"""Left of the axes of a curve, and left of the labels that stand there; a label that needs more
+gets more."""
 
-_RC = {"font.size": 9, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
-       "axes.grid": True, "grid.color": "#e8e8e8", "axes.axisbelow": True, "xtick.color": "#555555", "ytick.color": "#555555",
-       "svg.hashsalt": "rlp report"}
+_RC = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "axes.axisbelow": True,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "svg.hashsalt": "rlp report",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +74,14 @@ class Interval:
     high: float
 
 
-def draw_curves(curves: list[Curve], keys: list[tuple[str, str, str]], *, unit: str, x_label: str, size: tuple[float, float]) -> str:
+def draw_curves(
+    curves: list[Curve],
+    keys: list[tuple[str, str, str]],
+    *,
+    unit: str,
+    x_label: str,
+    size: tuple[float, float],
+) -> str:
     """Curves over steps, tokens, FLOPs or seconds.
 
     Args:
@@ -70,24 +101,49 @@ def draw_curves(curves: list[Curve], keys: list[tuple[str, str, str]], *, unit: 
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(x_label, color="#555555")
         if keys:
-            axes.legend([Line2D([], [], color=color, linestyle=line) for _, color, line in keys], [label for label, _, _ in keys], frameon=False, fontsize=8, loc="best")
+            axes.legend(
+                [Line2D([], [], color=color, linestyle=line) for _, color, line in keys],
+                [label for label, _, _ in keys],
+                frameon=False,
+                fontsize=8,
+                loc="best",
+            )
         _make_room(figure, axes)
         return _data_url(figure)
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
-    """Evaluations as they are; steps thin, with the mean of their neighbours over them. Several runs: their mean, and a band from the least to the largest."""
+    """Evaluations as they are; steps thin, with the mean of their neighbours over them. Several
+    runs: their mean, and a band from the least to the largest."""
     few = curve.dots or len(curve.x) < 20
     values = curve.values if few else np.stack([neighbour_mean(run) for run in curve.values])
     if len(values) > 1:
-        axes.fill_between(curve.x, values.min(axis=0), values.max(axis=0), color=curve.color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            curve.x,
+            values.min(axis=0),
+            values.max(axis=0),
+            color=curve.color,
+            alpha=0.15,
+            linewidth=0,
+        )
     elif not few:
-        axes.plot(curve.x, curve.values[0], curve.line, color=curve.color, linewidth=0.7, alpha=0.35)
-    axes.plot(curve.x, values.mean(axis=0), curve.line, color=curve.color, marker="o" if few else None, markersize=3, linewidth=1.7)
+        axes.plot(
+            curve.x, curve.values[0], curve.line, color=curve.color, linewidth=0.7, alpha=0.35
+        )
+    axes.plot(
+        curve.x,
+        values.mean(axis=0),
+        curve.line,
+        color=curve.color,
+        marker="o" if few else None,
+        markersize=3,
+        linewidth=1.7,
+    )
 
 
 def neighbour_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of each value and its neighbours, 1/40 of the curve on either side, fewer at the ends."""
+    """Mean of each value and its neighbours, 1/40 of the curve on either side, fewer at the
+    ends."""
     reach = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -95,15 +151,26 @@ def neighbour_mean(values: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def draw_intervals(rows: list[str], series: list[tuple[str, dict[str, Interval]]], *, x_label: str) -> str:
-    """Values with their ranges: a row for each name, in it a dot for each of the series (color, interval by row)."""
+def draw_intervals(
+    rows: list[str], series: list[tuple[str, dict[str, Interval]]], *, x_label: str
+) -> str:
+    """Values with their ranges: a row for each name, in it a dot for each of the series (color,
+    interval by row)."""
     height = 0.13 * len(series) + 0.14
     with matplotlib.rc_context(_RC | {"axes.grid.axis": "x"}):
         figure, axes = _framed((5.6, len(rows) * height + 0.55), left=1.95)
         for index, (color, intervals) in enumerate(series):
-            for row, interval in ((rows.index(name), interval) for name, interval in intervals.items() if name in rows):
+            for row, interval in (
+                (rows.index(name), interval) for name, interval in intervals.items() if name in rows
+            ):
                 y = row + ((index + 0.5) / len(series) - 0.5) * (1 - 0.14 / height)
-                axes.plot([interval.low, interval.high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt")
+                axes.plot(
+                    [interval.low, interval.high],
+                    [y, y],
+                    color=color,
+                    linewidth=1.6,
+                    solid_capstyle="butt",
+                )
                 axes.plot([interval.value], [y], "o", color=color, markersize=4.5)
         axes.axvline(0, color="#999999", linewidth=0.8, zorder=1)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -116,9 +183,14 @@ def draw_intervals(rows: list[str], series: list[tuple[str, dict[str, Interval]]
 
 
 def _label_y(axes: Axes) -> None:
-    """Labels that each say the whole number: what matplotlib takes out of them, and writes above the axes, nobody sees there."""
+    """Labels that each say the whole number: what matplotlib takes out of them, and writes above
+    the axes, nobody sees there."""
     largest = max(map(abs, axes.get_ylim()))
-    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False) if 1e-3 <= largest < 1e5 else FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_major_formatter(
+        ScalarFormatter(useOffset=False)
+        if 1e-3 <= largest < 1e5
+        else FuncFormatter(lambda value, _: f"{value:.3g}")
+    )
 
 
 def _make_room(figure: Figure, axes: Axes) -> None:
@@ -132,11 +204,14 @@ def _make_room(figure: Figure, axes: Axes) -> None:
 
 
 def _framed(size: tuple[float, float], *, left: float) -> tuple[Figure, Axes]:
-    """A figure and its axes, with fixed margins in inches: axes line up on the page, and a fitted layout would draw everything twice."""
+    """A figure and its axes, with fixed margins in inches: axes line up on the page, and a fitted
+    layout would draw everything twice."""
     width, height = size
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)  # it measures labels
-    return figure, figure.add_axes((left / width, 0.44 / height, (width - left - 0.13) / width, (height - 0.54) / height))
+    return figure, figure.add_axes(
+        (left / width, 0.44 / height, (width - left - 0.13) / width, (height - 0.54) / height)
+    )
 
 
 def _data_url(figure: Figure) -> str:

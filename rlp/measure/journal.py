@@ -1,13 +1,16 @@
-"""The journal: what each step read, thought and did, so that a run after any number of crashes can be compared with one that had none.
+"""The journal: what each step read, thought and did, so that a run after any number of crashes can
+be compared with one that had none.
 
 A line of `journal.jsonl`, as text wherever a number could be rounded:
 
     step, applied          the optimizer step, and whether its update was made
     documents              checksum of the ids of the step's documents, all ranks, in order
-    thoughts               checksum of the sampled tokens, in order; absent where the run does not think
+    thoughts               checksum of the sampled tokens, in order; absent where the run does not
+                           think
     numbers                means of the step and the gradient norm, as hex floats
     tokens, flops          spent since the start
-    state                  every `logging.digest_every_n_steps`: checksum of master weights, moments and EMA
+    state                  every `logging.digest_every_n_steps`: checksum of master weights, moments
+                           and EMA
 
 No checksum depends on the number of ranks or on the ZeRO stage.
 """
@@ -31,10 +34,16 @@ from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import append_json_line, read_json_lines
 
-NUMBERS = ("reward/mean", "policy/reasoned_logprob", "baseline/logprob", "lm/loss", "optim/grad_norm")
+NUMBERS = (
+    "reward/mean",
+    "policy/reasoned_logprob",
+    "baseline/logprob",
+    "lm/loss",
+    "optim/grad_norm",
+)
 """Metrics that everything before a step goes into."""
 
-_CHUNK = 2 ** 22
+_CHUNK = 2**22
 """Values summed at a time: 32 MiB of int64."""
 
 
@@ -54,9 +63,25 @@ class Journal:
         tokens, mask = thoughts.tokens.cpu().numpy(), thoughts.mask.cpu().numpy()
         for document in range(int(positions.document.max()) + 1):
             rows = positions.slice_of_documents(document, document + 1)
-            self._thoughts.append(_checksum([mask[rows].sum(axis=-1).astype(np.int64).tobytes(), tokens[rows][mask[rows]].astype(np.int64).tobytes()]).encode())
+            self._thoughts.append(
+                _checksum(
+                    [
+                        mask[rows].sum(axis=-1).astype(np.int64).tobytes(),
+                        tokens[rows][mask[rows]].astype(np.int64).tobytes(),
+                    ]
+                ).encode()
+            )
 
-    def close_step(self, step: int, documents: list[Document], values: dict[str, float | None], *, applied: bool, tokens: int, flops: float) -> None:
+    def close_step(
+        self,
+        step: int,
+        documents: list[Document],
+        values: dict[str, float | None],
+        *,
+        applied: bool,
+        tokens: int,
+        flops: float,
+    ) -> None:
         """Write the line of a step. A collective.
 
         Args:
@@ -67,10 +92,20 @@ class Journal:
             return
         mine, self._thoughts = ([document.id for document in documents], self._thoughts), []
         parts = self._ranks.gather(mine)
-        line = {"step": step, "applied": applied, "documents": _checksum(f"{id} ".encode() for ids, _ in parts for id in ids)}
+        line = {
+            "step": step,
+            "applied": applied,
+            "documents": _checksum(f"{id} ".encode() for ids, _ in parts for id in ids),
+        }
         if thoughts := [checksum for _, checksums in parts for checksum in checksums]:
             line["thoughts"] = _checksum(thoughts)
-        line |= {"numbers": {name: float(values[name]).hex() for name in NUMBERS if values.get(name) is not None}, "tokens": tokens, "flops": float(flops).hex()}
+        line |= {
+            "numbers": {
+                name: float(values[name]).hex() for name in NUMBERS if values.get(name) is not None
+            },
+            "tokens": tokens,
+            "flops": float(flops).hex(),
+        }
         if self._digest_every and step % self._digest_every == 0:
             line["state"] = state_digest(self._engine, self._ranks)
         if self._ranks.is_first:
@@ -80,19 +115,27 @@ class Journal:
 def state_digest(engine: Engine, ranks: Ranks) -> str:
     """Checksum of the float32 master weights, moments and EMA. A collective.
 
-    Each tensor is a sum of its bit patterns, weighted with their places, modulo 2**64: it may be cut anywhere.
+    Each tensor is a sum of its bit patterns, weighted with their places, modulo 2**64: it may be
+    cut anywhere.
     """
     sums = {}
     for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
         state = engine.state_of(fragment.flat)
-        for kind, flat in {"master": fragment.flat, **{name: state[name] for name in STATES if name in state}}.items():
+        for kind, flat in {
+            "master": fragment.flat,
+            **{name: state[name] for name in STATES if name in state},
+        }.items():
             sums[f"{kind}/{fragment.name}"] = weighted_bits(fragment.view(flat), fragment.start)
     return _digest_of(sums, ranks)
 
 
 def weights_digest(engine: Engine, module: nn.Module, ranks: Ranks) -> str:
-    """Checksum of the weights of a frozen module, in the dtype that it computes in. A collective."""
-    return _digest_of({name: weighted_bits(values, start) for name, start, values in engine.held_weights(module)}, ranks)
+    """Checksum of the weights of a frozen module, in the dtype that it computes in. A
+    collective."""
+    return _digest_of(
+        {name: weighted_bits(values, start) for name, start, values in engine.held_weights(module)},
+        ranks,
+    )
 
 
 def _digest_of(sums: dict[str, int], ranks: Ranks) -> str:
@@ -100,18 +143,19 @@ def _digest_of(sums: dict[str, int], ranks: Ranks) -> str:
     total: dict[str, int] = {}
     for part in ranks.gather(sums):
         for name, value in part.items():
-            total[name] = (total.get(name, 0) + value) % 2 ** 64
+            total[name] = (total.get(name, 0) + value) % 2**64
     return _checksum([json.dumps(sorted(total.items())).encode()])
 
 
 def weighted_bits(values: Tensor, start: int) -> int:
-    """sum_i (2 i + 1) bits_i modulo 2**64, of values in float32, the first of which has index `start`."""
+    """sum_i (2 i + 1) bits_i modulo 2**64, of values in float32, the first of which has index
+    `start`."""
     total = 0
     for first in range(0, values.numel(), _CHUNK):
         bits = values[first : first + _CHUNK].float().view(torch.int32).to(torch.int64)
         place = torch.arange(start + first, start + first + bits.numel(), device=bits.device)
         total += int((bits * (2 * place + 1)).sum())
-    return total % 2 ** 64
+    return total % 2**64
 
 
 def _checksum(parts: Iterable[bytes]) -> str:
@@ -123,25 +167,51 @@ def audit(run: Path, reference: Path, *, tolerance: float = 0.0) -> list[str]:
     """What a run did otherwise than an uninterrupted one, by their journals; empty where nothing.
 
     Args:
-        tolerance: relative and absolute, of the numbers; above 0 (another number of ranks or ZeRO stage) the state digests are not compared.
+        tolerance: relative and absolute, of the numbers; above 0 (another number of ranks or ZeRO
+            stage) the state digests are not compared.
     """
-    mine, expected = (read_json_lines(open_run_folder(folder).journal_jsonl) for folder in (run, reference))
+    mine, expected = (
+        read_json_lines(open_run_folder(folder).journal_jsonl) for folder in (run, reference)
+    )
     steps = [line["step"] for line in mine]
-    found = [f"step {step} is there {steps.count(step)} times" for step in sorted(set(steps)) if steps.count(step) > 1]
+    found = [
+        f"step {step} is there {steps.count(step)} times"
+        for step in sorted(set(steps))
+        if steps.count(step) > 1
+    ]
     found += ["steps are out of order"] if steps != sorted(steps) else []
-    by_step, wanted = {line["step"]: line for line in mine}, {line["step"]: line for line in expected}
+    by_step, wanted = (
+        {line["step"]: line for line in mine},
+        {line["step"]: line for line in expected},
+    )
     found += [f"step {step} is missing" for step in sorted(wanted.keys() - by_step.keys())]
     found += [f"step {step} is one too many" for step in sorted(by_step.keys() - wanted.keys())]
     for step in sorted(wanted.keys() & by_step.keys()):
-        found += [f"step {step}: {difference}" for difference in _differences(by_step[step], wanted[step], tolerance)]
+        found += [
+            f"step {step}: {difference}"
+            for difference in _differences(by_step[step], wanted[step], tolerance)
+        ]
     return found
 
 
 def _differences(line: dict, wanted: dict, tolerance: float) -> list[str]:
-    exact = ["applied", "documents", "thoughts", "tokens", "flops", *([] if tolerance else ["state"])]
-    found = [f"{name} is {line.get(name)}, expected {wanted.get(name)}" for name in exact if line.get(name) != wanted.get(name)]
+    exact = [
+        "applied",
+        "documents",
+        "thoughts",
+        "tokens",
+        "flops",
+        *([] if tolerance else ["state"]),
+    ]
+    found = [
+        f"{name} is {line.get(name)}, expected {wanted.get(name)}"
+        for name in exact
+        if line.get(name) != wanted.get(name)
+    ]
     for name in sorted(line["numbers"].keys() | wanted["numbers"].keys()):
         here, there = (float.fromhex(side["numbers"].get(name, "nan")) for side in (line, wanted))
-        if line["numbers"].get(name) != wanted["numbers"].get(name) and not abs(here - there) <= tolerance * (1 + abs(there)):
+        if line["numbers"].get(name) != wanted["numbers"].get(name) and not abs(
+            here - there
+        ) <= tolerance * (1 + abs(there)):
             found.append(f"{name} is {here!r}, expected {there!r}")
     return found

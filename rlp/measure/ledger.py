@@ -55,7 +55,8 @@ class Account:
     input_tokens: int = 0
     """Document tokens read (T_inp)."""
     paper_flops: float = 0.0
-    """The paper's T_flop = n l bs iters + T_inp, in tokens: thoughts x thought budget + input tokens."""
+    """The paper's T_flop = n l bs iters + T_inp, in tokens: thoughts x thought budget + input
+    tokens."""
     paper_flops_sampled: float = 0.0
     """The same with the thought tokens that were really sampled in place of the budget."""
     steps: int = 0
@@ -69,7 +70,9 @@ _TOTALS = ("input_tokens", "paper_flops", "paper_flops_sampled", "steps")
 class Ledger:
     """Adds up a run. Counts are local to the rank until `close_step` sums them over the ranks."""
 
-    def __init__(self, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    def __init__(
+        self, shapes: ModelShapes, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
         """
         Args:
             on_phase: is told each phase whose time begins.
@@ -104,7 +107,10 @@ class Ledger:
     def mean_step(self) -> dict[str, float]:
         """What a closed step has cost on average; nothing before the first."""
         carried = _amounts(self._carried)
-        return {name: (amount - carried[name]) / max(self.steps, 1) for name, amount in self.spent().items()}
+        return {
+            name: (amount - carried[name]) / max(self.steps, 1)
+            for name, amount in self.spent().items()
+        }
 
     def carry(self, made: dict) -> None:
         """Begin with the cost of what made the data.
@@ -117,12 +123,23 @@ class Ledger:
         """
         try:
             phases = {phase: PhaseCount(**made["phases"][phase]) for phase in PHASES}
-            self._carried = Account(phases, **{name: made[name] for name in _TOTALS if name != "steps"})
+            self._carried = Account(
+                phases, **{name: made[name] for name in _TOTALS if name != "steps"}
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no ledger of a run: {error}") from error
         _add_to(self._total, self._carried)
 
-    def add(self, phase: str, work: Work, *, passes: int, tokens_in: int = 0, tokens_generated: int = 0, tokens_trained: int = 0) -> None:
+    def add(
+        self,
+        phase: str,
+        work: Work,
+        *,
+        passes: int,
+        tokens_in: int = 0,
+        tokens_generated: int = 0,
+        tokens_trained: int = 0,
+    ) -> None:
         """Count work of this rank.
 
         Args:
@@ -130,7 +147,9 @@ class Ledger:
                 activation checkpointing repeats is not counted.
         """
         if passes not in (1, 3):
-            raise ValueError(f"Ledger.add: passes must be 1 (forward) or 3 (forward and backward), got {passes}.")
+            raise ValueError(
+                f"Ledger.add: passes must be 1 (forward) or 3 (forward and backward), got {passes}."
+            )
         count = self._phase(phase)
         count.flops += passes * forward_flops(self.shapes, work)
         count.tokens_in += tokens_in
@@ -138,13 +157,15 @@ class Ledger:
         count.tokens_trained += tokens_trained
 
     def add_documents(self, input_tokens: int) -> None:
-        """Count document tokens that this rank read, once per document whatever is done with them."""
+        """Count document tokens that this rank read, once per document whatever is done with
+        them."""
         self._step.input_tokens += input_tokens
         self._step.paper_flops += input_tokens
         self._step.paper_flops_sampled += input_tokens
 
     def add_thoughts(self, thoughts: int, *, max_thought_tokens: int, sampled_tokens: int) -> None:
-        """Count thoughts of this rank in the paper's accounting, which charges each its whole budget."""
+        """Count thoughts of this rank in the paper's accounting, which charges each its whole
+        budget."""
         self._step.paper_flops += thoughts * max_thought_tokens
         self._step.paper_flops_sampled += sampled_tokens
 
@@ -152,9 +173,9 @@ class Ledger:
     def time(self, *phases: str) -> Iterator[None]:
         """Add the seconds of the block to its phases; waits for the GPU at both ends.
 
-        Blocks may lie in each other: the seconds of an inner one are not the outer one's as well. Phases
-        that share a pass through the model can not be timed apart: its seconds are divided among them as
-        the FLOPs that the step has counted for them by its end.
+        Blocks may lie in each other: the seconds of an inner one are not the outer one's as well.
+        Phases that share a pass through the model can not be timed apart: its seconds are divided
+        among them as the FLOPs that the step has counted for them by its end.
         """
         counts = [self._phase(phase) for phase in phases]
         outer, self._running = self._running, phases[0]
@@ -173,7 +194,8 @@ class Ledger:
                 self._on_phase(outer)
 
     def close_step(self, ranks: Ranks) -> dict:
-        """Sum the step over the ranks, add it to the run, and start the next one. Every rank calls it.
+        """Sum the step over the ranks, add it to the run, and start the next one. Every rank calls
+        it.
 
         Seconds are the largest over the ranks, phase by phase: a phase lasts as long as its slowest
         rank.
@@ -194,10 +216,19 @@ class Ledger:
 
     def load_state(self, state: dict) -> None:
         """Continue from what `state` returned."""
-        expected, counts = ({item.name for item in dataclasses.fields(kind)} for kind in (Account, PhaseCount))
-        if set(state) != expected or set(state["phases"]) != set(PHASES) or any(set(phase) != counts for phase in state["phases"].values()):
-            raise ValueError(f"Ledger.load_state: expected the keys {sorted(expected)} with phases {list(PHASES)}, got {sorted(state)[:20]}. "
-                             "The checkpoint was written by another version; resume with that one.")
+        expected, counts = (
+            {item.name for item in dataclasses.fields(kind)} for kind in (Account, PhaseCount)
+        )
+        if (
+            set(state) != expected
+            or set(state["phases"]) != set(PHASES)
+            or any(set(phase) != counts for phase in state["phases"].values())
+        ):
+            raise ValueError(
+                f"Ledger.load_state: expected the keys {sorted(expected)} with phases"
+                f" {list(PHASES)}, got {sorted(state)[:20]}. The checkpoint was written by another"
+                " version; resume with that one."
+            )
         phases = {phase: PhaseCount(**state["phases"][phase]) for phase in PHASES}
         self._total = Account(**{**state, "phases": phases})
 
@@ -206,17 +237,21 @@ class Ledger:
         self._step = Account()
 
     def to_json(self) -> dict:
-        """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers, and `counted_without`, what the FLOPs leave out."""
+        """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers, and
+        `counted_without`, what the FLOPs leave out."""
         return {**_as_json(self._total), "counted_without": list(self.shapes.uncounted)}
 
     def _phase(self, phase: str) -> PhaseCount:
         if phase not in PHASES:
-            raise ValueError(f"Ledger: unknown phase {phase!r}; the phases are {', '.join(PHASES)}.")
+            raise ValueError(
+                f"Ledger: unknown phase {phase!r}; the phases are {', '.join(PHASES)}."
+            )
         return self._step.phases[phase]
 
 
 def _divide(seconds: float, counts: list[PhaseCount]) -> None:
-    """Add seconds to phases in proportion to their FLOPs; to the first of them where none has any."""
+    """Add seconds to phases in proportion to their FLOPs; to the first of them where none has
+    any."""
     flops = sum(count.flops for count in counts)
     for index, count in enumerate(counts):
         count.seconds += seconds * (count.flops / flops if flops else float(index == 0))
@@ -236,11 +271,16 @@ def _over_ranks(step: Account, ranks: Ranks) -> Account:
     counts = [getattr(step.phases[phase], name) for phase in PHASES for name in _COUNTS]
     totals = [step.input_tokens, step.paper_flops, step.paper_flops_sampled]
     summed = iter(ranks.sum(counts + totals))
-    slowest = [max(column) for column in zip(*ranks.gather([step.phases[phase].seconds for phase in PHASES]))]
+    slowest = [
+        max(column)
+        for column in zip(*ranks.gather([step.phases[phase].seconds for phase in PHASES]))
+    ]
     over_ranks = Account(steps=step.steps)
     for phase, seconds in zip(PHASES, slowest, strict=True):
         tokens_in, generated, trained, flops = (next(summed) for _ in _COUNTS)
-        over_ranks.phases[phase] = PhaseCount(int(tokens_in), int(generated), int(trained), flops, seconds)
+        over_ranks.phases[phase] = PhaseCount(
+            int(tokens_in), int(generated), int(trained), flops, seconds
+        )
     over_ranks.input_tokens = int(next(summed))
     over_ranks.paper_flops, over_ranks.paper_flops_sampled = summed
     return over_ranks
@@ -249,13 +289,22 @@ def _over_ranks(step: Account, ranks: Ranks) -> Account:
 def _add_to(total: Account, step: Account) -> None:
     for phase in PHASES:
         for name in (*_COUNTS, "seconds"):
-            setattr(total.phases[phase], name, getattr(total.phases[phase], name) + getattr(step.phases[phase], name))
+            setattr(
+                total.phases[phase],
+                name,
+                getattr(total.phases[phase], name) + getattr(step.phases[phase], name),
+            )
     for name in _TOTALS:
         setattr(total, name, getattr(total, name) + getattr(step, name))
 
 
 def _amounts(account: Account) -> dict[str, float]:
-    return {"tokens": account.input_tokens, "flops": _sum_of(account, "flops"), "paper_flops": account.paper_flops, "seconds": _sum_of(account, "seconds")}
+    return {
+        "tokens": account.input_tokens,
+        "flops": _sum_of(account, "flops"),
+        "paper_flops": account.paper_flops,
+        "seconds": _sum_of(account, "seconds"),
+    }
 
 
 def _as_json(account: Account) -> dict:

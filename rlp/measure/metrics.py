@@ -1,12 +1,13 @@
 """The numbers of a run: what each one means, and where they are told.
 
-`METRICS` (of a step) and `EVALUATION` (of the held-out panel) are where a number has its name, unit and
-definition; a name that is in neither can not be logged.
-`metrics.jsonl` is the record; the console and Weights & Biases are copies, and a copy that fails
-never fails the run. What the clock and the memory counter say (`perf/*`) goes to `timing.jsonl`,
-so that `metrics.jsonl` of a resumed run equals that of an unbroken one byte for byte.
+`METRICS` (of a step) and `EVALUATION` (of the held-out panel) are where a number has its name, unit
+and definition; a name that is in neither can not be logged. `metrics.jsonl` is the record; the
+console and Weights & Biases are copies, and a copy that fails never fails the run. What the clock
+and the memory counter say (`perf/*`) goes to `timing.jsonl`, so that `metrics.jsonl` of a resumed
+run equals that of an unbroken one byte for byte.
 
-`Progress` tells how far one long piece of work is, in a run or without one (`rlp probe`, `rlp eval`, unpacking data).
+`Progress` tells how far one long piece of work is, in a run or without one (`rlp probe`, `rlp
+eval`, unpacking data).
 
 Averages are over all ranks: means of a step are sums over all its thoughts (or positions, or
 tokens) divided by their number.
@@ -26,78 +27,248 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("nats", "Mean reward of the step's thoughts: what eq. 7 is fed. It is the information gain r(c) = S_pred(c) - S_ema (eq. 5), in nats; with reward.kind greedy_match 1 or 0, whether the targets are the most probable tokens; with reward.placebo what the placebo gives the thought, and not what it earned."),
+    "reward/mean": Metric(
+        "nats",
+        "Mean reward of the step's thoughts: what eq. 7 is fed. It is the information gain r(c) ="
+        " S_pred(c) - S_ema (eq. 5), in nats; with reward.kind greedy_match 1 or 0, whether the"
+        " targets are the most probable tokens; with reward.placebo what the placebo gives the"
+        " thought, and not what it earned.",
+    ),
     "reward/positive_frac": Metric("fraction", "Thoughts with a reward above 0."),
-    "reward/positive_positions_frac": Metric("fraction", "Positions where the mean reward of the group is above 0."),
-    "reward/flat_groups_frac": Metric("fraction", "Groups whose rewards are all equal, to 1e-5: their advantages are 0, and there is nothing to learn from them."),
-    "reward/group_std": Metric("nats", "Mean over positions of the standard deviation of the reward within the group, in its unit. Zero means nothing to learn."),
-    "reward/length_correlation": Metric("", "Within-group correlation of thought length and reward: covariance and variances about each group's mean, pooled. Left out where one does not vary."),
-    "gain/mean": Metric("nats", "Mean information gain r(c) = S_pred(c) - S_ema of the step's own thoughts (eq. 5), whatever they are rewarded for. Left out where the baseline was not scored."),
-    "gain/positive_frac": Metric("fraction", "Thoughts with a gain above 0: the target became more probable."),
-    "gain/positive_positions_frac": Metric("fraction", "Positions where the mean gain of the group is above 0."),
-    "thought/tokens_mean": Metric("tokens", "Mean number of sampled tokens in a thought, the close marker not counted."),
-    "thought/tokens_std": Metric("tokens", "Standard deviation of that length over all thoughts of the step."),
-    "thought/truncated_frac": Metric("fraction", "Thoughts that the budget ended before they sampled a close marker."),
-    "thought/max_length_frac": Metric("fraction", "Thoughts that used their whole budget: the truncated ones, and those that closed with its last token."),
+    "reward/positive_positions_frac": Metric(
+        "fraction", "Positions where the mean reward of the group is above 0."
+    ),
+    "reward/flat_groups_frac": Metric(
+        "fraction",
+        "Groups whose rewards are all equal, to 1e-5: their advantages are 0, and there is nothing"
+        " to learn from them.",
+    ),
+    "reward/group_std": Metric(
+        "nats",
+        "Mean over positions of the standard deviation of the reward within the group, in its unit."
+        " Zero means nothing to learn.",
+    ),
+    "reward/length_correlation": Metric(
+        "",
+        "Within-group correlation of thought length and reward: covariance and variances about each"
+        " group's mean, pooled. Left out where one does not vary.",
+    ),
+    "gain/mean": Metric(
+        "nats",
+        "Mean information gain r(c) = S_pred(c) - S_ema of the step's own thoughts (eq. 5),"
+        " whatever they are rewarded for. Left out where the baseline was not scored.",
+    ),
+    "gain/positive_frac": Metric(
+        "fraction", "Thoughts with a gain above 0: the target became more probable."
+    ),
+    "gain/positive_positions_frac": Metric(
+        "fraction", "Positions where the mean gain of the group is above 0."
+    ),
+    "thought/tokens_mean": Metric(
+        "tokens", "Mean number of sampled tokens in a thought, the close marker not counted."
+    ),
+    "thought/tokens_std": Metric(
+        "tokens", "Standard deviation of that length over all thoughts of the step."
+    ),
+    "thought/truncated_frac": Metric(
+        "fraction", "Thoughts that the budget ended before they sampled a close marker."
+    ),
+    "thought/max_length_frac": Metric(
+        "fraction",
+        "Thoughts that used their whole budget: the truncated ones, and those that closed with its"
+        " last token.",
+    ),
     "thought/empty_frac": Metric("fraction", "Thoughts that sampled the close marker at once."),
-    "thought/distinct_bigrams_frac": Metric("fraction", "Different pairs of neighbouring tokens over all such pairs in a group's thoughts, mean over groups. Near 1: no two thoughts agree. A fall says that thoughts become one template."),
-    "thought/copied_frac": Metric("fraction", "Runs of 4 tokens of thoughts that also stand in the prefix: copying of the context."),
-    "thought/holds_target_frac": Metric("fraction", "Thoughts in which the target tokens stand in a row, anywhere. Expected where a right thought ends in the answer; frequent tokens are met by chance."),
-    "thought/script_switch_frac": Metric("fraction", "Thoughts most of whose letters are of another script (Latin, Cyrillic, CJK) than most letters of the prefix, among those where both have letters."),
-    "policy/entropy": Metric("nats per token", "Mean entropy of the distributions that thought tokens were sampled from, at the sampling temperature."),
-    "policy/ratio_max_deviation": Metric("", "Largest |rho_u - 1| over thought tokens (eq. 8) and the updates of the step. Zero on-policy, up to rounding."),
-    "policy/behavior_mismatch_kl": Metric("nats per token", "KL of the sampler to the trainer on sampled tokens before the first update of the step, where both hold the same weights: mean of rho - 1 - log rho. Anything but rounding is a mismatch."),
-    "policy/behavior_mismatch_max": Metric("nats", "Largest |log rho_u| over thought tokens before the first update of the step."),
-    "policy/clip_frac": Metric("fraction", "Thought tokens whose ratio lies outside 1 - clip_low .. 1 + clip_high."),
-    "policy/open_marker_mass": Metric("probability", "Mean probability that the policy gives the open marker's first token where a thought may start; it is left out of target softmaxes."),
-    "policy/reasoned_logprob": Metric("nats", "Mean S_pred: log-probability of the target after a thought (eq. 3)."),
-    "baseline/logprob": Metric("nats", "Mean S_ema: log-probability of the target without a thought, under the baseline (eq. 4)."),
-    "kl/start": Metric("nats per token", "KL of the policy to the starting checkpoint on thought tokens (k3 estimator); where objective.kl_weight is above 0."),
-    "lm/loss": Metric("nats per token", "Next-token loss of the policy on the step's documents, without thoughts."),
-    "teacher/distance": Metric("relative", "||phi - theta|| / ||theta||: how far the EMA lags behind the policy."),
+    "thought/distinct_bigrams_frac": Metric(
+        "fraction",
+        "Different pairs of neighbouring tokens over all such pairs in a group's thoughts, mean"
+        " over groups. Near 1: no two thoughts agree. A fall says that thoughts become one"
+        " template.",
+    ),
+    "thought/copied_frac": Metric(
+        "fraction",
+        "Runs of 4 tokens of thoughts that also stand in the prefix: copying of the context.",
+    ),
+    "thought/holds_target_frac": Metric(
+        "fraction",
+        "Thoughts in which the target tokens stand in a row, anywhere. Expected where a right"
+        " thought ends in the answer; frequent tokens are met by chance.",
+    ),
+    "thought/script_switch_frac": Metric(
+        "fraction",
+        "Thoughts most of whose letters are of another script (Latin, Cyrillic, CJK) than most"
+        " letters of the prefix, among those where both have letters.",
+    ),
+    "policy/entropy": Metric(
+        "nats per token",
+        "Mean entropy of the distributions that thought tokens were sampled from, at the sampling"
+        " temperature.",
+    ),
+    "policy/ratio_max_deviation": Metric(
+        "",
+        "Largest |rho_u - 1| over thought tokens (eq. 8) and the updates of the step. Zero"
+        " on-policy, up to rounding.",
+    ),
+    "policy/behavior_mismatch_kl": Metric(
+        "nats per token",
+        "KL of the sampler to the trainer on sampled tokens before the first update of the step,"
+        " where both hold the same weights: mean of rho - 1 - log rho. Anything but rounding is a"
+        " mismatch.",
+    ),
+    "policy/behavior_mismatch_max": Metric(
+        "nats", "Largest |log rho_u| over thought tokens before the first update of the step."
+    ),
+    "policy/clip_frac": Metric(
+        "fraction", "Thought tokens whose ratio lies outside 1 - clip_low .. 1 + clip_high."
+    ),
+    "policy/open_marker_mass": Metric(
+        "probability",
+        "Mean probability that the policy gives the open marker's first token where a thought may"
+        " start; it is left out of target softmaxes.",
+    ),
+    "policy/reasoned_logprob": Metric(
+        "nats", "Mean S_pred: log-probability of the target after a thought (eq. 3)."
+    ),
+    "baseline/logprob": Metric(
+        "nats",
+        "Mean S_ema: log-probability of the target without a thought, under the baseline (eq. 4).",
+    ),
+    "kl/start": Metric(
+        "nats per token",
+        "KL of the policy to the starting checkpoint on thought tokens (k3 estimator); where"
+        " objective.kl_weight is above 0.",
+    ),
+    "lm/loss": Metric(
+        "nats per token", "Next-token loss of the policy on the step's documents, without thoughts."
+    ),
+    "teacher/distance": Metric(
+        "relative", "||phi - theta|| / ||theta||: how far the EMA lags behind the policy."
+    ),
     "optim/grad_norm": Metric("", "Global norm of the gradient before clipping."),
     "optim/learning_rate": Metric("", "Learning rate of the step."),
-    "optim/skipped": Metric("updates", "Updates refused so far because a loss, reward, log-probability, ratio or gradient was not finite on some rank."),
-    "optim/spikes": Metric("updates", "Updates refused so far because their gradient was too large; where optim.spike_factor is above 0."),
-    "data/bad_documents": Metric("documents", "Documents skipped so far as unreadable, empty or too short."),
+    "optim/skipped": Metric(
+        "updates",
+        "Updates refused so far because a loss, reward, log-probability, ratio or gradient was not"
+        " finite on some rank.",
+    ),
+    "optim/spikes": Metric(
+        "updates",
+        "Updates refused so far because their gradient was too large; where optim.spike_factor is"
+        " above 0.",
+    ),
+    "data/bad_documents": Metric(
+        "documents", "Documents skipped so far as unreadable, empty or too short."
+    ),
     "budget/tokens": Metric("tokens", "Document tokens read so far, over all ranks."),
     "budget/flops": Metric("FLOPs", "FLOPs spent so far by the ledger's count, over all ranks."),
-    "perf/thought_tokens_per_s": Metric("tokens per second", "Sampled thought tokens per second of sampling, over all ranks."),
+    "perf/thought_tokens_per_s": Metric(
+        "tokens per second", "Sampled thought tokens per second of sampling, over all ranks."
+    ),
     "perf/step_s": Metric("seconds", "Duration of the step."),
-    "perf/tokens_per_s": Metric("tokens per second", "Document tokens read and thought tokens sampled in the step, over all ranks, per second of the step."),
-    "perf/left_s": Metric("seconds", "What the budget leaves, at the pace of the last steps (`Pace`), evaluations and checkpoints not counted."),
-    "perf/peak_memory_bytes": Metric("bytes", "Largest memory allocated on a device during the step, over all ranks; on a CPU, the largest resident set so far."),
+    "perf/tokens_per_s": Metric(
+        "tokens per second",
+        "Document tokens read and thought tokens sampled in the step, over all ranks, per second of"
+        " the step.",
+    ),
+    "perf/left_s": Metric(
+        "seconds",
+        "What the budget leaves, at the pace of the last steps (`Pace`), evaluations and"
+        " checkpoints not counted.",
+    ),
+    "perf/peak_memory_bytes": Metric(
+        "bytes",
+        "Largest memory allocated on a device during the step, over all ranks; on a CPU, the"
+        " largest resident set so far.",
+    ),
 }
 
 EVALUATION: dict[str, Metric] = {
-    "gain_over_start_nats": Metric("nats", "Mean S_pred minus the log-probability that the starting checkpoint gave the same targets without a thought. It can not be raised by getting worse without thoughts."),
+    "gain_over_start_nats": Metric(
+        "nats",
+        "Mean S_pred minus the log-probability that the starting checkpoint gave the same targets"
+        " without a thought. It can not be raised by getting worse without thoughts.",
+    ),
     "gain_over_ema_nats": Metric("nats", "Mean S_pred minus S_ema, the reward's own baseline."),
-    "gain_over_no_think_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability without a thought."),
-    "gain_over_empty_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability after an open and a close marker: what the words of a thought add to its format."),
-    "gain_over_shuffled_nats": Metric("nats", "Mean S_pred minus the policy's own log-probability after the thoughts of another document: what a thought owes to its own prefix. Left out for a panel of one document."),
-    "positive_gain_frac": Metric("fraction", "Positions whose mean gain over the starting checkpoint is above 0."),
-    "accuracy_with_thought": Metric("fraction", "The most probable token is the target, after a thought; mean over thoughts."),
-    "accuracy_without_thought": Metric("fraction", "The most probable token is the target, without a thought."),
-    "thought_tokens_mean": Metric("tokens", "Mean length of a thought, its close marker not counted."),
-    "thought_truncated_frac": Metric("fraction", "Thoughts that the budget ended: left unclosed, and closed by force."),
+    "gain_over_no_think_nats": Metric(
+        "nats", "Mean S_pred minus the policy's own log-probability without a thought."
+    ),
+    "gain_over_empty_nats": Metric(
+        "nats",
+        "Mean S_pred minus the policy's own log-probability after an open and a close marker: what"
+        " the words of a thought add to its format.",
+    ),
+    "gain_over_shuffled_nats": Metric(
+        "nats",
+        "Mean S_pred minus the policy's own log-probability after the thoughts of another document:"
+        " what a thought owes to its own prefix. Left out for a panel of one document.",
+    ),
+    "positive_gain_frac": Metric(
+        "fraction", "Positions whose mean gain over the starting checkpoint is above 0."
+    ),
+    "accuracy_with_thought": Metric(
+        "fraction", "The most probable token is the target, after a thought; mean over thoughts."
+    ),
+    "accuracy_without_thought": Metric(
+        "fraction", "The most probable token is the target, without a thought."
+    ),
+    "thought_tokens_mean": Metric(
+        "tokens", "Mean length of a thought, its close marker not counted."
+    ),
+    "thought_truncated_frac": Metric(
+        "fraction", "Thoughts that the budget ended: left unclosed, and closed by force."
+    ),
     "thought_empty_frac": Metric("fraction", "Thoughts that sampled the close marker at once."),
-    "reward_group_std_nats": Metric("nats", "Mean over positions of the standard deviation of S_pred, which is that of the reward, within the group. Zero means nothing to learn."),
-    "reward_length_correlation": Metric("", "Within-group correlation of thought length and reward, as `reward/length_correlation`. Left out where one does not vary."),
-    "reasoned_logprob_nats": Metric("nats", "Mean S_pred: log-probability of the target after a thought."),
-    "start_logprob_nats": Metric("nats", "Log-probability of the target without a thought, under the starting checkpoint."),
-    "ema_logprob_nats": Metric("nats", "Mean S_ema: log-probability of the target without a thought, under the baseline."),
-    "no_think_logprob_nats": Metric("nats", "Log-probability of the target without a thought, under the policy."),
-    "empty_logprob_nats": Metric("nats", "Log-probability of the target after a thought of no token, under the policy."),
-    "shuffled_logprob_nats": Metric("nats", "Log-probability of the target after the thoughts of another document, under the policy."),
-    "document_loss_nats": Metric("nats per token", "Next-token loss of the policy on the panel's documents, without thoughts; its exponential is the perplexity."),
-    "open_marker_mass": Metric("probability", "Mean probability of the open marker where a thought may start."),
+    "reward_group_std_nats": Metric(
+        "nats",
+        "Mean over positions of the standard deviation of S_pred, which is that of the reward,"
+        " within the group. Zero means nothing to learn.",
+    ),
+    "reward_length_correlation": Metric(
+        "",
+        "Within-group correlation of thought length and reward, as `reward/length_correlation`."
+        " Left out where one does not vary.",
+    ),
+    "reasoned_logprob_nats": Metric(
+        "nats", "Mean S_pred: log-probability of the target after a thought."
+    ),
+    "start_logprob_nats": Metric(
+        "nats", "Log-probability of the target without a thought, under the starting checkpoint."
+    ),
+    "ema_logprob_nats": Metric(
+        "nats", "Mean S_ema: log-probability of the target without a thought, under the baseline."
+    ),
+    "no_think_logprob_nats": Metric(
+        "nats", "Log-probability of the target without a thought, under the policy."
+    ),
+    "empty_logprob_nats": Metric(
+        "nats", "Log-probability of the target after a thought of no token, under the policy."
+    ),
+    "shuffled_logprob_nats": Metric(
+        "nats",
+        "Log-probability of the target after the thoughts of another document, under the policy.",
+    ),
+    "document_loss_nats": Metric(
+        "nats per token",
+        "Next-token loss of the policy on the panel's documents, without thoughts; its exponential"
+        " is the perplexity.",
+    ),
+    "open_marker_mass": Metric(
+        "probability", "Mean probability of the open marker where a thought may start."
+    ),
     "panel_positions": Metric("positions", "Size of the held-out panel."),
 }
 for _name, _metric in list(EVALUATION.items()):
     if _name != "panel_positions":
-        EVALUATION[f"{_name}_low"] = Metric(_metric.unit, f"Lower end of the 95 % bootstrap interval of {_name}: documents drawn with replacement.")
-        EVALUATION[f"{_name}_high"] = Metric(_metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}.")
-"""What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and `after` of `summary.json`."""
+        EVALUATION[f"{_name}_low"] = Metric(
+            _metric.unit,
+            f"Lower end of the 95 % bootstrap interval of {_name}: documents drawn with"
+            " replacement.",
+        )
+        EVALUATION[f"{_name}_high"] = Metric(
+            _metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}."
+        )
+"""What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and
+`after` of `summary.json`."""
 
 TIMING_PREFIX = "perf/"
 """Metrics of the machine and not of the run: two runs of the same config differ in them."""
@@ -108,8 +279,14 @@ def in_table_order(values: dict[str, float | None], table: dict[str, Metric]) ->
     for name, value in values.items():
         if name not in table:
             nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown metric {name!r}. Did you mean {nearest!r}? Names, units and definitions are in rlp/measure/metrics.py.")
+            raise ValueError(
+                f"unknown metric {name!r}. Did you mean {nearest!r}? Names, units and definitions"
+                " are in rlp/measure/metrics.py."
+            )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and math.isfinite(value)):
-            raise ValueError(f"metric {name} must be a finite number, or None where it was not measured, got {value!r}.")
+            raise ValueError(
+                f"metric {name} must be a finite number, or None where it was not measured, got"
+                f" {value!r}."
+            )
     return {name: values[name] for name in table if values.get(name) is not None}

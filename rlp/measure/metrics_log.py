@@ -26,17 +26,23 @@ _CONSOLE = (
     ("perf/left_s", "left", "{}"),
 )
 
-_WORDS: dict[str, Callable[[float], str]] = {"perf/peak_memory_bytes": size, "perf/left_s": duration}
+_WORDS: dict[str, Callable[[float], str]] = {
+    "perf/peak_memory_bytes": size,
+    "perf/left_s": duration,
+}
 """Numbers that the console tells in other units."""
 
 
 class MetricsLog:
     """Tells what happens: rank 0 writes the files and speaks, the other ranks only check."""
 
-    def __init__(self, folder: RunFolder, config: Config, ranks: Ranks, total_hint: int | None) -> None:
+    def __init__(
+        self, folder: RunFolder, config: Config, ranks: Ranks, total_hint: int | None
+    ) -> None:
         """
         Args:
-            total_hint: optimizer steps expected, for the bar; None where the budget is not in steps.
+            total_hint: optimizer steps expected, for the bar; None where the budget is not in
+                steps.
         """
         self._folder = folder
         self._every_n_steps = config.logging.every_n_steps
@@ -61,25 +67,38 @@ class MetricsLog:
         if not self._first_rank:
             return
         timing = {name: value for name, value in measured.items() if name.startswith(TIMING_PREFIX)}
-        append_json_line(self._folder.metrics_jsonl, {"step": step, **{name: value for name, value in measured.items() if name not in timing}})
+        append_json_line(
+            self._folder.metrics_jsonl,
+            {
+                "step": step,
+                **{name: value for name, value in measured.items() if name not in timing},
+            },
+        )
         if timing:
             append_json_line(self._folder.timing_jsonl, {"step": step, **timing})
         self._wandb.log(step, measured)
         self._show(step, measured)
 
     def still(self, step: int, phase: str, seconds: float) -> None:
-        """Say of a long step that it goes on, `LINE_EVERY_S` after the last line of any step, where nobody watches a terminal.
+        """Say of a long step that it goes on, `LINE_EVERY_S` after the last line of any step, where
+        nobody watches a terminal.
 
         Args:
             phase: what it is doing.
             seconds: since the step began.
         """
-        if self._first_rank and not sys.stderr.isatty() and seconds >= LINE_EVERY_S and time.monotonic() - (self._said_at or 0.0) >= LINE_EVERY_S:
+        if (
+            self._first_rank
+            and not sys.stderr.isatty()
+            and seconds >= LINE_EVERY_S
+            and time.monotonic() - (self._said_at or 0.0) >= LINE_EVERY_S
+        ):
             self.say(f"step {step}: in {phase}, {duration(seconds)} so far")
             self._said_at = time.monotonic()
 
     def evaluation(self, step: int, values: dict[str, float | None]) -> None:
-        """Record one evaluation of the held-out panel, by name in `EVALUATION`; `step` 0 is before the first update."""
+        """Record one evaluation of the held-out panel, by name in `EVALUATION`; `step` 0 is before
+        the first update."""
         measured = in_table_order(values, EVALUATION)
         if not self._first_rank:
             return
@@ -87,13 +106,15 @@ class MetricsLog:
         self._wandb.log(step, {f"evaluation/{name}": value for name, value in measured.items()})
 
     def alarm(self, step: int, text: str) -> None:
-        """Say loudly that something is wrong with the run, and keep it in `alarms.jsonl` for the report. Every rank may call it."""
+        """Say loudly that something is wrong with the run, and keep it in `alarms.jsonl` for the
+        report. Every rank may call it."""
         if self._first_rank:
             append_json_line(self._folder.alarms_jsonl, {"step": step, "text": text})
         self.say(f"ALARM step {step}: {text}")
 
     def say(self, text: str) -> None:
-        """Print a line, on rank 0, above the bar where there is one. What data or a model wrote in it does nothing to the terminal."""
+        """Print a line, on rank 0, above the bar where there is one. What data or a model wrote in
+        it does nothing to the terminal."""
         if self._first_rank:
             say_line(text)
 
@@ -106,19 +127,38 @@ class MetricsLog:
             self._wandb.close()
 
     def _show(self, step: int, measured: dict[str, float]) -> None:
-        in_words = measured | {name: words(measured[name]) for name, words in _WORDS.items() if name in measured}
-        words = {word: form.format(in_words[name]) for name, word, form in _CONSOLE if name in measured}
+        in_words = measured | {
+            name: words(measured[name]) for name, words in _WORDS.items() if name in measured
+        }
+        words = {
+            word: form.format(in_words[name]) for name, word, form in _CONSOLE if name in measured
+        }
         if sys.stderr.isatty():
             self._move_bar(step, words)
-        elif step % self._every_n_steps == 0 or self._said_at is None or time.monotonic() - self._said_at >= LINE_EVERY_S:
+        elif (
+            step % self._every_n_steps == 0
+            or self._said_at is None
+            or time.monotonic() - self._said_at >= LINE_EVERY_S
+        ):
             of_total = f"/{self._total}" if self._total else ""
-            self.say("  ".join([f"step {step}{of_total}", *(f"{word} {value}" for word, value in words.items())]))
+            self.say(
+                "  ".join(
+                    [
+                        f"step {step}{of_total}",
+                        *(f"{word} {value}" for word, value in words.items()),
+                    ]
+                )
+            )
             self._said_at = time.monotonic()
 
     def _move_bar(self, step: int, words: dict[str, str]) -> None:
         if self._bar is None:
             self._bar = tqdm(total=self._total, initial=step - 1, unit="step", dynamic_ncols=True)
-        # The bar times the steps itself, and where it knows how many there are it says what is left.
+        # The bar times the steps itself, and where it knows how many there are it says what is
+        # left.
         own = ("took", "left") if self._total else ("took",)
-        self._bar.set_postfix_str(", ".join(f"{word} {value}" for word, value in words.items() if word not in own), refresh=False)
+        self._bar.set_postfix_str(
+            ", ".join(f"{word} {value}" for word, value in words.items() if word not in own),
+            refresh=False,
+        )
         self._bar.update(step - self._bar.n)

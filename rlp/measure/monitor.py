@@ -1,7 +1,10 @@
-"""What a step is watched by: statistics of thoughts and rewards, added up over micro-batches and ranks.
+"""What a step is watched by: statistics of thoughts and rewards, added up over micro-batches and
+ranks.
 
-Means are sums over global counts, so neither micro-batches nor ranks change a number. Every thought is looked
-at, none is sampled: token work is vectorized, and done for so many positions at once as fit `TOKENS_AT_ONCE`.
+Means are sums over global counts, so neither micro-batches nor ranks change a number. Every thought
+is looked
+at, none is sampled: token work is vectorized, and done for so many positions at once as fit
+`TOKENS_AT_ONCE`.
 
 Dimensions
     M  positions;  G  thoughts per position;  N = M * G;  L  thought tokens
@@ -17,7 +20,8 @@ COLLAPSE_STEPS = 10
 """Steps whose mean thought length is what later ones are held against."""
 
 COLLAPSE_FRACTION = 0.2
-"""Mean thought length, as a fraction of that of the first steps, below which thoughts have collapsed."""
+"""Mean thought length, as a fraction of that of the first steps, below which thoughts have
+collapsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +45,32 @@ STREAK_STEPS = 5
 """Steps that measured a metric; a step that did not is passed over."""
 
 STREAKS = {
-    "truncated": Streak("thought/truncated_frac", 0.95, True,
-                        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model "
-                        "does not know how a thought ends. "
-                        "Warm it on text with thoughts in it (docs/warm_start.md), or raise "
-                        "thought.max_thought_tokens if its thoughts are long."),
-    "harm": Streak("gain/mean", -1.0, False,
-                   "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on "
-                   "average, so siblings are compared by how little harm they do. "
-                   "Ask `rlp probe` whether the markers alone do it, and warm the model on text "
-                   "with thoughts in it (docs/warm_start.md)."),
+    "truncated": Streak(
+        "thought/truncated_frac",
+        0.95,
+        True,
+        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model "
+        "does not know how a thought ends. "
+        "Warm it on text with thoughts in it (docs/warm_start.md), or raise "
+        "thought.max_thought_tokens if its thoughts are long.",
+    ),
+    "harm": Streak(
+        "gain/mean",
+        -1.0,
+        False,
+        "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on "
+        "average, so siblings are compared by how little harm they do. "
+        "Ask `rlp probe` whether the markers alone do it, and warm the model on text "
+        "with thoughts in it (docs/warm_start.md).",
+    ),
 }
 """By name in a checkpoint. The limits are ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How far sampler and trainer may be apart where they hold the same weights, in nats, at temperature 1."""
+    """How far sampler and trainer may be apart where they hold the same weights, in nats, at
+    temperature 1."""
 
     largest: float
     """Of |log rho| over all tokens of a step: above it, an alarm."""
@@ -72,24 +85,30 @@ MISMATCH = {
 """What rounding alone stays below, by compute dtype.
 
 float32: log-probabilities of one policy computed in two ways differ by 1e-5 at most on the tested
-architectures; a hundred times that is no rounding, and a KL of 1e-6 is that of 1.4e-3 at every token.
+architectures; a hundred times that is no rounding, and a KL of 1e-6 is that of 1.4e-3 at every
+token.
 
-bfloat16 has 8 bits: a hidden state is rounded by up to 2^-9 of its size in each of the operations on its way,
-and logits of size 10 to 20 move by some hundredths of a nat. A KL of 1e-3 is that of 0.045 nats rms; a
-pretrained model of 135 million parameters has 0.027 (3.5e-4). The largest of a million such errors is about
-5 rms, 0.2 nats, and unlikely tokens err more: a factor of e in a probability is no rounding.
+bfloat16 has 8 bits: a hidden state is rounded by up to 2^-9 of its size in each of the operations
+on its way, and logits of size 10 to 20 move by some hundredths of a nat. A KL of 1e-3 is that of
+0.045 nats rms; a pretrained model of 135 million parameters has 0.027 (3.5e-4). The largest of a
+million such errors is about 5 rms, 0.2 nats, and unlikely tokens err more: a factor of e in a
+probability is no rounding.
 
 At a temperature T the error of a logit counts 1 / T, and its square in a KL."""
 
 END_KL = 1e-2
-"""Mean of rho - 1 - log rho, at temperature 1, above which a run ends in any dtype: 0.14 nats rms at every token.
-What is trained then is not the policy that was sampled from."""
+"""Mean of rho - 1 - log rho, at temperature 1, above which a run ends in any dtype: 0.14 nats rms
+at every token. What is trained then is not the policy that was sampled from."""
 
 
-def mismatch_of(means: dict[str, float], dtype: torch.dtype, temperature: float) -> tuple[str, bool] | None:
-    """What is wrong with the ratios of a step before its first update, in words, and whether the run has to end.
+def mismatch_of(
+    means: dict[str, float], dtype: torch.dtype, temperature: float
+) -> tuple[str, bool] | None:
+    """What is wrong with the ratios of a step before its first update, in words, and whether the
+    run has to end.
 
-    None where they are those of rounding, or not finite: an update from those is refused with words of its own.
+    None where they are those of rounding, or not finite: an update from those is refused with words
+    of its own.
 
     Args:
         temperature: that thoughts are sampled at.
@@ -97,10 +116,16 @@ def mismatch_of(means: dict[str, float], dtype: torch.dtype, temperature: float)
     at_one = MISMATCH[dtype]
     limit = Mismatch(at_one.largest / temperature, at_one.kl / temperature**2)
     kl, largest = (means.get(f"policy/behavior_mismatch_{name}", 0.0) for name in ("kl", "max"))
-    if not (math.isfinite(kl) and math.isfinite(largest) and (kl > limit.kl or largest > limit.largest)):
+    if not (
+        math.isfinite(kl) and math.isfinite(largest) and (kl > limit.kl or largest > limit.largest)
+    ):
         return None
-    words = (f"sampler and trainer hold the same weights, and their log-probabilities of thought tokens differ by up to {largest:.3g} nats "
-             f"(expected at most {limit.largest:.3g} in {str(dtype).removeprefix('torch.')}), with a KL of {kl:.3g} nats a token (at most {limit.kl:.3g})")
+    words = (
+        "sampler and trainer hold the same weights, and their log-probabilities of thought tokens"
+        f" differ by up to {largest:.3g} nats (expected at most {limit.largest:.3g} in"
+        f" {str(dtype).removeprefix('torch.')}), with a KL of {kl:.3g} nats a token (at most"
+        f" {limit.kl:.3g})"
+    )
     return words, kl > END_KL / temperature**2
 
 
@@ -139,8 +164,11 @@ class Watch:
         if self._collapsed or tokens_mean >= COLLAPSE_FRACTION * start:
             return None
         self._collapsed = True
-        return (f"thoughts have collapsed: {tokens_mean:.1f} tokens on average, {start:.1f} over the first {COLLAPSE_STEPS} steps. "
-                "Short thoughts earn more here than long ones: see reward/length_correlation, and whether the base model gains from thinking at all.")
+        return (
+            f"thoughts have collapsed: {tokens_mean:.1f} tokens on average, {start:.1f} over the"
+            f" first {COLLAPSE_STEPS} steps. Short thoughts earn more here than long ones: see"
+            " reward/length_correlation, and whether the base model gains from thinking at all."
+        )
 
     def _see_streak(self, name: str, streak: Streak, value: float) -> str | None:
         self._streaks[name] = [*self._streaks[name], value] if streak.holds(value) else []
@@ -151,8 +179,12 @@ class Watch:
 
     def state(self) -> dict:
         """What a checkpoint holds of it, so that a resumed run says nothing a second time."""
-        return {"first": self._first, "collapsed": self._collapsed, "streaks": self._streaks,
-                "said": self._said}
+        return {
+            "first": self._first,
+            "collapsed": self._collapsed,
+            "streaks": self._streaks,
+            "said": self._said,
+        }
 
     def load_state(self, state: dict) -> None:
         self._first, self._collapsed = list(state["first"]), state["collapsed"]

@@ -1,20 +1,25 @@
 """What a run will need, before it starts: memory per device, FLOPs and tokens per step, disk.
 
 Arithmetic only: nothing is allocated and no weight is read. Documents are taken at
-`data.max_document_tokens`, thoughts at `thought.max_thought_tokens` and every position at the end of
-its document, so each figure is an upper bound for the step it describes. FLOPs of evaluations are not counted.
+`data.max_document_tokens`, thoughts at `thought.max_thought_tokens` and every position at the end
+of its document, so each figure is an upper bound for the step it describes. FLOPs of evaluations
+are not counted.
 
 Both layouts are planned (`rlp.model.layout`). A thought is cut in two:
 
     context = I + P - H            instruction and document before the position
-    branch = O + L + E + H - 1     open marker, thought, forced close marker, all targets but the last
+    branch = O + L + E + H - 1     open marker, thought, forced close marker, all targets but the
+                                   last
 
-In `repeated` every thought is a row of context and branch; in `tree` the context is run once for all thoughts of a document.
+In `repeated` every thought is a row of context and branch; in `tree` the context is run once for
+all thoughts of a document.
 
 Letters
     n  parameters;  W  ranks (one device each);  c  bytes of a number in the compute dtype (2 or 4)
-    B  documents per step;  K  positions per document;  G  thoughts per position;  N = B K G;  g  of each group in one forward
-    P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker, close marker, instruction
+    B  documents per step;  K  positions per document;  G  thoughts per position;  N = B K G;  g  of
+       each group in one forward
+    P  document tokens;  L  thought tokens;  H  target tokens;  O, E, I  tokens of open marker,
+       close marker, instruction
 """
 
 import math
@@ -72,7 +77,8 @@ class Plan:
     device_bytes: int | None
     """Memory of one GPU; None on a CPU."""
     available_bytes: int | None
-    """Of a CPU's machine, for one rank: what it has free, in its container's limits, and what this process holds already; None on a GPU."""
+    """Of a CPU's machine, for one rank: what it has free, in its container's limits, and what this
+    process holds already; None on a GPU."""
     phase_flops: dict[str, float]
     """Per step and ledger phase, over all ranks."""
     input_tokens: int
@@ -95,7 +101,8 @@ class Plan:
     counted_without: tuple[str, ...] = ()
     """What the FLOPs leave out (`ModelShapes.uncounted`)."""
     relief: tuple[tuple[str, int], ...] = ()
-    """Where the run does not fit: settings to write, each on top of the ones before it, with the peak that they lead to."""
+    """Where the run does not fit: settings to write, each on top of the ones before it, with the
+    peak that they lead to."""
 
     def bytes_during(self, when: str) -> int:
         """Bytes on one device while it samples, updates or evaluates."""
@@ -113,8 +120,8 @@ class Plan:
 
 
 def fits(plan: Plan, device_bytes: int | None = None) -> bool:
-    """Whether the peak leaves a GPU the part that the plan does not count (`USABLE_FRACTION`), and a CPU nothing to swap. True where
-    the memory is not known.
+    """Whether the peak leaves a GPU the part that the plan does not count (`USABLE_FRACTION`), and
+    a CPU nothing to swap. True where the memory is not known.
 
     Args:
         device_bytes: another GPU's memory than the plan's.
@@ -125,8 +132,16 @@ def fits(plan: Plan, device_bytes: int | None = None) -> bool:
     return plan.available_bytes is None or plan.peak_bytes <= plan.available_bytes
 
 
-def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None = None, *, layout: str, form: FormatTokens = FormatTokens(),
-             dtype: tuple[torch.dtype, str] | None = None) -> Plan:
+def plan_run(
+    config: Config,
+    shapes: ModelShapes,
+    ranks_world_size: int,
+    device_bytes: int | None = None,
+    *,
+    layout: str,
+    form: FormatTokens = FormatTokens(),
+    dtype: tuple[torch.dtype, str] | None = None,
+) -> Plan:
     """Add up a run.
 
     Args:
@@ -140,18 +155,38 @@ def plan_run(config: Config, shapes: ModelShapes, ranks_world_size: int, device_
         ConfigError: documents are too short for the positions asked for.
     """
     plan = _add_up(config, shapes, ranks_world_size, device_bytes, layout, form, dtype)
-    return plan if fits(plan) else replace(plan, relief=_relief(config, lambda other: _add_up(other, shapes, ranks_world_size, device_bytes, layout, form, dtype)))
+    return (
+        plan
+        if fits(plan)
+        else replace(
+            plan,
+            relief=_relief(
+                config,
+                lambda other: _add_up(
+                    other, shapes, ranks_world_size, device_bytes, layout, form, dtype
+                ),
+            ),
+        )
+    )
 
 
 def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[str, int], ...]:
-    """Settings that make the run smaller, those first that change nothing but its speed, each on top of the ones before it, until it fits.
+    """Settings that make the run smaller, those first that change nothing but its speed, each on
+    top of the ones before it, until it fits.
 
     Returns:
         (setting, peak with it), of those that help.
     """
     group = config.thought.group_size
-    steps = [("optim", "micro_batch_size", 1), ("thought", "sampling_rows", group), ("optim", "thoughts_per_forward", max(1, group // 4)),
-             ("engine", "activation_checkpointing", True), ("thought", "sampling_rows", 1), ("optim", "thoughts_per_forward", 1), ("baseline", "kind", "self")]
+    steps = [
+        ("optim", "micro_batch_size", 1),
+        ("thought", "sampling_rows", group),
+        ("optim", "thoughts_per_forward", max(1, group // 4)),
+        ("engine", "activation_checkpointing", True),
+        ("thought", "sampling_rows", 1),
+        ("optim", "thoughts_per_forward", 1),
+        ("baseline", "kind", "self"),
+    ]
     found, peak = [], plan_of(config).peak_bytes
     for section, name, value in steps:
         placebo_needs_it = name == "micro_batch_size" and config.reward.placebo != "none"
@@ -167,49 +202,112 @@ def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[st
     return tuple(found)
 
 
-def _add_up(config: Config, shapes: ModelShapes, ranks_world_size: int, device_bytes: int | None, layout: str, form: FormatTokens,
-            dtype: tuple[torch.dtype, str] | None) -> Plan:
-    dtype, why_dtype = dtype or choose_dtype(config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width)
+def _add_up(
+    config: Config,
+    shapes: ModelShapes,
+    ranks_world_size: int,
+    device_bytes: int | None,
+    layout: str,
+    form: FormatTokens,
+    dtype: tuple[torch.dtype, str] | None,
+) -> Plan:
+    dtype, why_dtype = dtype or choose_dtype(
+        config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width
+    )
     number_bytes = dtype.itemsize
     sizes = _StepSizes.of(config, ranks_world_size, form)
-    activations = [activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing) for checkpointing in (False, True)]
+    activations = [
+        activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing)
+        for checkpointing in (False, True)
+    ]
     checkpointing = config.engine.activation_checkpointing
     state, host_bytes = _state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
     update = _update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])
-    moving = sum(part.num_bytes for part in (*state, *update) if part.name in ("gradients", "activations", "LM head and logits tile"))
+    moving = sum(
+        part.num_bytes
+        for part in (*state, *update)
+        if part.name in ("gradients", "activations", "LM head and logits tile")
+    )
     second = _ceil_div(4 * shapes.parameters, ranks_world_size) if number_bytes == 2 else 0
-    process = [] if device_bytes is not None else [MemoryPart("Python and its libraries", PROCESS_BYTES, "always"),
-                                                   MemoryPart("held by the allocator", round(ALLOCATOR_FRACTION * moving) + second, "update")]
+    process = (
+        []
+        if device_bytes is not None
+        else [
+            MemoryPart("Python and its libraries", PROCESS_BYTES, "always"),
+            MemoryPart(
+                "held by the allocator", round(ALLOCATOR_FRACTION * moving) + second, "update"
+            ),
+        ]
+    )
     phase_flops = step_flops(config, shapes, ranks_world_size, layout=layout, form=form)
     step_input = config.optim.batch_size * config.data.max_document_tokens
     step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
     step_paper_flops = step_thoughts + step_input
     one_checkpoint, export = checkpoint_bytes(config, shapes.parameters), 4 * shapes.parameters
     return Plan(
-        world_size=ranks_world_size, zero_stage=config.engine.zero_stage, dtype=str(dtype).removeprefix("torch."), why_dtype=why_dtype, layout=layout, activation_checkpointing=checkpointing,
-        memory=(*state, *process, *_evaluation_parts(config, shapes, sizes, layout, number_bytes), *_sampling_parts(config, shapes, sizes, layout, number_bytes), *update),
-        other_activation_bytes=activations[not checkpointing], host_bytes=host_bytes, device_bytes=device_bytes, available_bytes=_available_bytes() if device_bytes is None else None,
-        phase_flops=phase_flops, input_tokens=step_input, thought_tokens=step_thoughts, seconds=config.budget.seconds,
-        steps=_steps(config, {"tokens": step_input, "flops": sum(phase_flops.values()), "paper_flops": step_paper_flops}), step_paper_flops=step_paper_flops,
-        checkpoint_bytes=one_checkpoint, export_bytes=export, disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export), disk_free_bytes=_disk_free(Path(config.run.dir)),
-        counted_without=shapes.uncounted)
+        world_size=ranks_world_size,
+        zero_stage=config.engine.zero_stage,
+        dtype=str(dtype).removeprefix("torch."),
+        why_dtype=why_dtype,
+        layout=layout,
+        activation_checkpointing=checkpointing,
+        memory=(
+            *state,
+            *process,
+            *_evaluation_parts(config, shapes, sizes, layout, number_bytes),
+            *_sampling_parts(config, shapes, sizes, layout, number_bytes),
+            *update,
+        ),
+        other_activation_bytes=activations[not checkpointing],
+        host_bytes=host_bytes,
+        device_bytes=device_bytes,
+        available_bytes=_available_bytes() if device_bytes is None else None,
+        phase_flops=phase_flops,
+        input_tokens=step_input,
+        thought_tokens=step_thoughts,
+        seconds=config.budget.seconds,
+        steps=_steps(
+            config,
+            {
+                "tokens": step_input,
+                "flops": sum(phase_flops.values()),
+                "paper_flops": step_paper_flops,
+            },
+        ),
+        step_paper_flops=step_paper_flops,
+        checkpoint_bytes=one_checkpoint,
+        export_bytes=export,
+        disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export),
+        disk_free_bytes=_disk_free(Path(config.run.dir)),
+        counted_without=shapes.uncounted,
+    )
 
 
 def _steps(config: Config, step: dict[str, float]) -> int | None:
-    """Steps until the first limit; documents shorter than the longest take more steps to read as many tokens.
+    """Steps until the first limit; documents shorter than the longest take more steps to read as
+    many tokens.
 
     Args:
         step: what a step spends, by the names of the budget's limits.
     """
     budget = asdict(config.budget)
-    limits = [math.ceil(budget[name] / amount) for name, amount in step.items() if budget[name] is not None]
+    limits = [
+        math.ceil(budget[name] / amount)
+        for name, amount in step.items()
+        if budget[name] is not None
+    ]
     return min([*limits, *([config.budget.steps] if config.budget.steps else [])], default=None)
 
 
 def _available_bytes() -> int | None:
-    """Memory that one rank of this machine may fill, with what this process has filled of it already."""
+    """Memory that one rank of this machine may fill, with what this process has filled of it
+    already."""
     free = available_memory_bytes()
-    return None if free is None else free // ranks_of_this_machine() + psutil.Process().memory_info().rss
+    return (
+        None
+        if free is None
+        else free // ranks_of_this_machine() + psutil.Process().memory_info().rss
+    )
 
 
 def _disk_free(run_dir: Path) -> int:
@@ -220,24 +318,57 @@ def _disk_free(run_dir: Path) -> int:
 
 def render_plan(plan: Plan) -> str:
     """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
-    lines = [f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout {plan.layout})", f"  {plan.dtype}: {plan.why_dtype}"]
-    lines += [_line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}") for part in plan.memory if part.num_bytes]
-    lines += [_line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}") for when, verb in (("sampling", "sampling"), ("update", "updating"), ("evaluation", "evaluating"))
-              if any(part.when == when and part.num_bytes for part in plan.memory)]
+    lines = [
+        (
+            f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout"
+            f" {plan.layout})"
+        ),
+        f"  {plan.dtype}: {plan.why_dtype}",
+    ]
+    lines += [
+        _line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}")
+        for part in plan.memory
+        if part.num_bytes
+    ]
+    lines += [
+        _line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}")
+        for when, verb in (
+            ("sampling", "sampling"),
+            ("update", "updating"),
+            ("evaluation", "evaluating"),
+        )
+        if any(part.when == when and part.num_bytes for part in plan.memory)
+    ]
     lines.append(_line("peak", f"{plan.peak_bytes / GB:.2f}"))
     other = "without" if plan.activation_checkpointing else "with"
-    lines.append(_line(f"activations {other} activation checkpointing", f"{plan.other_activation_bytes / GB:.2f}"))
+    lines.append(
+        _line(
+            f"activations {other} activation checkpointing",
+            f"{plan.other_activation_bytes / GB:.2f}",
+        )
+    )
     if plan.host_bytes:
-        lines.append(_line("host memory per rank (offloaded optimizer)", f"{plan.host_bytes / GB:.2f}"))
+        lines.append(
+            _line("host memory per rank (offloaded optimizer)", f"{plan.host_bytes / GB:.2f}")
+        )
     lines += _fit_lines(plan)
     lines += ["", "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)"]
     lines += [_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops]
     lines.append(_line("sum", f"{plan.step_flops:.3e}"))
     lines += [f"  counted without {name}, whose cost is not known" for name in plan.counted_without]
-    lines += ["", "Tokens and budget", _line("input tokens per step", f"{plan.input_tokens:,}"), _line("thought tokens per step", f"{plan.thought_tokens:,}")]
+    lines += [
+        "",
+        "Tokens and budget",
+        _line("input tokens per step", f"{plan.input_tokens:,}"),
+        _line("thought tokens per step", f"{plan.thought_tokens:,}"),
+    ]
     lines += _run_lines(plan)
     lines += ["", "Disk, GB", _line("one checkpoint", f"{plan.checkpoint_bytes / GB:.2f}")]
-    lines += [_line("the export", f"{plan.export_bytes / GB:.2f}"), _line("checkpoints kept and one being written", f"{plan.disk_bytes / GB:.2f}"), _line("free", f"{plan.disk_free_bytes / GB:.2f}")]
+    lines += [
+        _line("the export", f"{plan.export_bytes / GB:.2f}"),
+        _line("checkpoints kept and one being written", f"{plan.disk_bytes / GB:.2f}"),
+        _line("free", f"{plan.disk_free_bytes / GB:.2f}"),
+    ]
     if plan.disk_bytes > plan.disk_free_bytes:
         lines.append("  NOT ENOUGH DISK: lower checkpoint.keep or choose another run.dir")
     return "\n".join(lines)
@@ -245,14 +376,28 @@ def render_plan(plan: Plan) -> str:
 
 def _fit_lines(plan: Plan) -> list[str]:
     """Whether the run fits, and what to write where it does not."""
-    where = f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable" if plan.device_bytes is not None else (
-        None if plan.available_bytes is None else f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank")
+    where = (
+        f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable"
+        if plan.device_bytes is not None
+        else (
+            None
+            if plan.available_bytes is None
+            else f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank"
+        )
+    )
     if where is None:
         return []
     if fits(plan):
         return [f"  fits in {where}"]
     told = [f"  DOES NOT FIT in {where}"]
-    told += ["  write, in this order until it fits:", *(_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief)] if plan.relief else []
+    told += (
+        [
+            "  write, in this order until it fits:",
+            *(_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief),
+        ]
+        if plan.relief
+        else []
+    )
     return told + ["  else shorter documents or thoughts, or a smaller model"]
 
 
@@ -260,9 +405,18 @@ def _run_lines(plan: Plan) -> list[str]:
     """The whole run, as far as it is known before a step has been timed."""
     lines = [] if plan.seconds is None else [_line("seconds", f"{plan.seconds:,g}")]
     if plan.steps is None:
-        return [*lines, _line("steps", "as the seconds allow"), _line("the paper's T_flop of a step, tokens", f"{plan.step_paper_flops:.3e}")]
-    return [*lines, _line("steps" if plan.seconds is None else "steps, at most", f"{plan.steps:,}"), _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}"),
-            _line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"), _line("the paper's T_flop of the run, tokens", f"{plan.steps * plan.step_paper_flops:.3e}")]
+        return [
+            *lines,
+            _line("steps", "as the seconds allow"),
+            _line("the paper's T_flop of a step, tokens", f"{plan.step_paper_flops:.3e}"),
+        ]
+    return [
+        *lines,
+        _line("steps" if plan.seconds is None else "steps, at most", f"{plan.steps:,}"),
+        _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}"),
+        _line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"),
+        _line("the paper's T_flop of the run, tokens", f"{plan.steps * plan.step_paper_flops:.3e}"),
+    ]
 
 
 def _line(name: str, value: str) -> str:

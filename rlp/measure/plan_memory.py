@@ -14,11 +14,12 @@ from rlp.model.shapes import NORM_COPIES, ModelShapes
 GB = 1e9
 
 LOGITS_TILE_BYTES = 5 * 1024 * 4096 * 4
-"""The head's backward pass holds five float32 tiles of 1024 rows x 4096 words (rlp_kernels.chunked)."""
+"""The head's backward pass holds five float32 tiles of 1024 rows x 4096 words
+(rlp_kernels.chunked)."""
 
 SAMPLING_BYTES_PER_LOGIT = 32
-"""Drawing a token holds, per word: logits, scaled logits, log-probabilities and probabilities in float32,
-probabilities and their running sum in float64."""
+"""Drawing a token holds, per word: logits, scaled logits, log-probabilities and probabilities in
+float32, probabilities and their running sum in float64."""
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size, allocated whole under stages 2 and 3."""
@@ -27,15 +28,18 @@ LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: what stage 3 may hold gathered while it runs layers."""
 
 PROCESS_BYTES = 650_000_000
-"""On a CPU: Python, torch, transformers and DeepSpeed with their libraries, before a model is loaded, and the report's after it."""
+"""On a CPU: Python, torch, transformers and DeepSpeed with their libraries, before a model is
+loaded, and the report's after it."""
 
 ALLOCATOR_FRACTION = 0.25
-"""On a CPU, of gradients, activations and head: what glibc holds between the blocks that come and go. Beside it DeepSpeed has a
-second float32 gradient under stage 1 in bfloat16. With both the plan is 0 to 13 % above what a Llama of 135 million parameters,
-30 layers and 49 thousand words takes at five sizes of a step, 5.5 to 7.9 GB (torch 2.13, DeepSpeed 0.19, 2026-11-21)."""
+"""On a CPU, of gradients, activations and head: what glibc holds between the blocks that come and
+go. Beside it DeepSpeed has a second float32 gradient under stage 1 in bfloat16. With both the plan
+is 0 to 13 % above what a Llama of 135 million parameters, 30 layers and 49 thousand words takes at
+five sizes of a step, 5.5 to 7.9 GB (torch 2.13, DeepSpeed 0.19, 2026-11-21)."""
 
 USABLE_FRACTION = 0.94
-"""The rest of a device goes to the CUDA context, NCCL and the allocator's gaps. Ours, not measured."""
+"""The rest of a device goes to the CUDA context, NCCL and the allocator's gaps. Ours, not
+measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ class MemoryPart:
     name: str
     num_bytes: int
     when: str
-    """`always`, `sampling`, `update` or `evaluation`: a step samples first, then updates, and frees between."""
+    """`always`, `sampling`, `update` or `evaluation`: a step samples first, then updates, and frees
+    between."""
 
 
 def weight_bytes(parameters: int, number_bytes: int, stage: int, world_size: int) -> int:
@@ -54,53 +59,75 @@ def weight_bytes(parameters: int, number_bytes: int, stage: int, world_size: int
 
 
 def gradient_bytes(parameters: int, number_bytes: int, stage: int, world_size: int) -> int:
-    """Gradients: c n, sharded from stage 2. In bfloat16 there is a float32 copy as well: under stage 1 the
-    whole sum over micro-batches is kept in float32, under stages 2 and 3 the own shard at the step."""
+    """Gradients: c n, sharded from stage 2. In bfloat16 there is a float32 copy as well: under
+    stage 1 the whole sum over micro-batches is kept in float32, under stages 2 and 3 the own shard
+    at the step.
+    """
     float32_copy = 4 if number_bytes == 2 else 0
     return _ceil_div(parameters * (number_bytes + float32_copy), world_size if stage >= 2 else 1)
 
 
 def optimizer_bytes(parameters: int, stage: int, world_size: int, *, ema: bool) -> dict[str, int]:
-    """Float32 numbers that the optimizer owns, sharded from stage 1: a master copy of the weights (under
-    stage 0 the weights themselves are it), two moments (AdamW), and the EMA (in bfloat16 it would not move)."""
+    """Float32 numbers that the optimizer owns, sharded from stage 1: a master copy of the weights
+    (under stage 0 the weights themselves are it), two moments (AdamW), and the EMA (in bfloat16 it
+    would not move).
+    """
     shards = world_size if stage >= 1 else 1
-    copies = {"master weights": 4 if stage >= 1 else 0, "two moments": 8, "EMA of the weights": 4 if ema else 0}
+    copies = {
+        "master weights": 4 if stage >= 1 else 0,
+        "two moments": 8,
+        "EMA of the weights": 4 if ema else 0,
+    }
     return {name: _ceil_div(parameters * size, shards) for name, size in copies.items()}
 
 
-def activation_bytes(shapes: ModelShapes, tokens: int, number_bytes: int, checkpointing: bool) -> int:
-    """What a forward pass over `tokens` token positions (padding included) keeps for its backward pass.
+def activation_bytes(
+    shapes: ModelShapes, tokens: int, number_bytes: int, checkpointing: bool
+) -> int:
+    """What a forward pass over `tokens` token positions (padding included) keeps for its backward
+    pass.
 
-    Without checkpointing: everything, in the compute dtype. With it: the input of each layer, what the
-    last norm keeps, and the largest layer in full while it is run again.
+    Without checkpointing: everything, in the compute dtype. With it: the input of each layer, what
+    the last norm keeps, and the largest layer in full while it is run again.
     """
-    kept = (shapes.layers + NORM_COPIES) * shapes.width + shapes.layer_activation_elements if checkpointing else shapes.activation_elements
+    kept = (
+        (shapes.layers + NORM_COPIES) * shapes.width + shapes.layer_activation_elements
+        if checkpointing
+        else shapes.activation_elements
+    )
     return tokens * kept * number_bytes
 
 
 def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) -> int:
-    """Keys and values of `rows` thoughts, each with its own copy of its prefix, in the compute dtype; and
-    the recurrent states of state-space layers, one per row of any length, in float32."""
+    """Keys and values of `rows` thoughts, each with its own copy of its prefix, in the compute
+    dtype; and the recurrent states of state-space layers, one per row of any length, in float32."""
     return rows * (tokens * shapes.key_value_elements * number_bytes + shapes.state_elements * 4)
 
 
-def shared_cache_bytes(shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int) -> int:
-    """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside them, in the compute dtype.
+def shared_cache_bytes(
+    shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int
+) -> int:
+    """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside
+    them, in the compute dtype.
 
         trunk_tokens + branches x branch_tokens
 
-    The room of a branch grows to its longest tokens and no further (`rlp.model.attention.next_room`). Room is made, and ended branches
+    The room of a branch grows to its longest tokens and no further
+    (`rlp.model.attention.next_room`). Room is made, and ended branches
     are dropped, layer by layer: the copies of one layer, a few per cent, are left out.
     """
     return (trunk_tokens + branches * branch_tokens) * shapes.key_value_elements * number_bytes
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Float32 master weights, two moments, and the EMA where there is one: 12 or 16 bytes per parameter."""
+    """Float32 master weights, two moments, and the EMA where there is one: 12 or 16 bytes per
+    parameter."""
     return parameters * (16 if keeps_ema(config) else 12)
 
 
-def _state_parts(config: Config, parameters: int, world_size: int, number_bytes: int) -> tuple[list[MemoryPart], int]:
+def _state_parts(
+    config: Config, parameters: int, world_size: int, number_bytes: int
+) -> tuple[list[MemoryPart], int]:
     """(what stays on the device all the time, what is offloaded to the host)."""
     stage = config.engine.zero_stage
     copy = weight_bytes(parameters, number_bytes, stage, world_size)
@@ -109,7 +136,7 @@ def _state_parts(config: Config, parameters: int, world_size: int, number_bytes:
     parts = {
         "weights": copy,
         "gradients": gradient_bytes(parameters, number_bytes, stage, world_size),
-        **({name: 0 for name in optimizer} if config.engine.offload_optimizer else optimizer),
+        **(dict.fromkeys(optimizer, 0) if config.engine.offload_optimizer else optimizer),
         "teacher": copy if for_teacher else 0,
         "starting checkpoint (KL)": copy if for_start else 0,
         "communication buckets": BUCKET_ELEMENTS * number_bytes if stage >= 2 else 0,
@@ -122,7 +149,9 @@ def _gathered_bytes(config: Config, parameters: int, number_bytes: int) -> int:
     return min(parameters, LIVE_ELEMENTS) * number_bytes if config.engine.zero_stage == 3 else 0
 
 
-def _sampling_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int) -> list[MemoryPart]:
+def _sampling_parts(
+    config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int
+) -> list[MemoryPart]:
     if not config.objective.thinks:
         return []
     gathered = _gathered_bytes(config, shapes.parameters, number_bytes)
@@ -132,37 +161,64 @@ def _sampling_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, layo
     if layout == "repeated":
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
     else:
-        cache = shared_cache_bytes(shapes, max(sizes.sampled_documents) * sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes)
+        cache = shared_cache_bytes(
+            shapes,
+            max(sizes.sampled_documents) * sizes.context_tokens,
+            rows,
+            sizes.decoded_tokens,
+            number_bytes,
+        )
     return [
         MemoryPart("gathered weights", gathered, "sampling"),
         MemoryPart("keys, values and states", cache, "sampling"),
-        MemoryPart("next-token softmax", rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT, "sampling"),
+        MemoryPart(
+            "next-token softmax", rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT, "sampling"
+        ),
     ]
 
 
-def _evaluation_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int) -> list[MemoryPart]:
-    """Of the held-out panel, document batch by document batch: keys while it thinks, or one layer of a forward without gradient."""
+def _evaluation_parts(
+    config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int
+) -> list[MemoryPart]:
+    """Of the held-out panel, document batch by document batch: keys while it thinks, or one layer
+    of a forward without gradient."""
     if not config.data.held_out:
         return []
     documents = min(config.evaluation.batch_size, config.evaluation.panel_positions)
-    thoughts = min(config.evaluation.panel_positions, documents * positions_per_document(config)) * config.evaluation.thoughts_per_position
+    thoughts = (
+        min(config.evaluation.panel_positions, documents * positions_per_document(config))
+        * config.evaluation.thoughts_per_position
+    )
     rows = min(thoughts, max(config.thought.sampling_rows, config.evaluation.thoughts_per_position))
     if layout == "repeated":
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
         tokens = (thoughts + documents) * (sizes.context_tokens + sizes.branch_tokens)
     else:
-        cache = shared_cache_bytes(shapes, documents * sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes)
+        cache = shared_cache_bytes(
+            shapes, documents * sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes
+        )
         tokens = documents * sizes.document_tokens + thoughts * sizes.branch_tokens
     sampling = cache + rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT
-    scoring = tokens * (shapes.layer_activation_elements + 2 * shapes.width) * number_bytes + LOGITS_TILE_BYTES
+    scoring = (
+        tokens * (shapes.layer_activation_elements + 2 * shapes.width) * number_bytes
+        + LOGITS_TILE_BYTES
+    )
     return [MemoryPart("held-out panel", max(sampling, scoring), "evaluation")]
 
 
-def _update_parts(config: Config, shapes: ModelShapes, sizes: _StepSizes, number_bytes: int, activations: int) -> list[MemoryPart]:
+def _update_parts(
+    config: Config, shapes: ModelShapes, sizes: _StepSizes, number_bytes: int, activations: int
+) -> list[MemoryPart]:
     # Queried hidden states with their float32 gradient, the gradient of the head, and the tiles.
-    head = _forward_queries(sizes) * shapes.width * (number_bytes + 4) + shapes.vocabulary * shapes.width * number_bytes + LOGITS_TILE_BYTES
+    head = (
+        _forward_queries(sizes) * shapes.width * (number_bytes + 4)
+        + shapes.vocabulary * shapes.width * number_bytes
+        + LOGITS_TILE_BYTES
+    )
     return [
-        MemoryPart("gathered layers", _gathered_bytes(config, shapes.parameters, number_bytes), "update"),
+        MemoryPart(
+            "gathered layers", _gathered_bytes(config, shapes.parameters, number_bytes), "update"
+        ),
         MemoryPart("activations", activations, "update"),
         MemoryPart("LM head and logits tile", head, "update"),
     ]

@@ -1,4 +1,5 @@
-"""What a step runs through the model, in closed form from the settings: tokens, pairs, head rows."""
+"""What a step runs through the model, in closed form from the settings: tokens, pairs, head
+rows."""
 
 from dataclasses import dataclass
 
@@ -53,11 +54,19 @@ class _StepSizes:
         per_document = positions_per_document(config) if config.objective.thinks else 0
         at_once = min(max(1, config.thought.sampling_rows // group), documents * per_document)
         return cls(
-            documents=config.optim.batch_size, document_tokens=config.data.max_document_tokens, thought_tokens=config.thought.max_thought_tokens,
-            horizon=config.target.horizon, form=form, per_document=per_document, group_size=group,
-            thoughts_per_forward=min(config.optim.thoughts_per_forward or group, group), lm=config.objective.lm_weight > 0,
-            micro_batch_documents=min(config.optim.micro_batch_size, documents), sampling_positions=at_once,
-            sampled_documents=_documents_of_blocks(documents * per_document, per_document, at_once))
+            documents=config.optim.batch_size,
+            document_tokens=config.data.max_document_tokens,
+            thought_tokens=config.thought.max_thought_tokens,
+            horizon=config.target.horizon,
+            form=form,
+            per_document=per_document,
+            group_size=group,
+            thoughts_per_forward=min(config.optim.thoughts_per_forward or group, group),
+            lm=config.objective.lm_weight > 0,
+            micro_batch_documents=min(config.optim.micro_batch_size, documents),
+            sampling_positions=at_once,
+            sampled_documents=_documents_of_blocks(documents * per_document, per_document, at_once),
+        )
 
     @property
     def positions(self) -> int:
@@ -76,17 +85,20 @@ class _StepSizes:
 
     @property
     def branch_tokens(self) -> int:
-        """O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted and never read."""
+        """O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted
+        and never read."""
         return self.form.open + self.thought_tokens + self.form.close + self.horizon - 1
 
     @property
     def decoded_tokens(self) -> int:
-        """O + L - 1, what a thought adds to it while sampling: its last token is drawn and not run."""
+        """O + L - 1, what a thought adds to it while sampling: its last token is drawn and not
+        run."""
         return self.form.open + self.thought_tokens - 1
 
     @property
     def document_queries(self) -> int:
-        """Rows of the LM head in the pass of the LM loss: P - 1, and beside thoughts H targets and an open marker per position."""
+        """Rows of the LM head in the pass of the LM loss: P - 1, and beside thoughts H targets and
+        an open marker per position."""
         return self.document_tokens - 1 + self.per_document * (self.horizon + 1)
 
     @property
@@ -97,26 +109,34 @@ class _StepSizes:
 
 def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple[int, ...]:
     """Positions, document by document, in blocks: how many documents each block belongs to."""
-    return tuple((min(start + block, positions) - 1) // per_document - start // per_document + 1 for start in range(0, positions, max(1, block)))
+    return tuple(
+        (min(start + block, positions) - 1) // per_document - start // per_document + 1
+        for start in range(0, positions, max(1, block))
+    )
 
 
 def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
-    """Token positions of the largest forward pass of the update on one rank, padding included, per document of the micro-batch:
+    """Token positions of the largest forward pass of the update on one rank, padding included, per
+    document of the micro-batch:
 
-        repeated    K g rows, and one for the LM loss, all padded to the longest, context + branch
-        tree        K g branches, and the trunk: the document where the LM loss runs it, else the context; with an
-                    instruction these are two trunks
+    repeated    K g rows, and one for the LM loss, all padded to the longest, context + branch
+    tree        K g branches, and the trunk: the document where the LM loss runs it, else the
+                context; with an instruction these are two trunks
     """
     branches = sizes.per_document * sizes.thoughts_per_forward
     if layout == "repeated":
         row = sizes.context_tokens + sizes.branch_tokens if branches else sizes.document_tokens
         return sizes.micro_batch_documents * (branches + sizes.lm) * row
-    trunks = sizes.lm * sizes.document_tokens + _context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens
+    trunks = (
+        sizes.lm * sizes.document_tokens
+        + _context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens
+    )
     return sizes.micro_batch_documents * (trunks + branches * sizes.branch_tokens)
 
 
 def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
-    """Trunks of its own (1 or 0) that a document needs for its thoughts: without an instruction they share that of the LM loss."""
+    """Trunks of its own (1 or 0) that a document needs for its thoughts: without an instruction
+    they share that of the LM loss."""
     shared = lm and sizes.form.instruction == 0
     return int(sizes.per_document > 0 and not shared)
 
@@ -124,17 +144,28 @@ def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
 def _forward_queries(sizes: _StepSizes) -> int:
     """Rows of the LM head in that pass: L + H per thought, and those of the LM loss."""
     thoughts = sizes.per_document * sizes.thoughts_per_forward
-    return sizes.micro_batch_documents * (thoughts * (sizes.thought_tokens + sizes.horizon) + sizes.lm * sizes.document_queries)
+    return sizes.micro_batch_documents * (
+        thoughts * (sizes.thought_tokens + sizes.horizon) + sizes.lm * sizes.document_queries
+    )
 
 
 def positions_per_document(config: Config) -> int:
     """K; for `all`, every position of the longest document that has a prefix and a target."""
-    possible = config.data.max_document_tokens - config.target.horizon - config.position.min_prefix_tokens + 1
+    possible = (
+        config.data.max_document_tokens
+        - config.target.horizon
+        - config.position.min_prefix_tokens
+        + 1
+    )
     if config.position.per_document == "all":
         return possible
     if config.position.per_document > possible:
-        raise ConfigError(f"position.per_document: a document of data.max_document_tokens={config.data.max_document_tokens} has {possible} positions, "
-                          f"got {config.position.per_document}. Write position.per_document=all or a longer document.")
+        raise ConfigError(
+            "position.per_document: a document of"
+            f" data.max_document_tokens={config.data.max_document_tokens} has {possible} positions,"
+            f" got {config.position.per_document}. Write position.per_document=all or a longer"
+            " document."
+        )
     return config.position.per_document
 
 
@@ -142,31 +173,64 @@ def _ceil_div(amount: int, parts: int) -> int:
     return -(-amount // parts)
 
 
-def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, layout: str, form: FormatTokens = FormatTokens()) -> dict[str, float]:
+def step_flops(
+    config: Config,
+    shapes: ModelShapes,
+    ranks_world_size: int,
+    *,
+    layout: str,
+    form: FormatTokens = FormatTokens(),
+) -> dict[str, float]:
     """FLOPs of one step by ledger phase, over all ranks, as the ledger counts them.
 
-    `score` is the document pass that the selectors entropy and surprisal need, and for groups in slices
-    (`optim.thoughts_per_forward`) one pass over the thoughts ahead of the update: the targets after whole groups are
-    read off the update's own forward pass and cost the head rows counted there. A placebo scores thoughts ahead too: those
-    of all positions where they are foreign, those of each rank's last position where rewards are shuffled. `teacher` is one document pass for
-    all positions, on the steps that score the baseline, and with a KL term one pass of the starting checkpoint over all
-    that the update runs. `train` and `lm` are a forward and a backward pass for each update with the same thoughts.
+    `score` is the document pass that the selectors entropy and surprisal need, and for groups in
+    slices (`optim.thoughts_per_forward`) one pass over the thoughts ahead of the update: the
+    targets after whole groups are read off the update's own forward pass and cost the head rows
+    counted there. A placebo scores thoughts ahead too: those of all positions where they are
+    foreign, those of each rank's last position where rewards are shuffled. `teacher` is one
+    document pass for all positions, on the steps that score the baseline, and with a KL term one
+    pass of the starting checkpoint over all that the update runs. `train` and `lm` are a forward
+    and a backward pass for each update with the same thoughts.
     """
     sizes = _StepSizes.of(config, ranks_world_size, form)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector in ("entropy", "surprisal")
-    document_pass = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * (sizes.document_tokens - 1))
-    no_think = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.positions * (sizes.horizon + 1))
-    baseline = forward_flops(shapes, no_think) / config.baseline.every_n_steps if thinks and config.baseline.kind != "none" else 0.0
-    foreign, shuffled = (thinks and config.reward.placebo == placebo for placebo in ("foreign_thought", "shuffled_reward"))
-    times_ahead = float(sizes.slices > 1 or foreign) + (ranks_world_size / sizes.positions if shuffled else 0.0)
-    ahead = times_ahead * forward_flops(shapes, _thought_work(sizes, layout, lm=False)) if times_ahead else 0.0
-    update = {"train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)), "lm": forward_flops(shapes, _document_work(sizes, layout))}
+    document_pass = _rows(
+        sizes.documents,
+        sizes.document_tokens,
+        head_rows=sizes.documents * (sizes.document_tokens - 1),
+    )
+    no_think = _rows(
+        sizes.documents, sizes.document_tokens, head_rows=sizes.positions * (sizes.horizon + 1)
+    )
+    baseline = (
+        forward_flops(shapes, no_think) / config.baseline.every_n_steps
+        if thinks and config.baseline.kind != "none"
+        else 0.0
+    )
+    foreign, shuffled = (
+        thinks and config.reward.placebo == placebo
+        for placebo in ("foreign_thought", "shuffled_reward")
+    )
+    times_ahead = float(sizes.slices > 1 or foreign) + (
+        ranks_world_size / sizes.positions if shuffled else 0.0
+    )
+    ahead = (
+        times_ahead * forward_flops(shapes, _thought_work(sizes, layout, lm=False))
+        if times_ahead
+        else 0.0
+    )
+    update = {
+        "train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)),
+        "lm": forward_flops(shapes, _document_work(sizes, layout)),
+    }
     return {
         "prefill": forward_flops(shapes, _prefill_work(sizes, layout, ranks_world_size)),
         "decode": forward_flops(shapes, _decode_work(sizes)),
         "score": (forward_flops(shapes, document_pass) if selects else 0.0) + ahead,
-        "teacher": baseline + (updates * sum(update.values()) if config.objective.kl_weight > 0 else 0.0),
+        "teacher": (
+            baseline + (updates * sum(update.values()) if config.objective.kl_weight > 0 else 0.0)
+        ),
         **{phase: 3 * updates * flops for phase, flops in update.items()},
     }
 
@@ -174,46 +238,68 @@ def step_flops(config: Config, shapes: ModelShapes, ranks_world_size: int, *, la
 def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
     """What runs before the first token of a thought is drawn:
 
-        repeated    each position's prefix, context + O tokens
-        tree        the context of each document, once for the positions of it that are sampled side by side, and the
-                    open marker in every branch
+    repeated    each position's prefix, context + O tokens
+    tree        the context of each document, once for the positions of it that are sampled side by
+                side, and the open marker in every branch
     """
     if layout == "repeated":
-        return _rows(sizes.positions, sizes.context_tokens + sizes.form.open, head_rows=sizes.positions)
+        return _rows(
+            sizes.positions, sizes.context_tokens + sizes.form.open, head_rows=sizes.positions
+        )
     markers = sizes.thoughts * sizes.form.open
-    return _rows(world_size * sum(sizes.sampled_documents), sizes.context_tokens, head_rows=0) + Work(
-        tokens=markers, pairs=sizes.thoughts * causal_pairs(sizes.form.open, sizes.context_tokens), head_rows=markers)
+    return _rows(
+        world_size * sum(sizes.sampled_documents), sizes.context_tokens, head_rows=0
+    ) + Work(
+        tokens=markers,
+        pairs=sizes.thoughts * causal_pairs(sizes.form.open, sizes.context_tokens),
+        head_rows=markers,
+    )
 
 
 def _decode_work(sizes: _StepSizes) -> Work:
     """Each token of a thought but the last, behind its prefix."""
     run = sizes.thoughts * (sizes.thought_tokens - 1)
-    return Work(tokens=run, pairs=sizes.thoughts * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.form.open), head_rows=run)
+    return Work(
+        tokens=run,
+        pairs=sizes.thoughts
+        * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.form.open),
+        head_rows=run,
+    )
 
 
 def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
     """One forward over all thoughts.
 
-        repeated    N rows of context + branch tokens
-        tree        N branches that see a context before them, and the context of each document in every slice of its
-                    groups; with the LM loss (`lm`) the trunks of the first slice belong to that
+    repeated    N rows of context + branch tokens
+    tree        N branches that see a context before them, and the context of each document in every
+                slice of its groups; with the LM loss (`lm`) the trunks of the first slice belong to
+                that
     """
     head_rows = sizes.thoughts * (sizes.thought_tokens + sizes.horizon)
     if layout == "repeated":
-        return _rows(sizes.thoughts, sizes.context_tokens + sizes.branch_tokens, head_rows=head_rows)
+        return _rows(
+            sizes.thoughts, sizes.context_tokens + sizes.branch_tokens, head_rows=head_rows
+        )
     trunks = sizes.documents * (sizes.slices - lm) * _context_trunks(sizes, lm=False)
-    branches = Work(tokens=sizes.thoughts * sizes.branch_tokens, pairs=sizes.thoughts * causal_pairs(sizes.branch_tokens, sizes.context_tokens), head_rows=head_rows)
+    branches = Work(
+        tokens=sizes.thoughts * sizes.branch_tokens,
+        pairs=sizes.thoughts * causal_pairs(sizes.branch_tokens, sizes.context_tokens),
+        head_rows=head_rows,
+    )
     return branches + _rows(trunks, sizes.context_tokens, head_rows=0)
 
 
 def _document_work(sizes: _StepSizes, layout: str) -> Work:
-    """One forward of the LM loss: the documents, where there is such a loss, and in a tree with an instruction their contexts.
+    """One forward of the LM loss: the documents, where there is such a loss, and in a tree with an
+    instruction their contexts.
 
     Beside thoughts this pass also gives the policy's no-think log-probabilities.
     """
     if not sizes.lm:
         return Work()
-    documents = _rows(sizes.documents, sizes.document_tokens, head_rows=sizes.documents * sizes.document_queries)
+    documents = _rows(
+        sizes.documents, sizes.document_tokens, head_rows=sizes.documents * sizes.document_queries
+    )
     contexts = sizes.documents * _context_trunks(sizes, lm=True) if layout == "tree" else 0
     return documents + _rows(contexts, sizes.context_tokens, head_rows=0)
 

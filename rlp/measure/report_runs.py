@@ -19,7 +19,8 @@ from rlp.process.stored import DamagedFileError, read_json
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that a run folder holds for a report. What the run has not written yet is empty or None."""
+    """All that a run folder holds for a report. What the run has not written yet is empty or
+    None."""
 
     label: str
     arm: str
@@ -56,11 +57,16 @@ class Run:
         return (self.evaluation[0], self.evaluation[-1]) if self.evaluation else ({}, {})
 
     def totals(self) -> dict:
-        """input_tokens, flops, paper_flops, seconds: of the ledger, or as far as an unfinished run has come."""
+        """input_tokens, flops, paper_flops, seconds: of the ledger, or as far as an unfinished run
+        has come."""
         if self.ledger is not None:
             return {"phases": {}} | self.ledger
         last = self.metrics[-1] if self.metrics else {}
-        return {"input_tokens": last.get("budget/tokens"), "flops": last.get("budget/flops"), "phases": {}}
+        return {
+            "input_tokens": last.get("budget/tokens"),
+            "flops": last.get("budget/flops"),
+            "phases": {},
+        }
 
     def along(self, axis: str) -> dict[int, float]:
         """Where each step stands on an axis; step 0 is before the first."""
@@ -69,8 +75,17 @@ class Run:
             return {step: step for step in [0, *steps]}
         if axis == "seconds":
             lines = [line for line in self.timing if "perf/step_s" in line]
-            return {0: 0.0} | dict(zip((line["step"] for line in lines), np.cumsum([line["perf/step_s"] for line in lines]).tolist()))
-        return {0: 0.0} | {line["step"]: line[f"budget/{axis}"] for line in self.metrics if f"budget/{axis}" in line}
+            return {0: 0.0} | dict(
+                zip(
+                    (line["step"] for line in lines),
+                    np.cumsum([line["perf/step_s"] for line in lines]).tolist(),
+                )
+            )
+        return {0: 0.0} | {
+            line["step"]: line[f"budget/{axis}"]
+            for line in self.metrics
+            if f"budget/{axis}" in line
+        }
 
     def values(self, name: str) -> dict[int, float]:
         """A metric by step, where it was measured."""
@@ -89,12 +104,16 @@ class Arm:
 
 # Reading
 
+
 def _read_run(folder: RunFolder, label: str) -> Run:
     config_text = read_bytes(folder.config_yaml).decode(errors="replace")
     config = _parsed(config_text, folder.config_yaml)
     return Run(
         label=label,
-        arm=str(config.get("run", {}).get("arm") or without_seed(folder.path.resolve(), config.get("run", {}).get("seed"))),
+        arm=str(
+            config.get("run", {}).get("arm")
+            or without_seed(folder.path.resolve(), config.get("run", {}).get("seed"))
+        ),
         config_text=config_text,
         config=config,
         environment=_json_if_any(folder.environment_json),
@@ -111,8 +130,13 @@ def _read_run(folder: RunFolder, label: str) -> Run:
 
 
 def without_seed(path: Path, seed: int | None) -> Path:
-    """A run's path without the part at its end that names its seed: of `a/rlp_seed3`, `a/rlp-s3` and `a/rlp/3` it is `a/rlp`."""
-    name = re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name) if isinstance(seed, int) else path.name
+    """A run's path without the part at its end that names its seed: of `a/rlp_seed3`, `a/rlp-s3`
+    and `a/rlp/3` it is `a/rlp`."""
+    name = (
+        re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name)
+        if isinstance(seed, int)
+        else path.name
+    )
     return path.with_name(name) if name else path.parent
 
 
@@ -122,7 +146,9 @@ def _parsed(config_text: str, path: Path) -> dict[str, dict[str, object]]:
     except ConfigError as error:
         raise DamagedFileError(str(error)) from error
     if said := CONFIG.problem(tree, ""):
-        raise DamagedFileError(f"{path} must hold sections such as `model:` and `data:` with settings in them: {said}.")
+        raise DamagedFileError(
+            f"{path} must hold sections such as `model:` and `data:` with settings in them: {said}."
+        )
     return tree
 
 
@@ -138,7 +164,10 @@ def _arms(runs: list[Run]) -> list[Arm]:
     """Runs by arm, in the order of their first run."""
     identities = list(dict.fromkeys(run.arm for run in runs))
     labels = _distinct([Path(identity).name or identity for identity in identities], identities)
-    return [Arm(label, COLORS[i % len(COLORS)], [run for run in runs if run.arm == identity]) for i, (identity, label) in enumerate(zip(identities, labels))]
+    return [
+        Arm(label, COLORS[i % len(COLORS)], [run for run in runs if run.arm == identity])
+        for i, (identity, label) in enumerate(zip(identities, labels))
+    ]
 
 
 def _distinct(names: list[str], longer: list[str]) -> list[str]:
@@ -147,16 +176,22 @@ def _distinct(names: list[str], longer: list[str]) -> list[str]:
 
 
 def information_gain_of(thought: dict) -> float | None:
-    """How much a logged thought raised the log-probability of its target, in nats: the reward of RLP, and not that of other rewards; None where it was not measured."""
+    """How much a logged thought raised the log-probability of its target, in nats: the reward of
+    RLP, and not that of other rewards; None where it was not measured."""
     reasoned, baseline = thought.get("reasoned_logprob"), thought.get("baseline_logprob")
     derived = None if reasoned is None or baseline is None else reasoned - baseline
     reward = thought.get("reward")
     # Written as float32 differences: the two roundings of one number are one number.
-    same = derived is not None and reward is not None and math.isclose(derived, reward, rel_tol=1e-4, abs_tol=1e-5)
+    same = (
+        derived is not None
+        and reward is not None
+        and math.isclose(derived, reward, rel_tol=1e-4, abs_tol=1e-5)
+    )
     return reward if same else thought.get("gain", derived)
 
 
 def worth_of(thought: dict) -> float | None:
-    """What a thought was worth: its reward; on a step that did not measure it, its advantage over its siblings."""
+    """What a thought was worth: its reward; on a step that did not measure it, its advantage over
+    its siblings."""
     reward = thought.get("reward")
     return thought.get("advantage") if reward is None else reward

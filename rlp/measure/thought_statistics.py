@@ -21,50 +21,72 @@ from rlp.model.thoughts import Thoughts
 from rlp.process.tally import Tally
 
 COPY_TOKENS = 4
-"""A run of so many tokens that also stands in the prefix counts as copied; three in a row are often grammar."""
+"""A run of so many tokens that also stands in the prefix counts as copied; three in a row are often
+grammar."""
 
 FLAT_NATS = 1e-5
-"""Rewards of a group that differ by no more are equal: the rounding of a float32 log-probability."""
+"""Rewards of a group that differ by no more are equal: the rounding of a float32
+log-probability."""
 
-TOKENS_AT_ONCE = 2 ** 20
-"""Thought and prefix tokens that are looked at together: 8 MB for each of about ten int64 temporaries."""
+TOKENS_AT_ONCE = 2**20
+"""Thought and prefix tokens that are looked at together: 8 MB for each of about ten int64
+temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScripts:
-    """The letters of each token: what a script (Latin, Cyrillic, CJK) is told by without decoding a thought."""
+    """The letters of each token: what a script (Latin, Cyrillic, CJK) is told by without decoding a
+    thought."""
 
     script: Tensor
     """[V] int64, the script of most of the token's letters; 0 where it has none."""
     letters: Tensor
     """[V] int64, how many letters of that script it has."""
     names: tuple[str, ...]
-    """[S], the first word of the letters' Unicode names; names[0] is empty. Japanese kana count as CJK, which they are mixed with."""
+    """[S], the first word of the letters' Unicode names; names[0] is empty. Japanese kana count as
+    CJK, which they are mixed with."""
 
     def dominant(self, tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """The script of most letters of token rows [..., X], and whether a row has letters: [...] each."""
+        """The script of most letters of token rows [..., X], and whether a row has letters: [...]
+        each."""
         letters = self.letters[tokens] * inside
-        counts = letters.new_zeros(*tokens.shape[:-1], len(self.names)).scatter_add(-1, self.script[tokens], letters)
+        counts = letters.new_zeros(*tokens.shape[:-1], len(self.names)).scatter_add(
+            -1, self.script[tokens], letters
+        )
         return counts.argmax(dim=-1), counts.sum(dim=-1) > 0
 
 
-def token_scripts(tokenizer: PreTrainedTokenizerBase, vocabulary: int, device: torch.device) -> TokenScripts:
-    """Read the vocabulary once. Special tokens, and pieces of a character that are no text alone, have no letters.
+def token_scripts(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, device: torch.device
+) -> TokenScripts:
+    """Read the vocabulary once. Special tokens, and pieces of a character that are no text alone,
+    have no letters.
 
     Args:
         vocabulary: words of the model; those that the tokenizer does not have have no letters.
     """
-    texts = tokenizer.batch_decode([[token] for token in range(min(vocabulary, len(tokenizer)))], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        [[token] for token in range(min(vocabulary, len(tokenizer)))], skip_special_tokens=True
+    )
     of_token = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    characters, which = np.unique(np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4"), return_inverse=True)
+    characters, which = np.unique(
+        np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4"), return_inverse=True
+    )
     words = [_script(chr(character)) for character in characters]
     names = ("", *sorted(set(words) - {""}))
     number = np.array([names.index(word) for word in words], dtype=np.int64)[which]
     pairs, counts = np.unique((of_token * len(names) + number)[number > 0], return_counts=True)
     script, letters = np.zeros(vocabulary, dtype=np.int64), np.zeros(vocabulary, dtype=np.int64)
-    order = counts.argsort(kind="stable")  # of several scripts in a token the last assignment stands: the most letters
-    script[pairs[order] // len(names)], letters[pairs[order] // len(names)] = pairs[order] % len(names), counts[order]
-    return TokenScripts(torch.from_numpy(script).to(device), torch.from_numpy(letters).to(device), names)
+    order = counts.argsort(
+        kind="stable"
+    )  # of several scripts in a token the last assignment stands: the most letters
+    script[pairs[order] // len(names)], letters[pairs[order] // len(names)] = (
+        pairs[order] % len(names),
+        counts[order],
+    )
+    return TokenScripts(
+        torch.from_numpy(script).to(device), torch.from_numpy(letters).to(device), names
+    )
 
 
 def _script(character: str) -> str:
@@ -75,11 +97,21 @@ def _script(character: str) -> str:
     return "CJK" if word in ("HIRAGANA", "KATAKANA") else word
 
 
-def watch_thoughts(tally: Tally, documents: list[Document], positions: Positions, thoughts: Thoughts, scripts: TokenScripts, *,
-                   close_tokens: int, max_thought_tokens: int) -> None:
-    """Lengths, ends and entropy of what was sampled, and what its tokens have in common with each other, the prefix and the target.
+def watch_thoughts(
+    tally: Tally,
+    documents: list[Document],
+    positions: Positions,
+    thoughts: Thoughts,
+    scripts: TokenScripts,
+    *,
+    close_tokens: int,
+    max_thought_tokens: int,
+) -> None:
+    """Lengths, ends and entropy of what was sampled, and what its tokens have in common with each
+    other, the prefix and the target.
 
-    A thought is looked at without its close marker; the prefix is the document before the position, without instruction.
+    A thought is looked at without its close marker; the prefix is the document before the position,
+    without instruction.
     """
     lengths = thought_lengths(thoughts, close_tokens)
     tally.add("thought/tokens_mean", lengths)
@@ -92,22 +124,41 @@ def watch_thoughts(tally: Tally, documents: list[Document], positions: Positions
     size = max(1, TOKENS_AT_ONCE // per_position)
     for start in range(0, len(positions.position), size):
         here = slice(start, start + size)
-        prefixes = [documents[d].tokens[:t] for d, t in zip(positions.document[here], positions.position[here])]
+        prefixes = [
+            documents[d].tokens[:t]
+            for d, t in zip(positions.document[here], positions.position[here])
+        ]
         target = torch.from_numpy(positions.target[here]).to(lengths.device)
         _watch_tokens(tally, prefixes, thoughts.tokens[here], lengths[here], target, scripts)
 
 
-def _watch_tokens(tally: Tally, prefixes: list[np.ndarray], tokens: Tensor, lengths: Tensor, target: Tensor, scripts: TokenScripts) -> None:
-    """Of some positions: prefixes [M] of tokens, thoughts [M, G, L] of lengths [M, G], target [M, H]."""
+def _watch_tokens(
+    tally: Tally,
+    prefixes: list[np.ndarray],
+    tokens: Tensor,
+    lengths: Tensor,
+    target: Tensor,
+    scripts: TokenScripts,
+) -> None:
+    """Of some positions: prefixes [M] of tokens, thoughts [M, G, L] of lengths [M, G], target [M,
+    H]."""
     num_prefix = np.array([len(prefix) for prefix in prefixes])
     padded = np.zeros((len(prefixes), num_prefix.max()), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < num_prefix[:, None]] = np.concatenate(prefixes)
-    prefix, num_prefix = torch.from_numpy(padded).to(tokens.device), torch.from_numpy(num_prefix).to(tokens.device)
+    prefix, num_prefix = (
+        torch.from_numpy(padded).to(tokens.device),
+        torch.from_numpy(num_prefix).to(tokens.device),
+    )
     # A number of its own for each position: only its own prefix and siblings count.
     position = torch.arange(len(prefixes), device=tokens.device)[:, None]
 
     pairs, inside = _runs(tokens, lengths, 2, position[..., None])
-    tally.add("thought/distinct_bigrams_frac", _distinct_fraction(rearrange(pairs, "m g w -> m (g w)"), rearrange(inside, "m g w -> m (g w)")))
+    tally.add(
+        "thought/distinct_bigrams_frac",
+        _distinct_fraction(
+            rearrange(pairs, "m g w -> m (g w)"), rearrange(inside, "m g w -> m (g w)")
+        ),
+    )
     runs, inside = _runs(tokens, lengths, COPY_TOKENS, position[..., None])
     prefix_runs, prefix_inside = _runs(prefix, num_prefix, COPY_TOKENS, position)
     tally.add("thought/copied_frac", torch.isin(runs[inside], prefix_runs[prefix_inside]))
@@ -116,9 +167,14 @@ def _watch_tokens(tally: Tally, prefixes: list[np.ndarray], tokens: Tensor, leng
     wanted, _ = _runs(target, torch.full_like(target[:, 0], horizon), horizon, position)
     tally.add("thought/holds_target_frac", ((runs == wanted[..., None]) & inside).any(dim=2))
 
-    of_thought, thought_has_letters = scripts.dominant(tokens, _columns(tokens) < lengths[..., None])
+    of_thought, thought_has_letters = scripts.dominant(
+        tokens, _columns(tokens) < lengths[..., None]
+    )
     of_prefix, prefix_has_letters = scripts.dominant(prefix, _columns(prefix) < num_prefix[:, None])
-    tally.add("thought/script_switch_frac", (of_thought != of_prefix[:, None])[thought_has_letters & prefix_has_letters[:, None]])
+    tally.add(
+        "thought/script_switch_frac",
+        (of_thought != of_prefix[:, None])[thought_has_letters & prefix_has_letters[:, None]],
+    )
 
 
 def _columns(tokens: Tensor) -> Tensor:
@@ -126,10 +182,12 @@ def _columns(tokens: Tensor) -> Tensor:
 
 
 def _runs(tokens: Tensor, lengths: Tensor, n: int, position: Tensor) -> tuple[Tensor, Tensor]:
-    """One number for each n tokens in a row, and which of them lie inside their row: [..., X - n + 1] each.
+    """One number for each n tokens in a row, and which of them lie inside their row: [..., X - n +
+    1] each.
 
-    The number is a polynomial in the position and the tokens modulo 2 ** 64: equal for equal runs, and for different runs
-    of a position with a probability that 10 ** 9 pairs of runs do not make noticeable.
+    The number is a polynomial in the position and the tokens modulo 2 ** 64: equal for equal runs,
+    and for different runs of a position with a probability that 10 ** 9 pairs of runs do not make
+    noticeable.
 
     Args:
         tokens: [..., X], of which the first `lengths` [...] count.
@@ -137,7 +195,9 @@ def _runs(tokens: Tensor, lengths: Tensor, n: int, position: Tensor) -> tuple[Te
     width = max(tokens.shape[-1] - n + 1, 0)
     number = position
     for u in range(n):
-        number = number * 6364136223846793005 + tokens[..., u : u + width]  # Knuth's multiplier; int64 wraps around
+        number = (
+            number * 6364136223846793005 + tokens[..., u : u + width]
+        )  # Knuth's multiplier; int64 wraps around
     return number, torch.arange(width, device=tokens.device) + n <= lengths[..., None]
 
 
@@ -145,7 +205,10 @@ def _distinct_fraction(numbers: Tensor, inside: Tensor) -> Tensor:
     """Different numbers over numbers in each row [M, X]; rows without any are left out."""
     outside = torch.iinfo(numbers.dtype).min
     ordered = numbers.masked_fill(~inside, outside).sort(dim=1).values
-    first = torch.cat([torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]], dim=1)
+    first = torch.cat(
+        [torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]],
+        dim=1,
+    )
     count = inside.sum(dim=1)
     return ((first & (ordered != outside)).sum(dim=1).double() / count)[count > 0]
 
@@ -156,11 +219,12 @@ def thought_lengths(thoughts: Thoughts, close_tokens: int) -> Tensor:
 
 
 def watch_rewards(tally: Tally, reward: Tensor, lengths: Tensor, *, measured: bool = True) -> None:
-    """The reward [M, G] that eq. 7 is fed, its spread within groups, and how it goes with length within groups.
+    """The reward [M, G] that eq. 7 is fed, its spread within groups, and how it goes with length
+    within groups.
 
     Args:
-        measured: False where the reward is known up to a number of its own for each position: of its spread
-            alone something can be said.
+        measured: False where the reward is known up to a number of its own for each position: of
+            its spread alone something can be said.
     """
     centered = reward - reward.mean(dim=1, keepdim=True)
     length = lengths.double() - lengths.double().mean(dim=1, keepdim=True)
@@ -182,7 +246,15 @@ def watch_gains(tally: Tally, gain: Tensor) -> None:
     tally.add("gain/positive_positions_frac", gain.mean(dim=1) > 0)
 
 
-def watch_ratio(tally: Tally, logprob: Tensor, thoughts: Thoughts, clip_low: float, clip_high: float, *, first: bool) -> None:
+def watch_ratio(
+    tally: Tally,
+    logprob: Tensor,
+    thoughts: Thoughts,
+    clip_low: float,
+    clip_high: float,
+    *,
+    first: bool,
+) -> None:
     """How far the policy [N, L] is from the behavior policy: 0 on-policy, up to rounding.
 
     Args:
@@ -203,12 +275,16 @@ def watch_ratio(tally: Tally, logprob: Tensor, thoughts: Thoughts, clip_low: flo
 def combine_parts(means: dict[str, float]) -> None:
     """Replace means that are parts of a metric by the metric.
 
-    From the mean square of the length, its standard deviation; from covariance and variances, `reward/length_correlation`,
-    left out where one of the two does not vary at all.
+    From the mean square of the length, its standard deviation; from covariance and variances,
+    `reward/length_correlation`, left out where one of the two does not vary at all.
     """
     if "length_square" in means:
-        means["thought/tokens_std"] = math.sqrt(max(0.0, means.pop("length_square") - means["thought/tokens_mean"] ** 2))
+        means["thought/tokens_std"] = math.sqrt(
+            max(0.0, means.pop("length_square") - means["thought/tokens_mean"] ** 2)
+        )
     if "length_covariance" in means:
-        covariance, reward, length = (means.pop(name) for name in ("length_covariance", "reward_variance", "length_variance"))
+        covariance, reward, length = (
+            means.pop(name) for name in ("length_covariance", "reward_variance", "length_variance")
+        )
         if reward > 0 and length > 0:
             means["reward/length_correlation"] = covariance / math.sqrt(reward * length)

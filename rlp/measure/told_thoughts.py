@@ -24,35 +24,62 @@ class TopThoughts:
         self._held: list[tuple[float, int, dict]] = []
         self._offered = 0
 
-    def offer(self, documents: list[Document], positions: Positions, thoughts: Thoughts, values: dict[str, Tensor], close_tokens: int) -> None:
-        """Look at the thoughts of a micro-batch. Those are most helpful that have the largest reward; where it was
-        not measured, the largest advantage.
+    def offer(
+        self,
+        documents: list[Document],
+        positions: Positions,
+        thoughts: Thoughts,
+        values: dict[str, Tensor],
+        close_tokens: int,
+    ) -> None:
+        """Look at the thoughts of a micro-batch. Those are most helpful that have the largest
+        reward; where it was not measured, the largest advantage.
 
         Args:
-            values: [M, G] each, by name; `advantage` is among them. Values that are not finite are not kept: JSON
-                has no word for them, and the update is refused with one.
+            values: [M, G] each, by name; `advantage` is among them. Values that are not finite are
+                not kept: JSON has no word for them, and the update is refused with one.
         """
         if not all(bool(value.isfinite().all()) for value in values.values()):
             return
         helpful = values.get("reward", values["advantage"]).flatten()
         order = helpful.argsort(descending=True, stable=True).tolist()
         lengths = thought_lengths(thoughts, close_tokens)
-        for index in dict.fromkeys([*order[: self._half], *order[len(order) - min(self._half, len(order)) :]]):
+        for index in dict.fromkeys(
+            [*order[: self._half], *order[len(order) - min(self._half, len(order)) :]]
+        ):
             m, g = divmod(index, thoughts.tokens.shape[1])
             document, position = documents[positions.document[m]], int(positions.position[m])
-            self._held.append((-float(helpful[index]), self._offered + index, {
-                "document": document.id, "position": position,
-                "prefix_tail": document.tokens[max(0, position - PREFIX_TAIL_TOKENS) : position].tolist(),
-                "thought": thoughts.tokens[m, g, : int(lengths[m, g])].tolist(), "target": positions.target[m].tolist(),
-                **{name: float(value[m, g]) for name, value in values.items()},
-                "thought_tokens": int(lengths[m, g]), "truncated": bool(thoughts.truncated[m, g])}))
+            self._held.append(
+                (
+                    -float(helpful[index]),
+                    self._offered + index,
+                    {
+                        "document": document.id,
+                        "position": position,
+                        "prefix_tail": (
+                            document.tokens[
+                                max(0, position - PREFIX_TAIL_TOKENS) : position
+                            ].tolist()
+                        ),
+                        "thought": thoughts.tokens[m, g, : int(lengths[m, g])].tolist(),
+                        "target": positions.target[m].tolist(),
+                        **{name: float(value[m, g]) for name, value in values.items()},
+                        "thought_tokens": int(lengths[m, g]),
+                        "truncated": bool(thoughts.truncated[m, g]),
+                    },
+                )
+            )
         self._offered += len(order)
         self._held = self._ends(self._held, self._half)
 
     def gather(self, ranks: Ranks) -> list[dict]:
         """The thoughts of all ranks, the most helpful first; text as token ids. A collective."""
         parts = ranks.gather((self._held, self._offered))
-        held = [(key, (rank, place), told) for rank, (mine, _) in enumerate(parts) for key, place, told in mine]
+        held = [
+            (key, (rank, place), told)
+            for rank, (mine, _) in enumerate(parts)
+            for key, place, told in mine
+        ]
         offered = sum(offered for _, offered in parts)
         return [told for _, _, told in self._ends(held, min(self._half, offered // 2))]
 
@@ -60,4 +87,6 @@ class TopThoughts:
     def _ends(held: list[tuple], half: int) -> list[tuple]:
         """The first and the last of them, in order, none of them twice."""
         ordered = sorted(held, key=lambda entry: entry[:2])
-        return ordered if len(ordered) <= 2 * half else ordered[:half] + ordered[len(ordered) - half :]
+        return (
+            ordered if len(ordered) <= 2 * half else ordered[:half] + ordered[len(ordered) - half :]
+        )

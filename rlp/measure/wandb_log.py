@@ -17,17 +17,22 @@ MAX_WAITING = 100_000
 
 
 def require_wandb(mode: str) -> None:
-    """Refuse a run that asks for Weights & Biases where it is not installed. Nothing is imported."""
+    """Refuse a run that asks for Weights & Biases where it is not installed. Nothing is
+    imported."""
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"logging.wandb is {mode}, but the package wandb is not installed. Run pip install wandb, or write logging.wandb=disabled.")
+        raise ConfigError(
+            f"logging.wandb is {mode}, but the package wandb is not installed. Run pip install"
+            " wandb, or write logging.wandb=disabled."
+        )
 
 
 class WandbAdapter:
     """A copy of the metrics for Weights & Biases. It may fail or hang; the run may not.
 
-    It has a thread of its own, which nothing waits for but the end of the run, and that for `FINISH_PATIENCE_S`. Its
-    failures come from a service process, a network and a file system that are not ours, and in as many types: all
-    are caught here, each is said in one line, and the first one after the start switches the adapter off.
+    It has a thread of its own, which nothing waits for but the end of the run, and that for
+    `FINISH_PATIENCE_S`. Its failures come from a service process, a network and a file system that
+    are not ours, and in as many types: all are caught here, each is said in one line, and the first
+    one after the start switches the adapter off.
     """
 
     def __init__(self, folder: RunFolder, config: Config, say: Callable[[str], None]) -> None:
@@ -35,11 +40,14 @@ class WandbAdapter:
         self._waiting: queue.Queue[dict | None] = queue.Queue(MAX_WAITING)
         self._thread: threading.Thread | None = None
         if config.logging.wandb != "disabled":
-            self._thread = threading.Thread(target=self._work, args=(folder, config), name="wandb", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, args=(folder, config), name="wandb", daemon=True
+            )
             self._thread.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Hand over numbers of one step. A step may come in several calls, and again after a resume."""
+        """Hand over numbers of one step. A step may come in several calls, and again after a
+        resume."""
         self._put({"step": step, **values})
 
     def close(self) -> None:
@@ -48,7 +56,10 @@ class WandbAdapter:
         if self._thread is not None:
             self._thread.join(FINISH_PATIENCE_S)
             if self._thread.is_alive():
-                self._say(f"Weights & Biases hangs; it is left behind after {FINISH_PATIENCE_S} s. metrics.jsonl is complete.")
+                self._say(
+                    f"Weights & Biases hangs; it is left behind after {FINISH_PATIENCE_S} s."
+                    " metrics.jsonl is complete."
+                )
         self._thread = None
 
     def _put(self, values: dict | None) -> None:
@@ -58,10 +69,17 @@ class WandbAdapter:
             self._waiting.put_nowait(values)
         except queue.Full:
             self._thread = None
-            self._say(f"Weights & Biases hangs: {MAX_WAITING} lines wait for it; it is switched off. metrics.jsonl is complete.")
+            self._say(
+                f"Weights & Biases hangs: {MAX_WAITING} lines wait for it; it is switched off."
+                " metrics.jsonl is complete."
+            )
 
     def _work(self, folder: RunFolder, config: Config) -> None:
-        run = self._start(folder, config, "online", "continuing offline") if config.logging.wandb == "online" else None
+        run = (
+            self._start(folder, config, "online", "continuing offline")
+            if config.logging.wandb == "online"
+            else None
+        )
         run = run or self._start(folder, config, "offline", "continuing without it")
         while (values := self._waiting.get()) is not None:
             run = run and self._attempt("could not log", run, lambda: run.log(values))
@@ -71,10 +89,20 @@ class WandbAdapter:
         try:
             import wandb
 
-            settings = wandb.Settings(init_timeout=60, finish_timeout=FINISH_PATIENCE_S, console="off", silent=True)
-            run = wandb.init(project=config.logging.wandb_project, name=folder.name, group=folder.name, dir=str(folder.logs),
-                             mode=mode, config=dataclasses.asdict(config), settings=settings)
-            # Steps as a value of our own: W&B's counter refuses the steps that a resumed run repeats.
+            settings = wandb.Settings(
+                init_timeout=60, finish_timeout=FINISH_PATIENCE_S, console="off", silent=True
+            )
+            run = wandb.init(
+                project=config.logging.wandb_project,
+                name=folder.name,
+                group=folder.name,
+                dir=str(folder.logs),
+                mode=mode,
+                config=dataclasses.asdict(config),
+                settings=settings,
+            )
+            # Steps as a value of our own: W&B's counter refuses the steps that a resumed run
+            # repeats.
             run.define_metric("*", step_metric="step")
         except Exception as error:
             self._say(f"Weights & Biases could not start {mode} ({_one_line(error)}); {otherwise}.")
@@ -86,7 +114,10 @@ class WandbAdapter:
         try:
             do()
         except Exception as error:
-            self._say(f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl is complete.")
+            self._say(
+                f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl"
+                " is complete."
+            )
             return None
         return run
 

@@ -1,9 +1,11 @@
 """Whether a causal language model can be trained here: refused with a sentence, or admitted.
 
-Two questions, at two times. `why_unfit` asks an architecture before a weight is read, on tensors without numbers: is there
-a body without the head, a cache, a cache that can be forked? `why_unsound` asks a loaded model, with numbers: are its logits
-`softcap(scale * hidden @ head.T + bias)`, does decoding with a forked cache agree with it, does a forward pass in training
-mode draw nothing by chance? Sampler, scorer and trainer are one policy where all of that holds, and nowhere else.
+Two questions, at two times. `why_unfit` asks an architecture before a weight is read, on tensors
+without numbers: is there a body without the head, a cache, a cache that can be forked?
+`why_unsound` asks a loaded model, with numbers: are its logits `softcap(scale * hidden @ head.T +
+bias)`, does decoding with a forked cache agree with it, does a forward pass in training mode draw
+nothing by chance? Sampler, scorer and trainer are one policy where all of that holds, and nowhere
+else.
 
 Dimensions
     V  vocabulary
@@ -38,7 +40,8 @@ MANY_LAYERS = 16
 
 @dataclass(frozen=True, slots=True)
 class ContextLimit:
-    """The longest sequence that an architecture says it reads. A sliding window is none: it lets go of what is far away."""
+    """The longest sequence that an architecture says it reads. A sliding window is none: it lets go
+    of what is far away."""
 
     tokens: int
     key: str
@@ -50,14 +53,24 @@ class ContextLimit:
         """How the limit is raised."""
         if not self.rotary:
             return "Its positions are a table of that many rows: it can read no more."
-        return (f"Its positions are rotary: to let it read more, write a larger {self.key} into its config.json, with the rope_parameters "
-                "(such as rope_type yarn, its factor, original_max_position_embeddings) that its makers give for that length.")
+        return (
+            f"Its positions are rotary: to let it read more, write a larger {self.key} into its"
+            " config.json, with the rope_parameters (such as rope_type yarn, its factor,"
+            " original_max_position_embeddings) that its makers give for that length."
+        )
 
 
 def context_limit(architecture: PretrainedConfig) -> ContextLimit | None:
     """The limit of an architecture; None where it names none, as state-space models do."""
     text = architecture.get_text_config()
-    name = next((name for name in ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx") if isinstance(getattr(text, name, None), int)), None)
+    name = next(
+        (
+            name
+            for name in ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
+            if isinstance(getattr(text, name, None), int)
+        ),
+        None,
+    )
     if name is None:
         return None
     tokens, rope = getattr(text, name), getattr(text, "rope_parameters", None) or {}
@@ -69,28 +82,41 @@ def context_limit(architecture: PretrainedConfig) -> ContextLimit | None:
 def why_unfit(architecture: PretrainedConfig) -> str | None:
     """What this program needs of an architecture and does not find; None where nothing is missing.
 
-    The model is built and run on tensors without numbers. A pass that can not be made so (a layer may need numbers to choose
-    by) tells nothing: `why_unsound` asks again.
+    The model is built and run on tensors without numbers. A pass that can not be made so (a layer
+    may need numbers to choose by) tells nothing: `why_unsound` asks again.
     """
     with FakeTensorMode(), torch.no_grad(), _quiet_fake_tensors():
         try:
             # Of the ways to run experts this is the one that looks at no number.
-            lm = AutoModelForCausalLM.from_config(copy.deepcopy(architecture), trust_remote_code=False, experts_implementation="batched_mm").eval()
-        except Exception:  # of any type: `model_shapes` builds it once more, and says why it can not
+            lm = AutoModelForCausalLM.from_config(
+                copy.deepcopy(architecture),
+                trust_remote_code=False,
+                experts_implementation="batched_mm",
+            ).eval()
+        except (
+            Exception
+        ):  # of any type: `model_shapes` builds it once more, and says why it can not
             return None
         takes = inspect.signature(lm.base_model.forward).parameters
-        head, cache = lm.get_output_embeddings(), next((name for name in CACHES if name in takes), None)
+        head, cache = (
+            lm.get_output_embeddings(),
+            next((name for name in CACHES if name in takes), None),
+        )
         if head is None:
             return "it has no LM head (no output embedding)"
         if lm.base_model is lm:
             return "it has no body that runs without the LM head"
         if cache is None:
-            return f"its forward pass takes no cache ({' or '.join(CACHES)}), so a prefix can not be computed once and continued by many thoughts"
+            return (
+                f"its forward pass takes no cache ({' or '.join(CACHES)}), so a prefix can not be"
+                " computed once and continued by many thoughts"
+            )
         return _missing_when_run(lm.base_model, cache, head)
 
 
 def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | None:
-    """What two rows of tokens without numbers show: the last hidden state, the cache, and that cache forked into three."""
+    """What two rows of tokens without numbers show: the last hidden state, the cache, and that
+    cache forked into three."""
     try:
         output = body(input_ids=_no_numbers(2, NUM_TOKENS), use_cache=True)
     except Exception:  # of any type: tensors without numbers are refused in many ways
@@ -99,9 +125,15 @@ def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | Non
     if hidden is None:
         return "its body gives no last hidden state"
     if hidden.shape[-1] != head.weight.shape[1]:
-        return f"its LM head reads {head.weight.shape[1]} numbers and its body gives {hidden.shape[-1]}: something stands between them that is not known here"
+        return (
+            f"its LM head reads {head.weight.shape[1]} numbers and its body gives"
+            f" {hidden.shape[-1]}: something stands between them that is not known here"
+        )
     if kept is None:
-        return f"its forward pass gives no cache back ({cache}): it is an encoder, or keeps its state in itself, where it can not be forked"
+        return (
+            f"its forward pass gives no cache back ({cache}): it is an encoder, or keeps its state"
+            " in itself, where it can not be forked"
+        )
     if not hasattr(kept, "reorder_cache"):
         return f"its cache ({type(kept).__name__}) can not be forked: it has no reorder_cache"
     try:
@@ -112,7 +144,10 @@ def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | Non
         kept.reorder_cache(torch.tensor([0, 0, 1]))
         body(input_ids=_no_numbers(3, 1), use_cache=True, **{cache: kept})
     except Exception as error:  # the pass before differs from this one in the fork alone
-        return f"its cache ({type(kept).__name__}) can not be forked: {type(error).__name__}: {first_line(error)}"
+        return (
+            f"its cache ({type(kept).__name__}) can not be forked: {type(error).__name__}:"
+            f" {first_line(error)}"
+        )
     return None
 
 
@@ -132,7 +167,9 @@ def _quiet_fake_tensors() -> Iterator[None]:
         logger.disabled = was
 
 
-def check_model(policy: Policy, agree: Callable[[str | None], str | None] = lambda refusal: refusal) -> None:
+def check_model(
+    policy: Policy, agree: Callable[[str | None], str | None] = lambda refusal: refusal
+) -> None:
     """Refuse a loaded model that would not be trained rightly. A collective under ZeRO-3.
 
     Args:
@@ -147,7 +184,8 @@ def check_model(policy: Policy, agree: Callable[[str | None], str | None] = lamb
 
 
 def why_unsound(policy: Policy) -> str | None:
-    """What makes sampler, scorer and trainer of this model different policies; None where nothing does.
+    """What makes sampler, scorer and trainer of this model different policies; None where nothing
+    does.
 
     Random states, and the mode of the policy, are as before when it returns.
     """
@@ -157,8 +195,13 @@ def why_unsound(policy: Policy) -> str | None:
             return _wrong_logits(policy, tokens) or _noise(policy, tokens, states)
     except torch.distributed.DistError:
         raise
-    except Exception as error:  # a model of any make, run in ways that its makers need not have tried
-        return f"it can not be run as this program runs it: {type(error).__name__}: {first_line(error)}. Choose another model."
+    except (
+        Exception
+    ) as error:  # a model of any make, run in ways that its makers need not have tried
+        return (
+            f"it can not be run as this program runs it: {type(error).__name__}:"
+            f" {first_line(error)}. Choose another model."
+        )
 
 
 def _wrong_logits(policy: Policy, tokens: Tensor) -> str | None:
@@ -166,17 +209,26 @@ def _wrong_logits(policy: Policy, tokens: Tensor) -> str | None:
     own, ours = policy("check", tokens)
     unit = _rounding(policy, own)
     if not (error := _apart(own, ours)) <= unit:
-        return (f"its logits differ from softcap(scale * hidden @ head.T + bias) by {error:.3g}. It transforms its logits "
-                "in a way that is not known here; add it to `_logit_transform` in rlp/model/loading.py.")
+        return (
+            f"its logits differ from softcap(scale * hidden @ head.T + bias) by {error:.3g}. It"
+            " transforms its logits in a way that is not known here; add it to `_logit_transform`"
+            " in rlp/model/loading.py."
+        )
     if not (error := _decoding_error(policy, tokens, own)) <= MANY_LAYERS * unit:
-        return (f"decoding with a cache that was forked gives logits that are {error:.3g} away from its own without one, so thoughts "
-                "would be sampled from another policy than the one that is trained. Report it to transformers, or choose another model.")
+        return (
+            f"decoding with a cache that was forked gives logits that are {error:.3g} away from its"
+            " own without one, so thoughts would be sampled from another policy than the one that"
+            " is trained. Report it to transformers, or choose another model."
+        )
     return None
 
 
 def _rounding(policy: Policy, logits: Tensor) -> float:
-    """What rounding may make of logits: in bfloat16, which carries 8 bits, 2 ** -7 of the largest."""
-    return max(logits.abs().max().item(), 1.0) * (2 ** -7 if policy.head.dtype == torch.bfloat16 else 2 ** -13)
+    """What rounding may make of logits: in bfloat16, which carries 8 bits, 2 ** -7 of the
+    largest."""
+    return max(logits.abs().max().item(), 1.0) * (
+        2**-7 if policy.head.dtype == torch.bfloat16 else 2**-13
+    )
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
@@ -184,7 +236,8 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _decoding_error(policy: Policy, tokens: Tensor, own: Tensor) -> float:
-    """Two prefixes of other lengths, so one of them padded on the left; forked, crosswise; and one token more."""
+    """Two prefixes of other lengths, so one of them padded on the left; forked, crosswise; and one
+    token more."""
     long, short = NUM_TOKENS - 1, NUM_TOKENS - 3
     lengths = torch.tensor([long, short], device=tokens.device)
     column = torch.arange(long, device=tokens.device)
@@ -199,7 +252,8 @@ def _decoding_error(policy: Policy, tokens: Tensor, own: Tensor) -> float:
 
 
 def _noise(policy: Policy, tokens: Tensor, states: Callable[[], list[np.ndarray]]) -> str | None:
-    """What differs between two passes in training mode and one in evaluation mode, or is drawn in them by chance."""
+    """What differs between two passes in training mode and one in evaluation mode, or is drawn in
+    them by chance."""
     expected, _ = policy("check", tokens)
     before = states()
     policy.train()
@@ -207,20 +261,35 @@ def _noise(policy: Policy, tokens: Tensor, states: Callable[[], list[np.ndarray]
     policy.eval()
     remedy = "Turn its noise off in its config.json, or choose another model."
     if any(not np.array_equal(one, other) for one, other in zip(before, states(), strict=True)):
-        return f"a forward pass in training mode draws random numbers, so sampler and trainer would be two policies. {remedy}"
-    if not (error := max(_apart(first, second), _apart(first, expected))) <= _rounding(policy, expected):
-        return f"forward passes in training mode differ from each other, or from evaluation mode, by {error:.3g}. {remedy}"
+        return (
+            "a forward pass in training mode draws random numbers, so sampler and trainer would be"
+            f" two policies. {remedy}"
+        )
+    if not (error := max(_apart(first, second), _apart(first, expected))) <= _rounding(
+        policy, expected
+    ):
+        return (
+            "forward passes in training mode differ from each other, or from evaluation mode, by"
+            f" {error:.3g}. {remedy}"
+        )
     return None
 
 
 @contextmanager
 def _kept_random_states(device: torch.device) -> Iterator[Callable[[], list[np.ndarray]]]:
-    """The states of all generators that a model may draw from, to be read inside and put back at the end."""
+    """The states of all generators that a model may draw from, to be read inside and put back at
+    the end."""
     python, numpy = random.getstate(), np.random.get_state()
 
     def states() -> list[np.ndarray]:
-        ours = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-        return [np.array(random.getstate()[1]), np.append(*np.random.get_state()[1:3]), *(state.numpy() for state in ours)]
+        ours = [torch.get_rng_state()] + (
+            [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        )
+        return [
+            np.array(random.getstate()[1]),
+            np.append(*np.random.get_state()[1:3]),
+            *(state.numpy() for state in ours),
+        ]
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

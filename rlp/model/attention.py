@@ -1,22 +1,28 @@
 """Attention of a packed tree: trunks (documents) once, and branches (thoughts) that share them.
 
-All tokens of a micro-batch stand in one packed row, without padding, and everything but attention is done on
-that row. Attention is done by segments: a trunk token attends to its trunk up to itself; a branch token attends
-to a prefix of its trunk and to its own branch up to itself. The second kind is two ordinary attentions
+All tokens of a micro-batch stand in one packed row, without padding, and everything but attention
+is done on
+that row. Attention is done by segments: a trunk token attends to its trunk up to itself; a branch
+token attends to a prefix of its trunk and to its own branch up to itself. The second kind is two
+ordinary attentions
 
-    part 1   all G branches of a position, folded into one list of queries, over the prefix, not causal
+    part 1   all G branches of a position, folded into one list of queries, over the prefix, not
+             causal
     part 2   each branch over itself, causal
 
 merged by their log-sum-exps: with lse = log(exp(lse_1) + exp(lse_2)),
 
     out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
 
-Neither copies the prefix per branch nor holds a mask. The backward pass of each part is the ordinary one with the
-*merged* out and lse, because dL/dscore = p (dp - out . dout) with p = exp(score - lse) holds key by key.
+Neither copies the prefix per branch nor holds a mask. The backward pass of each part is the
+ordinary one with the *merged* out and lse, because dL/dscore = p (dp - out . dout) with p =
+exp(score - lse) holds key by key.
 
 Dimensions
-    T  tokens of the packed row;  B  trunks;  P  trunk tokens, padded;  M  positions;  G  branches per position
-    N  branches, M * G;  L  branch tokens, padded;  H  query heads;  K  key heads;  R = H / K;  D  head width
+    T  tokens of the packed row;  B  trunks;  P  trunk tokens, padded;  M  positions;  G  branches
+       per position
+    N  branches, M * G;  L  branch tokens, padded;  H  query heads;  K  key heads;  R = H / K;  D
+       head width
 """
 
 from dataclasses import dataclass
@@ -37,11 +43,13 @@ class Tree:
     """Which token of the packed row is which."""
 
     trunk: Tensor
-    """[B, P] int64, place of each trunk token in the packed row; padding on the right points anywhere."""
+    """[B, P] int64, place of each trunk token in the packed row; padding on the right points
+    anywhere."""
     branch: Tensor
     """[N, L] int64, the same for branches; [0, 0] where there is none."""
     place: Tensor
-    """[T] int64, place of each packed token in the list of all trunk tokens [B * P], then all branch tokens [N * L]."""
+    """[T] int64, place of each packed token in the list of all trunk tokens [B * P], then all
+    branch tokens [N * L]."""
     trunk_of: tuple[int, ...]
     """[M], the trunk that a position's branches continue."""
     prefix: tuple[int, ...]
@@ -49,41 +57,79 @@ class Tree:
 
 
 def part_form(query: Tensor) -> str:
-    """Which code does a part: torch's flash attention for the device, or `plain` for float32 on a GPU, where there is none."""
+    """Which code does a part: torch's flash attention for the device, or `plain` for float32 on a
+    GPU, where there is none."""
     if query.device.type == "cpu":
         return "flash_cpu"
     return "flash_cuda" if query.dtype in (torch.float16, torch.bfloat16) else "plain"
 
 
-def part_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple]:
+def part_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple]:
     """Attention with its log-sum-exp.
 
     Args:
         query: [X, H, Q, D]; key, value: [X, H, S, D].
 
     Returns:
-        out [X, H, Q, D], lse [X, H, Q] float32 (float64 for float64), and what the backward needs beside them.
+        out [X, H, Q, D], lse [X, H, Q] float32 (float64 for float64), and what the backward needs
+        beside them.
     """
     form = part_form(query)
     if form == "flash_cpu":
-        return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale), ()
+        return (
+            *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, causal, scale=scale
+            ),
+            (),
+        )
     if form == "flash_cuda":
-        out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+        out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
         return out, lse, tuple(rest[:6])
     scores = _scores(query, key, causal, scale)
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp() @ value, lse, ()
 
 
-def part_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: tuple, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def part_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rest: tuple,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value of one part, given the merged out and lse."""
     form = part_form(query)
     if form == "flash_cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, query, key, value, out, lse, 0.0, causal, scale=scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, causal, scale=scale
+        )
     if form == "flash_cuda":
         cumulative_query, cumulative_key, max_query, max_key, seed, offset = rest
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, lse, cumulative_query, cumulative_key, max_query, max_key, 0.0, causal, seed, offset, scale=scale)
+            grad,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            cumulative_query,
+            cumulative_key,
+            max_query,
+            max_key,
+            0.0,
+            causal,
+            seed,
+            offset,
+            scale=scale,
+        )
     probability = (_scores(query, key, causal, scale) - lse[..., None]).exp()
     grad_score = probability * (grad @ value.mT - (grad * out).sum(dim=-1, keepdim=True))
     return grad_score @ key * scale, grad_score.mT @ query * scale, probability.mT @ grad
@@ -101,7 +147,16 @@ class BranchAttention(torch.autograd.Function):
     """Attention of branches over prefixes of trunks and themselves."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, trunk_key: Tensor, trunk_value: Tensor, tree: Tree, scale: float) -> Tensor:
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        trunk_key: Tensor,
+        trunk_value: Tensor,
+        tree: Tree,
+        scale: float,
+    ) -> Tensor:
         """
         Args:
             query: [N, H, L, D]; key, value: [N, K, L, D], of the branches.
@@ -111,14 +166,23 @@ class BranchAttention(torch.autograd.Function):
             [N, H, L, D].
         """
         heads = {"r": query.shape[1] // key.shape[1]}
-        own_key, own_value = (repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value))
+        own_key, own_value = (
+            repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value)
+        )
         own, own_lse, own_rest = part_forward(query, own_key, own_value, True, scale)
         out, lse, prefix_rest = torch.empty_like(query), torch.empty_like(own_lse), []
-        for rows, folded, prefix_key, prefix_value in _prefixes(query, trunk_key, trunk_value, tree):
+        for rows, folded, prefix_key, prefix_value in _prefixes(
+            query, trunk_key, trunk_value, tree
+        ):
             part, part_lse, rest = part_forward(folded, prefix_key, prefix_value, False, scale)
-            part, part_lse = _unfold(part, query[rows]), _unfold(part_lse[..., None], query[rows])[..., 0]
+            part, part_lse = (
+                _unfold(part, query[rows]),
+                _unfold(part_lse[..., None], query[rows])[..., 0],
+            )
             merged = torch.logaddexp(part_lse, own_lse[rows])
-            out[rows] = part * (part_lse - merged).exp()[..., None].to(part.dtype) + own[rows] * (own_lse[rows] - merged).exp()[..., None].to(part.dtype)
+            out[rows] = part * (part_lse - merged).exp()[..., None].to(part.dtype) + own[rows] * (
+                own_lse[rows] - merged
+            ).exp()[..., None].to(part.dtype)
             lse[rows] = merged
             prefix_rest.append(rest)
         ctx.save_for_backward(query, key, value, trunk_key, trunk_value, out, lse)
@@ -130,22 +194,55 @@ class BranchAttention(torch.autograd.Function):
         query, key, value, trunk_key, trunk_value, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         heads = {"r": query.shape[1] // key.shape[1]}
-        own_key, own_value = (repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value))
-        grad_query, grad_key, grad_value = part_backward(grad, query, own_key, own_value, out, lse, ctx.own_rest, True, ctx.scale)
-        grad_key, grad_value = (rearrange(part, "n (k r) l d -> n k r l d", **heads).sum(dim=2) for part in (grad_key, grad_value))
+        own_key, own_value = (
+            repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value)
+        )
+        grad_query, grad_key, grad_value = part_backward(
+            grad, query, own_key, own_value, out, lse, ctx.own_rest, True, ctx.scale
+        )
+        grad_key, grad_value = (
+            rearrange(part, "n (k r) l d -> n k r l d", **heads).sum(dim=2)
+            for part in (grad_key, grad_value)
+        )
         grad_query = grad_query.contiguous()
-        # Every position of a document adds to these: in bfloat16 a sum of many would lose most of them.
+        # Every position of a document adds to these: in bfloat16 a sum of many would lose most of
+        # them.
         wide = torch.promote_types(trunk_key.dtype, torch.float32)
-        grad_trunk_key, grad_trunk_value = (torch.zeros_like(part, dtype=wide) for part in (trunk_key, trunk_value))
-        parts = zip(_prefixes(query, trunk_key, trunk_value, ctx.tree), ctx.tree.trunk_of, ctx.tree.prefix, ctx.prefix_rest)
+        grad_trunk_key, grad_trunk_value = (
+            torch.zeros_like(part, dtype=wide) for part in (trunk_key, trunk_value)
+        )
+        parts = zip(
+            _prefixes(query, trunk_key, trunk_value, ctx.tree),
+            ctx.tree.trunk_of,
+            ctx.tree.prefix,
+            ctx.prefix_rest,
+        )
         for (rows, folded, prefix_key, prefix_value), b, length, rest in parts:
             fold = (_fold(part[rows], trunk_key.shape[1]) for part in (grad, out, lse[..., None]))
             folded_grad, folded_out, folded_lse = fold
-            part_query, part_key, part_value = part_backward(folded_grad, folded, prefix_key, prefix_value, folded_out, folded_lse[..., 0].contiguous(), rest, False, ctx.scale)
+            part_query, part_key, part_value = part_backward(
+                folded_grad,
+                folded,
+                prefix_key,
+                prefix_value,
+                folded_out,
+                folded_lse[..., 0].contiguous(),
+                rest,
+                False,
+                ctx.scale,
+            )
             grad_query[rows] += _unfold(part_query, query[rows])
             grad_trunk_key[b, :, :length] += part_key[0]
             grad_trunk_value[b, :, :length] += part_value[0]
-        return grad_query, grad_key, grad_value, grad_trunk_key.to(trunk_key.dtype), grad_trunk_value.to(trunk_value.dtype), None, None
+        return (
+            grad_query,
+            grad_key,
+            grad_value,
+            grad_trunk_key.to(trunk_key.dtype),
+            grad_trunk_value.to(trunk_value.dtype),
+            None,
+            None,
+        )
 
 
 def _prefixes(query: Tensor, trunk_key: Tensor, trunk_value: Tensor, tree: Tree):
@@ -153,7 +250,12 @@ def _prefixes(query: Tensor, trunk_key: Tensor, trunk_value: Tensor, tree: Tree)
     group = query.shape[0] // len(tree.prefix)
     for m, (b, length) in enumerate(zip(tree.trunk_of, tree.prefix)):
         rows = slice(m * group, (m + 1) * group)
-        yield rows, _fold(query[rows], trunk_key.shape[1]), trunk_key[b : b + 1, :, :length], trunk_value[b : b + 1, :, :length]
+        yield (
+            rows,
+            _fold(query[rows], trunk_key.shape[1]),
+            trunk_key[b : b + 1, :, :length],
+            trunk_value[b : b + 1, :, :length],
+        )
 
 
 def _fold(part: Tensor, key_heads: int) -> Tensor:
@@ -166,10 +268,20 @@ def _unfold(part: Tensor, like: Tensor) -> Tensor:
     return rearrange(part, "1 k (r g l) d -> g (k r) l d", g=like.shape[0], l=like.shape[2])
 
 
-def attend_trunks(query: Tensor, key: Tensor, value: Tensor, trunk: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of each trunk of a packed row: out [B * P, H, D], and the trunks' keys and values [B, K, P, D]."""
+def attend_trunks(
+    query: Tensor, key: Tensor, value: Tensor, trunk: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of each trunk of a packed row: out [B * P, H, D], and the trunks' keys and
+    values [B, K, P, D]."""
     trunk_query, trunk_key, trunk_value = (_segment(part, trunk) for part in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scale, enable_gqa=query.shape[0] != key.shape[0])
+    out = nn.functional.scaled_dot_product_attention(
+        trunk_query,
+        trunk_key,
+        trunk_value,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
     return rearrange(out, "b h p d -> (b p) h d"), trunk_key, trunk_value
 
 
@@ -184,29 +296,43 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     """
     out, trunk_key, trunk_value = attend_trunks(query, key, value, tree.trunk, scale)
     if tree.prefix:
-        branch = BranchAttention.apply(*(_segment(part, tree.branch) for part in (query, key, value)), trunk_key, trunk_value, tree, scale)
+        branch = BranchAttention.apply(
+            *(_segment(part, tree.branch) for part in (query, key, value)),
+            trunk_key,
+            trunk_value,
+            tree,
+            scale,
+        )
         out = torch.cat([out, rearrange(branch, "n h l d -> (n l) h d")])
     return out.index_select(0, tree.place)
 
 
 def _segment(part: Tensor, index: Tensor) -> Tensor:
     """[H, T, D] -> [X, H, Y, D], the tokens that an index [X, Y] names."""
-    return rearrange(part.index_select(1, index.flatten()), "h (x y) d -> x h y d", x=index.shape[0])
+    return rearrange(
+        part.index_select(1, index.flatten()), "h (x y) d -> x h y d", x=index.shape[0]
+    )
 
 
 class SharedKeys:
-    """Keys and values of trunks, held once, and of branches beside them, while branches grow token by token.
+    """Keys and values of trunks, held once, and of branches beside them, while branches grow token
+    by token.
 
-    The softmax of a branch token runs over the keys of its prefix and of its branch together, in float32. Trunk scores
-    are one product per trunk with the queries of all its branches, so prefix keys are read once for all of them.
+    The softmax of a branch token runs over the keys of its prefix and of its branch together, in
+    float32. Trunk scores are one product per trunk with the queries of all its branches, so prefix
+    keys are read once for all of them.
     """
 
-    def __init__(self, trunk: Tensor, place: Tensor, trunk_of: Tensor, prefix: Tensor, most: int) -> None:
+    def __init__(
+        self, trunk: Tensor, place: Tensor, trunk_of: Tensor, prefix: Tensor, most: int
+    ) -> None:
         """
         Args:
-            trunk: [B, P] int64, place of each trunk token in the packed row of the first forward; padded anywhere.
+            trunk: [B, P] int64, place of each trunk token in the packed row of the first forward;
+                padded anywhere.
             place: [T] int64, place of each packed token in the padded trunks [B * P].
-            trunk_of, prefix: [N] int64, the trunk of each branch, and how many of its tokens the branch attends to.
+            trunk_of, prefix: [N] int64, the trunk of each branch, and how many of its tokens the
+                branch attends to.
             most: tokens of the longest branch; no room is made for more.
         """
         self._most = most
@@ -223,7 +349,10 @@ class SharedKeys:
         counts = torch.bincount(self._trunk_of, minlength=self._trunk.shape[0])
         width = int(counts.max())
         order = torch.argsort(self._trunk_of, stable=True)
-        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self._trunk_of[order]]
+        rank = (
+            torch.arange(len(order), device=order.device)
+            - (counts.cumsum(0) - counts)[self._trunk_of[order]]
+        )
         place = torch.empty_like(order)
         place[order] = self._trunk_of[order] * width + rank
         self._place, self._width = place, width
@@ -235,47 +364,70 @@ class SharedKeys:
     def keep(self, index: Tensor) -> None:
         """Drop all branches but these, in this order."""
         self._trunk_of, self._prefix = self._trunk_of[index], self._prefix[index]
-        for layer, (key, value) in self._own.items():  # layer by layer, so that one layer at most is held twice
+        for layer, (
+            key,
+            value,
+        ) in self._own.items():  # layer by layer, so that one layer at most is held twice
             self._own[layer] = key[index], value[index]
         self._arrange()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of one forward: of packed trunks [1, H, T, D] first, then of one token per branch [1, H, N, D].
+        """Attention of one forward: of packed trunks [1, H, T, D] first, then of one token per
+        branch [1, H, N, D].
 
         Returns:
             [1, T or N, H, D].
         """
         if self._length < 0:
             return self._attend_trunks(layer, query[0], key[0], value[0], scale)[None]
-        return self._attend_branches(layer, *(rearrange(part, "1 h n d -> n h d") for part in (query, key, value)), scale)[None]
+        return self._attend_branches(
+            layer, *(rearrange(part, "1 h n d -> n h d") for part in (query, key, value)), scale
+        )[None]
 
-    def _attend_trunks(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend_trunks(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         out, *self._trunk_keys[layer] = attend_trunks(query, key, value, self._trunk, scale)
         return out.index_select(0, self._packed)
 
-    def _attend_branches(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend_branches(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         own_key, own_value = self._append(layer, key, value)
         trunk_key, trunk_value = self._trunk_keys[layer]
         num_trunks, key_heads = trunk_key.shape[:2]
         query = rearrange(query, "n (k r) d -> n k r d", k=key_heads)
-        block = query.new_zeros(num_trunks * self._width, *query.shape[1:]).index_copy(0, self._place, query)
+        block = query.new_zeros(num_trunks * self._width, *query.shape[1:]).index_copy(
+            0, self._place, query
+        )
         folded = rearrange(block, "(b w) k r d -> b k (w r) d", b=num_trunks)
-        scores = rearrange(folded @ trunk_key.mT, "b k (w r) p -> (b w) k r p", w=self._width)[self._place]
+        scores = rearrange(folded @ trunk_key.mT, "b k (w r) p -> (b w) k r p", w=self._width)[
+            self._place
+        ]
         outside = torch.arange(scores.shape[-1], device=scores.device) >= self._prefix[:, None]
         scores = scores.masked_fill(rearrange(outside, "n p -> n 1 1 p"), float("-inf"))
         both = torch.cat([scores, query @ own_key.mT], dim=-1).float() * scale
         weights = both.softmax(dim=-1).to(value.dtype)
         on_trunk, on_own = weights.split([scores.shape[-1], own_key.shape[2]], dim=-1)
-        block = weights.new_zeros(num_trunks * self._width, *on_trunk.shape[1:]).index_copy(0, self._place, on_trunk)
+        block = weights.new_zeros(num_trunks * self._width, *on_trunk.shape[1:]).index_copy(
+            0, self._place, on_trunk
+        )
         out = rearrange(block, "(b w) k r p -> b k (w r) p", b=num_trunks) @ trunk_value
-        out = rearrange(out, "b k (w r) d -> (b w) k r d", w=self._width)[self._place] + on_own @ own_value
+        out = (
+            rearrange(out, "b k (w r) d -> (b w) k r d", w=self._width)[self._place]
+            + on_own @ own_value
+        )
         return rearrange(out, "n k r d -> n (k r) d")
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, K, tokens so far, D] of the branches, with room that grows ahead of them (`next_room`)."""
+        """Keys and values [N, K, tokens so far, D] of the branches, with room that grows ahead of
+        them (`next_room`)."""
         room = self._own[layer][0].shape[2] if layer in self._own else 0
         if self._length >= room:
-            larger = tuple(part.new_zeros(*part.shape[:2], next_room(room, self._most), part.shape[2]) for part in (key, value))
+            larger = tuple(
+                part.new_zeros(*part.shape[:2], next_room(room, self._most), part.shape[2])
+                for part in (key, value)
+            )
             for new, old in zip(larger, self._own.get(layer, ())):
                 new[:, :, :room] = old
             self._own[layer] = larger
@@ -285,11 +437,13 @@ class SharedKeys:
 
 
 FIRST_ROOM, LARGEST_GROWTH = 16, 128
-"""Places of a branch: the first ones, and how many more at a time. Room that is made and not used is at most the latter."""
+"""Places of a branch: the first ones, and how many more at a time. Room that is made and not used
+is at most the latter."""
 
 
 def next_room(room: int, most: int) -> int:
-    """Places that a branch gets where `room` are full: twice as many, `LARGEST_GROWTH` more at most, and never more than `most`."""
+    """Places that a branch gets where `room` are full: twice as many, `LARGEST_GROWTH` more at
+    most, and never more than `most`."""
     return min(max(FIRST_ROOM, room + min(room, LARGEST_GROWTH)), most)
 
 
@@ -302,7 +456,17 @@ def register(base: str) -> str:
     name = f"rlp_tree_{base}"
     plain = ALL_ATTENTION_FUNCTIONS[base]
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, tree: Tree | SharedKeys | None = None, **options: object):
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        tree: Tree | SharedKeys | None = None,
+        **options: object,
+    ):
         if tree is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **options)
         if isinstance(tree, SharedKeys):
@@ -317,14 +481,27 @@ def register(base: str) -> str:
 def why_no_tree(config: PretrainedConfig, attention: str) -> str | None:
     """Why a model can not run a tree; None where it can.
 
-    A branch sees its prefix through attention alone, so a state that is carried from token to token (state-space,
-    linear attention, convolution) has nothing to continue from.
+    A branch sees its prefix through attention alone, so a state that is carried from token to token
+    (state-space, linear attention, convolution) has nothing to continue from.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if text.model_type not in ("qwen3", "qwen2", "llama", "mistral", "gpt_neox", "olmo2", "smollm3"):
+    if text.model_type not in (
+        "qwen3",
+        "qwen2",
+        "llama",
+        "mistral",
+        "gpt_neox",
+        "olmo2",
+        "smollm3",
+    ):
         return f"{text.model_type} has not been shown to be attention-only"
-    if kinds != {"full_attention"} or getattr(text, "use_sliding_window", False) or text.model_type == "mistral" and text.sliding_window:
+    if (
+        kinds != {"full_attention"}
+        or getattr(text, "use_sliding_window", False)
+        or text.model_type == "mistral"
+        and text.sliding_window
+    ):
         return "it has layers with a sliding window"
     if attention != "sdpa":
         return f"its attention is {attention}; a tree needs sdpa"

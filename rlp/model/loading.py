@@ -1,4 +1,5 @@
-"""Models from files: config, dtype, attention, weights; what cannot be trained is refused before it is built."""
+"""Models from files: config, dtype, attention, weights; what cannot be trained is refused before it
+is built."""
 
 import importlib.util
 import json
@@ -30,9 +31,11 @@ from rlp.model.tokenizer import (
 from rlp.process.machine import bfloat16_instructions
 
 BFLOAT16_WIDTH = 256
-"""Width of a model from which bfloat16 pays on a CPU that has instructions for it. Measured on one core with avx512_bf16 (AMD EPYC,
-torch 2.13, 2026-11-21), CPU-seconds in float32 over those in bfloat16 for a Qwen3 of four layers, training | decoding:
-width 64: 1.1 | 0.7, 128: 1.5 | 1.0, 256: 2.0 | 1.3, 512: 2.6 | 2.0; a matrix product alone, width 576: 4.8, without the instructions 0.8."""
+"""Width of a model from which bfloat16 pays on a CPU that has instructions for it. Measured on one
+core with avx512_bf16 (AMD EPYC, torch 2.13, 2026-11-21), CPU-seconds in float32 over those in
+bfloat16 for a Qwen3 of four layers, training | decoding:
+width 64: 1.1 | 0.7, 128: 1.5 | 1.0, 256: 2.0 | 1.3, 512: 2.6 | 2.0; a matrix product alone, width
+576: 4.8, without the instructions 0.8."""
 
 
 def choose_dtype(config: Config, device: torch.device, width: int) -> tuple[torch.dtype, str]:
@@ -51,46 +54,86 @@ def choose_dtype(config: Config, device: torch.device, width: int) -> tuple[torc
     if instructions is None:
         return torch.float32, "this CPU has no instructions for bfloat16"
     if width < BFLOAT16_WIDTH:
-        return torch.float32, f"the model is {width} wide, and bfloat16 pays from {BFLOAT16_WIDTH} on"
-    return torch.bfloat16, f"this CPU has {instructions}; engine.dtype=float32 is two to five times slower"
+        return (
+            torch.float32,
+            f"the model is {width} wide, and bfloat16 pays from {BFLOAT16_WIDTH} on",
+        )
+    return (
+        torch.bfloat16,
+        f"this CPU has {instructions}; engine.dtype=float32 is two to five times slower",
+    )
 
 
 def read_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The architecture, with every dropout off, for the layers that `Policy.train` leaves in training mode."""
+    """The architecture, with every dropout off, for the layers that `Policy.train` leaves in
+    training mode."""
     _settle_hub(config.path, "model.path")
     try:
         values, _ = PretrainedConfig.get_config_dict(config.path)
     except Exception as error:  # as above
-        raise ConfigError(f"model.path: no model config at {config.path!r}: {_in_one_line(error)}. {_where_models_live}") from error
+        raise ConfigError(
+            f"model.path: no model config at {config.path!r}: {_in_one_line(error)}."
+            f" {_where_models_live}"
+        ) from error
     if not values:
         raise ConfigError(f"model.path: no config.json in {config.path!r}. {_where_models_live}")
     _refuse_impossible_sizes(config.path, values)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ConfigError(f"model.path: the config.json of {config.path!r} describes no model: {type(error).__name__}: {_in_one_line(error)}") from error
+        raise ConfigError(
+            f"model.path: the config.json of {config.path!r} describes no model:"
+            f" {type(error).__name__}: {_in_one_line(error)}"
+        ) from error
     for name, value in list(vars(architecture).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(architecture, name, 0.0)
     return architecture
 
 
-_SIZES = ("vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
-          "head_dim", "intermediate_size", "state_size", "max_position_embeddings", "n_positions")
-"""Numbers of a config.json of which a model has at least one, by the names of most architectures."""
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "state_size",
+    "max_position_embeddings",
+    "n_positions",
+)
+"""Numbers of a config.json of which a model has at least one, by the names of most
+architectures."""
 
 
 def _refuse_impossible_sizes(source: str, values: dict) -> None:
     """Refuse what no model has before transformers divides by it."""
     for part in (values, values.get("text_config")):
-        sizes = {name: part[name] for name in _SIZES if part.get(name) is not None} if isinstance(part, dict) else {}
+        sizes = (
+            {name: part[name] for name in _SIZES if part.get(name) is not None}
+            if isinstance(part, dict)
+            else {}
+        )
         for name, value in sizes.items():
             if isinstance(value, int) and value < 1:
-                raise ConfigError(f"model.path: the config.json of {source!r} has {name}={value}; expected at least 1. Write the config of the model.")
+                raise ConfigError(
+                    f"model.path: the config.json of {source!r} has {name}={value}; expected at"
+                    " least 1. Write the config of the model."
+                )
         heads, shared = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-            raise ConfigError(f"model.path: the config.json of {source!r} has num_attention_heads={heads} and num_key_value_heads={shared}; expected that each "
-                              "of these is shared by as many of those. Write the config of the model.")
+            raise ConfigError(
+                f"model.path: the config.json of {source!r} has num_attention_heads={heads} and"
+                f" num_key_value_heads={shared}; expected that each of these is shared by as many"
+                " of those. Write the config of the model."
+            )
 
 
 def choose_layout(config: Config, architecture: PretrainedConfig) -> tuple[str, str]:
@@ -101,27 +144,44 @@ def choose_layout(config: Config, architecture: PretrainedConfig) -> tuple[str, 
     """
     if config.engine.layout == "repeated":
         return "repeated", "as engine.layout says"
-    obstacle = why_no_tree(architecture, "sdpa" if config.model.attention == "auto" else config.model.attention)
+    obstacle = why_no_tree(
+        architecture, "sdpa" if config.model.attention == "auto" else config.model.attention
+    )
     if obstacle is None:
         return "tree", "each document is run once for all its thoughts"
     if config.engine.layout == "tree":
-        raise ConfigError(f"engine.layout: {architecture.model_type} can not run a tree: {obstacle}. Write engine.layout=repeated.")
+        raise ConfigError(
+            f"engine.layout: {architecture.model_type} can not run a tree: {obstacle}. Write"
+            " engine.layout=repeated."
+        )
     return "repeated", obstacle
 
 
-def _choose_attention(config: ModelConfig, layout: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The attention to ask transformers for; None lets it take sdpa, or eager where a model has no sdpa."""
+def _choose_attention(
+    config: ModelConfig, layout: str, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """The attention to ask transformers for; None lets it take sdpa, or eager where a model has no
+    sdpa."""
     if layout == "tree":
         return register("sdpa")
     if config.attention != "auto":
         return config.attention
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash and device.type == "cuda" and dtype == torch.bfloat16 else None
+    return (
+        "flash_attention_2"
+        if has_flash and device.type == "cuda" and dtype == torch.bfloat16
+        else None
+    )
 
 
-def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers,
-                dtype: torch.dtype, device: torch.device,
-                whole: Whole = lambda parameters: nullcontext()) -> Policy:
+def load_policy(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Markers,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Whole = lambda parameters: nullcontext(),
+) -> Policy:
     """Load or initialize the model, put the added markers in, and check that this program can score
     it.
 
@@ -130,15 +190,16 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
         whole: for a model that is sharded as it is read.
 
     Raises:
-        ConfigError: no such model, weights missing, a vocabulary larger than the embedding, or logits
-            that are not a product of hidden state and head.
+        ConfigError: no such model, weights missing, a vocabulary larger than the embedding, or
+            logits that are not a product of hidden state and head.
     """
     architecture = read_model_config(config.model)
     refuse_other_tokenizer(config, architecture, tokenizer, markers)
     layout, _ = choose_layout(config, architecture)
     lm = _load(config, architecture, _choose_attention(config.model, layout, dtype, device), dtype)
     embed_markers(lm, markers, whole)
-    # Some makers freeze a parameter that only training recipes of their own move: without a gradient it stays as it is here too.
+    # Some makers freeze a parameter that only training recipes of their own move: without a
+    # gradient it stays as it is here too.
     for parameter in lm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     for module in lm.modules():
@@ -149,8 +210,9 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, markers: Mar
     return Policy(lm, markers, config.engine.logprob_form)
 
 
-def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase,
-                      markers: Markers) -> PreTrainedModel:
+def load_with_markers(
+    config: Config, tokenizer: PreTrainedTokenizerBase, markers: Markers
+) -> PreTrainedModel:
     """The pretrained model as transformers loads it, in its own dtype and with its config
     untouched, with the added markers in it."""
     architecture = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
@@ -160,39 +222,76 @@ def load_with_markers(config: Config, tokenizer: PreTrainedTokenizerBase,
     return lm
 
 
-def _load(config: Config, architecture: PretrainedConfig, attention: str | None,
-          dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(
+    config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype | str
+) -> PreTrainedModel:
     """`_build`, with what transformers raises turned into a ConfigError."""
     try:
         return _build(config, architecture, attention, dtype)
     except ConfigError:
         raise
-    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError,
-            ArithmeticError, SafetensorError) as error:
-        raise ConfigError(f"model.path: {config.model.path!r} could not be loaded: "
-                          f"{first_line(error)}. {_where_models_live}") from error
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
+        raise ConfigError(
+            f"model.path: {config.model.path!r} could not be loaded: "
+            f"{first_line(error)}. {_where_models_live}"
+        ) from error
 
 
-def _build(config: Config, architecture: PretrainedConfig, attention: str | None,
-           dtype: torch.dtype | str) -> PreTrainedModel:
+def _build(
+    config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype | str
+) -> PreTrainedModel:
     if config.model.init == "random":
         torch.manual_seed(config.run.seed)
-        return AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            architecture, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+        )
     _refuse_pickles(config.model.path)
     lm, loading = AutoModelForCausalLM.from_pretrained(
-        config.model.path, config=architecture, attn_implementation=attention, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        config.model.path,
+        config=architecture,
+        attn_implementation=attention,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise ConfigError(f"model.path: {config.model.path!r} lacks {len(missing)} weights that the architecture has, such as {missing[0]}. "
-                          "Write the folder of a complete checkpoint.")
+        raise ConfigError(
+            f"model.path: {config.model.path!r} lacks {len(missing)} weights that the architecture"
+            f" has, such as {missing[0]}. Write the folder of a complete checkpoint."
+        )
     return lm
 
 
 def _refuse_pickles(source: str) -> None:
     """An index of safetensors may name files of another kind, which transformers would unpickle."""
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    index = cached_file(
+        source,
+        "model.safetensors.index.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     if index is not None:
         files = json.loads(Path(index).read_bytes())["weight_map"].values()
-        odd = [name for name in files if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name)]
+        odd = [
+            name
+            for name in files
+            if not (
+                isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+            )
+        ]
         if odd:
-            raise ValueError(f"{index} names {odd[0]!r}; expected safetensors files in the same folder")
+            raise ValueError(
+                f"{index} names {odd[0]!r}; expected safetensors files in the same folder"
+            )

@@ -29,8 +29,8 @@ class Markers:
 
     @property
     def excluded(self) -> int:
-        """The first token of the open marker: removed from every target softmax. A policy that has learned
-        to think holds mass there, which its no-think prediction would otherwise lack."""
+        """The first token of the open marker: removed from every target softmax. A policy that has
+        learned to think holds mass there, which its no-think prediction would otherwise lack."""
         return self.open[0]
 
 
@@ -53,55 +53,71 @@ def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> M
             pieces[added[0]], written[key] = written[key], added
     open_ids, close_ids = written.values()
     if _stands_in(open_ids, close_ids) or _stands_in(close_ids, open_ids):
-        raise ConfigError(f"thought.open_marker {config.open_marker!r} (token ids "
-                          f"{list(open_ids)}) and thought.close_marker "
-                          f"{config.close_marker!r} ({list(close_ids)}): one stands inside the "
-                          "other, so a text with a thought in it "
-                          "does not say where the thought ends. Write two markers that share no "
-                          "such part.")
+        raise ConfigError(
+            f"thought.open_marker {config.open_marker!r} (token ids "
+            f"{list(open_ids)}) and thought.close_marker "
+            f"{config.close_marker!r} ({list(close_ids)}): one stands inside the "
+            "other, so a text with a thought in it "
+            "does not say where the thought ends. Write two markers that share no "
+            "such part."
+        )
     return Markers(open=open_ids, close=close_ids, pieces=pieces)
 
 
 def _stands_in(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    return any(whole[start : start + len(part)] == part
-               for start in range(len(whole) - len(part) + 1))
+    return any(
+        whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1)
+    )
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> tuple[int, ...]:
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids or tokenizer.unk_token_id in ids:
-        raise ConfigError(f"{key}: the tokenizer can not write {text!r} (token ids {list(ids)}, unknown token {tokenizer.unk_token_id}). "
-                          f"Write a marker that it knows, such as one of its special tokens {tokenizer.all_special_tokens}.")
+        raise ConfigError(
+            f"{key}: the tokenizer can not write {text!r} (token ids {list(ids)}, unknown token"
+            f" {tokenizer.unk_token_id}). Write a marker that it knows, such as one of its special"
+            f" tokens {tokenizer.all_special_tokens}."
+        )
     return ids
 
 
-def marker_notes(tokenizer: PreTrainedTokenizerBase, markers: Markers,
-                 config: ThoughtConfig) -> list[str]:
+def marker_notes(
+    tokenizer: PreTrainedTokenizerBase, markers: Markers, config: ThoughtConfig
+) -> list[str]:
     """What a user has to know of the markers before a run: what was added, or which ordinary token
     can be no target."""
-    written = (f"{config.open_marker!r} (token ids {list(markers.open)}) and "
-               f"{config.close_marker!r} ({list(markers.close)})")
+    written = (
+        f"{config.open_marker!r} (token ids {list(markers.open)}) and "
+        f"{config.close_marker!r} ({list(markers.close)})"
+    )
     if markers.pieces:
-        means = "; ".join(f"{token} from {[tokenizer.decode([piece]) for piece in pieces]}"
-                          for token, pieces in markers.pieces.items())
-        return ["thought.add_markers: added to tokenizer and model, each as the mean of the "
-                f"tokens that wrote it: {means}. "
-                f"The markers are {written}; they mean nothing to the model before it has seen "
-                "thoughts between them (docs/warm_start.md)."]
+        means = "; ".join(
+            f"{token} from {[tokenizer.decode([piece]) for piece in pieces]}"
+            for token, pieces in markers.pieces.items()
+        )
+        return [
+            "thought.add_markers: added to tokenizer and model, each as the mean of the "
+            f"tokens that wrote it: {means}. "
+            f"The markers are {written}; they mean nothing to the model before it has seen "
+            "thoughts between them (docs/warm_start.md)."
+        ]
     if config.add_markers:
-        return [f"thought.add_markers: nothing is added, the tokenizer has {written} as single "
-                "tokens."]
+        return [
+            f"thought.add_markers: nothing is added, the tokenizer has {written} as single tokens."
+        ]
     if len(markers.open) == 1:
         return []
     first = tokenizer.decode([markers.excluded])
-    return [f"WARNING: thought.open_marker {config.open_marker!r} is {len(markers.open)} tokens to "
-            "this tokenizer, "
-            f"{[tokenizer.decode([token]) for token in markers.open]}. The first one, {first!r} "
-            f"(token id {markers.excluded}), "
-            "is therefore left out of every target softmax, and no target may be one. Write "
-            "thought.add_markers=true, which makes "
-            "each marker one new token, or make such a model once: rlp add-markers MODEL --out "
-            "FOLDER."]
+    return [
+        f"WARNING: thought.open_marker {config.open_marker!r} is {len(markers.open)} tokens to "
+        "this tokenizer, "
+        f"{[tokenizer.decode([token]) for token in markers.open]}. The first one, {first!r} "
+        f"(token id {markers.excluded}), "
+        "is therefore left out of every target softmax, and no target may be one. Write "
+        "thought.add_markers=true, which makes "
+        "each marker one new token, or make such a model once: rlp add-markers MODEL --out "
+        "FOLDER."
+    ]
 
 
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager]
@@ -116,8 +132,7 @@ def vocabulary_with(markers: Markers, vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def embed_markers(lm: PreTrainedModel, markers: Markers,
-                  whole: Whole) -> None:
+def embed_markers(lm: PreTrainedModel, markers: Markers, whole: Whole) -> None:
     """Give each added marker its row in the embedding, the head where it is not tied, and the
     head's bias where there is one: the mean, taken in float32, of the rows of the tokens that wrote
     its text before. All other rows stay.
@@ -132,8 +147,11 @@ def embed_markers(lm: PreTrainedModel, markers: Markers,
         lm.resize_token_embeddings(rows, mean_resizing=False)
     tables = [lm.get_input_embeddings().weight]
     head = lm.get_output_embeddings()
-    tables += [table for table in (head.weight, getattr(head, "bias", None)) if table is not None
-               and table is not tables[0]]
+    tables += [
+        table
+        for table in (head.weight, getattr(head, "bias", None))
+        if table is not None and table is not tables[0]
+    ]
     with whole(tables):
         for table in tables:
             for token, pieces in markers.pieces.items():

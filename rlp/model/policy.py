@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from rlp_kernels import token_argmax, token_entropy, token_logprobs
 from torch import Tensor, nn
 from transformers import (
     PretrainedConfig,
@@ -26,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlp.model.attention import SharedKeys, Tree
 from rlp.model.markers import Markers
+from rlp_kernels import token_argmax, token_entropy, token_logprobs
 
 
 class Policy(nn.Module):
@@ -46,7 +46,8 @@ class Policy(nn.Module):
         self._samples, self._wide_head = False, None
         self.logit_scale, self.softcap = _logit_transform(lm.config)
         self.stock_time_step_limit = _scan_as_decoded(lm)
-        """What transformers clamps the time steps of this model's scans at, where that was mended here; else None."""
+        """What transformers clamps the time steps of this model's scans at, where that was mended
+        here; else None."""
         self.train(self.training)
 
     @property
@@ -66,10 +67,11 @@ class Policy(nn.Module):
     def train(self, mode: bool = True) -> "Policy":
         """As of any module, but the network under it stays in evaluation mode, with its gradient.
 
-        What training mode adds in a language model is noise: dropout, router jitter, dropped layers, experts drawn
-        by lot. Sampler and trainer would be two policies, and the ratio of eq. 8 not 1 on-policy. One thing else hangs
-        on the mode: a layer recomputes its activations (`engine.activation_checkpointing`) in training mode only. Such
-        a layer, not what is in it, is in the mode asked for.
+        What training mode adds in a language model is noise: dropout, router jitter, dropped
+        layers, experts drawn by lot. Sampler and trainer would be two policies, and the ratio of
+        eq. 8 not 1 on-policy. One thing else hangs
+        on the mode: a layer recomputes its activations (`engine.activation_checkpointing`) in
+        training mode only. Such a layer, not what is in it, is in the mode asked for.
         """
         super().train(mode)
         self.lm.eval()
@@ -83,30 +85,45 @@ class Policy(nn.Module):
         return self.head.device
 
     def forward(self, task: str, *arguments: object) -> object:
-        """Every pass goes through here, because an engine that shards weights gathers them around `forward`.
+        """Every pass goes through here, because an engine that shards weights gathers them around
+        `forward`.
 
         Args:
-            task: `logprob`, `logprob_and_greedy`, `greedy`, `entropy` (arguments of `_answer`), `next_logits` (of `_next_logits`),
-                `shared_logits` (of `_shared_logits`) or `check` (of `_check`).
+            task: `logprob`, `logprob_and_greedy`, `greedy`, `entropy` (arguments of `_answer`),
+                `next_logits` (of `_next_logits`), `shared_logits` (of `_shared_logits`) or `check`
+                (of `_check`).
         """
         if task in ("next_logits", "shared_logits", "check"):
             return getattr(self, f"_{task}")(*arguments)
         return self._answer(task, *arguments)
 
     def _check(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's own logits [T, V] over a row of tokens [1, T], in its dtype, and ours, in float32 at least."""
+        """The model's own logits [T, V] over a row of tokens [1, T], in its dtype, and ours, in
+        float32 at least."""
         own = self.lm(input_ids=tokens).logits[0]
         return own, self._logits(self.lm.base_model(input_ids=tokens).last_hidden_state[0])
 
-    def _answer(self, statistic: str, tokens: Tensor, position: Tensor | None, tree: Tree | None, row: Tensor, column: Tensor, target: Tensor,
-                inverse_temperature: Tensor, excluded: Tensor) -> Tensor:
-        """One pass over rows, and a number for each query: log p(target | tokens[row, : column + 1]).
+    def _answer(
+        self,
+        statistic: str,
+        tokens: Tensor,
+        position: Tensor | None,
+        tree: Tree | None,
+        row: Tensor,
+        column: Tensor,
+        target: Tensor,
+        inverse_temperature: Tensor,
+        excluded: Tensor,
+    ) -> Tensor:
+        """One pass over rows, and a number for each query: log p(target | tokens[row, : column +
+        1]).
 
-        A causal model never looks to the right, so padding on the right needs no mask: it is not queried.
+        A causal model never looks to the right, so padding on the right needs no mask: it is not
+        queried.
 
         Args:
-            statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most probable
-                token), `entropy` (nats, of the whole softmax), or `logprob_and_greedy`.
+            statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most
+                probable token), `entropy` (nats, of the whole softmax), or `logprob_and_greedy`.
             tokens: [R, T] int64, padded on the right.
             position: [R, T] int64, or None where a token's position is its column.
             tree: which token attends to which, or None for rows that are plain sequences.
@@ -116,11 +133,20 @@ class Policy(nn.Module):
             excluded: [Q] int64, a token left out of the softmax, or -1.
 
         Returns:
-            [Q] float32, or bool for `greedy`; for `logprob_and_greedy` both, the second False where no token is excluded
-            (thought tokens and documents, whose most probable token nobody asks for).
+            [Q] float32, or bool for `greedy`; for `logprob_and_greedy` both, the second False where
+            no token is excluded (thought tokens and documents, whose most probable token nobody
+            asks for).
         """
         # A mask of four dimensions is passed through unread: the tree says who attends to whom.
-        packed = {} if tree is None else {"tree": tree, "position_ids": position, "attention_mask": tokens.new_zeros(1, 1, 1, 1)}
+        packed = (
+            {}
+            if tree is None
+            else {
+                "tree": tree,
+                "position_ids": position,
+                "attention_mask": tokens.new_zeros(1, 1, 1, 1),
+            }
+        )
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
         transform = {"softcap": self.softcap, "bias": self.head_bias}
@@ -163,7 +189,8 @@ class Policy(nn.Module):
         return self("next_logits", tokens, mask, (mask.long().cumsum(1) - 1).clamp(min=0), None)
 
     def fork(self, cache: object, index: Tensor) -> None:
-        """Rearrange a cache in place: its new row r is the old row index[r], state-space states included."""
+        """Rearrange a cache in place: its new row r is the old row index[r], state-space states
+        included."""
         cache.reorder_cache(index)
 
     def decode(self, token: Tensor, mask: Tensor, position: Tensor, cache: object) -> Tensor:
@@ -177,16 +204,21 @@ class Policy(nn.Module):
         Returns:
             logits [R, V] float32 after the token.
         """
-        # A recurrent state holds no padding: these models take a mask over the tokens of the call only.
+        # A recurrent state holds no padding: these models take a mask over the tokens of the call
+        # only.
         mask = mask if self._cache_name == "past_key_values" else None
         return self("next_logits", token[:, None], mask, position[:, None], cache)[0]
 
-    def _next_logits(self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: object | None) -> tuple[Tensor, object]:
+    def _next_logits(
+        self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: object | None
+    ) -> tuple[Tensor, object]:
         """Logits [R, V] after the last column, and the cache with these tokens in it."""
         optional = {"position_ids": position} if self._takes_positions else {}
         if mask is not None:
             optional["attention_mask"] = mask.long()
-        output = self.lm.base_model(input_ids=tokens, use_cache=True, **{self._cache_name: cache}, **optional)
+        output = self.lm.base_model(
+            input_ids=tokens, use_cache=True, **{self._cache_name: cache}, **optional
+        )
         return self._logits(output.last_hidden_state[:, -1]), getattr(output, self._cache_name)
 
     def prefill_trunks(self, tokens: Tensor, position: Tensor, keys: SharedKeys) -> None:
@@ -194,17 +226,27 @@ class Policy(nn.Module):
         self("shared_logits", tokens, position, keys, False)
 
     def decode_branches(self, token: Tensor, position: Tensor, keys: SharedKeys) -> Tensor:
-        """Append one token [N] at its position [N] to every branch; logits [N, V] float32 after it."""
+        """Append one token [N] at its position [N] to every branch; logits [N, V] float32 after
+        it."""
         keys.next_token()
         return self("shared_logits", token[None], position[None], keys, True)
 
-    def _shared_logits(self, tokens: Tensor, position: Tensor, keys: SharedKeys, wanted: bool) -> Tensor | None:
+    def _shared_logits(
+        self, tokens: Tensor, position: Tensor, keys: SharedKeys, wanted: bool
+    ) -> Tensor | None:
         # A mask of four dimensions is passed through unread: the keys say who attends to whom.
-        hidden = self.lm.base_model(input_ids=tokens, position_ids=position, use_cache=False, tree=keys, attention_mask=tokens.new_zeros(1, 1, 1, 1)).last_hidden_state[0]
+        hidden = self.lm.base_model(
+            input_ids=tokens,
+            position_ids=position,
+            use_cache=False,
+            tree=keys,
+            attention_mask=tokens.new_zeros(1, 1, 1, 1),
+        ).last_hidden_state[0]
         return self._logits(hidden) if wanted else None
 
     def _head_in(self, wide: torch.dtype) -> Tensor:
-        """The head in another dtype; while sampling it is converted once, and not for each token."""
+        """The head in another dtype; while sampling it is converted once, and not for each
+        token."""
         if self._wide_head is not None:
             return self._wide_head
         head = self.head.to(wide)
@@ -225,7 +267,8 @@ class Policy(nn.Module):
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
-    """(scale, soft cap) that this architecture applies to its logits, by the names transformers uses."""
+    """(scale, soft cap) that this architecture applies to its logits, by the names transformers
+    uses."""
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale /= config.logits_scaling
@@ -237,10 +280,12 @@ def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
 
 
 def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
-    """Clamp the time steps of state-space scans as the config says, which is not at all in published models.
+    """Clamp the time steps of state-space scans as the config says, which is not at all in
+    published models.
 
-    transformers clamps Nemotron-H and Zamba2 at `time_step_min`, a bound of the initializer, in the scan (prefill, scoring)
-    and not in decoding (huggingface/transformers, pull request 48989): sampler and scorer would be two policies.
+    transformers clamps Nemotron-H and Zamba2 at `time_step_min`, a bound of the initializer, in the
+    scan (prefill, scoring) and not in decoding (huggingface/transformers, pull request 48989):
+    sampler and scorer would be two policies.
 
     Returns:
         the other limit that a scan had; None where all had this one.
@@ -248,6 +293,8 @@ def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
     limit, stock = tuple(getattr(lm.config, "time_step_limit", None) or (0.0, math.inf)), None
     for module in lm.modules():
         if hasattr(module, "time_step_limit"):
-            stock = tuple(module.time_step_limit) if tuple(module.time_step_limit) != limit else stock
+            stock = (
+                tuple(module.time_step_limit) if tuple(module.time_step_limit) != limit else stock
+            )
             module.time_step_limit = limit
     return stock

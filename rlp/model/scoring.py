@@ -1,7 +1,8 @@
 """One forward of a layout, and from it every log-probability that the objective needs.
 
 Dimensions
-    B  documents;  M  positions;  N  rows of thoughts;  P  document tokens;  L  thought tokens;  H  target tokens
+    B  documents;  M  positions;  N  rows of thoughts;  P  document tokens;  L  thought tokens;  H
+       target tokens
 """
 
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from rlp.process.faults import fault, poisoned
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities in nats, float32, with gradient where the forward had one. Blocks that the layout
-    does not ask for are empty."""
+    """Log-probabilities in nats, float32, with gradient where the forward had one. Blocks that the
+    layout does not ask for are empty."""
 
     thought: Tensor
     """[N, L] log pi(l_u | prefix, l_<u) at the sampling temperature; 0 off the thought."""
@@ -32,7 +33,8 @@ class Scores:
     open_marker: Tensor
     """[M] log-probability of the open marker where a thought may start."""
     matched: Tensor | None = None
-    """[N] bool, whether every target is the most probable token after the thought; None unless asked for."""
+    """[N] bool, whether every target is the most probable token after the thought; None unless
+    asked for."""
 
 
 def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
@@ -43,15 +45,35 @@ def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
         matched: ask for `Scores.matched` too.
     """
     fault("score")
-    logprob, greedy = ask(model, "logprob_and_greedy", layout) if matched else (ask(model, "logprob", layout), None)
+    logprob, greedy = (
+        ask(model, "logprob_and_greedy", layout)
+        if matched
+        else (ask(model, "logprob", layout), None)
+    )
     scores = unpack(layout, logprob)
-    return replace(scores, matched=unpack(layout, greedy).target.all(dim=1) if matched else None, thought=poisoned("score.thought", scores.thought), target=poisoned("score.target", scores.target),
-                   no_think=poisoned("score.no_think", scores.no_think))
+    return replace(
+        scores,
+        matched=unpack(layout, greedy).target.all(dim=1) if matched else None,
+        thought=poisoned("score.thought", scores.thought),
+        target=poisoned("score.target", scores.target),
+        no_think=poisoned("score.no_think", scores.no_think),
+    )
 
 
 def ask(model: Callable, statistic: str, layout: Layout) -> Tensor:
-    """[Q] the answer to each query of a layout, or a pair of them; `statistic` as in `Policy.forward`."""
-    return model(statistic, layout.tokens, layout.position, layout.tree, layout.row, layout.column, layout.target, layout.inverse_temperature, layout.excluded)
+    """[Q] the answer to each query of a layout, or a pair of them; `statistic` as in
+    `Policy.forward`."""
+    return model(
+        statistic,
+        layout.tokens,
+        layout.position,
+        layout.tree,
+        layout.row,
+        layout.column,
+        layout.target,
+        layout.inverse_temperature,
+        layout.excluded,
+    )
 
 
 def unpack(layout: Layout, answers: Tensor) -> Scores:
@@ -60,9 +82,14 @@ def unpack(layout: Layout, answers: Tensor) -> Scores:
     return Scores(
         thought=_spread(layout.thought_mask, blocks[THOUGHT]),
         target=rearrange(blocks[TARGET], "(n h) -> n h", h=layout.horizon),
-        document=_spread(layout.document_mask, blocks[DOCUMENT]) if layout.sizes[DOCUMENT] else blocks[DOCUMENT],
+        document=(
+            _spread(layout.document_mask, blocks[DOCUMENT])
+            if layout.sizes[DOCUMENT]
+            else blocks[DOCUMENT]
+        ),
         no_think=rearrange(blocks[NO_THINK], "(m h) -> m h", h=layout.horizon),
-        open_marker=blocks[OPEN_MARKER])
+        open_marker=blocks[OPEN_MARKER],
+    )
 
 
 def _spread(mask: Tensor, values: Tensor) -> Tensor:
@@ -84,10 +111,12 @@ def difficulty(model: Callable, layout: Layout, selector: str) -> list[np.ndarra
         layout: document rows that ask for every token (`lm`).
 
     Returns:
-        one [P] float32 array per document: at index t the entropy before token t, or -log p(x_t | x_<t), nats;
-        index 0, which has no context, is 0.
+        one [P] float32 array per document: at index t the entropy before token t, or -log p(x_t |
+        x_<t), nats; index 0, which has no context, is 0.
     """
-    answers = ask(model, "entropy", layout) if selector == "entropy" else -ask(model, "logprob", layout)
+    answers = (
+        ask(model, "entropy", layout) if selector == "entropy" else -ask(model, "logprob", layout)
+    )
     padded = torch.nn.functional.pad(unpack(layout, answers).document, (1, 0)).cpu().numpy()
     lengths = layout.document_mask.sum(dim=1).tolist()
     return [row[: length + 1] for row, length in zip(padded, lengths)]

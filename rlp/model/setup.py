@@ -1,4 +1,5 @@
-"""What a config names, opened: tokenizer, thought format, documents, model shapes. Nothing is written.
+"""What a config names, opened: tokenizer, thought format, documents, model shapes. Nothing is
+written.
 
 Whatever a user may have got wrong in files and names is refused here, before a run folder exists.
 """
@@ -29,7 +30,14 @@ from rlp.model.tokenizer import (
 )
 from rlp.process.progress import Progress, Tell
 
-NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+NOT_COMPUTED = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 """Of a model's config: what no number depends on. The compute dtype is a setting of the run."""
 
 
@@ -42,18 +50,25 @@ class ModelInputs:
         self.architecture = read_model_config(config.model)
         self.tokenizer, self.markers = open_tokenizer(config)
         refuse_other_tokenizer(config, self.architecture, self.tokenizer, self.markers)
-        self.form = thought_format(config, self.markers, self._instruction(), self.tokenizer.bos_token_id)
+        self.form = thought_format(
+            config, self.markers, self._instruction(), self.tokenizer.bos_token_id
+        )
 
     def marker_notes(self) -> list[str]:
         """`marker_notes` of these markers."""
         return marker_notes(self.tokenizer, self.markers, self.config.thought)
 
     def checksums(self) -> dict[str, str]:
-        """By what they are of: all that the config names and does not hold, and that numbers of a run depend on."""
+        """By what they are of: all that the config names and does not hold, and that numbers of a
+        run depend on."""
         form = self.form
         return {
-            "the tokenizer (model.tokenizer, else model.path)": _checksum(_tokenizer_state(self.tokenizer)),
-            "the token ids of the markers": _checksum([form.markers.open, form.markers.close, form.markers.excluded, form.begin]),
+            "the tokenizer (model.tokenizer, else model.path)": _checksum(
+                _tokenizer_state(self.tokenizer)
+            ),
+            "the token ids of the markers": _checksum(
+                [form.markers.open, form.markers.close, form.markers.excluded, form.begin]
+            ),
             "the text of thought.instruction_file": _checksum(form.instruction),
         }
 
@@ -63,22 +78,42 @@ class ModelInputs:
             return ()
         try:
             if not Path(path).is_file():
-                raise ConfigError(f"thought.instruction_file: no file at {path!r}{', which is a folder' if Path(path).is_dir() else ''}. Write the path of a text file, or leave it out.")
-            return tuple(self.tokenizer.encode(Path(path).read_text(encoding="utf-8"), add_special_tokens=False))
+                raise ConfigError(
+                    "thought.instruction_file: no file at"
+                    f" {path!r}{', which is a folder' if Path(path).is_dir() else ''}. Write the"
+                    " path of a text file, or leave it out."
+                )
+            return tuple(
+                self.tokenizer.encode(
+                    Path(path).read_text(encoding="utf-8"), add_special_tokens=False
+                )
+            )
         except OSError as error:
-            raise ConfigError(f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the path of a text file.") from error
+            raise ConfigError(
+                f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the"
+                " path of a text file."
+            ) from error
         except UnicodeDecodeError as error:
-            raise ConfigError(f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a text file.") from error
+            raise ConfigError(
+                f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a"
+                " text file."
+            ) from error
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
     """Whatever turns text into ids: normalizer, splitting, vocabulary, merges, special tokens."""
-    state = [sorted(tokenizer.get_vocab().items()), {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
+    state = [
+        sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
     if not tokenizer.is_fast:
         return [*state, type(tokenizer).__name__]
     # As in tokenizer.json; truncation and padding are what the last call asked for.
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [*state, {name: part for name, part in whole.items() if name not in ("truncation", "padding")}]
+    return [
+        *state,
+        {name: part for name, part in whole.items() if name not in ("truncation", "padding")},
+    ]
 
 
 def _checksum(value: object) -> str:
@@ -88,7 +123,9 @@ def _checksum(value: object) -> str:
 class PanelInputs(ModelInputs):
     """Inputs of a held-out panel too: which positions may be chosen, and its documents."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None], progress: Tell = Progress) -> None:
+    def __init__(
+        self, config: Config, warn: Callable[[str], None], progress: Tell = Progress
+    ) -> None:
         """
         Args:
             warn: told about skipped documents.
@@ -96,85 +133,164 @@ class PanelInputs(ModelInputs):
         """
         super().__init__(config)
         if missing := why_unfit(self.architecture):
-            raise ConfigError(f"model.path: {self.architecture.model_type} can not be trained: {missing}. Choose another model.")
+            raise ConfigError(
+                f"model.path: {self.architecture.model_type} can not be trained: {missing}. Choose"
+                " another model."
+            )
         self._refuse_long_sequences()
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
-        self.held_out = open_rows(config.data.held_out, config.data, config.data.held_out_split, "data.held_out", progress) if config.data.held_out else None
+        self.held_out = (
+            open_rows(
+                config.data.held_out,
+                config.data,
+                config.data.held_out_split,
+                "data.held_out",
+                progress,
+            )
+            if config.data.held_out
+            else None
+        )
 
     def _refuse_long_sequences(self) -> None:
-        """Refuse settings whose longest sequence is beyond what the model reads, naming values that fit."""
-        limit, thinks = context_limit(self.architecture), self.config.objective.thinks or bool(self.config.data.held_out)
-        parts = sequence_parts(self.form, self.config.data.max_document_tokens, self.config.thought.max_thought_tokens if thinks else None)
+        """Refuse settings whose longest sequence is beyond what the model reads, naming values that
+        fit."""
+        limit, thinks = (
+            context_limit(self.architecture),
+            self.config.objective.thinks or bool(self.config.data.held_out),
+        )
+        parts = sequence_parts(
+            self.form,
+            self.config.data.max_document_tokens,
+            self.config.thought.max_thought_tokens if thinks else None,
+        )
         longest = sum(parts.values())
         if limit is None or longest <= limit.tokens:
             return
         words = " + ".join(f"{name} {tokens}" for name, tokens in parts.items() if tokens)
-        raise ConfigError(f"model.path: the longest sequence has {longest} tokens ({words}), and the model reads at most "
-                          f"{limit.tokens} ({limit.key} in its config.json). {self._shorter(longest - limit.tokens, thinks)} {limit.advice()}")
+        raise ConfigError(
+            f"model.path: the longest sequence has {longest} tokens ({words}), and the model reads"
+            f" at most {limit.tokens} ({limit.key} in its config.json)."
+            f" {self._shorter(longest - limit.tokens, thinks)} {limit.advice()}"
+        )
 
     def _shorter(self, over: int, thinks: bool) -> str:
         """Which settings take that many tokens off the longest sequence."""
-        document, thought = self.config.data.max_document_tokens - over, self.config.thought.max_thought_tokens - over
-        fitting = [f"data.max_document_tokens={document}"] if document >= self.config.position.min_prefix_tokens + self.config.target.horizon else []
+        document, thought = (
+            self.config.data.max_document_tokens - over,
+            self.config.thought.max_thought_tokens - over,
+        )
+        fitting = (
+            [f"data.max_document_tokens={document}"]
+            if document >= self.config.position.min_prefix_tokens + self.config.target.horizon
+            else []
+        )
         fitting += [f"thought.max_thought_tokens={thought}"] if thinks and thought > 0 else []
         if not fitting:
-            return f"Write smaller values of data.max_document_tokens and thought.max_thought_tokens: together {over} less."
-        return f"Write {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.form.instruction else ''}."
+            return (
+                "Write smaller values of data.max_document_tokens and thought.max_thought_tokens:"
+                f" together {over} less."
+            )
+        return (
+            "Write"
+            f" {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.form.instruction else ''}."
+        )
 
     def notes(self) -> list[str]:
         """What is to be said of these inputs before a run."""
-        unmeasured = ("no held-out panel: data.held_out names no file, so nothing is measured before and after, and neither the run nor its report can "
-                      "say whether thoughts gain. Write data.held_out=[FILE] to have it measured.")
+        unmeasured = (
+            "no held-out panel: data.held_out names no file, so nothing is measured before and"
+            " after, and neither the run nor its report can say whether thoughts gain. Write"
+            " data.held_out=[FILE] to have it measured."
+        )
         return self.marker_notes() + ([unmeasured] if self.held_out is None else [])
 
     def checksums(self) -> dict[str, str]:
-        described = {name: value for name, value in self.architecture.to_dict().items() if name not in NOT_COMPUTED}
-        found = super().checksums() | {"the config of the model in model.path": _checksum(described)}
+        described = {
+            name: value
+            for name, value in self.architecture.to_dict().items()
+            if name not in NOT_COMPUTED
+        }
+        found = super().checksums() | {
+            "the config of the model in model.path": _checksum(described)
+        }
         if self.held_out is not None:
-            found["the files of data.held_out"] = _checksum([table.identity for table in self.held_out.tables])
+            found["the files of data.held_out"] = _checksum(
+                [table.identity for table in self.held_out.tables]
+            )
         return found
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
-        return DocumentStream(self.held_out, self.tokenizer, self.config.data, seed=seed,
-                              candidates=self.candidates, warn=self._warn,
-                              why_none=self.why_no_position)
+        return DocumentStream(
+            self.held_out,
+            self.tokenizer,
+            self.config.data,
+            seed=seed,
+            candidates=self.candidates,
+            warn=self._warn,
+            why_none=self.why_no_position,
+        )
 
     def candidates(self, tokens: np.ndarray) -> np.ndarray:
         """Positions of a document that may be chosen."""
-        return candidate_positions(tokens, self.config.position, horizon=self.config.target.horizon, excluded=self.markers.excluded, marker=self._position_marker)
+        return candidate_positions(
+            tokens,
+            self.config.position,
+            horizon=self.config.target.horizon,
+            excluded=self.markers.excluded,
+            marker=self._position_marker,
+        )
 
     def _pieces(self, tokens: np.ndarray) -> str:
-        return "|" + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n")
-                              for token in tokens) + "|"
+        return (
+            "|"
+            + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n") for token in tokens)
+            + "|"
+        )
 
     def why_no_position(self, tokens: np.ndarray) -> str:
         """Why a document has no position that may be chosen: above all, a `position.marker` that is
         not in it, and what was searched."""
         marker, position = self._position_marker, self.config.position
         if not marker:
-            return (f"a position needs {position.min_prefix_tokens} tokens before it "
-                    f"(position.min_prefix_tokens), {self.config.target.horizon} from it on "
-                    "(target.horizon), and no open marker among those")
-        stands = any(np.array_equal(tokens[start : start + len(marker)], marker)
-                     for start in range(len(tokens) - len(marker) + 1))
+            return (
+                f"a position needs {position.min_prefix_tokens} tokens before it "
+                f"(position.min_prefix_tokens), {self.config.target.horizon} from it on "
+                "(target.horizon), and no open marker among those"
+            )
+        stands = any(
+            np.array_equal(tokens[start : start + len(marker)], marker)
+            for start in range(len(tokens) - len(marker) + 1)
+        )
         if stands:
-            said = ("stands only where no position may be: too early (position.min_prefix_tokens), "
-                    "too late (target.horizon) or before an open marker")
+            said = (
+                "stands only where no position may be: too early (position.min_prefix_tokens), "
+                "too late (target.horizon) or before an open marker"
+            )
         elif position.marker in self.tokenizer.decode(tokens):
-            said = ("is in the text, written with other tokens; write it as it stands there, such "
-                    f"as with the space before it ({' ' + position.marker.strip()!r})")
+            said = (
+                "is in the text, written with other tokens; write it as it stands there, such "
+                f"as with the space before it ({' ' + position.marker.strip()!r})"
+            )
         else:
             said = "does not occur"
-        return (f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)}, "
-                f"{self._pieces(np.array(marker))}")
+        return (
+            f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)}, "
+            f"{self._pieces(np.array(marker))}"
+        )
 
 
 class Inputs(PanelInputs):
     """All inputs of a run: the documents too."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None], record: Callable[[dict], None] = lambda entry: None, progress: Tell = Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        warn: Callable[[str], None],
+        record: Callable[[dict], None] = lambda entry: None,
+        progress: Tell = Progress,
+    ) -> None:
         """
         Args:
             warn: told about skipped documents, once for each reason.
@@ -190,28 +306,66 @@ class Inputs(PanelInputs):
             raise ConfigError(f"model.path: {config.model.path!r}: {first_line(error)}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
         self.stream = self._train_stream(rows, warn, record)
-        self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(1)  # data that is all bad is refused here
+        self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(
+            1
+        )  # data that is all bad is refused here
 
-    def _train_stream(self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]) -> DocumentStream:
+    def _train_stream(
+        self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]
+    ) -> DocumentStream:
         """Training documents; without thoughts any document of two tokens is good."""
-        candidates = self.candidates if self.config.objective.thinks else lambda tokens: np.arange(1, len(tokens))
-        return DocumentStream(rows, self.tokenizer, self.config.data, seed=self.config.run.seed,
-                              candidates=candidates, warn=warn, record=record,
-                              why_none=self.why_no_position,
-                              weights=self.config.data.weights, tokens_field=self.config.data.tokens_field, vocabulary=self.architecture.get_text_config().vocab_size)
+        candidates = (
+            self.candidates
+            if self.config.objective.thinks
+            else lambda tokens: np.arange(1, len(tokens))
+        )
+        return DocumentStream(
+            rows,
+            self.tokenizer,
+            self.config.data,
+            seed=self.config.run.seed,
+            candidates=candidates,
+            warn=warn,
+            record=record,
+            why_none=self.why_no_position,
+            weights=self.config.data.weights,
+            tokens_field=self.config.data.tokens_field,
+            vocabulary=self.architecture.get_text_config().vocab_size,
+        )
 
     def show_example(self) -> str:
         """The first document and where a thought would stand in it, token by token."""
         document = self.stream.next_documents(1)[0]
-        lines = [f"document {document.id}: {len(document.tokens)} tokens", self._pieces(document.tokens)]
-        return "\n".join(lines + (self._show_thought(document) if self.config.objective.thinks else []))
+        lines = [
+            f"document {document.id}: {len(document.tokens)} tokens",
+            self._pieces(document.tokens),
+        ]
+        return "\n".join(
+            lines + (self._show_thought(document) if self.config.objective.thinks else [])
+        )
 
     def _show_thought(self, document: Document) -> list[str]:
         chosen = candidates = self.candidates(document.tokens)
         if self.config.position.selector in ("uniform", "marker"):
-            chosen = choose_positions([document], self.candidates, self.config.position, horizon=self.config.target.horizon, seed=self.config.run.seed, step=1).position
+            chosen = choose_positions(
+                [document],
+                self.candidates,
+                self.config.position,
+                horizon=self.config.target.horizon,
+                seed=self.config.run.seed,
+                step=1,
+            ).position
         position = int(chosen[0])
         prefix = self.form.prefix(document.tokens, position)
         budget = self.config.thought.max_thought_tokens
-        return [f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens of instruction, prefix and open marker, then up to {budget} sampled tokens, the close marker, and the target",
-                f"{self._pieces(prefix[-24:])} ... {self._pieces(np.array(self.markers.close))} -> {self._pieces(document.tokens[position : position + self.config.target.horizon])}"]
+        return [
+            (
+                f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens"
+                f" of instruction, prefix and open marker, then up to {budget} sampled tokens, the"
+                " close marker, and the target"
+            ),
+            (
+                f"{self._pieces(prefix[-24:])} ... {self._pieces(np.array(self.markers.close))} ->"
+                f" {self._pieces(document.tokens[position : position + self.config.target.horizon])}"
+            ),
+        ]

@@ -24,17 +24,24 @@ class Work:
     """Hidden states multiplied with the LM head."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.head_rows + other.head_rows)
+        return Work(
+            self.tokens + other.tokens, self.pairs + other.pairs, self.head_rows + other.head_rows
+        )
 
 
 def row_work(lengths: np.ndarray, head_rows: int) -> Work:
     """Work of separate rows of these lengths."""
     lengths = lengths.astype(np.int64)
-    return Work(tokens=int(lengths.sum()), pairs=int((lengths * (lengths + 1) // 2).sum()), head_rows=head_rows)
+    return Work(
+        tokens=int(lengths.sum()),
+        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        head_rows=head_rows,
+    )
 
 
 NORM_COPIES = 3
-"""Numbers that a norm keeps for its backward pass, per number it reads: a float32 copy and one to scale."""
+"""Numbers that a norm keeps for its backward pass, per number it reads: a float32 copy and one to
+scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,9 @@ class ModelShapes:
     parameters: int
     """Trained numbers in total; tied weights once."""
     matmul_parameters: int
-    """Multiply-adds per token position in the body: weights used in matrix products and convolutions,
-    without embeddings and head. Of the routed experts only the share that one token visits."""
+    """Multiply-adds per token position in the body: weights used in matrix products and
+    convolutions, without embeddings and head. Of the routed experts only the share that one token
+    visits."""
     scan_multiply_adds: int
     """Multiply-adds per token position in state-space scans: one to update each number of the
     recurrent state, one to read it out."""
@@ -58,11 +66,12 @@ class ModelShapes:
     key_value_elements: int
     """Numbers kept per token position while sampling, over all attention layers."""
     state_elements: int
-    """Numbers kept per row while sampling, of any length: convolution windows and recurrent states."""
+    """Numbers kept per row while sampling, of any length: convolution windows and recurrent
+    states."""
     layers: int
     activation_elements: int
-    """Numbers kept per token position for the backward pass, over all layers and the last norm: an estimate
-    from above (see `_activation_elements`)."""
+    """Numbers kept per token position for the backward pass, over all layers and the last norm: an
+    estimate from above (see `_activation_elements`)."""
     layer_activation_elements: int
     """The same for the largest layer."""
     width: int
@@ -72,7 +81,8 @@ class ModelShapes:
     tied: bool
     """The LM head is the input embedding."""
     uncounted: tuple[str, ...] = ()
-    """What the FLOPs are counted without: weights and layers whose cost is not known here; numbers in their names are `*`."""
+    """What the FLOPs are counted without: weights and layers whose cost is not known here; numbers
+    in their names are `*`."""
 
 
 def causal_pairs(new_tokens: int, cached_tokens: int = 0) -> int:
@@ -90,7 +100,9 @@ def forward_flops(shapes: ModelShapes, work: Work) -> float:
     With equal widths the attention term is the usual 4 x heads x head dimension x pairs.
     """
     body = 2 * (shapes.matmul_parameters + shapes.scan_multiply_adds) * work.tokens
-    attention = 2 * shapes.attention_layers * (shapes.query_key_width + shapes.value_width) * work.pairs
+    attention = (
+        2 * shapes.attention_layers * (shapes.query_key_width + shapes.value_width) * work.pairs
+    )
     head = 2 * shapes.width * shapes.vocabulary * work.head_rows
     return float(body + attention + head)
 
@@ -105,12 +117,28 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
     config, unknown = model.config.get_text_config(), set()
     head = _head_weight(model)
     blocks = _blocks(model, config, unknown)
-    attention = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if _is_attention(module)]
-    query_key_width, value_width, key_value_width = _attention_widths(config) if attention else _NO_WIDTHS
-    known = [path for path, module in attention if _is_as_its_config_says(module, query_key_width, value_width)]
+    attention = [
+        (path, module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if _is_attention(module)
+    ]
+    query_key_width, value_width, key_value_width = (
+        _attention_widths(config) if attention else _NO_WIDTHS
+    )
+    known = [
+        path
+        for path, module in attention
+        if _is_as_its_config_says(module, query_key_width, value_width)
+    ]
     unknown |= {_pattern(path) for path, _ in attention if path not in known}
-    scans = [_scan_elements(path, module, unknown) for path, module in model.named_modules() if _is_scan(module)]
-    windows = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv1d))
+    scans = [
+        _scan_elements(path, module, unknown)
+        for path, module in model.named_modules()
+        if _is_scan(module)
+    ]
+    windows = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv1d)
+    )
     per_block = [_activation_elements(block, config, query_key_width) for block in blocks]
     return ModelShapes(
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -126,7 +154,9 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         layer_activation_elements=max(per_block),
         width=head.shape[1],
         vocabulary=head.shape[0],
-        tied=any(head is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
+        tied=any(
+            head is module.weight for module in model.modules() if isinstance(module, nn.Embedding)
+        ),
         uncounted=tuple(sorted(unknown)),
     )
 
@@ -134,9 +164,14 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
 def _on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), trust_remote_code=False
+            )
     except Exception as error:  # of any type: what a wrong number in a config leads to
-        raise ValueError(f"no {hf_config.model_type} can be built from its config.json: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"no {hf_config.model_type} can be built from its config.json: {type(error).__name__}:"
+            f" {error}"
+        ) from error
 
 
 def _head_weight(model: PreTrainedModel) -> nn.Parameter:
@@ -152,12 +187,15 @@ def _pattern(path: str) -> str:
 
 
 def _blocks(model: nn.Module, config: PretrainedConfig, unknown: set[str]) -> list[nn.Module]:
-    """The decoder layers, in order; the whole body where no list of them is as long as the config says."""
+    """The decoder layers, in order; the whole body where no list of them is as long as the config
+    says."""
     layers = getattr(config, "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return list(module)
-    unknown.add(f"how often each layer runs ({layers} layers in its config, and no list of as many)")
+    unknown.add(
+        f"how often each layer runs ({layers} layers in its config, and no list of as many)"
+    )
     return [model.base_model]
 
 
@@ -167,15 +205,22 @@ _ELEMENTWISE = re.compile(r"(A_log|bias)$")
 _EXPERT_IN_A_LIST = re.compile(r"\bexperts\.\d+\.")
 
 
-def _matmul_parameters(model: nn.Module, config: PretrainedConfig, head: nn.Parameter, unknown: set[str]) -> int:
-    """Weights of the body times the number of products that each takes part in per token position. One that stands in several
-    places is counted in the first alone: which of them a token goes through is not told by the model."""
+def _matmul_parameters(
+    model: nn.Module, config: PretrainedConfig, head: nn.Parameter, unknown: set[str]
+) -> int:
+    """Weights of the body times the number of products that each takes part in per token position.
+    One that stands in several
+    places is counted in the first alone: which of them a token goes through is not told by the
+    model.
+    """
     total, seen = 0, set()
     for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in module.named_parameters(recurse=False):
             if weight is head or weight.dim() < 2 or isinstance(module, nn.Embedding):
                 continue
-            products = None if weight in seen else _products(module, f"{path}.{name}", weight, config)
+            products = (
+                None if weight in seen else _products(module, f"{path}.{name}", weight, config)
+            )
             if products is None:
                 unknown.add(_pattern(f"{path}.{name}"))
             seen.add(weight)
@@ -183,8 +228,11 @@ def _matmul_parameters(model: nn.Module, config: PretrainedConfig, head: nn.Para
     return total
 
 
-def _products(module: nn.Module, path: str, weight: nn.Parameter, config: PretrainedConfig) -> int | None:
-    """Multiply-adds per token position of one weight of at least two dimensions; None where they are not known."""
+def _products(
+    module: nn.Module, path: str, weight: nn.Parameter, config: PretrainedConfig
+) -> int | None:
+    """Multiply-adds per token position of one weight of at least two dimensions; None where they
+    are not known."""
     experts = _expert_counts(config)
     if _ELEMENTWISE.search(path):
         return 0
@@ -201,10 +249,21 @@ def _products(module: nn.Module, path: str, weight: nn.Parameter, config: Pretra
 
 
 def _expert_counts(config: PretrainedConfig) -> tuple[int, int] | None:
-    """(experts per layer, experts that one token visits), or None for a dense model, or one whose config names them otherwise."""
+    """(experts per layer, experts that one token visits), or None for a dense model, or one whose
+    config names them otherwise."""
     values = config.to_dict()
-    experts = next((values[name] for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if values.get(name)), None)
-    visited = next((values[name] for name in ("num_experts_per_tok", "moe_topk", "moe_k") if values.get(name)), None)
+    experts = next(
+        (
+            values[name]
+            for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+            if values.get(name)
+        ),
+        None,
+    )
+    visited = next(
+        (values[name] for name in ("num_experts_per_tok", "moe_topk", "moe_k") if values.get(name)),
+        None,
+    )
     return (experts, visited) if isinstance(experts, int) and isinstance(visited, int) else None
 
 
@@ -226,7 +285,8 @@ _NO_WIDTHS = (0, 0, 0)
 
 
 def _attention_widths(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query-key width, value width, numbers kept per token) of one attention layer; zeros where a config does not name one number for all layers."""
+    """(query-key width, value width, numbers kept per token) of one attention layer; zeros where a
+    config does not name one number for all layers."""
     try:
         return _widths_of_heads(config, config.to_dict())
     except Exception:  # of any type: some configs raise their own where layers differ
@@ -236,9 +296,14 @@ def _attention_widths(config: PretrainedConfig) -> tuple[int, int, int]:
 def _widths_of_heads(config: PretrainedConfig, values: dict) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     if values.get("qk_nope_head_dim"):
-        # Multi-head latent attention: the latent and the rotary key are cached, not the keys and values of every head.
+        # Multi-head latent attention: the latent and the rotary key are cached, not the keys and
+        # values of every head.
         query_key_dim = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
-        return heads * query_key_dim, heads * values["v_head_dim"], values["kv_lora_rank"] + values["qk_rope_head_dim"]
+        return (
+            heads * query_key_dim,
+            heads * values["v_head_dim"],
+            values["kv_lora_rank"] + values["qk_rope_head_dim"],
+        )
     # Some configs give head_dim another name, which only the attribute knows.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = 1 if values.get("multi_query") else values.get("num_key_value_heads") or heads
@@ -246,13 +311,15 @@ def _widths_of_heads(config: PretrainedConfig, values: dict) -> tuple[int, int, 
 
 
 def _is_as_its_config_says(module: nn.Module, query_key_width: int, value_width: int) -> bool:
-    """Whether the weights of an attention layer have the widths that come from the config. The output projection is the last."""
+    """Whether the weights of an attention layer have the widths that come from the config. The
+    output projection is the last."""
     sizes = [_in_out(linear) for linear in _linears(module)]
     return sizes[-1][0] == value_width and any(written >= query_key_width for _, written in sizes)
 
 
 def _attentions(config: PretrainedConfig) -> int:
-    """Attentions in one attention layer: a differential one (DiffLlama) attends with each half of its value heads in turn."""
+    """Attentions in one attention layer: a differential one (DiffLlama) attends with each half of
+    its value heads in turn."""
     return 2 if "lambda_std_dev" in config.to_dict() else 1
 
 
@@ -261,11 +328,15 @@ def _is_scan(module: nn.Module) -> bool:
 
 
 def _scan_elements(path: str, module: nn.Module, unknown: set[str]) -> int:
-    """Numbers in the recurrent state of one state-space or linear-attention layer; 0 and a name in `unknown` where they are not known."""
+    """Numbers in the recurrent state of one state-space or linear-attention layer; 0 and a name in
+    `unknown` where they are not known."""
     if module.A_log.dim() == 2:
         return module.A_log.numel()
     attributes = vars(module)
-    for names in (("num_heads", "head_dim", "ssm_state_size"), ("num_v_heads", "head_k_dim", "head_v_dim")):
+    for names in (
+        ("num_heads", "head_dim", "ssm_state_size"),
+        ("num_v_heads", "head_k_dim", "head_v_dim"),
+    ):
         if all(name in attributes for name in names):
             return attributes[names[0]] * attributes[names[1]] * attributes[names[2]]
     unknown.add(_pattern(path))
@@ -273,16 +344,19 @@ def _scan_elements(path: str, module: nn.Module, unknown: set[str]) -> int:
 
 
 def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_width: int) -> int:
-    """Numbers that the backward pass of one layer needs, per token position: an estimate from above.
+    """Numbers that the backward pass of one layer needs, per token position: an estimate from
+    above.
 
-    Each linear map keeps what it reads, and what it writes is kept by the norm, product or attention
-    after it. A norm in bfloat16 keeps a float32 copy of what it reads (two numbers' worth) and what it
-    scales. This is 1.1 to 1.3 times what autograd saves for Qwen3 and Llama with sdpa, and 1.7 times for
-    the fused LayerNorms of GPT-NeoX (test_plan.py). It is too little where a model multiplies out its
-    nonlinearities (GPT-2's gelu_new and dropout save 1.4 times this) and for state-space layers without
-    their fused scan, which keep every state.
+    Each linear map keeps what it reads, and what it writes is kept by the norm, product or
+    attention after it. A norm in bfloat16 keeps a float32 copy of what it reads (two numbers'
+    worth) and what it scales. This is 1.1 to 1.3 times what autograd saves for Qwen3 and Llama with
+    sdpa, and 1.7 times for the fused LayerNorms of GPT-NeoX (test_plan.py). It is too little where
+    a model multiplies out its nonlinearities (GPT-2's gelu_new and dropout save 1.4 times this) and
+    for state-space layers without their fused scan, which keep every state.
     """
-    of_heads = {child for module in block.modules() if _is_attention(module) for child in module.children()}
+    of_heads = {
+        child for module in block.modules() if _is_attention(module) for child in module.children()
+    }
     experts, visited = _expert_counts(config) or (1, 1)
     total, share = 0, visited / experts
     for path, module in block.named_modules():
@@ -293,7 +367,11 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
             total += 2 * module.out_channels
         elif "Norm" in type(module).__name__:
             # A norm inside attention is applied to each head.
-            total += NORM_COPIES * (query_key_width if module in of_heads else sum(weight.numel() for weight in module.parameters() if weight.dim() == 1))
+            total += NORM_COPIES * (
+                query_key_width
+                if module in of_heads
+                else sum(weight.numel() for weight in module.parameters() if weight.dim() == 1)
+            )
         else:
             stacked = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
             total += sum(share * weight.shape[0] * sum(weight.shape[1:]) for weight in stacked)

@@ -22,7 +22,8 @@ class ThoughtFormat:
     instruction: tuple[int, ...]
     """Token ids put before the prefix when thinking; never in the no-think context."""
     begin: int | None
-    """The beginning-of-sequence token, kept in front of the instruction; None where the tokenizer has none."""
+    """The beginning-of-sequence token, kept in front of the instruction; None where the tokenizer
+    has none."""
     temperature: float
     """Of thought tokens, in sampling and in training."""
     target_temperature: float
@@ -30,12 +31,20 @@ class ThoughtFormat:
 
     def context(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction and document before the position."""
-        lead = [self.begin] if len(self.instruction) and len(document) and document[0] == self.begin else []
-        return np.concatenate([lead, self.instruction, document[len(lead):position]]).astype(np.int64)
+        lead = (
+            [self.begin]
+            if len(self.instruction) and len(document) and document[0] == self.begin
+            else []
+        )
+        return np.concatenate([lead, self.instruction, document[len(lead) : position]]).astype(
+            np.int64
+        )
 
     def prefix(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction, document before the position, open marker: what a thought continues."""
-        return np.concatenate([self.context(document, position), self.markers.open]).astype(np.int64)
+        return np.concatenate([self.context(document, position), self.markers.open]).astype(
+            np.int64
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,11 @@ class Thoughts:
     behavior_logprob: Tensor
     """[M, G, L] float32, nats, at the sampling temperature; 0 where mask is False."""
     entropy: Tensor
-    """[M, G, L] float32, nats, of the distribution that each token was drawn from; 0 where mask is False."""
+    """[M, G, L] float32, nats, of the distribution that each token was drawn from; 0 where mask is
+    False."""
     truncated: Tensor
-    """[M, G] bool, True where the budget ended the thought: its close marker is forced, without gradient."""
+    """[M, G] bool, True where the budget ended the thought: its close marker is forced, without
+    gradient."""
 
     def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
         """Those of some positions."""
@@ -73,7 +84,10 @@ class Thoughts:
 
     def padded(self, count: int) -> "Thoughts":
         """With `count` places more on the right of each thought."""
-        return Thoughts(*(torch.nn.functional.pad(part, (0, count)) for part in self.parts()[:-1]), self.truncated)
+        return Thoughts(
+            *(torch.nn.functional.pad(part, (0, count)) for part in self.parts()[:-1]),
+            self.truncated,
+        )
 
     def to(self, device: torch.device | str) -> "Thoughts":
         """The same on a device."""
@@ -84,7 +98,15 @@ class Thoughts:
         return self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated
 
 
-def thought_format(config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None) -> ThoughtFormat:
+def thought_format(
+    config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None
+) -> ThoughtFormat:
     """The format that a config asks for."""
-    return ThoughtFormat(markers=markers, instruction=instruction, begin=begin, temperature=config.thought.temperature,
-                         target_temperature=config.target.temperature, horizon=config.target.horizon)
+    return ThoughtFormat(
+        markers=markers,
+        instruction=instruction,
+        begin=begin,
+        temperature=config.thought.temperature,
+        target_temperature=config.target.temperature,
+        horizon=config.target.horizon,
+    )

@@ -17,17 +17,35 @@ from rlp.model.markers import Markers, find_markers
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, from `model.tokenizer` or `model.path`."""
-    source, key = config.tokenizer or config.path, "model.tokenizer" if config.tokenizer else "model.path"
+    source, key = (
+        config.tokenizer or config.path,
+        ("model.tokenizer" if config.tokenizer else "model.path"),
+    )
     _settle_hub(source, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what is wrong in a file comes as any type
-        raise ConfigError(f"model.tokenizer: no tokenizer at {source!r}: {_in_one_line(error)}. {_where_models_live}") from error
-    # transformers makes an empty tokenizer of the kind that config.json names where there is nothing to read.
-    names = {*tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES} if tokenizer.vocab_files_names else set()
-    if names and Path(source).is_dir() and not any(match for name in names for match in Path(source).glob(name)):
-        raise ConfigError(f"model.tokenizer: {source!r} holds a model's config and no tokenizer (none of {', '.join(sorted(names))}). "
-                          "Write model.tokenizer=FOLDER_OR_HUB_NAME of the one that belongs to it, or put its files there.")
+        raise ConfigError(
+            f"model.tokenizer: no tokenizer at {source!r}: {_in_one_line(error)}."
+            f" {_where_models_live}"
+        ) from error
+    # transformers makes an empty tokenizer of the kind that config.json names where there is
+    # nothing to read.
+    names = (
+        {*tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES}
+        if tokenizer.vocab_files_names
+        else set()
+    )
+    if (
+        names
+        and Path(source).is_dir()
+        and not any(match for name in names for match in Path(source).glob(name))
+    ):
+        raise ConfigError(
+            f"model.tokenizer: {source!r} holds a model's config and no tokenizer (none of"
+            f" {', '.join(sorted(names))}). Write model.tokenizer=FOLDER_OR_HUB_NAME of the one"
+            " that belongs to it, or put its files there."
+        )
     return tokenizer
 
 
@@ -53,7 +71,9 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-_where_models_live = "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
+_where_models_live = (
+    "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
+)
 
 
 def open_tokenizer(config: Config) -> tuple[PreTrainedTokenizerBase, Markers]:
@@ -63,17 +83,23 @@ def open_tokenizer(config: Config) -> tuple[PreTrainedTokenizerBase, Markers]:
     return tokenizer, find_markers(tokenizer, config.thought)
 
 
-def refuse_other_tokenizer(config: Config, architecture: PretrainedConfig,
-                           tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
+def refuse_other_tokenizer(
+    config: Config,
+    architecture: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Markers,
+) -> None:
     """Refuse a tokenizer with more tokens than the model has rows; added markers get rows of their
     own."""
     vocabulary = architecture.get_text_config().vocab_size
     num_tokens = max(tokenizer.get_vocab().values()) + 1 - len(markers.pieces)
     if num_tokens > vocabulary:
-        raise ConfigError(f"model.tokenizer: {num_tokens} tokens, but the embedding of "
-                          f"{config.model.path} has {vocabulary} rows. "
-                          "Write the tokenizer that belongs to the model, or resize the model's "
-                          "embedding first.")
+        raise ConfigError(
+            f"model.tokenizer: {num_tokens} tokens, but the embedding of "
+            f"{config.model.path} has {vocabulary} rows. "
+            "Write the tokenizer that belongs to the model, or resize the model's "
+            "embedding first."
+        )
 
 
 def quiet_transformers() -> None:

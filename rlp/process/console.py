@@ -13,12 +13,27 @@ def visible_text(text: str) -> str:
     Terminal escapes, invisible characters, reversals of the writing direction and unpaired
     surrogates do nothing this way, and can still be seen.
     """
-    return "".join(_spelled(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t" else character for character in text)
+    return "".join(
+        (
+            _spelled(character)
+            if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t"
+            else character
+        )
+        for character in text
+    )
 
 
 def quoted_text(text: str) -> str:
-    """Text in quotes on one line, white space to be seen: `"\\n"`, `" four"`. A single space is itself; any other is spelled out."""
-    shown = "".join(_spelled(character) if character.isspace() and character != " " or character == "\\" else character for character in text)
+    """Text in quotes on one line, white space to be seen: `"\\n"`, `" four"`. A single space is
+    itself; any other is spelled out."""
+    shown = "".join(
+        (
+            _spelled(character)
+            if character.isspace() and character != " " or character == "\\"
+            else character
+        )
+        for character in text
+    )
     return f'"{visible_text(shown)}"'
 
 
@@ -27,16 +42,20 @@ def _spelled(character: str) -> str:
 
 
 def say_line(text: str, file: TextIO | None = None) -> None:
-    """Print a line above any bar (by default to stdout). What data or a model wrote in it does nothing to the terminal."""
+    """Print a line above any bar (by default to stdout). What data or a model wrote in it does
+    nothing to the terminal."""
     try:
         tqdm.write(visible_text(text), file=file)
         (file or sys.stdout).flush()
     except OSError:
-        pass  # the output goes to a full disk, or nobody reads it any more: nobody is left to be told, and work goes on
+        # the output goes to a full disk, or nobody reads it any more: nobody is left to be told,
+        # and work goes on
+        pass
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.4 s, 48 s, 3:20 (minutes), 1:02:05 (hours), 3 d 04:10 (days and hours)."""
+    """Seconds as people say them: 0.4 s, 48 s, 3:20 (minutes), 1:02:05 (hours), 3 d 04:10 (days and
+    hours)."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -18,13 +18,14 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "nu
 
 
 def environment(devices: list[str]) -> dict:
-    """Where a run happens, as `environment.json` holds it. No environment variable is recorded: they hold secrets.
+    """Where a run happens, as `environment.json` holds it. No environment variable is recorded:
+    they hold secrets.
 
     Args:
         devices: the device name of each rank, in rank order.
     """
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": without_secrets(shlex.join(sys.argv)),
         **_git_state(Path(__file__).resolve().parents[2]),
         "python": platform.python_version(),
@@ -49,19 +50,25 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_state(project: Path) -> dict:
-    """Commit of the project and whether tracked files differ from it; None where it is not its own checkout."""
+    """Commit of the project and whether tracked files differ from it; None where it is not its own
+    checkout."""
     # Installed into a virtual environment, the package may lie inside somebody else's checkout.
     top = _git(project, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != project:
         return {"commit": None, "dirty": None}
     changes = _git(project, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git(project, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return {
+        "commit": _git(project, "rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
 
 
 def _git(project: Path, *arguments: str) -> str | None:
     """What git says, or None where there is no git, no repository or no answer."""
     try:
-        done = subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,10 +1,12 @@
 """Fault points: named places where a test can make a run die, fail, hang or compute nonsense.
 
     RLP_FAULT=save.before_rename:3:kill@rank1      at the third passage, on rank 1
-    RLP_FAULT=score.target:2-4:nan,rollout:5:stall  passages 2 to 4; a comma separates several; `2-` has no end
+    RLP_FAULT=score.target:2-4:nan,rollout:5:stall  passages 2 to 4; a comma separates several; `2-`
+                                                    has no end
 
 Without the variable a point does nothing. Passages are counted from 1, on each rank by itself.
-`FAULT_POINTS`, `COMMAND_POINTS` and `TENSOR_POINTS` are the places, `ACTIONS` what can happen there.
+`FAULT_POINTS`, `COMMAND_POINTS` and `TENSOR_POINTS` are the places, `ACTIONS` what can happen
+there.
 """
 
 import errno
@@ -24,15 +26,23 @@ FAULT_POINTS: dict[str, str] = {
     "folder.torn_config": "Half of the config.yaml of a new run is on disk.",
     "folder.torn_environment": "Half of its environment.json is.",
     "lock.torn_owner": "Half of the claim on a run folder is on disk.",
-    "lock.before_rename": "The claim of a job that continues is written and does not have its number yet.",
+    "lock.before_rename": (
+        "The claim of a job that continues is written and does not have its number yet."
+    ),
     "lock.beat": "Before a sign of life of the job that holds the folder.",
     "lock.before_release": "A run has ended, and is about to let go of its folder.",
     "folder.before_rename": "The folder of a new run is written and does not have its name yet.",
-    "folder.before_discard": "A new run has failed before its first step, and its folder is about to be removed.",
+    "folder.before_discard": (
+        "A new run has failed before its first step, and its folder is about to be removed."
+    ),
     "resume.before_aside": "A checkpoint is damaged, and about to be set aside.",
     "resume.before_restore": "A checkpoint is verified and none of it is loaded.",
-    "resume.before_truncate": "The checkpoint is loaded; one more log is about to be cut back to its step.",
-    "append.before_line": "Before a line is added to a log (metrics, timing, thoughts, evaluation, journal).",
+    "resume.before_truncate": (
+        "The checkpoint is loaded; one more log is about to be cut back to its step."
+    ),
+    "append.before_line": (
+        "Before a line is added to a log (metrics, timing, thoughts, evaluation, journal)."
+    ),
     "append.torn_line": "Half of a line is in the file.",
     "append.after_line": "After a line was added.",
     "append.torn_rank_log": "Half of what a library said is in logs/rank_N.log.",
@@ -67,7 +77,8 @@ FAULT_POINTS: dict[str, str] = {
     "end.torn_summary": "Half of summary.json is on disk.",
     "report.torn_page": "Half of report.html is on disk.",
 }
-"""Where `fault` stands in a run. `GROUP.torn_FILE`: half of a file is on disk; `GROUP.before_ACT`: a name or a length is about to change."""
+"""Where `fault` stands in a run. `GROUP.torn_FILE`: half of a file is on disk; `GROUP.before_ACT`:
+a name or a length is about to change."""
 
 COMMAND_POINTS: dict[str, str] = {
     "unpack.torn_file": "A file of training data is unpacked, under another name.",
@@ -81,7 +92,9 @@ COMMAND_POINTS: dict[str, str] = {
     "probe.torn_picture": "probe.png is.",
     "probe.torn_numbers": "Half of probe.json is on disk.",
     "probe.before_rename": "The folder is written and does not have its name yet.",
-    "markers.before_rename": "`rlp add-markers`: the folder is written and does not have its name yet.",
+    "markers.before_rename": (
+        "`rlp add-markers`: the folder is written and does not have its name yet."
+    ),
     "eval.torn_rows": "`rlp eval`: half of the answers of a benchmark are on disk.",
     "eval.torn_json": "Half of the results are.",
 }
@@ -97,12 +110,18 @@ TENSOR_POINTS: dict[str, str] = {
 }
 """Where `poisoned` or `poisoned_gradient` stands."""
 
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP, "stop": signal.SIGSTOP}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "hup": signal.SIGHUP,
+    "stop": signal.SIGSTOP,
+}
 """Signals that a process can send itself. Somebody else has to send SIGCONT."""
 
 ACTIONS = (*SIGNALS, "past", "exit", "raise", "enospc", "eio", "stall", "slow", "nan", "inf")
-"""A signal; the clock on the wall set back by a day, for this process; an exit with code 9; an `InjectedFault`; an OSError of a full disk
-or of a broken one; a sleep without end; a sleep of a second; and, at a tensor point, one value that is not finite."""
+"""A signal; the clock on the wall set back by a day, for this process; an exit with code 9; an
+`InjectedFault`; an OSError of a full disk or of a broken one; a sleep without end; a sleep of a
+second; and, at a tensor point, one value that is not finite."""
 
 
 class InjectedFault(RuntimeError):
@@ -126,7 +145,8 @@ def fault(point: str, first: Callable[[], object] | None = None) -> None:
     """Let happen what the environment asks for at this passage of the point.
 
     Args:
-        first: is called right before, where something happens; leaves half of a file, as a crash would.
+        first: is called right before, where something happens; leaves half of a file, as a crash
+            would.
     """
     action = _due(point)
     if action is None:
@@ -152,7 +172,8 @@ def fault(point: str, first: Callable[[], object] | None = None) -> None:
 
 
 def poisoned(point: str, values: Tensor) -> Tensor:
-    """The tensor itself, or, where the environment asks for it, a copy whose first value is not finite."""
+    """The tensor itself, or, where the environment asks for it, a copy whose first value is not
+    finite."""
     action = _due(point) if values.numel() else None
     if action is None:
         return values
@@ -185,19 +206,40 @@ def _due(point: str) -> str | None:
     _passages[point] += 1
     rank = int(os.environ.get("RANK", "0"))
     for asked in _asked[1]:
-        if asked.point == point and asked.rank in (None, rank) and asked.first <= _passages[point] <= asked.last:
-            print(f"fault at {point}, passage {_passages[point]}, rank {rank}: {asked.action}", flush=True)
+        if (
+            asked.point == point
+            and asked.rank in (None, rank)
+            and asked.first <= _passages[point] <= asked.last
+        ):
+            print(
+                f"fault at {point}, passage {_passages[point]}, rank {rank}: {asked.action}",
+                flush=True,
+            )
             return asked.action
     return None
 
 
 def _parse(text: str) -> _Fault:
-    match = re.fullmatch(r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)(@rank(?P<rank>\d+))?", text.strip())
+    match = re.fullmatch(
+        r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)(@rank(?P<rank>\d+))?",
+        text.strip(),
+    )
     known = FAULT_POINTS.keys() | COMMAND_POINTS.keys() | TENSOR_POINTS.keys()
     if not match or match["point"] not in known or match["action"] not in ACTIONS:
-        raise ValueError(f"{VARIABLE}: expected POINT:PASSAGE:ACTION or POINT:PASSAGE:ACTION@rankN, got {text!r}. "
-                         f"Points: {', '.join(sorted(known))}. Actions: {', '.join(ACTIONS)}.")
+        raise ValueError(
+            f"{VARIABLE}: expected POINT:PASSAGE:ACTION or POINT:PASSAGE:ACTION@rankN, got"
+            f" {text!r}. Points: {', '.join(sorted(known))}. Actions: {', '.join(ACTIONS)}."
+        )
     if (match["point"] in TENSOR_POINTS) != (match["action"] in ("nan", "inf")):
-        raise ValueError(f"{VARIABLE}: {text!r}: nan and inf are for {', '.join(TENSOR_POINTS)}, and those know nothing else.")
+        raise ValueError(
+            f"{VARIABLE}: {text!r}: nan and inf are for {', '.join(TENSOR_POINTS)}, and those know"
+            " nothing else."
+        )
     last = float(match["last"] or "inf") if match["more"] else int(match["first"])
-    return _Fault(match["point"], int(match["first"]), last, match["action"], int(match["rank"]) if match["rank"] else None)
+    return _Fault(
+        match["point"],
+        int(match["first"]),
+        last,
+        match["action"],
+        int(match["rank"]) if match["rank"] else None,
+    )

@@ -1,11 +1,12 @@
 """Files: how each one is written, and how those of a folder that may be a stranger's are opened.
 
-Nothing else in `rlp` makes, names or changes a file. What is new is written under a random name that nobody can have
-prepared, brought to disk, and then given its name: whoever looks meets the old file, the new one, or none. Every write
-takes the name of a fault point (`rlp.process.faults`) and passes it while half of the content is on disk.
+Nothing else in `rlp` makes, names or changes a file. What is new is written under a random name
+that nobody can have prepared, brought to disk, and then given its name: whoever looks meets the old
+file, the new one, or none. Every write takes the name of a fault point (`rlp.process.faults`) and
+passes it while half of the content is on disk.
 
-In place of a file that is opened here a symbolic link, a FIFO, a device, a socket or a folder is refused by name: a
-link leads out of the folder, and the others block, or never end.
+In place of a file that is opened here a symbolic link, a FIFO, a device, a socket or a folder is
+refused by name: a link leads out of the folder, and the others block, or never end.
 """
 
 import errno
@@ -25,18 +26,28 @@ _GUARDED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Follow no link as the last part of a path, wait for no FIFO, leave nothing open to a child."""
 
 _ODD_ERRORS = {errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EOPNOTSUPP, errno.ENODEV}
-"""Of an `open` as guarded: a link; a FIFO or socket at whose other end nobody is; a folder; a device without a driver."""
+"""Of an `open` as guarded: a link; a FIFO or socket at whose other end nobody is; a folder; a
+device without a driver."""
 
-_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
-          stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+}
 
 
 class NotWrittenError(Exception):
-    """What must be on disk before the run goes on could not be written. The message says what, why, and what is safe."""
+    """What must be on disk before the run goes on could not be written. The message says what, why,
+    and what is safe."""
 
 
 class FolderLostError(Exception):
-    """The folder that this process writes to is no longer its own, or is gone: nothing more may be written."""
+    """The folder that this process writes to is no longer its own, or is gone: nothing more may be
+    written."""
 
 
 # Who may write: a process that holds a folder asks before each write whether it still does
@@ -45,7 +56,8 @@ _holds: dict[Path, Callable[[], None]] = {}
 
 
 def hold(folder: Path, check: Callable[[], None]) -> None:
-    """From now on `check` is called before each write of this process into a folder; an exception of it stops the write."""
+    """From now on `check` is called before each write of this process into a folder; an exception
+    of it stops the write."""
     _holds[Path(os.path.abspath(folder))] = check
 
 
@@ -62,6 +74,7 @@ def _check(path: Path) -> None:
 
 
 # Opening
+
 
 def open_to_read(path: Path) -> BinaryIO:
     """A regular file, for its bytes.
@@ -100,14 +113,26 @@ def _kind(path: Path) -> str:
 
 
 def _refusal(path: Path, kind: str, expected: str) -> ConfigError:
-    advice = "Remove it, or put a copy of what it stands for in its place" if kind == "a symbolic link" else "Remove it"
-    return ConfigError(f"{path} is {kind}; expected {expected}. {advice}: what leads elsewhere is neither read nor "
-                       "written here.")
+    advice = (
+        "Remove it, or put a copy of what it stands for in its place"
+        if kind == "a symbolic link"
+        else "Remove it"
+    )
+    return ConfigError(
+        f"{path} is {kind}; expected {expected}. {advice}: what leads elsewhere is neither read nor"
+        " written here."
+    )
 
 
-def refuse_odd_entries(folder: Path, *, files: tuple[str, ...] = (), folders: tuple[str, ...] = (),
-                       leave_out: tuple[str, ...] = ()) -> None:
-    """Refuse a folder in which, at any depth, something is neither a file nor a folder. Nothing is opened.
+def refuse_odd_entries(
+    folder: Path,
+    *,
+    files: tuple[str, ...] = (),
+    folders: tuple[str, ...] = (),
+    leave_out: tuple[str, ...] = (),
+) -> None:
+    """Refuse a folder in which, at any depth, something is neither a file nor a folder. Nothing is
+    opened.
 
     Args:
         files, folders: names in it that have to be that, where they are there.
@@ -116,7 +141,10 @@ def refuse_odd_entries(folder: Path, *, files: tuple[str, ...] = (), folders: tu
     Raises:
         ConfigError: names the first such entry.
     """
-    for name, expected in [*((name, "a file") for name in files), *((name, "a folder") for name in folders)]:
+    for name, expected in [
+        *((name, "a file") for name in files),
+        *((name, "a folder") for name in folders),
+    ]:
         if (kind := _kind(folder / name)) not in (expected, "nothing"):
             raise _refusal(folder / name, kind, expected)
     waiting = _entries(folder)
@@ -139,7 +167,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files in a folder, at any depth; what goes meanwhile does not count, nor what a link leads to."""
+    """Size of all files in a folder, at any depth; what goes meanwhile does not count, nor what a
+    link leads to."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
@@ -150,9 +179,11 @@ def folder_bytes(folder: Path) -> int:
 
 # Writing
 
+
 @contextmanager
 def new_file(path: Path, *, point: str) -> Iterator[BinaryIO]:
-    """A file that did not exist, to be written to; on disk at the end, and gone where something fails.
+    """A file that did not exist, to be written to; on disk at the end, and gone where something
+    fails.
 
     Raises:
         FileExistsError: the path is there, as whatever.
@@ -183,7 +214,8 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 
 
 def _write(file: BinaryIO, content: bytes, point: str) -> None:
-    """Write bytes; where the fault point is asked for something, half of them are there when it happens."""
+    """Write bytes; where the fault point is asked for something, half of them are there when it
+    happens."""
     half = content[: len(content) // 2]
     torn = []
     fault(point, lambda: torn.extend([file.write(half), file.flush()]))
@@ -191,14 +223,16 @@ def _write(file: BinaryIO, content: bytes, point: str) -> None:
 
 
 def write_atomically(path: Path, content: bytes, *, point: str) -> None:
-    """Replace a file by its next version: a reader, or a crash, meets the old one or the new one, whole."""
+    """Replace a file by its next version: a reader, or a crash, meets the old one or the new one,
+    whole."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     write_new(partial, content, point=point)
     give_name(partial, path)
 
 
 def give_name(temporary: Path, final: Path) -> None:
-    """Rename a finished file or folder, which replaces a file, and no folder but an empty one; where that fails, remove it."""
+    """Rename a finished file or folder, which replaces a file, and no folder but an empty one;
+    where that fails, remove it."""
     try:
         _check(final)
         os.rename(temporary, final)
@@ -215,7 +249,8 @@ def temporary_of(final: Path) -> Path:
 
 @contextmanager
 def new_folder(final: Path, *, point: str) -> Iterator[Path]:
-    """A folder under another name, which gets its own when all in it is on disk; where something fails nothing is left.
+    """A folder under another name, which gets its own when all in it is on disk; where something
+    fails nothing is left.
 
     Raises:
         OSError: there is a folder of that name that is not empty, or a file.
@@ -249,7 +284,8 @@ def append(path: Path, content: bytes, *, point: str, size: int | None = None) -
     """Add bytes to the end of a file, which is made where there is none.
 
     Args:
-        size: the length that the file had when all was well: what a failed attempt left beyond it goes first.
+        size: the length that the file had when all was well: what a failed attempt left beyond it
+            goes first.
     """
     _check(path)
     with os.fdopen(_open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "ab", buffering=0) as file:
@@ -266,7 +302,7 @@ class _Whole:
 
     def write(self, content: bytes) -> None:
         while content:
-            content = content[self._file.write(content):]
+            content = content[self._file.write(content) :]
 
 
 @contextmanager
@@ -280,7 +316,8 @@ def open_log(path: Path) -> Iterator[TextIO]:
 
 
 def cut(path: Path, size: int, *, point: str) -> None:
-    """Make a file end at a byte, in place: it takes no room, and a crash meets the old length or the new one."""
+    """Make a file end at a byte, in place: it takes no room, and a crash meets the old length or
+    the new one."""
     _check(path)
     fault(point)
     handle = _open(path, os.O_RDWR)
@@ -318,7 +355,11 @@ def rename(path: Path, name: str, *, point: str) -> None:
 def remove(path: Path) -> None:
     """Delete a file, or a folder with all in it, as far as that is possible; nothing is said."""
     with suppress(OSError):
-        path.unlink() if not path.is_dir() or path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+        (
+            path.unlink()
+            if not path.is_dir() or path.is_symlink()
+            else shutil.rmtree(path, ignore_errors=True)
+        )
 
 
 def sync(path: Path) -> None:

@@ -1,13 +1,16 @@
-"""Who started this process: a rank whose launcher has died must not train on, wherever in its life that happens.
+"""Who started this process: a rank whose launcher has died must not train on, wherever in its life
+that happens.
 
     the launcher dies               what the rank does
-    before the rank's first line    the launcher left its marks in the environment, and is not among the ancestors: end
+    before the rank's first line    the launcher left its marks in the environment, and is not among
+                                    the ancestors: end
     while the rank imports          the ancestors are known from the first line on: end
     before the run is entered       a thread looks: end
     in the run                      `Preemption` looks: save, and end
 
-Only a launcher counts: a shell, `nohup` or `systemd` that starts one process may go. This module imports nothing that takes
-long, because it has to look before that; `torchrun` and `deepspeed` need seconds to import what they launch with.
+Only a launcher counts: a shell, `nohup` or `systemd` that starts one process may go. This module
+imports nothing that takes long, because it has to look before that; `torchrun` and `deepspeed` need
+seconds to import what they launch with.
 """
 
 import os
@@ -32,7 +35,13 @@ LAUNCHER_GONE = 69
 RUNNERS, NODE_LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner"}, {"deepspeed.launcher.launch"}
 """Of DeepSpeed: the first starts the second, on each node, which starts the ranks."""
 
-OTHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate.commands.launch"}
+OTHERS = {
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate",
+    "accelerate.commands.launch",
+}
 """All of these are programs or modules: one is among the first words of a launcher's command."""
 
 
@@ -41,16 +50,25 @@ class LauncherGone(Exception):
 
 
 class Launchers:
-    """The processes above this one that launched it, as they are when it is made; none where nobody did."""
+    """The processes above this one that launched it, as they are when it is made; none where nobody
+    did."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        # deepspeed, its node launcher, a wrapper of the user's; further up is the user's shell, which may go.
+        # deepspeed, its node launcher, a wrapper of the user's; further up is the user's shell,
+        # which may go.
         ancestors = psutil.Process().parents()[:4]
-        self._watched = [process for process in ancestors if _is_one_of(process, RUNNERS | NODE_LAUNCHERS | OTHERS)]
+        self._watched = [
+            process
+            for process in ancestors
+            if _is_one_of(process, RUNNERS | NODE_LAUNCHERS | OTHERS)
+        ]
         if "TORCHELASTIC_RUN_ID" in environment and not self._watched:
-            # Programs of all kinds launch as torchrun does. They are written in Python; what adopts an orphan seldom is. One that has
-            # ended, and that nobody has waited for yet, has no command any more.
-            self._watched = [process for process in ancestors if _is_python(process) or not _is_alive(process)][:1]
+            # Programs of all kinds launch as torchrun does. They are written in Python; what adopts
+            # an orphan seldom is. One that has ended, and that nobody has waited for yet, has no
+            # command any more.
+            self._watched = [
+                process for process in ancestors if _is_python(process) or not _is_alive(process)
+            ][:1]
         self._missing = _missing(ancestors, self._watched, environment)
         self.handed_over = False
         """Whether `Preemption` looks now."""
@@ -70,20 +88,35 @@ class Launchers:
             LauncherGone: some launcher has ended.
         """
         if (gone := self.gone()) is not None:
-            raise LauncherGone(f"the launcher ({gone}) ended before the run began. This rank ends too, and nothing was written. Start the run again.")
+            raise LauncherGone(
+                f"the launcher ({gone}) ended before the run began. This rank ends too, and nothing"
+                " was written. Start the run again."
+            )
 
 
-def _missing(ancestors: list[psutil.Process], watched: list[psutil.Process], environment: Mapping[str, str]) -> str | None:
+def _missing(
+    ancestors: list[psutil.Process], watched: list[psutil.Process], environment: Mapping[str, str]
+) -> str | None:
     """The launcher that must have started this process by all signs, and is not there any more."""
     if "TORCHELASTIC_RUN_ID" in environment and not watched:
         return "torchrun"
     if {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"} <= set(environment):
-        by_node = next((index for index, process in enumerate(ancestors) if _is_one_of(process, NODE_LAUNCHERS)), None)
+        by_node = next(
+            (
+                index
+                for index, process in enumerate(ancestors)
+                if _is_one_of(process, NODE_LAUNCHERS)
+            ),
+            None,
+        )
         if by_node is None:
             return "deepspeed.launcher.launch"
-        # On one node `deepspeed` itself starts the node launcher; on several, ssh or a scheduler, with the node's number.
+        # On one node `deepspeed` itself starts the node launcher; on several, ssh or a scheduler,
+        # with the node's number.
         alone = not any(word.startswith("--node_rank") for word in _command(ancestors[by_node]))
-        if alone and not any(_is_one_of(process, RUNNERS) for process in ancestors[by_node + 1 : by_node + 2]):
+        if alone and not any(
+            _is_one_of(process, RUNNERS) for process in ancestors[by_node + 1 : by_node + 2]
+        ):
             return "deepspeed"
     return None
 
@@ -119,15 +152,17 @@ def launchers() -> Launchers:
 
 
 def watch_from_the_start() -> None:
-    """The first line of a program that may be a rank: from here on it ends where its launcher does, and at a Ctrl-C without
-    a traceback, whatever its main thread is busy with."""
+    """The first line of a program that may be a rank: from here on it ends where its launcher does,
+    and at a Ctrl-C without a traceback, whatever its main thread is busy with."""
     recorded = launchers()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda number, frame: None)  # the thread is told
-    threading.Thread(target=_watch, args=(recorded, receiver, sender), name="launcher", daemon=True).start()
+    threading.Thread(
+        target=_watch, args=(recorded, receiver, sender), name="launcher", daemon=True
+    ).start()
 
 
 def _watch(recorded: Launchers, receiver: socket.socket, sender: socket.socket) -> None:
@@ -142,7 +177,8 @@ def _watch(recorded: Launchers, receiver: socket.socket, sender: socket.socket) 
 
 
 def _end(words: str, code: int) -> None:
-    """End the process at once: its main thread may be in the middle of an import, or wait for a rank that never comes."""
+    """End the process at once: its main thread may be in the middle of an import, or wait for a
+    rank that never comes."""
     with suppress(OSError):
         os.write(sys.__stderr__.fileno(), f"{words}\n".encode())
     os._exit(code)

@@ -25,7 +25,8 @@ class _OnlyTo(logging.Filter):
 
 
 class _RankLog(logging.Handler):
-    """Adds what libraries say to a file. Where that can not be done it is lost: a run does not end for its libraries' words."""
+    """Adds what libraries say to a file. Where that can not be done it is lost: a run does not end
+    for its libraries' words."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -37,9 +38,11 @@ class _RankLog(logging.Handler):
 
 
 def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
-    """Send what libraries log, and Python's warnings, to `logs/rank_N.log`, and take their progress bars away.
+    """Send what libraries log, and Python's warnings, to `logs/rank_N.log`, and take their progress
+    bars away.
 
-    A library gives its logger a console handler when it is imported, so this goes after the imports.
+    A library gives its logger a console handler when it is imported, so this goes after the
+    imports.
     DeepSpeed may come later: it is imported by the engine, and logs while it is.
     """
     import transformers.utils.logging as transformers_logging
@@ -48,7 +51,9 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for library in _LIBRARIES:
         # Torch gives some of its inner loggers handlers of their own.
-        for inner in [name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.")]:
+        for inner in [
+            name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.")
+        ]:
             logging.getLogger(inner).handlers = []
             logging.getLogger(inner).propagate = True
         logger = logging.getLogger(library)

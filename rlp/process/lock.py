@@ -1,10 +1,12 @@
 """One job at a time in a run folder, on this machine or on any that shares the disk.
 
-    lock/N/owner.json      who holds the folder, as its N-th holder; `released.json` when it has let go
+    lock/N/owner.json      who holds the folder, as its N-th holder; `released.json` when it has let
+                           go
 
-The highest N counts. A claim is a folder that is renamed to the next number, which succeeds for one job only, and a number
-is not used twice: who was stopped while others took over finds a higher one. No lock of the system is used: not all disks
-that machines share have one, and none tells who holds it.
+The highest N counts. A claim is a folder that is renamed to the next number, which succeeds for one
+job only, and a number
+is not used twice: who was stopped while others took over finds a higher one. No lock of the system
+is used: not all disks that machines share have one, and none tells who holds it.
 
     the last holder                                      the next job
     has let go                                           claims
@@ -13,8 +15,9 @@ that machines share have one, and none tells who holds it.
     ran elsewhere, and its file's time moves             is refused, after some `BEAT_S`
     ran elsewhere, and its file's time stands still      waits `STALE_S`, claims, and says so
 
-Clocks of two machines are never compared: a heartbeat is a change, seen from here. Before each write the holder looks whether
-it still is (`files.hold`); only a process that is stopped between that look and its write can write once more.
+Clocks of two machines are never compared: a heartbeat is a change, seen from here. Before each
+write the holder looks whether it still is (`files.hold`); only a process that is stopped between
+that look and its write can write once more.
 """
 
 import errno
@@ -44,14 +47,19 @@ STALE_S = 60.0
 
 
 def this_machine() -> list[str]:
-    """What makes process ids comparable: host, boot and, in a container, the space of its processes."""
+    """What makes process ids comparable: host, boot and, in a container, the space of its
+    processes."""
     boot, space = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
-    return [socket.gethostname(), boot.read_text().strip() if boot.exists() else "",
-            os.readlink(space) if os.path.lexists(space) else ""]
+    return [
+        socket.gethostname(),
+        boot.read_text().strip() if boot.exists() else "",
+        os.readlink(space) if os.path.lexists(space) else "",
+    ]
 
 
 def started(pid: int) -> str | None:
-    """When a process was started, in a form that no setting of a clock changes; None where there is none, or a dead one."""
+    """When a process was started, in a form that no setting of a clock changes; None where there is
+    none, or a dead one."""
     with suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
@@ -65,8 +73,13 @@ class RunLock:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self.owner = {"machine": this_machine(), "pid": os.getpid(), "started": started(os.getpid()),
-                      "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "id": secrets.token_hex(8)}
+        self.owner = {
+            "machine": this_machine(),
+            "pid": os.getpid(),
+            "started": started(os.getpid()),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "id": secrets.token_hex(8),
+        }
         self._folder: Path | None = None
         self._number, self._beaten = 0, 0.0
         self._watched: tuple[str, int, float] | None = None
@@ -75,9 +88,12 @@ class RunLock:
     # Claiming
 
     def write_first(self, folder: Path) -> None:
-        """Make the folder of a new run, which does not have its name yet, one that this job holds."""
+        """Make the folder of a new run, which does not have its name yet, one that this job
+        holds."""
         files.make_folder(folder / "lock" / "1")
-        files.write_new(folder / "lock" / "1" / "owner.json", self._content(), point="lock.torn_owner")
+        files.write_new(
+            folder / "lock" / "1" / "owner.json", self._content(), point="lock.torn_owner"
+        )
 
     def claim(self, folder: Path, say: Callable[[str], None], tick: Callable[[], None]) -> None:
         """Hold a run folder from now on. A collective.
@@ -91,7 +107,9 @@ class RunLock:
         """
         told = None
         while True:
-            verdict, words = self._ranks.broadcast(self._attempt(folder) if self._ranks.is_first else None)
+            verdict, words = self._ranks.broadcast(
+                self._attempt(folder) if self._ranks.is_first else None
+            )
             if verdict in _REFUSALS:
                 raise _REFUSALS[verdict](words)
             if words and words != told:
@@ -104,14 +122,24 @@ class RunLock:
         self._follow(folder, *verdict)
 
     def _attempt(self, folder: Path) -> tuple[tuple[int, str] | str, str]:
-        """Rank 0's: (number, id) of the claim, or what came instead of it, and what is to be said."""
+        """Rank 0's: (number, id) of the claim, or what came instead of it, and what is to be
+        said."""
         try:
             return self._look(folder)
         except FileNotFoundError:
-            return ("again", "") if folder.is_dir() else ("gone", f"run.dir {folder} was removed a moment ago.")
+            return (
+                ("again", "")
+                if folder.is_dir()
+                else ("gone", f"run.dir {folder} was removed a moment ago.")
+            )
         except OSError as error:
-            return "not written", (f"run.dir {folder} can not be written to: {error}. Nothing in it was changed. "
-                                   "Make room, or mount the disk writable, and start the run again.")
+            return (
+                "not written",
+                (
+                    f"run.dir {folder} can not be written to: {error}. Nothing in it was changed. "
+                    "Make room, or mount the disk writable, and start the run again."
+                ),
+            )
 
     def _look(self, folder: Path) -> tuple[tuple[int, str] | str, str]:
         home = folder / "lock"
@@ -119,17 +147,31 @@ class RunLock:
         last, words = home / str(newest), ""
         if newest and not (last / "released.json").exists():
             owner, moved = _read_owner(last)
-            if owner.get("id") == self.owner["id"] or (self._is_here(owner) and owner.get("pid") == os.getpid()):
+            if owner.get("id") == self.owner["id"] or (
+                self._is_here(owner) and owner.get("pid") == os.getpid()
+            ):
                 return (newest, owner["id"]), ""
             who = _who(owner)
             alive = self._is_alive(owner, moved)
             if alive:
-                return "held", (f"run.dir {folder} is held by {who}, which is alive: two jobs in one folder would delete each "
-                                f"other's checkpoints. Nothing in it was changed. Wait for its end, or end it; for another "
-                                f"run write run.dir=OTHER. If the folder is a copy of that job's, remove {home}.")
+                return (
+                    "held",
+                    (
+                        f"run.dir {folder} is held by {who}, which is alive: two jobs in one folder"
+                        " would delete each other's checkpoints. Nothing in it was changed. Wait"
+                        " for its end, or end it; for another run write run.dir=OTHER. If the"
+                        f" folder is a copy of that job's, remove {home}."
+                    ),
+                )
             if alive is None:
-                return "wait", f"{folder} was held by {who}; waiting {STALE_S:.0f} s for a sign of life of it"
-            words = f"{folder} was held by {who}, which is dead or has given no sign of life: this job takes over"
+                return (
+                    "wait",
+                    f"{folder} was held by {who}; waiting {STALE_S:.0f} s for a sign of life of it",
+                )
+            words = (
+                f"{folder} was held by {who}, which is dead or has given no sign of life: this job"
+                " takes over"
+            )
         try:
             with files.new_folder(home / str(newest + 1), point="lock.before_rename") as new:
                 files.write_new(new / "owner.json", self._content(), point="lock.torn_owner")
@@ -139,7 +181,10 @@ class RunLock:
             raise
         if max(_numbers(home)) > newest + 1:
             files.remove(home / str(newest + 1))
-            return "again", ""  # the number was an old one: its holder has been followed since by another
+            return (
+                "again",
+                "",
+            )  # the number was an old one: its holder has been followed since by another
         for number in _numbers(home):
             if number <= newest:
                 files.remove(home / str(number))
@@ -169,8 +214,10 @@ class RunLock:
             time.sleep(0.1)  # other machines may see a new file late
         blind = [rank for rank, sees in enumerate(self._ranks.gather(path.exists())) if not sees]
         if blind:
-            raise ConfigError(f"run.dir {folder}: rank {blind[0]} does not see it; it must be on a disk that all machines "
-                              "of the run share. Write run.dir=OTHER.")
+            raise ConfigError(
+                f"run.dir {folder}: rank {blind[0]} does not see it; it must be on a disk that all"
+                " machines of the run share. Write run.dir=OTHER."
+            )
         self.owner["id"] = identity
         self._folder, self._number = folder, number
         files.hold(folder, self.check)
@@ -189,15 +236,19 @@ class RunLock:
         if newest > self._number:
             with suppress(FileNotFoundError):
                 owner, _ = _read_owner(home / str(newest))
-            raise self._lost(f"was taken over by {_who(owner)}, because this job had given no sign of life for more than "
-                             f"{STALE_S:.0f} s")
+            raise self._lost(
+                f"was taken over by {_who(owner)}, because this job had given no sign of life for"
+                f" more than {STALE_S:.0f} s"
+            )
         if owner.get("id") != self.owner["id"]:
             raise self._lost("was renamed or removed, or its lock was, while the run went on")
 
     def _lost(self, what: str) -> FolderLostError:
-        return FolderLostError(f"the run folder {self._folder} {what}. This job has written nothing "
-                               "since, and ends. What it has saved is where that folder is now; continue there with "
-                               "run.resume=auto.")
+        return FolderLostError(
+            f"the run folder {self._folder} {what}. This job has written nothing "
+            "since, and ends. What it has saved is where that folder is now; continue there with "
+            "run.resume=auto."
+        )
 
     def beat(self) -> None:
         """Give a sign of life where one is due. For one thread, on any rank.
@@ -208,10 +259,14 @@ class RunLock:
         if self._folder is None or time.monotonic() - self._beaten < BEAT_S:
             return
         self._beaten = time.monotonic()
-        with suppress(OSError, ConfigError):  # a disk that fails fails the writes, too, and they say so
+        with suppress(
+            OSError, ConfigError
+        ):  # a disk that fails fails the writes, too, and they say so
             self.check()
             if self._ranks.is_first:
-                files.touch(self._folder / "lock" / str(self._number) / "owner.json", point="lock.beat")
+                files.touch(
+                    self._folder / "lock" / str(self._number) / "owner.json", point="lock.beat"
+                )
 
     def release(self) -> None:
         """Let go of the folder, where it is still held."""
@@ -221,14 +276,20 @@ class RunLock:
         with suppress(OSError, FolderLostError):
             if self._ranks.is_first:
                 self.check()
-                files.rename(home / str(self._number) / "owner.json", "released.json", point="lock.before_release")
+                files.rename(
+                    home / str(self._number) / "owner.json",
+                    "released.json",
+                    point="lock.before_release",
+                )
         files.let_go(self._folder)
         self._folder = None
 
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 
@@ -242,11 +303,12 @@ def _numbers(home: Path) -> list[int]:
 
 
 def _read_owner(claim: Path) -> tuple[dict, int]:
-    """What a claim says of its owner, empty where that can not be read, and the time of the file."""
+    """What a claim says of its owner, empty where that can not be read, and the time of the
+    file."""
     with files.open_to_read(claim / "owner.json") as file:
         moved = os.fstat(file.fileno()).st_mtime_ns
         try:
-            owner = json.loads(file.read(2 ** 16))
+            owner = json.loads(file.read(2**16))
         except (ValueError, RecursionError):
             owner = None
     return (owner if isinstance(owner, dict) else {}), moved
@@ -255,4 +317,6 @@ def _read_owner(claim: Path) -> tuple[dict, int]:
 def _who(owner: dict) -> str:
     machine = owner.get("machine")
     host = str(machine[0]) if isinstance(machine, list) and machine else "an unknown machine"
-    return f"process {owner.get('pid', 'of an unknown number')} on {host} (since {owner.get('since', 'an unknown time')})"[:200]
+    return f"process {owner.get('pid', 'of an unknown number')} on {host} (since {owner.get('since', 'an unknown time')})"[
+        :200
+    ]

@@ -15,10 +15,12 @@ from rlp.process.stored import _as_json
 
 
 def create_run_folder(config: Config, ranks: Ranks, lock: RunLock) -> RunFolder:
-    """Make the folder of a new run, which `lock` then holds, and write `config.yaml` and `environment.json`. Every rank calls it.
+    """Make the folder of a new run, which `lock` then holds, and write `config.yaml` and
+    `environment.json`. Every rank calls it.
 
     Raises:
-        ConfigError: on every rank, where rank 0 could not make the folder; above all where it exists.
+        ConfigError: on every rank, where rank 0 could not make the folder; above all where it
+            exists.
     """
     folder = RunFolder(Path(config.run.dir))
     devices = ranks.gather(_device_name(ranks.device))
@@ -35,14 +37,18 @@ def _make(folder: RunFolder, config: Config, devices: list[str], lock: RunLock) 
     if obstacle := why_no_run_folder(folder.path):
         return obstacle
     try:
-        # Complete before it has its name: a run that dies here leaves nothing that a restart would refuse.
+        # Complete before it has its name: a run that dies here leaves nothing that a restart would
+        # refuse.
         with new_folder(folder.path, point="folder.before_rename") as path:
             new = RunFolder(path)
             for inner in (new.checkpoints, new.logs):
                 make_folder(inner)
             write_new(new.config_yaml, to_yaml(config).encode(), point="folder.torn_config")
-            write_new(new.environment_json, _as_json(environment(devices), "environment.json"),
-                      point="folder.torn_environment")
+            write_new(
+                new.environment_json,
+                _as_json(environment(devices), "environment.json"),
+                point="folder.torn_environment",
+            )
             lock.write_first(path)
     except OSError as error:
         return _refusal(folder.path, error)
@@ -55,15 +61,23 @@ def why_no_run_folder(path: Path) -> str | None:
     if os.path.lexists(path):
         return _refusal(path, FileExistsError())
     parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    code = errno.ENOTDIR if not parent.is_dir() else 0 if os.access(parent,
-                                                                    os.W_OK
-                                                                    | os.X_OK) else errno.EACCES
+    code = (
+        errno.ENOTDIR
+        if not parent.is_dir()
+        else 0
+        if os.access(parent, os.W_OK | os.X_OK)
+        else errno.EACCES
+    )
     return _refusal(path, OSError(code, os.strerror(code), str(parent))) if code else None
 
 
 def _refusal(path: Path, error: OSError) -> str:
     if os.path.lexists(path):
-        return (f"run.dir {path} exists and is never written over. "
-                "Write run.dir=OTHER for a new run, or run.resume=auto to continue it.")
-    return (f"run.dir {path} can not be created: {error}. "
-            "Write run.dir=OTHER, a folder that you may write to.")
+        return (
+            f"run.dir {path} exists and is never written over. "
+            "Write run.dir=OTHER for a new run, or run.resume=auto to continue it."
+        )
+    return (
+        f"run.dir {path} can not be created: {error}. "
+        "Write run.dir=OTHER, a folder that you may write to."
+    )

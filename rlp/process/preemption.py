@@ -1,13 +1,18 @@
-"""Asked to stop: by a signal, by the death of the launcher, by a time limit. All ranks stop at one place, together.
+"""Asked to stop: by a signal, by the death of the launcher, by a time limit. All ranks stop at one
+place, together.
 
     who asks                                        who notices
     SIGTERM, SIGINT, SIGHUP, SIGUSR1, to any rank   the handler of that rank
-    the launcher is gone                            a thread of each rank that it started; `deepspeed` dies of a signal and leaves its ranks
+    the launcher is gone                            a thread of each rank that it started;
+                                                    `deepspeed` dies of a signal and leaves its
+                                                    ranks
     checkpoint.save_by is reached                   the same thread
-    another rank was asked                          the same thread; a launcher may signal its ranks one after another
+    another rank was asked                          the same thread; a launcher may signal its ranks
+                                                    one after another
 
-Who notices only takes note. Ranks agree by a collective where none of them is in the middle of something (`safe_point`); those
-that do a long thing apart, which is sampling, leave it early and wait for the others there (`leaving_early`).
+Who notices only takes note. Ranks agree by a collective where none of them is in the middle of
+something (`safe_point`); those that do a long thing apart, which is sampling, leave it early and
+wait for the others there (`leaving_early`).
 """
 
 import os
@@ -30,7 +35,8 @@ from rlp.process.terminal import INTERRUPTED
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 SAME_KEYPRESS_S = 1.0
-"""A launcher may pass on the SIGINT that its ranks have had from the terminal: within this time it counts once."""
+"""A launcher may pass on the SIGINT that its ranks have had from the terminal: within this time it
+counts once."""
 
 HEARSAY = "another rank was asked to stop"
 """Reason of a rank that only heard of it."""
@@ -45,15 +51,16 @@ class _Leave(Exception):
 
 
 def steady_time() -> float:
-    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is such a clock."""
+    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there
+    is such a clock."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Deadline:
     """`checkpoint.save_by`. The clock on the wall may be set while the run lasts.
 
-    A duration runs on the steady clock alone. So does a date, from how far away it is at the start; it has come as well
-    when the wall says so.
+    A duration runs on the steady clock alone. So does a date, from how far away it is at the start;
+    it has come as well when the wall says so.
     """
 
     def __init__(self, text: str) -> None:
@@ -65,7 +72,10 @@ class Deadline:
         self._on_the_wall = float("inf") if seconds is not None else moment(text, now)
         left = seconds if seconds is not None else self._on_the_wall - now
         if left <= 0:
-            raise ConfigError(f"checkpoint.save_by {text} is past: it is {time.strftime('%Y-%m-%dT%H:%M:%S')} here. Write a later time, or null.")
+            raise ConfigError(
+                f"checkpoint.save_by {text} is past: it is {time.strftime('%Y-%m-%dT%H:%M:%S')}"
+                " here. Write a later time, or null."
+            )
         self._steady = steady_time() + left
 
     def has_come(self) -> bool:
@@ -110,7 +120,8 @@ class Preemption:
 
     @contextmanager
     def leaving_early(self) -> Iterator[None]:
-        """Around what ranks do apart from each other: `look` leaves it, and a safe point is at its end."""
+        """Around what ranks do apart from each other: `look` leaves it, and a safe point is at its
+        end."""
         with suppress(_Leave):
             yield
         self.safe_point()
@@ -130,17 +141,27 @@ class Preemption:
         self._launchers.handed_over = True
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        # Python runs handlers between bytecodes of the main thread, which may be waiting in a collective; this tells the thread at once.
+        # Python runs handlers between bytecodes of the main thread, which may be waiting in a
+        # collective; this tells the thread at once.
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        asking = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
-        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in asking}
+        asking = [
+            number
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ]  # as nohup has it
+        self._handlers_before = {
+            number: signal.signal(number, self._on_signal) for number in asking
+        }
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._handlers_before.items():
-            # A launcher signals its ranks when the first of them has ended: on its way out a process needs no telling.
+            # A launcher signals its ranks when the first of them has ended: on its way out a
+            # process needs no telling.
             signal.signal(number, signal.SIG_IGN if self.requested else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         self._sender.close()
@@ -150,7 +171,11 @@ class Preemption:
     def _on_signal(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if self.reason is None and number == signal.SIGINT and self._ranks.is_first:
-            print("interrupted: the run stops and saves; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+            print(
+                "interrupted: the run stops and saves; Ctrl-C again ends it at once",
+                file=sys.stderr,
+                flush=True,
+            )
         self.request(name)
 
     def _watch(self) -> None:
@@ -163,7 +188,10 @@ class Preemption:
                     self._receiver.close()
                     return
                 if signal.SIGINT in received:
-                    if interrupted_at is not None and time.monotonic() - interrupted_at > SAME_KEYPRESS_S:
+                    if (
+                        interrupted_at is not None
+                        and time.monotonic() - interrupted_at > SAME_KEYPRESS_S
+                    ):
                         self._end_at_once()
                     interrupted_at = interrupted_at or time.monotonic()
             if (gone := self._launchers.gone()) is not None:
@@ -183,5 +211,10 @@ class Preemption:
             self.request("the run folder is lost")
 
     def _end_at_once(self) -> None:
-        print(f"rank {self._ranks.rank}: interrupted twice, ended at once; nothing was saved after the newest checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"rank {self._ranks.rank}: interrupted twice, ended at once; nothing was saved after"
+            " the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(INTERRUPTED)

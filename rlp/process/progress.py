@@ -25,7 +25,8 @@ class Pace:
         self._steps: deque[tuple[float, float]] = deque(maxlen=num_steps)
 
     def left_s(self, advanced: float, seconds: float, left: float) -> float | None:
-        """Take one more step into account; seconds until all is done, or None before anything has moved.
+        """Take one more step into account; seconds until all is done, or None before anything has
+        moved.
 
             left x (seconds of the last steps) / (what they advanced)
 
@@ -40,16 +41,25 @@ class Pace:
 
 
 class Progress:
-    """How far a long piece of work is: a bar on a terminal; elsewhere a line every `LINE_EVERY_S` seconds, and none before.
+    """How far a long piece of work is: a bar on a terminal; elsewhere a line every `LINE_EVERY_S`
+    seconds, and none before.
 
-        with Progress("thinking on the panel", total=64, unit="documents") as progress:
-            for batch in batches:
-                ...
-                progress.advance(len(batch))
+    with Progress("thinking on the panel", total=64, unit="documents") as progress:
+        for batch in batches:
+            ...
+            progress.advance(len(batch))
     """
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "", *, shown: bool = True, say: Callable[[str], None] | None = None,
-                 on_advance: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        shown: bool = True,
+        say: Callable[[str], None] | None = None,
+        on_advance: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             total: how much there is to do, in `unit`; None where nobody knows.
@@ -68,7 +78,15 @@ class Progress:
         if self._shown and sys.stderr.isatty():
             in_bytes = self._unit == "bytes"
             # Work that is done within a second shows no bar at all.
-            self._bar = tqdm(desc=self._what, total=self._total, unit="B" if in_bytes else f" {self._unit}", unit_scale=in_bytes, leave=False, delay=1, dynamic_ncols=True)
+            self._bar = tqdm(
+                desc=self._what,
+                total=self._total,
+                unit="B" if in_bytes else f" {self._unit}",
+                unit_scale=in_bytes,
+                leave=False,
+                delay=1,
+                dynamic_ncols=True,
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,10 +105,16 @@ class Progress:
 
     def _line(self) -> str:
         taken = self._told - self._began
-        amount = (lambda value: size(value)) if self._unit == "bytes" else (lambda value: f"{value:,}")
+        amount = (
+            (lambda value: size(value)) if self._unit == "bytes" else (lambda value: f"{value:,}")
+        )
         of_total = "" if self._total is None else f" of {amount(self._total)}"
         unit = "" if self._unit == "bytes" else f" {self._unit}"
-        left = "" if self._total is None or not self._done else f", about {duration(taken * (self._total - self._done) / self._done)} left"
+        left = (
+            ""
+            if self._total is None or not self._done
+            else f", about {duration(taken * (self._total - self._done) / self._done)} left"
+        )
         return f"{self._what}: {amount(self._done)}{of_total}{unit} in {duration(taken)}{left}"
 
 
@@ -130,6 +154,9 @@ class WallTime:
 
     def told(self) -> str:
         """The sum, and its parts of at least half a second, the largest first."""
-        parts = sorted(((seconds, part) for part, seconds in self.so_far().items() if seconds >= 0.5), reverse=True)
+        parts = sorted(
+            ((seconds, part) for part, seconds in self.so_far().items() if seconds >= 0.5),
+            reverse=True,
+        )
         listed = ", ".join(f"{part} {duration(seconds)}" for seconds, part in parts)
         return duration(sum(self._parts.values())) + (f": {listed}" if listed else "")

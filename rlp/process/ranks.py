@@ -39,7 +39,8 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sum of each number over the ranks, in float64 and in rank order, so equal on every rank."""
+        """Sum of each number over the ranks, in float64 and in rank order, so equal on every
+        rank."""
         return [float(sum(column)) for column in zip(*self.gather(list(values)))]
 
     def gather(self, value: object) -> list:
@@ -65,7 +66,8 @@ class Ranks:
         return int(vote.item())
 
     def words(self, topic: str) -> "Words":
-        """Word between ranks about something; every rank asks for the same topics in the same order."""
+        """Word between ranks about something; every rank asks for the same topics in the same
+        order."""
         return Words(self.store, f"{topic}/{next(_topics)}")
 
 
@@ -76,9 +78,11 @@ LISTEN_S = 0.25
 
 
 class Words:
-    """What ranks tell each other without waiting for each other, for threads that must go on when the main thread does not.
+    """What ranks tell each other without waiting for each other, for threads that must go on when
+    the main thread does not.
 
-    A thread of its own talks to the store: the rank that keeps the store may be stopped, and then whoever asks it waits.
+    A thread of its own talks to the store: the rank that keeps the store may be stopped, and then
+    whoever asks it waits.
     """
 
     def __init__(self, store: dist.Store | None, word: str) -> None:
@@ -86,7 +90,9 @@ class Words:
         self._leaving = self._closed = self.heard = False
         """`heard`: whether some rank has left word."""
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._talk, args=(store,), name=f"words {word}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._talk, args=(store,), name=f"words {word}", daemon=True
+        )
         if store is not None:
             self._thread.start()
 
@@ -105,7 +111,8 @@ class Words:
     def _talk(self, store: dist.Store) -> None:
         # RuntimeError: the rank that keeps the store is gone, and with it the run.
         with suppress(RuntimeError):
-            # A connection of its own: that of the main thread is locked while it waits for something.
+            # A connection of its own: that of the main thread is locked while it waits for
+            # something.
             store, told = store.clone(), False
             while True:
                 closed = self._closed
@@ -123,27 +130,36 @@ class PeerLost(Exception):
 
 
 COLLECTIVES_S = 300.0
-"""A collective waits so much longer than the watchdog, which says more of a stall than a time-out does."""
+"""A collective waits so much longer than the watchdog, which says more of a stall than a time-out
+does."""
 
 
 def share_cores() -> None:
-    """Let torch use the cores that are this rank's, where `OMP_NUM_THREADS` does not say how many: an equal part of those that its
-    machine, or container, has for all ranks on it."""
+    """Let torch use the cores that are this rank's, where `OMP_NUM_THREADS` does not say how many:
+    an equal part of those that its machine, or container, has for all ranks on it."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // ranks_of_this_machine()))
 
 
 def ranks_of_this_machine() -> int:
     """As torchrun says, or DeepSpeed's launcher; one without a launcher."""
-    return next((int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), 1)
+    return next(
+        (
+            int(os.environ[name])
+            for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+            if name in os.environ
+        ),
+        1,
+    )
 
 
 def start_ranks(watchdog_s: float = 0) -> Ranks:
     """Join the process group that the launcher describes, or form one of a single process.
 
     Args:
-        watchdog_s: `run.watchdog_s`. So long the others are waited for, one of which may have died on its way; a collective
-            waits longer, in this group and in all that are made later. 0: both wait as long as torch does.
+        watchdog_s: `run.watchdog_s`. So long the others are waited for, one of which may have died
+            on its way; a collective waits longer, in this group and in all that are made later. 0:
+            both wait as long as torch does.
 
     Raises:
         PeerLost: they did not all come.
@@ -155,9 +171,17 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone:
         # DeepSpeed looks for these, and without them searches for MPI.
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        for name, value in (
+            ("RANK", "0"),
+            ("LOCAL_RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "29500"),
+        ):
             os.environ.setdefault(name, value)
-    rank, local_rank, world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -169,8 +193,12 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except RuntimeError as error:
             cause = " ".join(str(error).split())[:160]
-            raise PeerLost(f"rank {rank} of {world_size}: the ranks did not all come together at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                           f"({cause}). One of them has ended before, or can not reach that address. Nothing was written. Start the run again.") from error
+            raise PeerLost(
+                f"rank {rank} of {world_size}: the ranks did not all come together at"
+                f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({cause}). One of them"
+                " has ended before, or can not reach that address. Nothing was written. Start the"
+                " run again."
+            ) from error
     return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
 
 
@@ -181,9 +209,11 @@ def _meet(limit_s: float) -> dist.Store:
 
 
 def _wait_longer_than(watchdog_s: float) -> None:
-    """Let collectives wait longer than the watchdog, in every process group that is made from here on.
+    """Let collectives wait longer than the watchdog, in every process group that is made from here
+    on.
 
-    DeepSpeed makes groups of its own and gives none a limit: they have torch's default of the backend, 10 minutes for NCCL.
+    DeepSpeed makes groups of its own and gives none a limit: they have torch's default of the
+    backend, 10 minutes for NCCL.
     """
     if watchdog_s:
         for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
@@ -201,7 +231,8 @@ def stop_ranks() -> None:
 def run_as_process(main: Callable[[], int]) -> NoReturn:
     """Run a program and end the process with its exit code, whatever the other ranks do.
 
-    Python's own way out runs the destructors of process groups, which wait for ranks that may be gone.
+    Python's own way out runs the destructors of process groups, which wait for ranks that may be
+    gone.
     """
     code = 1
     accept_any_text()

@@ -6,12 +6,15 @@
     timing.jsonl       one object per step, what the clock and the memory counter said
     thoughts.jsonl     a sample of thoughts each logging interval
     evaluation.jsonl   one object per evaluation of the held-out panel
-    bad_documents.jsonl  rows of the training data that were skipped, the first 100 of each reason; summary.json counts them all
+    bad_documents.jsonl  rows of the training data that were skipped, the first 100 of each reason;
+                         summary.json counts them all
     alarms.jsonl       what the run said loudly; absent where there was nothing
-    config_changes.jsonl  settings that it was continued with otherwise: the first step made with each, the
+    config_changes.jsonl  settings that it was continued with otherwise: the first step made with
+                          each, the
                        key, from and to; absent where there was none
     journal.jsonl      one object per step, to compare a run after crashes with one that had none
-    post_training.jsonl  one object per stage (sft, rlvr) that the exported model was trained on by; written by what trained it
+    post_training.jsonl  one object per stage (sft, rlvr) that the exported model was trained on by;
+                         written by what trained it
     ledger.json        tokens, FLOPs and seconds by phase
     summary.json       the numbers that a README quotes; written at the end
     report.html        the page made from all of these
@@ -82,7 +85,16 @@ class RunFolder:
     @property
     def logs_of_steps(self) -> list[Path]:
         """The JSONL files, whose lines each belong to a step."""
-        return [self.metrics_jsonl, self.timing_jsonl, self.thoughts_jsonl, self.evaluation_jsonl, self.alarms_jsonl, self.config_changes_jsonl, self.bad_documents_jsonl, self.journal_jsonl]
+        return [
+            self.metrics_jsonl,
+            self.timing_jsonl,
+            self.thoughts_jsonl,
+            self.evaluation_jsonl,
+            self.alarms_jsonl,
+            self.config_changes_jsonl,
+            self.bad_documents_jsonl,
+            self.journal_jsonl,
+        ]
 
     @property
     def post_training_jsonl(self) -> Path:
@@ -117,28 +129,55 @@ def open_run_folder(path: str | Path) -> RunFolder:
     """The folder of a run that exists, finished or not.
 
     Raises:
-        ConfigError: there is nothing there, or something that no run has left: above all a link in it, which would lead
-            what is read and written elsewhere.
+        ConfigError: there is nothing there, or something that no run has left: above all a link in
+            it, which would lead what is read and written elsewhere.
     """
     folder = RunFolder(Path(path))
     if not folder.path.exists():
-        raise ConfigError(f"no run folder at {path}. Write the run.dir of a run, such as runs/quickstart.")
-    # The path that a user names may be a link; nothing in the folder may. Weights & Biases makes links, which nobody here reads.
+        raise ConfigError(
+            f"no run folder at {path}. Write the run.dir of a run, such as runs/quickstart."
+        )
+    # The path that a user names may be a link; nothing in the folder may. Weights & Biases makes
+    # links, which nobody here reads.
     if folder.path.is_dir():
-        refuse_odd_entries(folder.path, files=FILES, folders=("checkpoints", "export", "lock", "logs"), leave_out=("logs/wandb",))
+        refuse_odd_entries(
+            folder.path,
+            files=FILES,
+            folders=("checkpoints", "export", "lock", "logs"),
+            leave_out=("logs/wandb",),
+        )
     if not folder.config_yaml.is_file():
-        raise ConfigError(f"{path} is no run folder: it has no config.yaml. "
-                          "Write the run.dir of a run, such as runs/quickstart.")
+        raise ConfigError(
+            f"{path} is no run folder: it has no config.yaml. "
+            "Write the run.dir of a run, such as runs/quickstart."
+        )
     return folder
 
 
 def saved_steps(parent: Path) -> dict[int, Path]:
     """Checkpoints in a folder by their step, ascending; unread."""
-    found = {int(match[1]): path for path in parent.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))}
+    found = {
+        int(match[1]): path
+        for path in parent.glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", path.name))
+    }
     return dict(sorted(found.items()))
 
 
-FILES = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "thoughts.jsonl", "evaluation.jsonl",
-         "bad_documents.jsonl", "alarms.jsonl", "config_changes.jsonl", "journal.jsonl", "post_training.jsonl", "ledger.json", "summary.json",
-         "report.html")
+FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "thoughts.jsonl",
+    "evaluation.jsonl",
+    "bad_documents.jsonl",
+    "alarms.jsonl",
+    "config_changes.jsonl",
+    "journal.jsonl",
+    "post_training.jsonl",
+    "ledger.json",
+    "summary.json",
+    "report.html",
+)
 """Of a run folder, beside its folders."""

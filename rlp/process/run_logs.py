@@ -1,4 +1,5 @@
-"""The logs of a run: JSON lines that a crash can tear at the end only, and that a resume cuts back."""
+"""The logs of a run: JSON lines that a crash can tear at the end only, and that a resume cuts
+back."""
 
 import hashlib
 import io
@@ -16,9 +17,12 @@ from rlp.process.stored import DamagedFileError, _refuse_non_finite
 
 
 class Log:
-    """A JSONL file that this process adds lines to: what it should hold, in numbers, and what the disk has refused so far."""
+    """A JSONL file that this process adds lines to: what it should hold, in numbers, and what the
+    disk has refused so far."""
 
-    def __init__(self, path: Path, size: int = 0, lines: int = 0, digest: "hashlib._Hash | None" = None) -> None:
+    def __init__(
+        self, path: Path, size: int = 0, lines: int = 0, digest: "hashlib._Hash | None" = None
+    ) -> None:
         self.path = path
         self.size, self.lines, self._digest = size, lines, digest or hashlib.sha256()
         self._torn = False
@@ -61,8 +65,8 @@ class Log:
             fault("append.after_line")
 
     def mark(self, step: int) -> dict:
-        """What a checkpoint of a step says of the log: size, lines and checksum up to that step. A step that was given up
-        after it may have lines; those do not count."""
+        """What a checkpoint of a step says of the log: size, lines and checksum up to that step. A
+        step that was given up after it may have lines; those do not count."""
         size, lines, digest = self._before if self._step > step else self._state()
         return {"bytes": size, "lines": lines, "sha256": digest.hexdigest()}
 
@@ -80,10 +84,12 @@ _logs: dict[Path, Log] = {}
 
 
 def append_json_line(path: Path, value: dict) -> None:
-    """Add one object to a log of the run, in one write; a crash can tear the last line and no other.
+    """Add one object to a log of the run, in one write; a crash can tear the last line and no
+    other.
 
-    Where the disk refuses, lines wait in memory and go with the next one: each is written once, in order, or, where the
-    process ends first, belongs to steps after the newest checkpoint (`settle_logs`).
+    Where the disk refuses, lines wait in memory and go with the next one: each is written once, in
+    order, or, where the process ends first, belongs to steps after the newest checkpoint
+    (`settle_logs`).
 
     Raises:
         ValueError: a number in it is not finite.
@@ -95,8 +101,8 @@ def append_json_line(path: Path, value: dict) -> None:
 
 
 def settle_logs(folder: RunFolder) -> None:
-    """Write what was refused so far, and wait until all logs are on disk: a checkpoint of a step is good only with the
-    logs up to it.
+    """Write what was refused so far, and wait until all logs are on disk: a checkpoint of a step is
+    good only with the logs up to it.
 
     Raises:
         OSError: a log can still not be written.
@@ -110,7 +116,8 @@ def settle_logs(folder: RunFolder) -> None:
 
 
 def mark_logs(folder: RunFolder, step: int) -> dict[str, dict]:
-    """What the logs hold up to a step, by file name, for `cut_logs` of a run that continues from there."""
+    """What the logs hold up to a step, by file name, for `cut_logs` of a run that continues from
+    there."""
     return {path.name: _logs[path].mark(step) for path in folder.logs_of_steps if path in _logs}
 
 
@@ -120,8 +127,9 @@ def refused_logs(folder: RunFolder) -> list[str]:
 
 
 def cut_logs(folder: RunFolder, step: int, marks: dict[str, dict]) -> list[str]:
-    """Make every log end with a step, so that a run that continues says each step once; and remove what a crash left half
-    written. Kept lines keep their bytes. Needs no room on the disk, and memory for one line.
+    """Make every log end with a step, so that a run that continues says each step once; and remove
+    what a crash left half written. Kept lines keep their bytes. Needs no room on the disk, and
+    memory for one line.
 
     All logs are read before one is changed.
 
@@ -133,7 +141,8 @@ def cut_logs(folder: RunFolder, step: int, marks: dict[str, dict]) -> list[str]:
         what has changed in logs since the checkpoint, in words: lines of them were lost, or edited.
 
     Raises:
-        DamagedFileError: a line that has to be kept, and is not the last, is no JSON object with a step.
+        DamagedFileError: a line that has to be kept, and is not the last, is no JSON object with a
+            step.
         OSError: a log can not be cut.
     """
     kept, found = {}, []
@@ -142,9 +151,12 @@ def cut_logs(folder: RunFolder, step: int, marks: dict[str, dict]) -> list[str]:
         log = _kept(path, step, mark)
         if log is None:
             log = _kept(path, step, _NOTHING)
-            found.append(f"{path.name} is not what it was when the checkpoint of step {step} was made: it had {mark['lines']} "
-                         f"lines ({mark['bytes']:,} bytes) then, and has {log.lines} ({log.size:,} bytes) of those steps now; "
-                         "lines of it were lost or changed. The run does not need them, and goes on.")
+            found.append(
+                f"{path.name} is not what it was when the checkpoint of step {step} was made: it"
+                f" had {mark['lines']} lines ({mark['bytes']:,} bytes) then, and has {log.lines}"
+                f" ({log.size:,} bytes) of those steps now; lines of it were lost or changed. The"
+                " run does not need them, and goes on."
+            )
         kept[path] = log
 
     for path, log in kept.items():
@@ -179,9 +191,11 @@ def _kept(path: Path, step: int, mark: dict) -> Log | None:
                 if not line.endswith(b"\n") and value is None:
                     break  # torn by a crash
                 if value is None or type(value.get("step")) is not int:
-                    raise DamagedFileError(f'{path}, line {number}: expected a JSON object with a whole number "step", got '
-                                           f"{line[:80]!r}. Only a last line can be torn by a crash, so something else has "
-                                           "changed the file. Mend or remove the line.")
+                    raise DamagedFileError(
+                        f'{path}, line {number}: expected a JSON object with a whole number "step",'
+                        f" got {line[:80]!r}. Only a last line can be torn by a crash, so something"
+                        " else has changed the file. Mend or remove the line."
+                    )
                 if value["step"] > step or not line.endswith(b"\n"):
                     break
             log.count(line)
@@ -189,10 +203,12 @@ def _kept(path: Path, step: int, mark: dict) -> Log | None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """Every whole line of a JSONL file, in order. A torn last line, of a run that was killed, is left out.
+    """Every whole line of a JSONL file, in order. A torn last line, of a run that was killed, is
+    left out.
 
     Raises:
-        DamagedFileError: a line before the last is no JSON object, or a line has not the form of the file (`RUN_FILES`).
+        DamagedFileError: a line before the last is no JSON object, or a line has not the form of
+            the file (`RUN_FILES`).
     """
     return list(json_lines(path))
 
@@ -205,22 +221,30 @@ def json_lines(path: Path) -> Iterator[dict]:
             value = _object(line)
             if value is not None:
                 if form is not None and (said := form.problem(value, "")):
-                    raise DamagedFileError(f"{path}, line {number}: {said}. No run writes this, so something else has changed "
-                                           "the file.")
+                    raise DamagedFileError(
+                        f"{path}, line {number}: {said}. No run writes this, so something else has"
+                        " changed the file."
+                    )
                 yield value
             elif line.endswith(b"\n"):
-                raise DamagedFileError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. Only a last line can "
-                                       "be torn by a crash, so something else has changed the file. Mend or remove the line.")
+                raise DamagedFileError(
+                    f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. Only a last"
+                    " line can be torn by a crash, so something else has changed the file. Mend or"
+                    " remove the line."
+                )
 
 
-MAX_LINE_BYTES = 2 ** 26
+MAX_LINE_BYTES = 2**26
 """Of a line of a log; a thought of a million tokens takes a tenth of it."""
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) == MAX_LINE_BYTES:
-            raise DamagedFileError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes, which no run has written.")
+            raise DamagedFileError(
+                f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes, which no run has"
+                " written."
+            )
         yield line
 
 

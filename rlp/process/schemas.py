@@ -27,7 +27,7 @@ LARGEST = 1e100
 """Of a number in a file; no count, loss or cost comes near it, and sums and products of such
 numbers stay finite."""
 
-MAX_TEXT, MAX_NAME, MAX_ENTRIES, MAX_LEVELS = 2 ** 22, 2 ** 12, 2 ** 20, 20
+MAX_TEXT, MAX_NAME, MAX_ENTRIES, MAX_LEVELS = 2**22, 2**12, 2**20, 20
 """Characters of a text and of a name, entries of a list or a mapping, lists and mappings inside
 each other."""
 
@@ -48,15 +48,21 @@ def _shown(name: object) -> str:
 
 def _odd(where: str, value: object, expected: str) -> str:
     long = isinstance(value, str | list | dict) and len(value) >= 80
-    huge = type(value) is int and abs(value) >= 10 ** 40
-    shown = "a huge number" if huge else f"a {type(value).__name__} of {len(value):,}" if long else repr(value)
+    huge = type(value) is int and abs(value) >= 10**40
+    shown = (
+        "a huge number"
+        if huge
+        else f"a {type(value).__name__} of {len(value):,}"
+        if long
+        else repr(value)
+    )
     return f"{where or 'the value'} is {shown[:80]}, expected {expected}"
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
     least: int = 0
-    most: int = 2 ** 63 - 1
+    most: int = 2**63 - 1
 
     def problem(self, value: object, where: str) -> str | None:
         if type(value) is int and self.least <= value <= self.most:
@@ -196,17 +202,18 @@ class Fields:
 
 # --- Kinds of numbers and texts.
 
+
 def each(form: Form, *names: str) -> dict[str, Form]:
     """One form for several names."""
     return dict.fromkeys(names, form)
 
 
-STEP = Whole(most=2 ** 32 - 1)
+STEP = Whole(most=2**32 - 1)
 """An optimizer step: half a word of the keys that noise is drawn by."""
 
 COUNT, AMOUNT, NUMBER = Whole(), Number(least=0), Number()
 
-NAME, TEXT, LINE = Text(MAX_NAME), Text(), Text(2 ** 16)
+NAME, TEXT, LINE = Text(MAX_NAME), Text(), Text(2**16)
 
 CHECKSUM = Text(64, "[0-9a-f]{16,64}")
 
@@ -215,16 +222,21 @@ HEX_FLOAT = Text(40, r"-?0x[01](\.[0-9a-f]{1,13})?p[+-]?(\d{1,3}|10[01]\d|102[0-
 
 MEASURED = Table(NUMBER)
 
-TOKEN_IDS = Many(Whole(most=2 ** 31 - 1))
+TOKEN_IDS = Many(Whole(most=2**31 - 1))
 
 # --- A ledger.
 
-PHASE = Fields(each(COUNT, "tokens_in", "tokens_generated", "tokens_trained")
-               | each(AMOUNT, "flops", "seconds"), rest=NUMBER)
+PHASE = Fields(
+    each(COUNT, "tokens_in", "tokens_generated", "tokens_trained")
+    | each(AMOUNT, "flops", "seconds"),
+    rest=NUMBER,
+)
 
-LEDGER = Fields({}, {"phases": Table(PHASE), "input_tokens": COUNT, "steps": STEP,
-                     "counted_without": Many(NAME)}
-                | each(AMOUNT, "flops", "paper_flops", "paper_flops_sampled", "seconds"))
+LEDGER = Fields(
+    {},
+    {"phases": Table(PHASE), "input_tokens": COUNT, "steps": STEP, "counted_without": Many(NAME)}
+    | each(AMOUNT, "flops", "paper_flops", "paper_flops_sampled", "seconds"),
+)
 
 WHOLE_LEDGER = Fields(LEDGER.optional)
 """Of a run that is finished, which another one is compared with."""
@@ -237,22 +249,47 @@ CONFIG = Table(Table(PLAIN))
 CHANGE = Fields({"step": STEP, "key": NAME, "from": PLAIN, "to": PLAIN})
 """A setting that a run was continued with otherwise."""
 
-STATE = Fields({}, {
-    "config": CONFIG,
-    "data": Fields({"cursors": Many(Whole(most=2 ** 53)), "given": Whole(most=2 ** 53),
-                    "bad": Table(COUNT), "files": Many(Pair(LINE, LINE))}),
-    "ledger": Fields({"phases": Table(PHASE), "input_tokens": COUNT, "paper_flops": AMOUNT,
-                      "paper_flops_sampled": AMOUNT, "steps": STEP}, rest=NUMBER),
-    "seconds": AMOUNT,
-    "guard": Fields({"norms": Many(AMOUNT), "skipped": COUNT, "spikes": COUNT, "in_a_row": COUNT}),
-    "start_logprob": Many(NUMBER),
-    "watch": Fields({"first": Many(AMOUNT), "collapsed": Flag(), "streaks": Table(Many(NUMBER)),
-                     "said": Many(NAME)}),
-    "dtype": NAME,
-    "inputs": Table(CHECKSUM),
-    "changes": Many(CHANGE),
-    "logs": Table(Fields({"bytes": COUNT, "lines": COUNT, "sha256": CHECKSUM})),
-})
+STATE = Fields(
+    {},
+    {
+        "config": CONFIG,
+        "data": Fields(
+            {
+                "cursors": Many(Whole(most=2**53)),
+                "given": Whole(most=2**53),
+                "bad": Table(COUNT),
+                "files": Many(Pair(LINE, LINE)),
+            }
+        ),
+        "ledger": Fields(
+            {
+                "phases": Table(PHASE),
+                "input_tokens": COUNT,
+                "paper_flops": AMOUNT,
+                "paper_flops_sampled": AMOUNT,
+                "steps": STEP,
+            },
+            rest=NUMBER,
+        ),
+        "seconds": AMOUNT,
+        "guard": Fields(
+            {"norms": Many(AMOUNT), "skipped": COUNT, "spikes": COUNT, "in_a_row": COUNT}
+        ),
+        "start_logprob": Many(NUMBER),
+        "watch": Fields(
+            {
+                "first": Many(AMOUNT),
+                "collapsed": Flag(),
+                "streaks": Table(Many(NUMBER)),
+                "said": Many(NAME),
+            }
+        ),
+        "dtype": NAME,
+        "inputs": Table(CHECKSUM),
+        "changes": Many(CHANGE),
+        "logs": Table(Fields({"bytes": COUNT, "lines": COUNT, "sha256": CHECKSUM})),
+    },
+)
 """What a checkpoint holds beside tensors, each part of which a resume needs.
 
 A part that is not named here is not looked at closely, and
@@ -260,17 +297,27 @@ A part that is not named here is not looked at closely, and
 
 SHARD = Fields({"size": COUNT, "sha256": CHECKSUM, "fragments": Table(COUNT), "adam_step": STEP})
 
-META = Fields({"step": STEP, "state": STATE, "shapes": Table(Many(COUNT, most=16)),
-               "shards": Table(SHARD, names=r"shard_\d{5}-\d{5}\.safetensors",
-                               named="shard of the checkpoint")})
+META = Fields(
+    {
+        "step": STEP,
+        "state": STATE,
+        "shapes": Table(Many(COUNT, most=16)),
+        "shards": Table(
+            SHARD, names=r"shard_\d{5}-\d{5}\.safetensors", named="shard of the checkpoint"
+        ),
+    }
+)
 
 # --- What an export says of thoughts.
 
 THOUGHT_FORMAT: dict[str, Form] = {
     **each(NAME, "open_marker", "close_marker"),
     **each(AMOUNT, "temperature", "target_temperature"),
-    **each(Whole(most=2 ** 31), "max_thought_tokens", "horizon"),
-    "open_marker_ids": TOKEN_IDS, "close_marker_ids": TOKEN_IDS, "instruction_ids": TOKEN_IDS}
+    **each(Whole(most=2**31), "max_thought_tokens", "horizon"),
+    "open_marker_ids": TOKEN_IDS,
+    "close_marker_ids": TOKEN_IDS,
+    "instruction_ids": TOKEN_IDS,
+}
 """What readers use of `thought_format.json`."""
 
 # --- The files of a run folder.
@@ -280,29 +327,60 @@ _STEP = {"step": STEP}
 RUN_FILES: dict[str, Form] = {
     "environment.json": Fields(
         {"devices": Many(NAME), "cpu": NAME, "cores": Maybe(COUNT), "world_size": COUNT},
-        {"commit": Maybe(NAME), "dirty": Maybe(Flag()), "command": TEXT,
-         "packages": Table(Maybe(NAME)), **each(NAME, "date", "python", "platform")}),
+        {
+            "commit": Maybe(NAME),
+            "dirty": Maybe(Flag()),
+            "command": TEXT,
+            "packages": Table(Maybe(NAME)),
+            **each(NAME, "date", "python", "platform"),
+        },
+    ),
     "metrics.jsonl": Fields(_STEP, rest=NUMBER),
     "timing.jsonl": Fields(_STEP, rest=NUMBER),
     "evaluation.jsonl": Fields(_STEP, rest=NUMBER),
     "thoughts.jsonl": Fields(
-        _STEP | each(COUNT, "document", "position", "thought_tokens") | {"truncated": Flag()}
+        _STEP
+        | each(COUNT, "document", "position", "thought_tokens")
+        | {"truncated": Flag()}
         | each(TEXT, "prefix_tail", "thought", "target"),
-        each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")),
+        each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage"),
+    ),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
     "config_changes.jsonl": CHANGE,
     "bad_documents.jsonl": Fields(_STEP),
     "journal.jsonl": Fields(
-        _STEP | {"applied": Flag(), "documents": CHECKSUM, "numbers": Table(HEX_FLOAT),
-                 "tokens": COUNT, "flops": HEX_FLOAT}, each(CHECKSUM, "thoughts", "state")),
+        _STEP
+        | {
+            "applied": Flag(),
+            "documents": CHECKSUM,
+            "numbers": Table(HEX_FLOAT),
+            "tokens": COUNT,
+            "flops": HEX_FLOAT,
+        },
+        each(CHECKSUM, "thoughts", "state"),
+    ),
     "post_training.jsonl": Fields(
-        {}, {"stage": NAME} | each(Maybe(NUMBER), "accuracy_with_thought",
-                                   "accuracy_without_thought", "gain_over_start_nats")),
+        {},
+        {"stage": NAME}
+        | each(
+            Maybe(NUMBER),
+            "accuracy_with_thought",
+            "accuracy_without_thought",
+            "gain_over_start_nats",
+        ),
+    ),
     "ledger.json": LEDGER,
     "summary.json": Fields(
-        {}, {**each(Maybe(MEASURED), "before", "after"), **each(AMOUNT, "seconds", "flops"),
-             "steps": STEP, "bad_documents": Table(COUNT), "verdict": Many(LINE),
-             "match": Maybe(Fields({"by": NAME, "ratio": NUMBER}))}),
-    "splice.json": Fields({"longest_insert_tokens": Whole(most=2 ** 31)}),
+        {},
+        {
+            **each(Maybe(MEASURED), "before", "after"),
+            **each(AMOUNT, "seconds", "flops"),
+            "steps": STEP,
+            "bad_documents": Table(COUNT),
+            "verdict": Many(LINE),
+            "match": Maybe(Fields({"by": NAME, "ratio": NUMBER})),
+        },
+    ),
+    "splice.json": Fields({"longest_insert_tokens": Whole(most=2**31)}),
 }
 """By file name; of a `.jsonl` each line."""

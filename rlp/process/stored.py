@@ -41,11 +41,15 @@ def read_json(path: Path, form: Form | None = None) -> object:
     try:
         value = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is not JSON: {error}. It is written whole or not at all, so something else has "
-                               "changed it.") from error
+        raise DamagedFileError(
+            f"{path} is not JSON: {error}. It is written whole or not at all, so something else has"
+            " changed it."
+        ) from error
     form = form or RUN_FILES.get(path.name)
     if form is not None and (said := form.problem(value, "")):
-        raise DamagedFileError(f"{path}: {said}. No run writes this, so something else has changed the file.")
+        raise DamagedFileError(
+            f"{path}: {said}. No run writes this, so something else has changed the file."
+        )
     return value
 
 
@@ -57,4 +61,7 @@ def _refuse_non_finite(value: object, where: str) -> None:
         for index, inner in enumerate(value):
             _refuse_non_finite(inner, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}, and JSON has finite numbers only. Leave the key out where there is nothing to say.")
+        raise ValueError(
+            f"{where} is {value}, and JSON has finite numbers only. Leave the key out where there"
+            " is nothing to say."
+        )

@@ -17,7 +17,8 @@ class Tally:
         self._largest: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count every entry of `values` toward the mean of `name`; a name without any entry has no mean."""
+        """Count every entry of `values` toward the mean of `name`; a name without any entry has no
+        mean."""
         values = values.detach().double()
         self._sums[name] = self._sums.get(name, 0.0) + values.sum()
         self._counts[name] = self._counts.get(name, 0) + values.numel()
@@ -28,12 +29,20 @@ class Tally:
         self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
 
     def not_finite(self) -> list[str]:
-        """Names of this rank's sums and maxima that are not finite numbers: some value among them was not."""
-        return [name for name, value in [*self._sums.items(), *self._largest.items()] if not math.isfinite(value)]
+        """Names of this rank's sums and maxima that are not finite numbers: some value among them
+        was not."""
+        return [
+            name
+            for name, value in [*self._sums.items(), *self._largest.items()]
+            if not math.isfinite(value)
+        ]
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:
         """Means and maxima over all ranks, equal on every rank. A collective."""
-        mine = ({name: (float(total), self._counts[name]) for name, total in self._sums.items()}, {name: float(value) for name, value in self._largest.items()})
+        mine = (
+            {name: (float(total), self._counts[name]) for name, total in self._sums.items()},
+            {name: float(value) for name, value in self._largest.items()},
+        )
         everyone = ranks.gather(mine)
         means = {}
         for name in mine[0]:
@@ -41,4 +50,7 @@ class Tally:
             count = sum(count for _, count in parts)
             if count > 0:
                 means[name] = sum(total for total, _ in parts) / count
-        return means | {name: max(largest[name] for _, largest in everyone if name in largest) for name in mine[1]}
+        return means | {
+            name: max(largest[name] for _, largest in everyone if name in largest)
+            for name in mine[1]
+        }

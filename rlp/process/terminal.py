@@ -1,4 +1,5 @@
-"""The process at a terminal: text that any terminal takes, and how Ctrl-C and a closed pipe end a command.
+"""The process at a terminal: text that any terminal takes, and how Ctrl-C and a closed pipe end a
+command.
 
 Standard library only: it is there before anything that takes seconds to import.
 """
@@ -10,11 +11,13 @@ import sys
 from collections.abc import Callable
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
-"""Exit codes of a command that Ctrl-C ended, and of one that nobody reads any more: as a shell has them for the signals."""
+"""Exit codes of a command that Ctrl-C ended, and of one that nobody reads any more: as a shell has
+them for the signals."""
 
 
 def accept_any_text() -> None:
-    """From here on no print fails for a character that the terminal's encoding lacks: it is shown as an escape (`\\u4e2d`).
+    """From here on no print fails for a character that the terminal's encoding lacks: it is shown
+    as an escape (`\\u4e2d`).
 
     Every print, progress bar and table of this process goes through these two streams.
     """
@@ -24,7 +27,8 @@ def accept_any_text() -> None:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit code of a command, which Ctrl-C and the end of a pipe (`rlp view RUN | head`) end without a traceback.
+    """The exit code of a command, which Ctrl-C and the end of a pipe (`rlp view RUN | head`) end
+    without a traceback.
 
     Args:
         command: imports what it needs, so that the wait for imports can be interrupted as well.

@@ -1,12 +1,15 @@
-"""When a rank falls silent: a stall is found and shown on every rank, a lost peer is said in one line.
+"""When a rank falls silent: a stall is found and shown on every rank, a lost peer is said in one
+line.
 
-Whatever makes progress marks it (`mark`), and while a library does a long thing that marks nothing, what the process computes,
-reads or writes is progress (`working`). Without a mark for `run.watchdog_s` seconds, a rank writes the stack of each of its
-threads, with what it was doing, to stderr and to `logs/rank_N.log`, leaves word for the other ranks, which do the same,
-and the processes end with `STALLED`. A stalled rank's peers wait in a collective, and their stacks name it.
+Whatever makes progress marks it (`mark`), and while a library does a long thing that marks nothing,
+what the process computes, reads or writes is progress (`working`). Without a mark for
+`run.watchdog_s` seconds, a rank writes the stack of each of its threads, with what it was doing, to
+stderr and to `logs/rank_N.log`, leaves word for the other ranks, which do the same, and the
+processes end with `STALLED`. A stalled rank's peers wait in a collective, and their stacks name it.
 
-Time in which the process itself stands still (SIGSTOP, Ctrl-Z, a machine without a free moment) is no stall of its own: only
-its peers, which wait for it, count that. A rank that wakes up and finds them gone says how long it stood still.
+Time in which the process itself stands still (SIGSTOP, Ctrl-Z, a machine without a free moment) is
+no stall of its own: only its peers, which wait for it, count that. A rank that wakes up and finds
+them gone says how long it stood still.
 """
 
 import faulthandler
@@ -37,10 +40,15 @@ STALLED = 70
 WAKE_S = 10.0
 """A rank that was stopped has so long to find its peers gone by itself."""
 
-WORK_FRAC, WORK_BYTES = 0.02, 2 ** 16
-"""From so much of a core, or of reads and writes between two looks on, a process works; its own watching takes less."""
+WORK_FRAC, WORK_BYTES = 0.02, 2**16
+"""From so much of a core, or of reads and writes between two looks on, a process works; its own
+watching takes less."""
 
-_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|socket closed|connection was likely closed", re.IGNORECASE)
+_LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|socket"
+    r" closed|connection was likely closed",
+    re.IGNORECASE,
+)
 """What gloo and NCCL say where the process at the other end has ended."""
 
 
@@ -66,7 +74,11 @@ class Watchdog:
         self._silent_s = self._stood_still_s = 0.0
         """Without a mark, so far; and the longest time in which the process did not run."""
         self._work_counts = False
-        self._looked, self._cpu_s, self._moved_bytes = time.monotonic(), time.process_time(), _moved_bytes()
+        self._looked, self._cpu_s, self._moved_bytes = (
+            time.monotonic(),
+            time.process_time(),
+            _moved_bytes(),
+        )
         self._ended = threading.Event()
 
     def mark(self, phase: str | None = None) -> None:
@@ -76,7 +88,8 @@ class Watchdog:
 
     @contextmanager
     def working(self, phase: str) -> Iterator[None]:
-        """Around a long thing that a library does and marks nothing: what the process computes, reads or writes is progress."""
+        """Around a long thing that a library does and marks nothing: what the process computes,
+        reads or writes is progress."""
         self.mark(phase)
         before, self._work_counts = self._work_counts, True
         try:
@@ -90,27 +103,47 @@ class Watchdog:
         self._look()
         if self._limit_s > 0:
             faulthandler.register(outside.SHOW, file=2, all_threads=True)
-            command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(self._limit_s), str(self._poll_s)]
+            command = [
+                sys.executable,
+                "-I",
+                "-S",
+                outside.__file__,
+                str(os.getpid()),
+                str(self._limit_s),
+                str(self._poll_s),
+            ]
             # In a session of its own: what a terminal sends to its processes is for the rank alone.
-            self._outside = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+            self._outside = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
             self._others = self._ranks.words("stalled")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._limit_s > 0:
             self._ended.set()
             self._thread.join(timeout=2 * self._poll_s)
             self._look()
             self._others.close()
             self._dismiss()
-        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _LOST_PEER.search(str(error))):
+        if isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or _LOST_PEER.search(str(error))
+        ):
             self._write("".join(traceback.format_exception(error)), stderr=False)
             cause = " ".join(str(error).split())[:160]
-            why = f"{self._woken()}: the others have waited for it so long, and ended." if self._has_overslept() else "The rank that ended first says why."
-            raise PeerLost(f"rank {self._ranks.rank} of {self._ranks.world_size} lost another rank while in {self.phase} ({cause}). "
-                           f"{why} Continue with run.resume=auto.") from error
+            why = (
+                f"{self._woken()}: the others have waited for it so long, and ended."
+                if self._has_overslept()
+                else "The rank that ended first says why."
+            )
+            raise PeerLost(
+                f"rank {self._ranks.rank} of {self._ranks.world_size} lost another rank while in"
+                f" {self.phase} ({cause}). {why} Continue with run.resume=auto."
+            ) from error
 
     def _dismiss(self) -> None:
         """End the process outside."""
@@ -127,8 +160,10 @@ class Watchdog:
         return self._stood_still_s > self._limit_s
 
     def _woken(self) -> str:
-        return (f"This process stood still for {self._stood_still_s:.0f} s (it was stopped, or got no time of a processor), longer than "
-                f"run.watchdog_s={self._limit_s:g}")
+        return (
+            f"This process stood still for {self._stood_still_s:.0f} s (it was stopped, or got no"
+            f" time of a processor), longer than run.watchdog_s={self._limit_s:g}"
+        )
 
     def _watch(self) -> None:
         while not self._ended.wait(self._poll_s):
@@ -140,20 +175,31 @@ class Watchdog:
                 self._others.leave()
                 break
             if self._others.heard:
-                # Whoever wakes up from being stopped meets the word that its peers left of it; the main thread meets that they are gone.
+                # Whoever wakes up from being stopped meets the word that its peers left of it; the
+                # main thread meets that they are gone.
                 if self._has_overslept() and self._ended.wait(WAKE_S):
                     return
                 woken = f"{self._woken()}: the others have given it up; it is in {self.phase}"
-                self._bark(woken if self._has_overslept() else f"another rank has stalled; this one is in {self.phase} for {self._silent_s:.0f} s")
+                self._bark(
+                    woken
+                    if self._has_overslept()
+                    else (
+                        f"another rank has stalled; this one is in {self.phase} for"
+                        f" {self._silent_s:.0f} s"
+                    )
+                )
                 break
         else:
             return
         self._dismiss()
-        self._ended.wait(3 * max(self._poll_s, LISTEN_S))  # for the others to hear, and to show theirs
+        self._ended.wait(
+            3 * max(self._poll_s, LISTEN_S)
+        )  # for the others to hear, and to show theirs
         os._exit(STALLED)
 
     def _look(self) -> None:
-        """Count the time since the last look as silence, but not that in which the process did not run."""
+        """Count the time since the last look as silence, but not that in which the process did not
+        run."""
         now, cpu_s = time.monotonic(), time.process_time()
         passed, used = now - self._looked, cpu_s - self._cpu_s
         self._looked, self._cpu_s = now, cpu_s
@@ -162,13 +208,20 @@ class Watchdog:
             self._stood_still_s = max(self._stood_still_s, passed - self._poll_s)
             passed = self._poll_s
         moved = _moved_bytes() if self._work_counts else self._moved_bytes
-        worked = self._work_counts and (used > WORK_FRAC * passed or moved - self._moved_bytes > WORK_BYTES)
+        worked = self._work_counts and (
+            used > WORK_FRAC * passed or moved - self._moved_bytes > WORK_BYTES
+        )
         self._moved_bytes = moved
         marks, seen, self._marks_seen = self._marks, self._marks_seen, self._marks
         self._silent_s = 0.0 if marks != seen or worked else self._silent_s + passed
 
     def _bark(self, what: str) -> None:
-        self._write(f"rank {self._ranks.rank} of {self._ranks.world_size}: {what} (run.watchdog_s={self._limit_s:g}); its threads:\n", stderr=True, threads=True)
+        self._write(
+            f"rank {self._ranks.rank} of {self._ranks.world_size}: {what}"
+            f" (run.watchdog_s={self._limit_s:g}); its threads:\n",
+            stderr=True,
+            threads=True,
+        )
         self._write(f"rank {self._ranks.rank}: ended with exit code {STALLED}\n", stderr=True)
 
     def _write(self, text: str, *, stderr: bool, threads: bool = False) -> None:

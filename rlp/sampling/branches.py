@@ -1,7 +1,7 @@
 """Rows of thoughts while they are sampled: how each architecture holds what it has read.
 
-    ForkedBranches   a cache per row, forked from that of its prefix: any causal model
-    SharedBranches   keys of a document once, and of each thought beside them: attention-only models
+ForkedBranches   a cache per row, forked from that of its prefix: any causal model
+SharedBranches   keys of a document once, and of each thought beside them: attention-only models
 """
 
 from contextlib import AbstractContextManager
@@ -20,7 +20,8 @@ from rlp.model.thoughts import ThoughtFormat
 
 
 class _Branches:
-    """Thoughts that grow side by side from shared prefixes. Those that have ended are dropped when half have."""
+    """Thoughts that grow side by side from shared prefixes. Those that have ended are dropped when
+    half have."""
 
     prefill_work: Work
     """Of the prefixes."""
@@ -34,7 +35,8 @@ class _Branches:
         return self._policy.sampling()
 
     def idle(self, logits: Tensor) -> Tensor:
-        """A forward without use, in step with ranks that still sample; no row of the answer counts."""
+        """A forward without use, in step with ranks that still sample; no row of the answer
+        counts."""
         self._append(torch.zeros_like(self._held))
         return logits[:0]
 
@@ -64,10 +66,21 @@ class _Branches:
 
 
 class ForkedBranches(_Branches):
-    """Each prefix run once and its cache copied for its thoughts: any causal LM, state-space states included."""
+    """Each prefix run once and its cache copied for its thoughts: any causal LM, state-space states
+    included."""
 
-    def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int) -> None:
-        prefixes = [form.prefix(documents[d].tokens, t) for d, t in zip(positions.document, positions.position)]
+    def __init__(
+        self,
+        policy: Policy,
+        documents: list[Document],
+        positions: Positions,
+        form: ThoughtFormat,
+        group_size: int,
+    ) -> None:
+        prefixes = [
+            form.prefix(documents[d].tokens, t)
+            for d, t in zip(positions.document, positions.position)
+        ]
         self._tokens, self._mask = _pad_left(prefixes, policy.device)
         self._fork = torch.arange(len(prefixes), device=policy.device).repeat_interleave(group_size)
         self._position = self._mask.sum(dim=1)[self._fork]
@@ -94,25 +107,48 @@ class ForkedBranches(_Branches):
 class _SharedBranches(_Branches):
     """Each document run once for all its positions, its keys held once: models that run trees."""
 
-    def __init__(self, policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, group_size: int, max_thought_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        documents: list[Document],
+        positions: Positions,
+        form: ThoughtFormat,
+        group_size: int,
+        max_thought_tokens: int,
+    ) -> None:
         used = sorted({int(d) for d in positions.document})
         trunks = [form.context(documents[d].tokens, positions.last_of(d)) for d in used]
         lengths = np.array([len(trunk) for trunk in trunks])
         places, inside = padded_places(np.cumsum([0, *lengths[:-1]]), lengths)
-        prefix = [len(form.context(documents[d].tokens, t)) for d, t in zip(positions.document, positions.position)]
+        prefix = [
+            len(form.context(documents[d].tokens, t))
+            for d, t in zip(positions.document, positions.position)
+        ]
 
         def on_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(policy.device)
 
         self._open = form.markers.open
-        self._tokens, self._trunk_position = on_device(np.concatenate(trunks)), on_device(np.concatenate([np.arange(length) for length in lengths]))
+        self._tokens, self._trunk_position = (
+            on_device(np.concatenate(trunks)),
+            on_device(np.concatenate([np.arange(length) for length in lengths])),
+        )
         self._position = on_device(prefix).repeat_interleave(group_size)
-        trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(group_size)
-        most = len(self._open) + max_thought_tokens - 1  # the last token of a thought is drawn and not run
-        self._keys = SharedKeys(on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position, most)
+        trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(
+            group_size
+        )
+        most = (
+            len(self._open) + max_thought_tokens - 1
+        )  # the last token of a thought is drawn and not run
+        self._keys = SharedKeys(
+            on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position, most
+        )
         opening = group_size * len(self._open)
-        self.prefill_work = row_work(lengths, 0) + Work(tokens=opening * len(prefix), head_rows=opening * len(prefix),
-                                                        pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix))
+        self.prefill_work = row_work(lengths, 0) + Work(
+            tokens=opening * len(prefix),
+            head_rows=opening * len(prefix),
+            pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix),
+        )
         super().__init__(policy, len(trunk_of))
 
     def first(self) -> Tensor:
@@ -133,7 +169,10 @@ class _SharedBranches(_Branches):
 
 def _pad_left(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
-    tokens, mask = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=bool)
+    tokens, mask = (
+        np.zeros((len(rows), width), dtype=np.int64),
+        np.zeros((len(rows), width), dtype=bool),
+    )
     for r, row in enumerate(rows):
-        tokens[r, width - len(row):], mask[r, width - len(row):] = row, True
+        tokens[r, width - len(row) :], mask[r, width - len(row) :] = row, True
     return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)

@@ -39,8 +39,15 @@ class NoiseKey:
 
     def uniforms(self, document: Document, position: int, thought: int, length: int) -> np.ndarray:
         """[length] float64 in [0, 1), one per thought token."""
-        noise = keyed_noise(seed=self.seed, purpose=self.purpose, step=self.step, document=document.id,
-                            occurrence=document.occurrence, position=position, thought=thought)
+        noise = keyed_noise(
+            seed=self.seed,
+            purpose=self.purpose,
+            step=self.step,
+            document=document.id,
+            occurrence=document.occurrence,
+            position=position,
+            thought=thought,
+        )
         return noise.random(length)
 
 
@@ -53,23 +60,42 @@ class Rollout:
     decode_work: Work
 
 
-def sample_thoughts(policy: Policy, documents: list[Document], positions: Positions, form: ThoughtFormat, noise: NoiseKey, *,
-                    group_size: int, max_thought_tokens: int, rows: int, shared: bool = False, agree: Callable[[bool], bool] = bool,
-                    prefill: Callable[[], AbstractContextManager] = nullcontext) -> Rollout:
+def sample_thoughts(
+    policy: Policy,
+    documents: list[Document],
+    positions: Positions,
+    form: ThoughtFormat,
+    noise: NoiseKey,
+    *,
+    group_size: int,
+    max_thought_tokens: int,
+    rows: int,
+    shared: bool = False,
+    agree: Callable[[bool], bool] = bool,
+    prefill: Callable[[], AbstractContextManager] = nullcontext,
+) -> Rollout:
     """Sample G thoughts at each position.
 
     Args:
         rows: thoughts decoded side by side; whole groups, at least one.
-        shared: run each document once for all its positions and hold its keys once (`SharedKeys`), for models that
-            run trees; else run each prefix once and fork its cache.
-        agree: told "this rank still samples", answers "some rank does". Ranks that gather weights together
-            during sampling must take the same number of decoding steps; alone, the answer is the question.
-        prefill: makes what is entered while prefixes are run, to tell their time from that of decoding.
+        shared: run each document once for all its positions and hold its keys once (`SharedKeys`),
+            for models that run trees; else run each prefix once and fork its cache.
+        agree: told "this rank still samples", answers "some rank does". Ranks that gather weights
+            together during sampling must take the same number of decoding steps; alone, the answer
+            is the question.
+        prefill: makes what is entered while prefixes are run, to tell their time from that of
+            decoding.
     """
     fault("rollout")
-    uniforms = torch.from_numpy(np.stack([
-        noise.uniforms(documents[d], int(t), g, max_thought_tokens)
-        for d, t in zip(positions.document, positions.position) for g in range(group_size)]))
+    uniforms = torch.from_numpy(
+        np.stack(
+            [
+                noise.uniforms(documents[d], int(t), g, max_thought_tokens)
+                for d, t in zip(positions.document, positions.position)
+                for g in range(group_size)
+            ]
+        )
+    )
     size = max(1, rows // group_size)
     parts, work = [], Work()
     starts = iter(range(0, len(positions.position), size))
@@ -89,9 +115,16 @@ def sample_thoughts(policy: Policy, documents: list[Document], positions: Positi
     tokens, mask, logprob, entropy, truncated = (_join(column) for column in zip(*parts))
     logprob = poisoned("rollout.logprob", logprob)
     group = {"g": group_size}
-    thoughts = Thoughts(*(rearrange(part, "(m g) l -> m g l", **group) for part in (tokens, mask, logprob, entropy)),
-                        rearrange(truncated, "(m g) -> m g", **group))
-    prefixes = [form.prefix(documents[d].tokens, t) for d, t in zip(positions.document, positions.position)]
+    thoughts = Thoughts(
+        *(
+            rearrange(part, "(m g) l -> m g l", **group)
+            for part in (tokens, mask, logprob, entropy)
+        ),
+        rearrange(truncated, "(m g) -> m g", **group),
+    )
+    prefixes = [
+        form.prefix(documents[d].tokens, t) for d, t in zip(positions.document, positions.position)
+    ]
     return Rollout(thoughts, work, _decode_work(prefixes, thoughts))
 
 
@@ -109,14 +142,22 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     probs = logprobs.exp()
     cdf = probs.double().cumsum(dim=-1)
     # The first token whose cumulative mass is above u: never one of probability zero.
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=logits.shape[1] - 1
+    )
     entropy = -(probs * logprobs.masked_fill(probs == 0, 0)).sum(dim=-1)
     return token, logprobs.gather(1, token[:, None])[:, 0], entropy
 
 
-def _decode(branches: _Branches, uniforms: Tensor, form: ThoughtFormat, agree: Callable[[bool], bool],
-            prefill: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sample until every thought has ended: tokens, mask, log-probabilities, entropies [N, longest], and which the budget ended [N]."""
+def _decode(
+    branches: _Branches,
+    uniforms: Tensor,
+    form: ThoughtFormat,
+    agree: Callable[[bool], bool],
+    prefill: Callable[[], AbstractContextManager],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sample until every thought has ended: tokens, mask, log-probabilities, entropies [N,
+    longest], and which the budget ended [N]."""
     num_rows, budget = uniforms.shape
     tokens = torch.zeros(num_rows, budget, dtype=torch.int64, device=uniforms.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -128,7 +169,12 @@ def _decode(branches: _Branches, uniforms: Tensor, form: ThoughtFormat, agree: C
         logprobs, entropies = logits.new_zeros(tokens.shape), logits.new_zeros(tokens.shape)
         for u in range(budget):
             token, logprob, entropy = draw(logits, uniforms[rows, u], form.temperature)
-            tokens[rows, u], mask[rows, u], logprobs[rows, u], entropies[rows, u] = token, True, logprob, entropy
+            tokens[rows, u], mask[rows, u], logprobs[rows, u], entropies[rows, u] = (
+                token,
+                True,
+                logprob,
+                entropy,
+            )
             going = ~_ends_with(tokens[rows, : u + 1], close)
             rows, token = rows[going], token[going]
             if u + 1 == budget or not agree(len(rows) > 0):
@@ -143,7 +189,7 @@ def _ends_with(tokens: Tensor, close: Tensor) -> Tensor:
     """[R] bool, whether sampled tokens [R, L] end with the close marker."""
     if tokens.shape[1] < len(close):
         return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    return (tokens[:, -len(close):] == close).all(dim=1)
+    return (tokens[:, -len(close) :] == close).all(dim=1)
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:

@@ -24,11 +24,23 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[2]
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+}
 
 PR_SET_CHILD_SUBREAPER = 36
 
-PRELOADED = ("train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "transformers.models.qwen3.modeling_qwen3", "transformers.integrations.deepspeed", "scipy.stats")
+PRELOADED = (
+    "train",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.integrations.deepspeed",
+    "scipy.stats",
+)
 """What a run imports late; a rank inherits it."""
 
 
@@ -50,7 +62,14 @@ class Ranks:
         self.stopped: dict[int, float] = {}
         """When a rank was seen to be stopped."""
 
-    def start(self, arguments: list[str], environment: dict[str, str], world_size: int, log: str, record: int | None = None) -> None:
+    def start(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        world_size: int,
+        log: str,
+        record: int | None = None,
+    ) -> None:
         """Fork the ranks of a job.
 
         Args:
@@ -59,10 +78,16 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        distributed = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world_size > 1 else {}
+        distributed = (
+            {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if world_size > 1
+            else {}
+        )
         for rank in range(world_size):
             own = environment | distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.pids.append(_fork(lambda own=own: _run(arguments, own, record), f"{log}.rank{rank}"))
+            self.pids.append(
+                _fork(lambda own=own: _run(arguments, own, record), f"{log}.rank{rank}")
+            )
 
     def alive(self) -> list[int]:
         return [rank for rank in range(len(self.pids)) if rank not in self.codes]
@@ -84,20 +109,33 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
 
-def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int, log: str, limit_s: float, kill: tuple[int, float] | None, wake_s: float | None,
-              launcher_s: float | None, twin_s: float | None) -> dict:
+def run_ranks(
+    arguments: list[str],
+    environment: dict[str, str],
+    world_size: int,
+    log: str,
+    limit_s: float,
+    kill: tuple[int, float] | None,
+    wake_s: float | None,
+    launcher_s: float | None,
+    twin_s: float | None,
+) -> dict:
     """Run `train.py` as ranks, and wait until all have ended.
 
     Args:
         log: each rank's output goes to LOG.rankN.
         limit_s: after which the rest is killed; its stacks are in the logs.
         kill: rank and seconds after the start, of a SIGKILL.
-        wake_s: a rank that has stopped itself is continued so long after it; None: when all others have ended.
-        launcher_s: the ranks have a launcher, which is killed so long after they have taken note of it.
-        twin_s: so long after the first a second job starts in the same run folder; its output goes to LOG.twin.rankN.
+        wake_s: a rank that has stopped itself is continued so long after it; None: when all others
+            have ended.
+        launcher_s: the ranks have a launcher, which is killed so long after they have taken note of
+            it.
+        twin_s: so long after the first a second job starts in the same run folder; its output goes
+            to LOG.twin.rankN.
 
     Returns:
-        exit codes by rank (-9: killed by SIGKILL), those of the second job, how many processes are left behind, whether the limit was met, and seconds: of all, from the first end to
+        exit codes by rank (-9: killed by SIGKILL), those of the second job, how many processes are
+            left behind, whether the limit was met, and seconds: of all, from the first end to
         the last, and of processor time.
     """
     started, cpu = time.monotonic(), _children_cpu_s()
@@ -116,7 +154,15 @@ def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int
         ranks.look(elapsed)
         first_end = elapsed if ranks.codes and first_end is None else first_end
         alive = ranks.alive()
-        for rank in [rank for rank, since in ranks.stopped.items() if (elapsed - since >= wake_s if wake_s is not None else len(alive) == len(ranks.stopped))]:
+        for rank in [
+            rank
+            for rank, since in ranks.stopped.items()
+            if (
+                elapsed - since >= wake_s
+                if wake_s is not None
+                else len(alive) == len(ranks.stopped)
+            )
+        ]:
             ranks.signal(signal.SIGCONT, [rank])
             del ranks.stopped[rank]
         if kill and elapsed >= kill[1]:
@@ -132,14 +178,26 @@ def run_ranks(arguments: list[str], environment: dict[str, str], world_size: int
         if launcher is None:
             _wait_for_an_end([ranks.pids[rank] for rank in alive])
         else:
-            time.sleep(LOOK_S)  # it does not wait for its ranks, so one that has ended would be seen to end again and again
+            time.sleep(
+                LOOK_S
+                # it does not wait for its ranks, so one that has ended would be seen to end again
+                # and again
+            )
     codes = [ranks.codes[rank] for rank in range(len(ranks.pids))]
-    return {"codes": codes[:world_size], "twin_codes": codes[world_size:], "hung": hung, "seconds": elapsed, "survivor_s": elapsed - first_end, "cpu_s": _children_cpu_s() - cpu,
-            "left": _left_behind()}
+    return {
+        "codes": codes[:world_size],
+        "twin_codes": codes[world_size:],
+        "hung": hung,
+        "seconds": elapsed,
+        "survivor_s": elapsed - first_end,
+        "cpu_s": _children_cpu_s() - cpu,
+        "left": _left_behind(),
+    }
 
 
 def _left_behind() -> int:
-    """Processes that outlive the ranks which started them; waits a while for those that are about to end."""
+    """Processes that outlive the ranks which started them; waits a while for those that are about
+    to end."""
     end = time.monotonic() + LEFT_S
     try:
         while time.monotonic() < end:
@@ -164,13 +222,21 @@ def _wait_for_an_end(pids: list[int]) -> None:
             os.close(handle)
 
 
-def _launch(ranks: Ranks, arguments: list[str], environment: dict[str, str], world_size: int, log: str) -> int:
+def _launch(
+    ranks: Ranks, arguments: list[str], environment: dict[str, str], world_size: int, log: str
+) -> int:
     """Start the ranks below a launcher; its process id, once they all know theirs."""
     reader, writer = os.pipe()
 
     def launcher() -> int:
         own = Ranks()
-        own.start(arguments, environment | {"TORCHELASTIC_RUN_ID": "campaign"}, world_size, log, record=writer)
+        own.start(
+            arguments,
+            environment | {"TORCHELASTIC_RUN_ID": "campaign"},
+            world_size,
+            log,
+            record=writer,
+        )
         os.write(writer, json.dumps(own.pids).encode() + b"\n")
         while True:
             signal.pause()
@@ -225,13 +291,21 @@ def _fork(act: Callable[[], int], log: str) -> int:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher is killed become children of this process
+    ctypes.CDLL(None).prctl(
+        PR_SET_CHILD_SUBREAPER, 1
+    )  # ranks whose launcher is killed become children of this process
     os.dup2(2, 1)  # what libraries print is no answer
     sys.path.insert(0, str(REPOSITORY))
     for name in PRELOADED:
         importlib.import_module(name)
-    importlib.import_module("rlp.trainer").write_report = lambda runs, path: importlib.import_module("rlp.process.files").write_atomically(path, b"", point="report.torn_page")  # half of a tiny run's time, and not at stake
-    importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(sys.argv[1])  # compiles a thousand regular expressions
+    importlib.import_module("rlp.trainer").write_report = lambda runs, path: (
+        importlib.import_module("rlp.process.files").write_atomically(
+            path, b"", point="report.torn_page"
+        )
+    )  # half of a tiny run's time, and not at stake
+    importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(
+        sys.argv[1]
+    )  # compiles a thousand regular expressions
     gc.freeze()  # the collector touches every object, and a fork would copy them all
     for line in sys.stdin:
         print(json.dumps(run_ranks(**json.loads(line))), file=answers, flush=True)

@@ -1,4 +1,5 @@
-"""Runs that are killed, or whose disk fails, at every named point, and continued: nothing is lost, nothing is made twice."""
+"""Runs that are killed, or whose disk fails, at every named point, and continued: nothing is lost,
+nothing is made twice."""
 
 import ast
 import itertools
@@ -15,34 +16,113 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import REPOSITORY, SAVE_EVERY, SETTINGS, STEPS, Attempt, Case, Harness, Outcome  # noqa: E402
+from harness import (
+    REPOSITORY,
+    SAVE_EVERY,
+    SETTINGS,
+    STEPS,
+    Attempt,
+    Case,
+    Harness,
+    Outcome,
+)
 
-from rlp.learn.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint  # noqa: E402
-from rlp.process.ranks import Ranks, start_ranks  # noqa: E402
-from rlp.process.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault  # noqa: E402
-from rlp.measure.journal import audit, weighted_bits  # noqa: E402
+from rlp.learn.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint
+from rlp.measure.journal import audit, weighted_bits
+from rlp.process.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault
+from rlp.process.ranks import Ranks, start_ranks
 
 BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": 4}
 
 CASES = {
-    "before the first checkpoint": Case(("folder.before_rename:1:kill", "evaluation:1:kill", "rollout:1:kill", "score:4:kill", "append.torn_line:5:kill", "save.before_part:1:kill")),
-    "in the first save": Case(("save.torn_part:1:kill", "save.after_shard:1:kill", "save.before_meta:1:kill", "save.before_complete:1:kill", "save.before_rename:1:kill", "save.after_rename:1:kill")),
-    "while resuming": Case(("rollout:5:kill", "resume.before_restore:1:kill", "resume.before_truncate:3:kill", "append.before_line:3:kill")),
-    "in a step": Case(("backward:11:kill", "optimizer:2:kill", "teacher.refresh:3:kill", "step.before_log:2:kill", "append.torn_line:9:kill", "append.after_line:8:kill", "rollout:1:raise", "purge.before_old:1:kill")),
-    "at the end": Case(("save.torn_part:3:exit", "purge.before_delete:1:kill", "export.before_write:1:kill", "export.before_rename:1:kill", "export.after_rename:1:kill", "summary:1:kill", "lock.before_release:1:kill")),
-    "while a folder or its first checkpoint is written": Case((
-        "folder.torn_config:1:kill", "folder.torn_environment:1:kill", "lock.torn_owner:1:kill", "lock.beat:1:kill",
-        "lock.torn_owner:1:kill", "lock.before_rename:1:kill", "save.before_folder:1:kill", "save.torn_meta:1:kill",
-        "save.torn_complete:1:kill")),
-    "while the end is written": Case((
-        "export.torn_weights:1:kill", "export.torn_format:1:kill", "export.torn_card:1:kill", "end.torn_ledger:1:kill",
-        "end.torn_summary:1:kill", "report.torn_page:1:kill")),
-    "the export meets a full disk, the summary a broken one": Case(("export.before_rename:1:enospc", "summary:1:eio")),
+    "before the first checkpoint": Case(
+        (
+            "folder.before_rename:1:kill",
+            "evaluation:1:kill",
+            "rollout:1:kill",
+            "score:4:kill",
+            "append.torn_line:5:kill",
+            "save.before_part:1:kill",
+        )
+    ),
+    "in the first save": Case(
+        (
+            "save.torn_part:1:kill",
+            "save.after_shard:1:kill",
+            "save.before_meta:1:kill",
+            "save.before_complete:1:kill",
+            "save.before_rename:1:kill",
+            "save.after_rename:1:kill",
+        )
+    ),
+    "while resuming": Case(
+        (
+            "rollout:5:kill",
+            "resume.before_restore:1:kill",
+            "resume.before_truncate:3:kill",
+            "append.before_line:3:kill",
+        )
+    ),
+    "in a step": Case(
+        (
+            "backward:11:kill",
+            "optimizer:2:kill",
+            "teacher.refresh:3:kill",
+            "step.before_log:2:kill",
+            "append.torn_line:9:kill",
+            "append.after_line:8:kill",
+            "rollout:1:raise",
+            "purge.before_old:1:kill",
+        )
+    ),
+    "at the end": Case(
+        (
+            "save.torn_part:3:exit",
+            "purge.before_delete:1:kill",
+            "export.before_write:1:kill",
+            "export.before_rename:1:kill",
+            "export.after_rename:1:kill",
+            "summary:1:kill",
+            "lock.before_release:1:kill",
+        )
+    ),
+    "while a folder or its first checkpoint is written": Case(
+        (
+            "folder.torn_config:1:kill",
+            "folder.torn_environment:1:kill",
+            "lock.torn_owner:1:kill",
+            "lock.beat:1:kill",
+            "lock.torn_owner:1:kill",
+            "lock.before_rename:1:kill",
+            "save.before_folder:1:kill",
+            "save.torn_meta:1:kill",
+            "save.torn_complete:1:kill",
+        )
+    ),
+    "while the end is written": Case(
+        (
+            "export.torn_weights:1:kill",
+            "export.torn_format:1:kill",
+            "export.torn_card:1:kill",
+            "end.torn_ledger:1:kill",
+            "end.torn_summary:1:kill",
+            "report.torn_page:1:kill",
+        )
+    ),
+    "the export meets a full disk, the summary a broken one": Case(
+        ("export.before_rename:1:enospc", "summary:1:eio")
+    ),
     "logs are refused until the run dies": Case(("append.torn_line:13-:enospc,rollout:6:kill",)),
     "bfloat16, stage 1": Case(("optimizer:3:kill",), settings=BFLOAT16),
     "bfloat16, stage 3": Case(("optimizer:3:kill",), settings=BFLOAT16 | {"engine.zero_stage": 3}),
-    "one of two ranks": Case(("save.torn_part:1:kill@rank1", "save.before_rename:1:kill@rank0", "backward:5:kill@rank1"), survived="save.torn_part:1:enospc@rank1", ranks=2),
-    "one of two ranks, stage 3": Case(("optimizer:3:kill@rank1",), ranks=2, settings={"engine.zero_stage": 3, "budget.steps": 4}),
+    "one of two ranks": Case(
+        ("save.torn_part:1:kill@rank1", "save.before_rename:1:kill@rank0", "backward:5:kill@rank1"),
+        survived="save.torn_part:1:enospc@rank1",
+        ranks=2,
+    ),
+    "one of two ranks, stage 3": Case(
+        ("optimizer:3:kill@rank1",), ranks=2, settings={"engine.zero_stage": 3, "budget.steps": 4}
+    ),
     "one of two ranks, continued on one": Case(("rollout:4:kill@rank0",), ranks=2, resume_ranks=1),
 }
 """Each fault is one attempt of a run, which the next continues."""
@@ -63,8 +143,9 @@ def played(harness: Harness, case: Case, name: str) -> Outcome:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
-    """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit; at most the steps since
-    the last save are made again; a survivor ends by itself, within seconds."""
+    """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit;
+    at most the steps since the last save are made again; a survivor ends by itself, within
+    seconds."""
     case = CASES[name]
     outcome = played(harness, case, name)
     assert max(outcome.survivor_s, default=0) < SETTINGS["run.watchdog_s"]
@@ -75,10 +156,25 @@ def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
 
 
 def test_every_writer_may_fail_without_stopping_the_run(harness):
-    """A full and a broken disk at shard, meta.json, rename, purge and logs: said each time, and the next save works."""
-    refused = ["save.torn_part:1:enospc", "save.before_meta:1:eio", "save.before_complete:1:enospc", "save.before_rename:1:eio", "append.torn_line:12-15:enospc",
-               "append.before_line:30:eio", "purge.before_old:1:enospc"]
-    outcome = played(harness, Case(survived=",".join(refused), settings={"checkpoint.every_n_steps": 1, "checkpoint.keep": 1}), "writers")
+    """A full and a broken disk at shard, meta.json, rename, purge and logs: said each time, and the
+    next save works."""
+    refused = [
+        "save.torn_part:1:enospc",
+        "save.before_meta:1:eio",
+        "save.before_complete:1:enospc",
+        "save.before_rename:1:eio",
+        "append.torn_line:12-15:enospc",
+        "append.before_line:30:eio",
+        "purge.before_old:1:enospc",
+    ]
+    outcome = played(
+        harness,
+        Case(
+            survived=",".join(refused),
+            settings={"checkpoint.every_n_steps": 1, "checkpoint.keep": 1},
+        ),
+        "writers",
+    )
     assert outcome.text.count("the checkpoint could not be written") == 4
     assert "an old checkpoint could not be removed" in outcome.text
     assert "lines wait in memory" in outcome.text
@@ -99,11 +195,15 @@ def damage(folder: Path, kind: str) -> None:
     content = part.read_bytes()
     flipped = bytes([content[len(content) // 2] ^ 1])
     writes = {
-        "a flipped bit": lambda: part.write_bytes(content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :]),
+        "a flipped bit": lambda: part.write_bytes(
+            content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :]
+        ),
         "a truncated part": lambda: part.write_bytes(content[:-7]),
         "an empty part": lambda: part.write_bytes(b""),
         "a deleted part": part.unlink,
-        "a changed meta.json": lambda: meta.write_text(meta.read_text().replace('"step"', '"stop"', 1)),
+        "a changed meta.json": lambda: meta.write_text(
+            meta.read_text().replace('"step"', '"stop"', 1)
+        ),
         "an empty meta.json": lambda: meta.write_bytes(b""),
         "a deleted COMPLETE": (folder / "COMPLETE").unlink,
         "a COMPLETE that is no text": lambda: (folder / "COMPLETE").write_bytes(b"\xff\xfe"),
@@ -112,7 +212,17 @@ def damage(folder: Path, kind: str) -> None:
     writes[kind]()
 
 
-DAMAGES = ("a flipped bit", "a truncated part", "an empty part", "a deleted part", "a changed meta.json", "an empty meta.json", "a deleted COMPLETE", "a COMPLETE that is no text", "an empty folder")
+DAMAGES = (
+    "a flipped bit",
+    "a truncated part",
+    "an empty part",
+    "a deleted part",
+    "a changed meta.json",
+    "an empty meta.json",
+    "a deleted COMPLETE",
+    "a COMPLETE that is no text",
+    "an empty folder",
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +232,8 @@ def ranks() -> Ranks:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(harness, ranks, tmp_path, kind):
-    """It is said and set aside, never deleted; where none is good there is no start from scratch, at this try or the next."""
+    """It is said and set aside, never deleted; where none is good there is no start from scratch,
+    at this try or the next."""
     parent = tmp_path / "checkpoints"
     shutil.copytree(harness.reference(1, {}) / "checkpoints", parent)
     damage(parent / f"step_{STEPS}", kind)
@@ -147,7 +258,8 @@ def test_a_checkpoint_that_another_one_replaces_goes_last(harness, ranks, tmp_pa
 
 
 def test_a_run_past_its_first_checkpoint_does_not_begin_again(harness, tmp_path):
-    """Its checkpoints were deleted: stop, and leave all as it is. A complete run has nothing to do."""
+    """Its checkpoints were deleted: stop, and leave all as it is. A complete run has nothing to
+    do."""
     run = tmp_path / "run"
     harness.start(run, fault="rollout:5:kill")
     shutil.rmtree(run / "checkpoints")
@@ -184,7 +296,10 @@ def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_pa
     text = (model / "tokenizer.json").read_text()
     (model / "tokenizer.json").write_text(text.replace('"w7"', '"x7"'))
     answer = harness.start(run, settings=settings)
-    assert answer["codes"] == [2] and "the tokenizer (model.tokenizer, else model.path) changed" in answer["text"]
+    assert (
+        answer["codes"] == [2]
+        and "the tokenizer (model.tokenizer, else model.path) changed" in answer["text"]
+    )
     (model / "tokenizer.json").write_text(text)
     described = json.loads((model / "config.json").read_text())
     from conftest import architecture
@@ -194,22 +309,32 @@ def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_pa
     other.intermediate_size = described["intermediate_size"] + 8
     AutoModelForCausalLM.from_config(other).save_pretrained(model)
     answer = harness.start(run, settings=settings)
-    assert answer["codes"] == [2] and "the config of the model in model.path changed" in answer["text"]
+    assert (
+        answer["codes"] == [2] and "the config of the model in model.path changed" in answer["text"]
+    )
 
 
 @pytest.fixture(scope="module")
 def interrupted(harness) -> Path:
     """A run of two ranks under stage 1 that died in step 3."""
-    harness.start(harness.folder / "interrupted", ranks=2, fault="rollout:4:kill", settings={"budget.steps": 4})
+    harness.start(
+        harness.folder / "interrupted",
+        ranks=2,
+        fault="rollout:4:kill",
+        settings={"budget.steps": 4},
+    )
     return harness.folder / "interrupted"
 
 
 @pytest.mark.parametrize("ranks, stage", [(1, 1), (1, 3), (2, 2)])
 def test_a_checkpoint_goes_on_elsewhere_with_the_same_numbers(harness, interrupted, ranks, stage):
-    """Saved on two ranks under stage 1: every number of every later step within 1e-5 in float32, with the same documents and thoughts."""
+    """Saved on two ranks under stage 1: every number of every later step within 1e-5 in float32,
+    with the same documents and thoughts."""
     run = harness.folder / f"elsewhere_{ranks}_{stage}"
     shutil.copytree(interrupted, run)
-    answer = harness.start(run, ranks=ranks, settings={"engine.zero_stage": stage, "budget.steps": 4})
+    answer = harness.start(
+        run, ranks=ranks, settings={"engine.zero_stage": stage, "budget.steps": 4}
+    )
     assert answer["codes"] == [0] * ranks, answer["text"]
     assert "at step 2" in answer["text"]
     found = audit(run, harness.reference(1, {}), tolerance=1e-5)
@@ -224,20 +349,34 @@ def test_the_journal_tells_runs_apart(harness, tmp_path):
     other.mkdir()
     shutil.copy(reference / "config.yaml", other)
     lines = [json.loads(line) for line in (reference / "journal.jsonl").read_text().splitlines()]
-    lines[1]["documents"], lines[2]["state"], lines[3]["numbers"]["optim/grad_norm"] = "0" * 16, "0" * 16, (1.5).hex()
-    (other / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines[:4], lines[3]]))
+    lines[1]["documents"], lines[2]["state"], lines[3]["numbers"]["optim/grad_norm"] = (
+        "0" * 16,
+        "0" * 16,
+        (1.5).hex(),
+    )
+    (other / "journal.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines[:4], lines[3]])
+    )
     found = audit(other, reference)
-    for expected in ("step 4 is there 2 times", "step 5 is missing", "step 6 is missing", "step 2: documents is 0", "step 3: state is 0", "step 4: optim/grad_norm is 1.5"):
+    for expected in (
+        "step 4 is there 2 times",
+        "step 5 is missing",
+        "step 6 is missing",
+        "step 2: documents is 0",
+        "step 3: state is 0",
+        "step 4: optim/grad_norm is 1.5",
+    ):
         assert any(difference.startswith(expected) for difference in found), (expected, found)
     assert len(found) == 6
 
 
 def test_the_state_digest_does_not_depend_on_how_a_tensor_is_cut():
-    """Sums of the pieces that ranks own add up to that of the whole; a changed bit, and a changed order, are seen."""
+    """Sums of the pieces that ranks own add up to that of the whole; a changed bit, and a changed
+    order, are seen."""
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     whole = weighted_bits(values, 0)
     for cut in (1, 333, 999):
-        assert (weighted_bits(values[:cut], 0) + weighted_bits(values[cut:], cut)) % 2 ** 64 == whole
+        assert (weighted_bits(values[:cut], 0) + weighted_bits(values[cut:], cut)) % 2**64 == whole
     changed = values.clone()
     changed.view(torch.int32)[500] ^= 1
     assert len({whole, weighted_bits(changed, 0), weighted_bits(values.flip(0), 0)}) == 3
@@ -246,7 +385,12 @@ def test_the_state_digest_does_not_depend_on_how_a_tensor_is_cut():
 def calls_of(path: Path) -> set[str]:
     """Names of the points that a file calls, or hands to what writes for it (`point=`)."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    called = [node.args[0] for node in calls if isinstance(node.func, ast.Name) and node.func.id in ("fault", "poisoned", "poisoned_gradient")]
+    called = [
+        node.args[0]
+        for node in calls
+        if isinstance(node.func, ast.Name)
+        and node.func.id in ("fault", "poisoned", "poisoned_gradient")
+    ]
     handed = [word.value for node in calls for word in node.keywords if word.arg == "point"]
     return {name.value for name in [*called, *handed] if isinstance(name, ast.Constant)}
 
@@ -257,16 +401,26 @@ def test_every_point_of_the_tables_is_in_the_code_and_the_reverse():
     assert set().union(*(calls_of(path) for path in [*files, REPOSITORY / "train.py"])) == expected
 
 
-NOT_KILLED_AT = {"folder.before_discard", "resume.before_aside", "save.before_aside", "append.torn_rank_log"}
-"""Points of a run that no run of the harness comes to by itself: each is before a single rename, or in what libraries say."""
+NOT_KILLED_AT = {
+    "folder.before_discard",
+    "resume.before_aside",
+    "save.before_aside",
+    "append.torn_rank_log",
+}
+"""Points of a run that no run of the harness comes to by itself: each is before a single rename, or
+in what libraries say."""
 
 
 def test_every_point_is_killed_at_in_some_case():
     asked = itertools.chain.from_iterable(case.faults for case in CASES.values())
-    assert {text.split(":")[0] for text in asked if ":kill" in text} == FAULT_POINTS.keys() - NOT_KILLED_AT
+    assert {
+        text.split(":")[0] for text in asked if ":kill" in text
+    } == FAULT_POINTS.keys() - NOT_KILLED_AT
 
 
-@pytest.mark.parametrize("text", ["nowhere:1:kill", "rollout:1:explode", "rollout:kill", "rollout:1:nan", "loss:1:kill"])
+@pytest.mark.parametrize(
+    "text", ["nowhere:1:kill", "rollout:1:explode", "rollout:kill", "rollout:1:nan", "loss:1:kill"]
+)
 def test_a_misspelled_fault_is_refused(monkeypatch, text):
     """Else a test that meant to break something breaks nothing, and passes."""
     monkeypatch.setenv("RLP_FAULT", text)
@@ -274,7 +428,12 @@ def test_a_misspelled_fault_is_refused(monkeypatch, text):
         fault("rollout")
 
 
-SHORT = {"budget.steps": 2, "checkpoint.every_n_steps": 1, "checkpoint.keep": 1, "evaluation.every_n_steps": 0}
+SHORT = {
+    "budget.steps": 2,
+    "checkpoint.every_n_steps": 1,
+    "checkpoint.keep": 1,
+    "evaluation.every_n_steps": 0,
+}
 
 BAD_DISK = {
     "folder.torn_config": ("", 2, "can not be created"),
@@ -303,7 +462,8 @@ BAD_DISK = {
     "end.torn_summary": ("", 74, "the end of the run could not be written"),
     "report.torn_page": ("", 0, "the report could not be written"),
 }
-"""Of each write of a run: the fault of an attempt before, or with it (a comma at its end), its exit code, and what it says."""
+"""Of each write of a run: the fault of an attempt before, or with it (a comma at its end), its exit
+code, and what it says."""
 
 ELSEWHERE = {"save.before_aside", "resume.before_aside", "append.torn_rank_log"}
 """`test_a_damaged_checkpoint_that_can_not_be_set_aside`, `test_what_libraries_say_may_be_lost`."""
@@ -312,25 +472,55 @@ ELSEWHERE = {"save.before_aside", "resume.before_aside", "append.torn_rank_log"}
 def test_every_write_of_a_run_has_a_bad_disk():
     """A new write is given its line in the table, or this fails."""
     files = [path for path in (REPOSITORY / "rlp").rglob("*.py") if path.stem != "faults"]
-    calls = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    handed = {word.value.value for node in calls for word in node.keywords if word.arg == "point" and isinstance(word.value, ast.Constant)}
+    calls = [
+        node
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    handed = {
+        word.value.value
+        for node in calls
+        for word in node.keywords
+        if word.arg == "point" and isinstance(word.value, ast.Constant)
+    }
     assert handed - COMMAND_POINTS.keys() <= BAD_DISK.keys() | ELSEWHERE <= FAULT_POINTS.keys()
 
 
-ONE_OF_EACH = {("folder.torn_config", "enospc"), ("lock.before_rename", "eio"), ("append.torn_line", "eio"), ("resume.before_truncate", "enospc"),
-               ("save.torn_complete", "enospc"), ("export.torn_format", "enospc"), ("end.torn_summary", "eio"), ("report.torn_page", "enospc")}
+ONE_OF_EACH = {
+    ("folder.torn_config", "enospc"),
+    ("lock.before_rename", "eio"),
+    ("append.torn_line", "eio"),
+    ("resume.before_truncate", "enospc"),
+    ("save.torn_complete", "enospc"),
+    ("export.torn_format", "enospc"),
+    ("end.torn_summary", "eio"),
+    ("report.torn_page", "enospc"),
+}
 """The others take long, and run in `make test-all`."""
 
 
-@pytest.mark.parametrize("point, action", [
-    pytest.param(*pair, marks=() if pair in ONE_OF_EACH else pytest.mark.slow) for pair in itertools.product(BAD_DISK, ("enospc", "eio"))])
+@pytest.mark.parametrize(
+    "point, action",
+    [
+        pytest.param(*pair, marks=() if pair in ONE_OF_EACH else pytest.mark.slow)
+        for pair in itertools.product(BAD_DISK, ("enospc", "eio"))
+    ],
+)
 def test_a_bad_disk_at_one_write_loses_nothing(harness, point, action):
-    """The run goes on, or ends with a sentence; with room again it ends as the run that had room from the start."""
+    """The run goes on, or ends with a sentence; with room again it ends as the run that had room
+    from the start."""
     before, code, words = BAD_DISK[point]
-    settings = SHORT | {"budget.steps": 3 if point.startswith("purge") else 2}  # what could not be removed goes after the next save
+    settings = SHORT | {
+        "budget.steps": 3 if point.startswith("purge") else 2
+    }  # what could not be removed goes after the next save
     fault = f"{before if before.endswith(',') else ''}{point}:1:{action}"
     earlier = (Attempt(before),) if before and not before.endswith(",") else ()
-    case = Case((*earlier, Attempt(fault, ends_with=(code,))), settings=settings) if code else Case(earlier, survived=fault, settings=settings)
+    case = (
+        Case((*earlier, Attempt(fault, ends_with=(code,))), settings=settings)
+        if code
+        else Case(earlier, survived=fault, settings=settings)
+    )
     outcome = played(harness, case, f"disk {point} {action}")
     assert outcome.codes[len(earlier)] == [code]
     assert re.search(words, outcome.text), outcome.text
@@ -340,9 +530,15 @@ def test_a_bad_disk_at_one_write_loses_nothing(harness, point, action):
 def test_a_stop_whose_save_fails_is_no_good_stop(harness):
     """Exit code 75 promises a checkpoint of the last step."""
     settings = SHORT | {"budget.steps": 4, "checkpoint.every_n_steps": 2}
-    case = Case((Attempt("rollout:5:term,save.before_folder:2-:enospc", ends_with=(74,)),), settings=settings)
+    case = Case(
+        (Attempt("rollout:5:term,save.before_folder:2-:enospc", ends_with=(74,)),),
+        settings=settings,
+    )
     outcome = played(harness, case, "stop without a save")
-    assert outcome.codes[0] == [74] and "could not be saved, and the checkpoint before it stands" in outcome.text
+    assert (
+        outcome.codes[0] == [74]
+        and "could not be saved, and the checkpoint before it stands" in outcome.text
+    )
 
 
 @pytest.mark.parametrize("fault", ["rollout:2:raise", "evaluation:1:raise"])
@@ -369,25 +565,35 @@ def test_a_damaged_checkpoint_that_can_not_be_set_aside(harness, ranks, tmp_path
 
 
 def test_lost_lines_of_a_log_are_said_and_kept(harness, tmp_path):
-    """Somebody has cut metrics.jsonl while the run was not there: on the console, in alarms.jsonl, once."""
+    """Somebody has cut metrics.jsonl while the run was not there: on the console, in alarms.jsonl,
+    once."""
     run = tmp_path / "run"
     harness.start(run, fault="rollout:5:kill", settings={"checkpoint.every_n_steps": 1})
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[1:]))
     answer = harness.start(run, settings={"checkpoint.every_n_steps": 1})
     assert answer["codes"] == [0] and answer["text"].count("metrics.jsonl is not what it was") == 1
-    (alarm,) = [line for line in map(json.loads, (run / "alarms.jsonl").read_text().splitlines()) if "metrics.jsonl" in line["text"]]
+    (alarm,) = [
+        line
+        for line in map(json.loads, (run / "alarms.jsonl").read_text().splitlines())
+        if "metrics.jsonl" in line["text"]
+    ]
     assert "lines of it were lost or changed" in alarm["text"]
 
 
 def test_a_damaged_evaluation_is_a_sentence(harness, tmp_path):
-    """A line in the middle: exit code 3 with file and line, and the run goes on when it is mended."""
+    """A line in the middle: exit code 3 with file and line, and the run goes on when it is
+    mended."""
     run = tmp_path / "run"
     harness.start(run, fault="rollout:5:kill")
     good = (run / "evaluation.jsonl").read_bytes()
     (run / "evaluation.jsonl").write_bytes(good[:20] + b"\n" + good[20:])
     answer = harness.start(run)
-    assert answer["codes"] == [3] and "evaluation.jsonl, line 1: expected a JSON object" in answer["text"] and "Traceback" not in answer["text"]
+    assert (
+        answer["codes"] == [3]
+        and "evaluation.jsonl, line 1: expected a JSON object" in answer["text"]
+        and "Traceback" not in answer["text"]
+    )
     (run / "evaluation.jsonl").write_bytes(good)
     assert harness.start(run)["codes"] == [0]
 
@@ -399,7 +605,11 @@ def test_a_run_folder_that_is_renamed_ends_the_run(harness, tmp_path):
     renamer.start()
     answer = harness.start(run, fault="rollout:4-:slow")
     renamer.join()
-    assert answer["codes"] == [73] and "was renamed or removed" in answer["text"] and "Traceback" not in answer["text"]
+    assert (
+        answer["codes"] == [73]
+        and "was renamed or removed" in answer["text"]
+        and "Traceback" not in answer["text"]
+    )
     assert not run.exists()
     assert harness.start(moved)["codes"] == [0]
 
