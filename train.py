@@ -51,13 +51,14 @@ from rlp.objective import (
     kl_to_start,
     log_evidence,
 )
+from rlp.process.command import run_as_process
 from rlp.process.console import visible_text
 from rlp.process.files import FolderLostError, NotWrittenError
+from rlp.process.json_files import DamagedFileError
 from rlp.process.launcher import LAUNCHER_GONE, LauncherGone, launchers
 from rlp.process.lock import RunLock
 from rlp.process.preemption import Preemption, StopRequested
-from rlp.process.ranks import PeerLost, Ranks, run_as_process, start_ranks, stop_ranks
-from rlp.process.stored import DamagedFileError
+from rlp.process.ranks import PeerLost, Ranks, start_ranks, stop_ranks
 from rlp.process.tally import Tally
 from rlp.process.watchdog import Watchdog
 from rlp.sampling.rollout import NoiseKey, sample_thoughts

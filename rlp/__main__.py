@@ -2,7 +2,7 @@
 
 import sys
 
-from rlp.process.terminal import run_command
+from rlp.process.command import run_command
 
 
 def main() -> int:

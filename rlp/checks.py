@@ -33,8 +33,9 @@ from rlp.measure.wandb_log import require_wandb
 from rlp.model.loading import choose_dtype, choose_layout
 from rlp.model.setup import Inputs
 from rlp.model.shapes import ModelShapes
-from rlp.process.console import size
+from rlp.process.console import format_bytes
 from rlp.process.files import folder_bytes
+from rlp.process.json_files import read_json
 from rlp.process.machine import available_memory_bytes
 from rlp.process.new_run_folder import why_no_run_folder
 from rlp.process.preemption import Deadline
@@ -43,7 +44,6 @@ from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import json_lines
 from rlp.process.schemas import STATE, WHOLE_LEDGER
-from rlp.process.stored import read_json
 
 CHECKED_PARAMETERS = 400_000_000
 """Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some
@@ -193,8 +193,8 @@ def refuse_sizes(config: Config, world_size: int) -> None:
         if available is not None and held > available:
             raise ConfigError(
                 f"{what} has {thoughts:,} thoughts of {config.thought.max_thought_tokens:,} tokens"
-                f" on each rank: {size(held)} for their tokens alone, and this machine has"
-                f" {size(available)}. Write a smaller {settings}."
+                f" on each rank: {format_bytes(held)} for their tokens alone, and this machine has"
+                f" {format_bytes(available)}. Write a smaller {settings}."
             )
 
 
@@ -209,15 +209,16 @@ def announce(plan: Plan, run_dir: Path) -> list[str]:
     free, least = plan.disk_free_bytes + held, plan.checkpoint_bytes + plan.export_bytes
     if free < least and not run_dir.exists():
         raise ConfigError(
-            f"run.dir: {run_dir} is on a disk with {size(free)} for this run, and it needs"
-            f" {size(least)}: {size(plan.checkpoint_bytes)} for a checkpoint and"
-            f" {size(plan.export_bytes)} for the export. Make room there, or write run.dir=OTHER."
+            f"run.dir: {run_dir} is on a disk with {format_bytes(free)} for this run, and it needs"
+            f" {format_bytes(least)}: {format_bytes(plan.checkpoint_bytes)} for a checkpoint and"
+            f" {format_bytes(plan.export_bytes)} for the export. Make room there, or write"
+            " run.dir=OTHER."
         )
     room = plan.device_bytes or plan.available_bytes
     said = [
-        f"planned at most: {size(plan.peak_bytes)} of memory a rank"
-        + (f", which has {size(room)}" if room else "")
-        + f"; {size(plan.disk_bytes)} of disk, where {size(free)} are free"
+        f"planned at most: {format_bytes(plan.peak_bytes)} of memory a rank"
+        + (f", which has {format_bytes(room)}" if room else "")
+        + f"; {format_bytes(plan.disk_bytes)} of disk, where {format_bytes(free)} are free"
     ]
     if not fits(plan):
         settings = ", ".join(setting for setting, _ in plan.relief)

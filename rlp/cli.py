@@ -34,9 +34,9 @@ from rlp.measure.report import is_report, write_report
 from rlp.measure.report_runs import information_gain_of, worth_of
 from rlp.process.console import quoted_text, visible_text
 from rlp.process.files import append, write_new
+from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import RunFolder, open_run_folder, saved_steps
 from rlp.process.run_logs import read_json_lines
-from rlp.process.stored import DamagedFileError
 
 if TYPE_CHECKING:
     from rlp.compare.benchmarks import Result
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print(visible_text(f"rlp: {error}"), file=sys.stderr)
         return 3
     except BrokenPipeError:
-        raise  # nobody reads what is printed (`rlp.process.terminal`)
+        raise  # nobody reads what is printed (`rlp.process.command`)
     except OSError as error:
         print(visible_text(f"rlp: {_refusal(error)}"), file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
         raise ConfigError(f"{key} {rule}, got {value!r}.")
 
 
-def moment(text: str, start: float) -> float:
+def parse_moment(text: str, start: float) -> float:
     """Unix time, in seconds, that a text means.
 
     Args:
@@ -44,14 +44,14 @@ def moment(text: str, start: float) -> float:
     Raises:
         ValueError: it is none of these.
     """
-    if (seconds := duration(text)) is not None:
+    if (seconds := parse_duration(text)) is not None:
         return start + seconds
     if re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text):
         return datetime.datetime.fromisoformat(text).timestamp()
     raise ValueError(f"{text!r} is no time")
 
 
-def duration(text: str) -> float | None:
+def parse_duration(text: str) -> float | None:
     """Seconds that a text means, which is seconds or HH:MM:SS; None where it is neither."""
     if re.fullmatch(r"\d+", text):
         return float(text)
@@ -62,9 +62,9 @@ def duration(text: str) -> float | None:
 
 
 def is_moment(text: str) -> bool:
-    """Whether `moment` reads it."""
+    """Whether `parse_moment` reads it."""
     try:
-        return math.isfinite(moment(text, 0.0))
+        return math.isfinite(parse_moment(text, 0.0))
     except ValueError:
         return False
 

@@ -68,9 +68,10 @@ from rlp.model.loading import load_policy
 from rlp.model.scoring import difficulty
 from rlp.model.shapes import Work
 from rlp.model.thoughts import Thoughts
-from rlp.process.console import duration, say_line
+from rlp.process.console import format_duration, say_line
 from rlp.process.faults import fault
 from rlp.process.files import FolderLostError, NotWrittenError, remove, set_aside
+from rlp.process.json_files import DamagedFileError, write_json
 from rlp.process.library_logs import quiet_libraries
 from rlp.process.lock import RunLock
 from rlp.process.new_run_folder import create_run_folder
@@ -87,7 +88,6 @@ from rlp.process.run_logs import (
     remove_unfinished,
     settle_logs,
 )
-from rlp.process.stored import DamagedFileError, write_json
 from rlp.process.tally import Tally
 from rlp.process.watchdog import Watchdog
 from rlp.sampling.rollout import Rollout
@@ -923,7 +923,7 @@ class Run:
     def _closing_words(self, before: dict | None, after: dict | None) -> str:
         lines = [
             "",
-            f"{self.step} steps in {duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",
+            f"{self.step} steps in {format_duration(self.seconds)}, {self.ledger.flops:.3g} FLOPs",
             f"this process took {self.wall.told()}",
         ]
         if before and after:

@@ -52,8 +52,8 @@ from rlp.measure.figures import Curve, Interval, draw_curves, draw_intervals
 from rlp.measure.ledger import PHASES
 from rlp.measure.probe import find_subject
 from rlp.process.environment import environment
+from rlp.process.json_files import DamagedFileError
 from rlp.process.ranks import start_ranks
-from rlp.process.stored import DamagedFileError
 from rlp.trainer import Run
 from train import train_step
 

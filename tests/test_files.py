@@ -11,7 +11,7 @@ import pytest
 from rlp.config import ConfigError
 from rlp.learn.checkpoint import open_checkpoint
 from rlp.process import files
-from rlp.process.library_logs import _RankLog
+from rlp.process.library_logs import RankLog
 from rlp.process.run_folder import FILES, open_run_folder
 
 
@@ -183,7 +183,7 @@ def test_what_libraries_say_may_be_lost(
 ):
     """On a full disk, or where the folder has gone: a run does not end for its libraries' words,
     and prints no traceback."""
-    handler = _RankLog(run / "logs" / "rank_0.log")
+    handler = RankLog(run / "logs" / "rank_0.log")
     record = logging.LogRecord("torch", logging.WARNING, "file", 1, "a \udc80 word", None, None)
     handler.emit(record)
     assert (run / "logs" / "rank_0.log").read_text() == "a \\udc80 word\n"

@@ -15,8 +15,8 @@ from test_training import corpus  # noqa: F401  (fixture)
 from training import REPOSITORY, TINY
 
 import rlp.process.launcher
+from rlp.process.command import INTERRUPTED
 from rlp.process.launcher import LAUNCHER_GONE, Launchers
-from rlp.process.terminal import INTERRUPTED
 
 LIMIT_S = 300.0
 """Nothing here takes longer, on a machine that does much else."""

@@ -34,13 +34,13 @@ from rlp.measure.metrics import EVALUATION, METRICS
 from rlp.measure.metrics_log import MetricsLog
 from rlp.process import console
 from rlp.process import progress as progress_module
+from rlp.process.json_files import DamagedFileError, read_json, write_json
 from rlp.process.library_logs import quiet_libraries
 from rlp.process.lock import RunLock
 from rlp.process.new_run_folder import create_run_folder
 from rlp.process.progress import Pace, Progress, WallTime
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import append_json_line, cut_logs, json_lines, mark_logs, read_json_lines
-from rlp.process.stored import DamagedFileError, read_json, write_json
 
 
 @dataclass
@@ -599,7 +599,7 @@ def test_on_a_terminal_long_work_is_a_bar_that_goes_away(capsys, monkeypatch):
     ],
 )
 def test_seconds_are_told_as_people_say_them(seconds, words):
-    assert console.duration(seconds) == words
+    assert console.format_duration(seconds) == words
 
 
 def test_what_is_left_follows_the_last_steps():

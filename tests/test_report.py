@@ -24,9 +24,9 @@ from rlp.measure.report import arm_curve, duration, write_report
 from rlp.measure.report_runs import _arms, _read_run, without_seed
 from rlp.measure.verdict import verdict
 from rlp.process.console import visible_text
+from rlp.process.json_files import read_json, write_json
 from rlp.process.run_folder import RunFolder
 from rlp.process.run_logs import append_json_line
-from rlp.process.stored import read_json, write_json
 
 HOSTILE = (
     "<script>alert(1)</script> <img src=x onerror=alert(2)> [bold red]x[/bold red] [/] {{ 7 * 7 }}"

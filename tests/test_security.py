@@ -313,7 +313,7 @@ def test_the_forger_can_write_a_checkpoint_that_resumes(tmp_path: Path):
     assert run.step == 1
 
 
-def test_every_part_of_a_checkpoint_has_a_form(tmp_path: Path):
+def test_every_part_of_a_checkpoint_has_a_schema(tmp_path: Path):
     """So that a part that a later version adds is given one: `rlp/process/schemas.py`."""
     state = resuming()[1]["state"]
     assert set(state) == set(STATE.optional)

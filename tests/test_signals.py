@@ -25,7 +25,7 @@ import rlp.checks
 import rlp.process.preemption
 import rlp.process.watchdog
 import train as program
-from rlp.config import ConfigError, RunConfig, moment
+from rlp.config import ConfigError, RunConfig, parse_moment
 from rlp.data import sources
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.launcher import LAUNCHER_GONE
@@ -253,11 +253,13 @@ def test_a_clock_that_is_set_misses_no_deadline(monkeypatch, save_by, steady, wa
 )
 def test_a_time_is_seconds_a_duration_or_a_date(text, seconds):
     """The first two count from the start; a date does not."""
-    assert moment(text, 1000.0) == 1000.0 + seconds
+    assert parse_moment(text, 1000.0) == 1000.0 + seconds
 
 
 def test_a_date_without_an_offset_is_local():
-    assert moment("2026-01-31T18:30", 0.0) == datetime.datetime(2026, 1, 31, 18, 30).timestamp()
+    assert (
+        parse_moment("2026-01-31T18:30", 0.0) == datetime.datetime(2026, 1, 31, 18, 30).timestamp()
+    )
 
 
 @pytest.mark.parametrize(
@@ -543,7 +545,8 @@ import ctypes, datetime, json, os, sys, time
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from rlp.config import RunConfig
-from rlp.process.ranks import run_as_process, start_ranks
+from rlp.process.command import run_as_process
+from rlp.process.ranks import start_ranks
 from rlp.process.watchdog import Watchdog
 
 def hold_the_lock():

@@ -13,7 +13,7 @@ import pytest
 from rlp.__main__ import main as rlp_process
 from rlp.cli import main
 from rlp.config import ConfigError, load_config
-from rlp.process.terminal import run_command
+from rlp.process.command import run_command
 
 
 def ascii_stream() -> io.TextIOWrapper:
@@ -42,8 +42,8 @@ def test_text_that_the_terminal_lacks_is_spelled_out(monkeypatch: pytest.MonkeyP
 def test_a_run_prints_any_text_and_ends_by_ctrl_c_without_a_traceback():
     """The way of train.py, in a process of its own, because it ends it."""
     code = (
-        "from rlp.process.ranks import run_as_process\ndef main():\n    print('\\u4e2d')\n    raise"
-        " KeyboardInterrupt\nrun_as_process(main)"
+        "from rlp.process.command import run_as_process\n"
+        "def main():\n    print('\\u4e2d')\n    raise KeyboardInterrupt\nrun_as_process(main)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -142,8 +142,8 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
     from rlp.compare.match import write_match
     from rlp.compare.splice import splice
     from rlp.config import load_config
+    from rlp.process.json_files import read_json
     from rlp.process.run_folder import open_run_folder
-    from rlp.process.stored import read_json
 
     run = folder / "run"
     overrides = [f"run.dir={run}", f"run.arm={arm}", f"run.seed={seed}", "run.resume=auto", *COMMON]

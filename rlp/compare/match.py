@@ -12,9 +12,9 @@ from pathlib import Path
 from rlp.config import Config, ConfigError, load_config, to_yaml
 from rlp.measure.verdict import TOLERANCE
 from rlp.process.files import write_atomically
+from rlp.process.json_files import DamagedFileError, read_json
 from rlp.process.run_folder import RunFolder
 from rlp.process.schemas import WHOLE_LEDGER
-from rlp.process.stored import DamagedFileError, read_json
 
 _RLP = {
     "objective.policy_weight": 1.0,

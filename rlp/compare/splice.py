@@ -36,8 +36,8 @@ from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import information_gain, log_evidence
 from rlp.process.console import visible_text
 from rlp.process.files import new_folder, write_new
+from rlp.process.json_files import write_json
 from rlp.process.ranks import Ranks
-from rlp.process.stored import write_json
 from rlp.sampling.rollout import NoiseKey, Rollout, sample_thoughts
 
 

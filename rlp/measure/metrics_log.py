@@ -9,7 +9,7 @@ from tqdm import tqdm
 from rlp.config import Config
 from rlp.measure.metrics import EVALUATION, METRICS, TIMING_PREFIX, in_table_order
 from rlp.measure.wandb_log import WandbAdapter, require_wandb
-from rlp.process.console import duration, say_line, size
+from rlp.process.console import format_bytes, format_duration, say_line
 from rlp.process.progress import LINE_EVERY_S
 from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder
@@ -27,8 +27,8 @@ _CONSOLE = (
 )
 
 _WORDS: dict[str, Callable[[float], str]] = {
-    "perf/peak_memory_bytes": size,
-    "perf/left_s": duration,
+    "perf/peak_memory_bytes": format_bytes,
+    "perf/left_s": format_duration,
 }
 """Numbers that the console tells in other units."""
 
@@ -93,7 +93,7 @@ class MetricsLog:
             and seconds >= LINE_EVERY_S
             and time.monotonic() - (self._said_at or 0.0) >= LINE_EVERY_S
         ):
-            self.say(f"step {step}: in {phase}, {duration(seconds)} so far")
+            self.say(f"step {step}: in {phase}, {format_duration(seconds)} so far")
             self._said_at = time.monotonic()
 
     def evaluation(self, step: int, values: dict[str, float | None]) -> None:

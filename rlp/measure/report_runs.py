@@ -11,10 +11,10 @@ from rlp.config import ConfigError, parse_yaml
 from rlp.measure.figures import COLORS
 from rlp.measure.metrics import METRICS
 from rlp.process.files import read_bytes
+from rlp.process.json_files import DamagedFileError, read_json
 from rlp.process.run_folder import RunFolder
 from rlp.process.run_logs import read_json_lines
 from rlp.process.schemas import CONFIG
-from rlp.process.stored import DamagedFileError, read_json
 
 
 @dataclass(frozen=True, slots=True)

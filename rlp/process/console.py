@@ -53,7 +53,7 @@ def say_line(text: str, file: TextIO | None = None) -> None:
         pass
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people say them: 0.4 s, 48 s, 3:20 (minutes), 1:02:05 (hours), 3 d 04:10 (days and
     hours)."""
     if seconds < 9.95:
@@ -68,7 +68,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{clock}" if hours else clock.removeprefix("0")
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes as people say them, in powers of ten: 812 MB, 6.1 GB."""
     for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= 0.9995 * unit_bytes:

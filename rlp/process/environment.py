@@ -38,8 +38,8 @@ def environment(devices: list[str]) -> dict:
     }
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: torch.device) -> str:
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
 def _version(distribution: str) -> str | None:

@@ -24,7 +24,7 @@ from contextlib import suppress
 
 import psutil
 
-from rlp.process.terminal import INTERRUPTED
+from rlp.process.command import INTERRUPTED
 
 POLL_S = 0.5
 """How often a thread looks. `deepspeed` gives a rank 30 s after SIGTERM."""

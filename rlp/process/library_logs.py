@@ -24,7 +24,7 @@ class _OnlyTo(logging.Filter):
         return False
 
 
-class _RankLog(logging.Handler):
+class RankLog(logging.Handler):
     """Adds what libraries say to a file. Where that can not be done it is lost: a run does not end
     for its libraries' words."""
 
@@ -47,7 +47,7 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     """
     import transformers.utils.logging as transformers_logging
 
-    handler = _RankLog(folder.logs / f"rank_{ranks.rank}.log")
+    handler = RankLog(folder.logs / f"rank_{ranks.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for library in _LIBRARIES:
         # Torch gives some of its inner loggers handlers of their own.

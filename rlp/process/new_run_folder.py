@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 from rlp.config import Config, ConfigError, to_yaml
-from rlp.process.environment import _device_name, environment
+from rlp.process.environment import device_name, environment
 from rlp.process.files import make_folder, new_folder, write_new
+from rlp.process.json_files import json_bytes
 from rlp.process.lock import RunLock
 from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder
-from rlp.process.run_logs import _logs
-from rlp.process.stored import _as_json
+from rlp.process.run_logs import forget_logs
 
 
 def create_run_folder(config: Config, ranks: Ranks, lock: RunLock) -> RunFolder:
@@ -23,12 +23,11 @@ def create_run_folder(config: Config, ranks: Ranks, lock: RunLock) -> RunFolder:
             exists.
     """
     folder = RunFolder(Path(config.run.dir))
-    devices = ranks.gather(_device_name(ranks.device))
+    devices = ranks.gather(device_name(ranks.device))
     refusal = ranks.broadcast(_make(folder, config, devices, lock) if ranks.is_first else None)
     if refusal:
         raise ConfigError(refusal)
-    for path in folder.logs_of_steps:
-        _logs.pop(path, None)  # of an earlier run of this process in a folder of that name
+    forget_logs(folder)
     return folder
 
 
@@ -46,7 +45,7 @@ def _make(folder: RunFolder, config: Config, devices: list[str], lock: RunLock) 
             write_new(new.config_yaml, to_yaml(config).encode(), point="folder.torn_config")
             write_new(
                 new.environment_json,
-                _as_json(environment(devices), "environment.json"),
+                json_bytes(environment(devices), "environment.json"),
                 point="folder.torn_environment",
             )
             lock.write_first(path)

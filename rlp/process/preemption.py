@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
-from rlp.config import ConfigError, duration, moment
+from rlp.config import ConfigError, parse_duration, parse_moment
+from rlp.process.command import INTERRUPTED
 from rlp.process.files import FolderLostError
 from rlp.process.launcher import POLL_S, launchers
 from rlp.process.ranks import Ranks
-from rlp.process.terminal import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -68,8 +68,8 @@ class Deadline:
         Raises:
             ConfigError: it is past.
         """
-        now, seconds = time.time(), duration(text)
-        self._on_the_wall = float("inf") if seconds is not None else moment(text, now)
+        now, seconds = time.time(), parse_duration(text)
+        self._on_the_wall = float("inf") if seconds is not None else parse_moment(text, now)
         left = seconds if seconds is not None else self._on_the_wall - now
         if left <= 0:
             raise ConfigError(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 from tqdm import tqdm
 
-from rlp.process.console import duration, say_line, size
+from rlp.process.console import format_bytes, format_duration, say_line
 
 LINE_EVERY_S = 30.0
 """Where nobody watches a terminal, long work is told of this often."""
@@ -106,16 +106,20 @@ class Progress:
     def _line(self) -> str:
         taken = self._told - self._began
         amount = (
-            (lambda value: size(value)) if self._unit == "bytes" else (lambda value: f"{value:,}")
+            (lambda value: format_bytes(value))
+            if self._unit == "bytes"
+            else (lambda value: f"{value:,}")
         )
         of_total = "" if self._total is None else f" of {amount(self._total)}"
         unit = "" if self._unit == "bytes" else f" {self._unit}"
         left = (
             ""
             if self._total is None or not self._done
-            else f", about {duration(taken * (self._total - self._done) / self._done)} left"
+            else f", about {format_duration(taken * (self._total - self._done) / self._done)} left"
         )
-        return f"{self._what}: {amount(self._done)}{of_total}{unit} in {duration(taken)}{left}"
+        return (
+            f"{self._what}: {amount(self._done)}{of_total}{unit} in {format_duration(taken)}{left}"
+        )
 
 
 Tell = Callable[[str, int | None, str], Progress]
@@ -158,5 +162,5 @@ class WallTime:
             ((seconds, part) for part, seconds in self.so_far().items() if seconds >= 0.5),
             reverse=True,
         )
-        listed = ", ".join(f"{part} {duration(seconds)}" for seconds, part in parts)
-        return duration(sum(self._parts.values())) + (f": {listed}" if listed else "")
+        listed = ", ".join(f"{part} {format_duration(seconds)}" for seconds, part in parts)
+        return format_duration(sum(self._parts.values())) + (f": {listed}" if listed else "")

@@ -7,20 +7,15 @@ about models or DeepSpeed.
 import datetime
 import itertools
 import os
-import sys
 import threading
-import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from rlp.process.machine import usable_cores
-from rlp.process.terminal import INTERRUPTED, accept_any_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,25 +221,3 @@ def stop_ranks() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def run_as_process(main: Callable[[], int]) -> NoReturn:
-    """Run a program and end the process with its exit code, whatever the other ranks do.
-
-    Python's own way out runs the destructors of process groups, which wait for ranks that may be
-    gone.
-    """
-    code = 1
-    accept_any_text()
-    try:
-        code = main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

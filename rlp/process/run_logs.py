@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from rlp.process.faults import fault
 from rlp.process.files import append, cut, open_to_read, remove, sync
+from rlp.process.json_files import DamagedFileError, refuse_non_finite
 from rlp.process.run_folder import RunFolder
 from rlp.process.schemas import RUN_FILES
-from rlp.process.stored import DamagedFileError, _refuse_non_finite
 
 
 class Log:
@@ -94,10 +94,17 @@ def append_json_line(path: Path, value: dict) -> None:
     Raises:
         ValueError: a number in it is not finite.
     """
-    _refuse_non_finite(value, path.name)
+    refuse_non_finite(value, path.name)
     if path not in _logs:
         _logs[path] = Log.of(path)
     _logs[path].add(value.get("step", 0), (json.dumps(value, allow_nan=False) + "\n").encode())
+
+
+def forget_logs(folder: RunFolder) -> None:
+    """Take nothing for known of a folder that is new: an earlier one of this process may have had
+    its name."""
+    for path in folder.logs_of_steps:
+        _logs.pop(path, None)
 
 
 def settle_logs(folder: RunFolder) -> None:
@@ -207,7 +214,7 @@ def read_json_lines(path: Path) -> list[dict]:
     left out.
 
     Raises:
-        DamagedFileError: a line before the last is no JSON object, or a line has not the form of
+        DamagedFileError: a line before the last is no JSON object, or a line has not the schema of
             the file (`RUN_FILES`).
     """
     return list(json_lines(path))
@@ -215,12 +222,12 @@ def read_json_lines(path: Path) -> list[dict]:
 
 def json_lines(path: Path) -> Iterator[dict]:
     """`read_json_lines`, one at a time: in memory is one."""
-    form = RUN_FILES.get(path.name)
+    schema = RUN_FILES.get(path.name)
     with open_to_read(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             value = _object(line)
             if value is not None:
-                if form is not None and (said := form.problem(value, "")):
+                if schema is not None and (said := schema.problem(value, "")):
                     raise DamagedFileError(
                         f"{path}, line {number}: {said}. No run writes this, so something else has"
                         " changed the file."

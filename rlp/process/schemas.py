@@ -1,21 +1,21 @@
 """What files hold that may be a stranger's: types, ranges and sizes, stated once.
 
 A checkpoint's `meta.json` (`META`, with the run's state in it), a thought format (`THOUGHT_FORMAT`)
-and the files of a run folder (`RUN_FILES`, by name) have a form each. Whoever reads one of them
-gets a value of that form or the reader's own error. A file that an older or a newer version wrote
-is read as far as it is known: what a form does not name is looked at for size, depth and finite
+and the files of a run folder (`RUN_FILES`, by name) have a schema each. Whoever reads one of them
+gets a value of that schema or the reader's own error. A file that an older or a newer version wrote
+is read as far as it is known: what a schema does not name is looked at for size, depth and finite
 numbers alone.
 
-    form        values
+    schema      values
     Whole       whole numbers of a range, no booleans
     Number      finite numbers of a range, no booleans
     Text        text of a length, and of a pattern where there is one
     Flag        true, false
-    Maybe       a form, or nothing
+    Maybe       a schema, or nothing
     Many        a list
     Pair        a list of two
-    Table       a mapping from any name to one form
-    Fields      a mapping from names to forms of their own
+    Table       a mapping from any name to one schema
+    Fields      a mapping from names to schemas of their own
     Plain       anything that JSON has, of finite numbers and so many levels
 """
 
@@ -32,13 +32,13 @@ MAX_TEXT, MAX_NAME, MAX_ENTRIES, MAX_LEVELS = 2**22, 2**12, 2**20, 20
 each other."""
 
 
-class Form(Protocol):
+class Schema(Protocol):
     """What a value is to be."""
 
     def problem(self, value: object, where: str) -> str | None:
-        """Why the value at `where` is not of this form, in words that follow the name of a file.
+        """Why the value at `where` is not of this schema, in words that follow the name of a file.
 
-        None where it is of this form.
+        None where it is of this schema.
         """
 
 
@@ -107,7 +107,7 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    inner: Form
+    inner: Schema
 
     def problem(self, value: object, where: str) -> str | None:
         return None if value is None else self.inner.problem(value, where)
@@ -115,7 +115,7 @@ class Maybe:
 
 @dataclass(frozen=True, slots=True)
 class Many:
-    inner: Form
+    inner: Schema
     most: int = MAX_ENTRIES
 
     def problem(self, value: object, where: str) -> str | None:
@@ -129,8 +129,8 @@ class Many:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    first: Form
-    second: Form
+    first: Schema
+    second: Schema
 
     def problem(self, value: object, where: str) -> str | None:
         if not isinstance(value, list) or len(value) != 2:
@@ -141,7 +141,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    inner: Form
+    inner: Schema
     names: str | None = None
     """Pattern of the names, and what a name of it is."""
     named: str = "name"
@@ -173,8 +173,8 @@ class Plain:
             return (Table(inner) if isinstance(value, dict) else Many(inner)).problem(value, where)
         if isinstance(value, bool):
             return None
-        form = Text() if isinstance(value, str) else Maybe(Number())
-        return form.problem(value, where)
+        schema = Text() if isinstance(value, str) else Maybe(Number())
+        return schema.problem(value, where)
 
 
 PLAIN = Plain()
@@ -182,9 +182,9 @@ PLAIN = Plain()
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    required: dict[str, Form]
-    optional: dict[str, Form] = field(default_factory=dict)
-    rest: Form = PLAIN
+    required: dict[str, Schema]
+    optional: dict[str, Schema] = field(default_factory=dict)
+    rest: Schema = PLAIN
     """Of all other names."""
 
     def problem(self, value: object, where: str) -> str | None:
@@ -194,8 +194,8 @@ class Fields:
         if lacking:
             return f"{where or 'the value'} has no {', '.join(lacking)}"
         for name, inner in value.items():
-            form = self.required.get(name) or self.optional.get(name) or self.rest
-            if said := form.problem(inner, f"{where}.{_shown(name)}" if where else _shown(name)):
+            schema = self.required.get(name) or self.optional.get(name) or self.rest
+            if said := schema.problem(inner, f"{where}.{_shown(name)}" if where else _shown(name)):
                 return said
         return None
 
@@ -203,9 +203,9 @@ class Fields:
 # --- Kinds of numbers and texts.
 
 
-def each(form: Form, *names: str) -> dict[str, Form]:
-    """One form for several names."""
-    return dict.fromkeys(names, form)
+def each(schema: Schema, *names: str) -> dict[str, Schema]:
+    """One schema for several names."""
+    return dict.fromkeys(names, schema)
 
 
 STEP = Whole(most=2**32 - 1)
@@ -293,7 +293,7 @@ STATE = Fields(
 """What a checkpoint holds beside tensors, each part of which a resume needs.
 
 A part that is not named here is not looked at closely, and
-`test_every_part_of_a_checkpoint_has_a_form` says so."""
+`test_every_part_of_a_checkpoint_has_a_schema` says so."""
 
 SHARD = Fields({"size": COUNT, "sha256": CHECKSUM, "fragments": Table(COUNT), "adam_step": STEP})
 
@@ -310,7 +310,7 @@ META = Fields(
 
 # --- What an export says of thoughts.
 
-THOUGHT_FORMAT: dict[str, Form] = {
+THOUGHT_FORMAT: dict[str, Schema] = {
     **each(NAME, "open_marker", "close_marker"),
     **each(AMOUNT, "temperature", "target_temperature"),
     **each(Whole(most=2**31), "max_thought_tokens", "horizon"),
@@ -324,7 +324,7 @@ THOUGHT_FORMAT: dict[str, Form] = {
 
 _STEP = {"step": STEP}
 
-RUN_FILES: dict[str, Form] = {
+RUN_FILES: dict[str, Schema] = {
     "environment.json": Fields(
         {"devices": Many(NAME), "cpu": NAME, "cores": Maybe(COUNT), "world_size": COUNT},
         {

@@ -30,7 +30,7 @@ import psutil
 import torch.distributed as dist
 
 from rlp.config import ConfigError, RunConfig
-from rlp.process import external as outside
+from rlp.process import watchdog_process
 from rlp.process.files import FolderLostError, open_log
 from rlp.process.ranks import LISTEN_S, PeerLost, Ranks
 
@@ -102,12 +102,12 @@ class Watchdog:
         self.mark()
         self._look()
         if self._limit_s > 0:
-            faulthandler.register(outside.SHOW, file=2, all_threads=True)
+            faulthandler.register(watchdog_process.SHOW, file=2, all_threads=True)
             command = [
                 sys.executable,
                 "-I",
                 "-S",
-                outside.__file__,
+                watchdog_process.__file__,
                 str(os.getpid()),
                 str(self._limit_s),
                 str(self._poll_s),

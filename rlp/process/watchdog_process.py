@@ -1,8 +1,9 @@
 """A small process beside a rank that watches it from outside: a library that stalls while it holds
 Python's lock stops every thread of the rank that runs Python, the watchdog's own too.
 
-    python outside.py PID LIMIT_S POLL_S      one byte on stdin for each sign of life; the end of
-                                              stdin ends it
+    python watchdog_process.py PID LIMIT_S POLL_S
+
+It reads one byte on stdin for each sign of life; the end of stdin ends it.
 
 After LIMIT_S without a sign it asks for the stacks of the rank (`SHOW`), and kills it. Time in
 which the rank or this process itself is stopped does not count. Standard library only; it runs as a

@@ -1,5 +1,5 @@
-"""The process at a terminal: text that any terminal takes, and how Ctrl-C and a closed pipe end a
-command.
+"""How a program begins and ends: its streams take any text, and Ctrl-C, a closed pipe or a rank that
+is gone leave it an exit code of its own.
 
 Standard library only: it is there before anything that takes seconds to import.
 """
@@ -8,7 +8,9 @@ import io
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """Exit codes of a command that Ctrl-C ended, and of one that nobody reads any more: as a shell has
@@ -54,3 +56,25 @@ def _nobody_reads() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Run a program and end the process with its exit code, whatever the other ranks do.
+
+    Python's own way out runs the destructors of process groups, which wait for ranks that may be
+    gone.
+    """
+    code = 1
+    accept_any_text()
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from rlp.process.files import read_bytes, write_atomically
-from rlp.process.schemas import RUN_FILES, Form
+from rlp.process.schemas import RUN_FILES, Schema
 
 
 class DamagedFileError(ValueError):
@@ -21,22 +21,22 @@ def write_json(path: Path, value: object, *, point: str) -> None:
     Raises:
         ValueError: a number in it is not finite.
     """
-    write_atomically(path, _as_json(value, path.name), point=point)
+    write_atomically(path, json_bytes(value, path.name), point=point)
 
 
-def _as_json(value: object, name: str) -> bytes:
-    _refuse_non_finite(value, name)
+def json_bytes(value: object, name: str) -> bytes:
+    refuse_non_finite(value, name)
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path, form: Form | None = None) -> object:
+def read_json(path: Path, schema: Schema | None = None) -> object:
     """What `write_json` wrote.
 
     Args:
-        form: of the value; None: that of a file of this name (`RUN_FILES`).
+        schema: of the value; None: that of a file of this name (`RUN_FILES`).
 
     Raises:
-        DamagedFileError: it is no JSON, or has another form.
+        DamagedFileError: it is no JSON, or has another schema.
     """
     try:
         value = json.loads(read_bytes(path))
@@ -45,21 +45,21 @@ def read_json(path: Path, form: Form | None = None) -> object:
             f"{path} is not JSON: {error}. It is written whole or not at all, so something else has"
             " changed it."
         ) from error
-    form = form or RUN_FILES.get(path.name)
-    if form is not None and (said := form.problem(value, "")):
+    schema = schema or RUN_FILES.get(path.name)
+    if schema is not None and (said := schema.problem(value, "")):
         raise DamagedFileError(
             f"{path}: {said}. No run writes this, so something else has changed the file."
         )
     return value
 
 
-def _refuse_non_finite(value: object, where: str) -> None:
+def refuse_non_finite(value: object, where: str) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
-            _refuse_non_finite(inner, f"{where}: {key}")
+            refuse_non_finite(inner, f"{where}: {key}")
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            _refuse_non_finite(inner, f"{where}[{index}]")
+            refuse_non_finite(inner, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(
             f"{where} is {value}, and JSON has finite numbers only. Leave the key out where there"
