@@ -188,7 +188,7 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
             run.engine.policy,
             documents,
             positions,
-            run.inputs.form,
+            run.setup.thought_format,
             NoiseKey(run.config.run.seed, run.step),
             group_size=config.group_size,
             max_thought_tokens=config.max_thought_tokens,
@@ -205,7 +205,7 @@ def think(run: Run, documents: list[Document], tally: Tally) -> tuple[Positions,
         positions,
         rollout.thoughts,
         run.scripts,
-        close_tokens=len(run.inputs.markers.close),
+        close_tokens=len(run.setup.markers.close),
         max_thought_tokens=config.max_thought_tokens,
     )
     return positions, rollout.thoughts
@@ -229,11 +229,11 @@ def compare(
     )
     if not run.scores_baseline():
         return MicroBatch(documents, positions, thoughts, None)
-    layout = run.arrange(
+    layout = run.lay_out(
         documents,
         positions,
         None,
-        run.inputs.form,
+        run.setup.thought_format,
         lm=False,
         no_think=True,
         device=run.ranks.device,
@@ -323,11 +323,11 @@ def forward(
     run: Run, batch: MicroBatch, *, lm: bool, matched: bool = False
 ) -> tuple[Layout, Scores]:
     """One pass of the policy, with gradient, over thoughts and documents."""
-    layout = run.arrange(
+    layout = run.lay_out(
         batch.documents,
         batch.positions,
         batch.thoughts,
-        run.inputs.form,
+        run.setup.thought_format,
         lm=lm,
         no_think=lm and batch.thoughts is not None,
         device=run.ranks.device,
@@ -349,11 +349,11 @@ def score_ahead(run: Run, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
     with run.ledger.time("score"):
         for group in group_slices(run, batch):
             part = batch.siblings(group)
-            layout = run.arrange(
+            layout = run.lay_out(
                 part.documents,
                 part.positions,
                 part.thoughts,
-                run.inputs.form,
+                run.setup.thought_format,
                 lm=False,
                 no_think=False,
                 device=run.ranks.device,
@@ -465,7 +465,7 @@ def tell(
     watch_rewards(
         tally,
         reward,
-        thought_lengths(batch.thoughts, len(run.inputs.markers.close)),
+        thought_lengths(batch.thoughts, len(run.setup.markers.close)),
         measured=measured,
     )
     values = {"reasoned_logprob": reasoned_logprob, "advantage": advantage} | (

@@ -67,7 +67,7 @@ SWEEP = (
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class RunSetup:
     """One head pass."""
 
     hidden: Tensor
@@ -91,9 +91,9 @@ class Arm:
     """One way to compute it."""
 
     name: str
-    forward: Callable[[Inputs], Tensor] | None
+    forward: Callable[[RunSetup], Tensor] | None
     """Log-probabilities [N] without gradient; None for arms that always make the gradient."""
-    both: Callable[[Inputs], tuple[Tensor, ...]]
+    both: Callable[[RunSetup], tuple[Tensor, ...]]
     """Log-probabilities and the gradients in hidden and head."""
     units: int
     """N V D operations of forward and backward, 8 where the logits are made twice."""
@@ -122,7 +122,7 @@ class Row:
 
 def make_inputs(
     num_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str
-) -> Inputs:
+) -> RunSetup:
     """Logits of deviation 2; temperature 1 and no excluded token, which is all that the peers can
     do."""
     generator = torch.Generator(device).manual_seed(0)
@@ -134,24 +134,24 @@ def make_inputs(
         "excluded": torch.full((num_rows,), -1, device=device),
     }
     target = torch.randint(vocabulary, (num_rows,), generator=generator, device=device)
-    return Inputs(hidden, head, target, torch.linspace(-1.0, 1.0, num_rows, device=device), rows)
+    return RunSetup(hidden, head, target, torch.linspace(-1.0, 1.0, num_rows, device=device), rows)
 
 
 def our_arms(on_gpu: bool) -> list[Arm]:
     """The forms of `token_logprobs`, and those with the gradient in the forward pass."""
 
-    def forward(inputs: Inputs, form: str) -> Tensor:
+    def forward(inputs: RunSetup, form: str) -> Tensor:
         with torch.no_grad():
             return rlp_kernels.token_logprobs(
                 inputs.hidden, inputs.head, inputs.target, **inputs.rows, form=form
             )
 
-    def both(inputs: Inputs, form: str) -> tuple[Tensor, ...]:
+    def both(inputs: RunSetup, form: str) -> tuple[Tensor, ...]:
         hidden, head = inputs.trained()
         logprob = rlp_kernels.token_logprobs(hidden, head, inputs.target, **inputs.rows, form=form)
         return logprob.detach(), *torch.autograd.grad(logprob, (hidden, head), inputs.coefficient)
 
-    def in_forward(inputs: Inputs, form: str) -> tuple[Tensor, ...]:
+    def in_forward(inputs: RunSetup, form: str) -> tuple[Tensor, ...]:
         given = (inputs.hidden, inputs.head, inputs.target, inputs.coefficient)
         return rlp_kernels.token_logprobs_with_grad(*given, **inputs.rows, form=form)
 
@@ -190,11 +190,11 @@ def _peer(
 ) -> Arm:
     """An arm from a function of hidden, head and target to log-probabilities."""
 
-    def forward(inputs: Inputs) -> Tensor:
+    def forward(inputs: RunSetup) -> Tensor:
         with torch.no_grad():
             return logprobs(inputs.hidden, inputs.head, inputs.target)
 
-    def both(inputs: Inputs) -> tuple[Tensor, ...]:
+    def both(inputs: RunSetup) -> tuple[Tensor, ...]:
         hidden, head = inputs.trained()
         logprob = logprobs(hidden, head, inputs.target)
         upstream = inputs.coefficient if logprob.dim() else torch.ones_like(logprob)
@@ -259,7 +259,7 @@ def measure(
     return {name: (seconds[name], peak[name]) for name in runs}
 
 
-def time_arms(arms: list[Arm], inputs: Inputs, repeats: int, on_gpu: bool) -> list[Row]:
+def time_arms(arms: list[Arm], inputs: RunSetup, repeats: int, on_gpu: bool) -> list[Row]:
     """Forward, then forward and backward, of every arm on the same inputs."""
     num_rows, width = inputs.hidden.shape
     operations = num_rows * width * inputs.head.shape[0]
@@ -296,7 +296,7 @@ def time_arms(arms: list[Arm], inputs: Inputs, repeats: int, on_gpu: bool) -> li
     return table
 
 
-def working(arms: list[Arm], inputs: Inputs) -> tuple[list[Arm], dict[str, str]]:
+def working(arms: list[Arm], inputs: RunSetup) -> tuple[list[Arm], dict[str, str]]:
     """The arms that run, and the errors of those that do not, by name."""
     failed = {}
     for arm in arms:
@@ -309,10 +309,10 @@ def working(arms: list[Arm], inputs: Inputs) -> tuple[list[Arm], dict[str, str]]
     return [arm for arm in arms if arm.name not in failed], failed
 
 
-def errors(arms: list[Arm], inputs: Inputs) -> list[dict[str, object]]:
+def errors(arms: list[Arm], inputs: RunSetup) -> list[dict[str, object]]:
     """Largest error against float64 on the same rounded inputs, and whether a second run is equal
     to the bit."""
-    wide = Inputs(
+    wide = RunSetup(
         inputs.hidden.double(),
         inputs.head.double(),
         inputs.target,
@@ -337,7 +337,7 @@ def errors(arms: list[Arm], inputs: Inputs) -> list[dict[str, object]]:
     return lines
 
 
-def sweep(inputs: Inputs, repeats: int) -> list[dict[str, object]]:
+def sweep(inputs: RunSetup, repeats: int) -> list[dict[str, object]]:
     """The Triton forward pass by tile sizes; a size that does not compile or fit is reported with
     its error."""
     from rlp_kernels import triton_form

@@ -82,7 +82,7 @@ import rlp.model.layout
 import rlp.model.policy
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.model.layout import repeated
+from rlp.model.layout import LAYOUTS, Layout, repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import score
@@ -347,14 +347,14 @@ class Network:
 class Ours:
     """`train_step` of train.py for one micro-batch of whole groups, given the thoughts."""
 
-    def __init__(self, network: Network, arrange: Callable, form: str = "auto") -> None:
+    def __init__(self, network: Network, lay_out: Callable, form: str = "auto") -> None:
         """
         Args:
-            arrange: `rlp.model.layout.repeated` or `rlp.model.layout.tree`.
+            lay_out: one of `rlp.model.layout.LAYOUTS`.
             form: of the log-probabilities, as in `rlp_kernels.token_logprobs`.
         """
-        self.network, self._arrange, self._form = network, arrange, form
-        for lm in (network.lm, network.teacher) if arrange is not repeated else ():
+        self.network, self._lay_out, self._form = network, lay_out, form
+        for lm in (network.lm, network.teacher) if lay_out is not repeated_layout else ():
             lm.set_attn_implementation(
                 importlib.import_module("rlp.model.attention").register("sdpa")
             )
@@ -405,10 +405,8 @@ class Ours:
         (surrogate.sum() / thoughts.truncated.numel()).backward()
         return reward.detach()
 
-    def _layout(
-        self, given: Given, thoughts: Thoughts | None, *, no_think: bool
-    ) -> rlp.model.layout.Layout:
-        return self._arrange(
+    def _layout(self, given: Given, thoughts: Thoughts | None, *, no_think: bool) -> Layout:
+        return self._lay_out(
             given.documents,
             given.positions,
             thoughts,
@@ -626,10 +624,8 @@ class Bench:
                 careful=False,
                 micro_batch=min(NAIVE_MICRO_BATCH, self.shape.num_thoughts),
             )
-        arrangement, _, plain = name.partition(", ")
-        return Ours(
-            network, getattr(rlp.model.layout, arrangement), form="plain" if plain else "auto"
-        )
+        layout, _, plain = name.partition(", ")
+        return Ours(network, LAYOUTS[layout], form="plain" if plain else "auto")
 
     def given(self) -> Given:
         return make_given(self.shape, self.config.vocab_size)
@@ -646,7 +642,7 @@ class Bench:
 
 def contender_names(bench: Bench, checkpointing: bool) -> list[str]:
     """Ours first, then ours with features switched off in turn, then the peers."""
-    names = ["tree", "repeated"] if hasattr(rlp.model.layout, "tree") else ["repeated"]
+    names = ["tree", "repeated"]
     if log_probability_form(bench) == "chunked":
         names.append("repeated, plain log-probs")
     return [*names, CAREFUL, *([CHECKPOINTED] if checkpointing else []), NAIVE]
@@ -1048,8 +1044,6 @@ def main(arguments: list[str] | None = None) -> int:
             f" {options.vocabulary}, random, {dtype}; {options.warmups} warm-ups, {options.repeats}"
             " repeats"
         )
-        if not hasattr(rlp.model.layout, "tree"):
-            print("tree: not in this version")
         results = []
         for bench in benches:
             result = measure(bench, options)

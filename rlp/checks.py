@@ -31,7 +31,7 @@ from rlp.measure.plan import Plan, fits, plan_run
 from rlp.measure.plan_work import FormatTokens, positions_per_document
 from rlp.measure.wandb_log import require_wandb
 from rlp.model.loading import choose_dtype, choose_layout
-from rlp.model.setup import Inputs
+from rlp.model.setup import RunSetup
 from rlp.model.shapes import ModelShapes
 from rlp.process.console import format_bytes
 from rlp.process.files import folder_bytes
@@ -76,16 +76,16 @@ class Opened:
         if config.checkpoint.save_by is not None:
             Deadline(config.checkpoint.save_by)  # one that is past
         self.match = open_match(config)
-        self.inputs = Inputs(config, warn, record, progress)
-        self.layout, self.why_layout = choose_layout(config, self.inputs.architecture)
-        begin_ledger(config, self.inputs.shapes)
-        form = self.inputs.form
-        self.form_tokens = FormatTokens(
-            open=len(form.markers.open),
-            close=len(form.markers.close),
-            instruction=len(form.instruction),
+        self.setup = RunSetup(config, warn, record, progress)
+        self.layout, self.why_layout = choose_layout(config, self.setup.architecture)
+        begin_ledger(config, self.setup.shapes)
+        thought_format = self.setup.thought_format
+        self.format_tokens = FormatTokens(
+            open=len(thought_format.markers.open),
+            close=len(thought_format.markers.close),
+            instruction=len(thought_format.instruction),
         )
-        self.panel = None if self.inputs.held_out is None else held_out_panel(self.inputs)
+        self.panel = None if self.setup.held_out is None else held_out_panel(self.setup)
 
 
 def begin_ledger(
@@ -247,11 +247,11 @@ def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.d
     )
     return plan_run(
         config,
-        opened.inputs.shapes,
+        opened.setup.shapes,
         ranks.world_size,
         device_bytes,
         layout=opened.layout,
-        form=opened.form_tokens,
+        format_tokens=opened.format_tokens,
         dtype=dtype,
     )
 
@@ -269,7 +269,7 @@ def refuse_checkpoint(
         CheckpointError, ConfigError, DataError: made by another version, other settings, another
         dtype, tokenizer or data.
     """
-    state, inputs = checkpoint.state, opened.inputs
+    state, setup = checkpoint.state, opened.setup
     lacking = sorted(STATE.optional.keys() - state.keys())
     lacking += sorted(asdict(config).keys() - state.get("config", {}).keys())
     if lacking:
@@ -285,8 +285,8 @@ def refuse_checkpoint(
             f"run computes in {dtype}. Write "
             f"engine.dtype={state['dtype'].removeprefix('torch.')}."
         )
-    refuse_other_inputs(state["inputs"], inputs.checksums(), checkpoint.path)
-    inputs.stream.refuse_state(state["data"])
+    refuse_other_inputs(state["inputs"], setup.checksums(), checkpoint.path)
+    setup.stream.refuse_state(state["data"])
     known, panel = len(state["start_logprob"]), opened.panel
     if known and panel is not None and known != len(panel):
         raise CheckpointError(
@@ -344,19 +344,19 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
     checkpoint = _checkpoint(config, ranks, said)
     if checkpoint is not None:
         refuse_checkpoint(
-            checkpoint, config, opened, run_dtype(config, opened.inputs.shapes.width, ranks)[0]
+            checkpoint, config, opened, run_dtype(config, opened.setup.shapes.width, ranks)[0]
         )
         said.append(f"the run continues from {checkpoint.path} at step {checkpoint.step}")
-    if opened.inputs.shapes.parameters > CHECKED_PARAMETERS:
+    if opened.setup.shapes.parameters > CHECKED_PARAMETERS:
         return [
             *said,
             (
-                f"weights: not loaded, {opened.inputs.shapes.parameters / 1e9:.1f} billion "
+                f"weights: not loaded, {opened.setup.shapes.parameters / 1e9:.1f} billion "
                 "parameters are too many for a dry run; what only they show is seen when the run "
                 "starts"
             ),
         ]
-    _, policy = load_frozen(opened.inputs, ranks)
+    _, policy = load_frozen(opened.setup, ranks)
     if checkpoint is not None:
         refuse_other_model(
             checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()}

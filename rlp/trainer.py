@@ -63,7 +63,7 @@ from rlp.measure.thought_statistics import combine_parts, token_scripts
 from rlp.measure.told_thoughts import TopThoughts
 from rlp.measure.verdict import verdict
 from rlp.model.admission import check_model
-from rlp.model.layout import repeated, tree
+from rlp.model.layout import LAYOUTS
 from rlp.model.loading import load_policy
 from rlp.model.scoring import difficulty
 from rlp.model.shapes import Work
@@ -130,27 +130,27 @@ class Run:
                 record=self._record_bad,
                 progress=self._progress,
             )
-        self._opened, self.inputs, self.share, self.match, self.panel = (
+        self._opened, self.setup, self.share, self.match, self.panel = (
             opened,
-            opened.inputs,
+            opened.setup,
             opened.share,
             opened.match,
             opened.panel,
         )
-        self._data_state, self._made_step, self._began_at = self.inputs.stream.state(), 0, 0
+        self._data_state, self._made_step, self._began_at = self.setup.stream.state(), 0, 0
         self._weights_moved = False
         self._step_started = time.perf_counter()
         self._saved_step: int | None = None
         self._say(
-            f"model: {config.model.path}, {self.inputs.shapes.parameters / 1e6:,.3g} million"
+            f"model: {config.model.path}, {self.setup.shapes.parameters / 1e6:,.3g} million"
             " parameters"
         )
-        dtype = run_dtype(config, self.inputs.shapes.width, ranks)
+        dtype = run_dtype(config, self.setup.shapes.width, ranks)
         self.dtype, self._why_dtype = dtype
         self._announce(plan_here(config, opened, ranks, dtype))
         resumes = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
-        self.arrange, self.shares_prefixes = (
-            {"repeated": repeated, "tree": tree}[opened.layout],
+        self.lay_out, self.shares_prefixes = (
+            LAYOUTS[opened.layout],
             opened.layout == "tree",
         )
         self.folder = (
@@ -165,7 +165,7 @@ class Run:
                 self._build_model()
             self.log = MetricsLog(self.folder, config, ranks, self._known_steps())
             self.journal = Journal(self.folder, config, ranks, self.engine)
-            for note in self.inputs.notes():
+            for note in self.setup.notes():
                 self.log.say(note)
             self.log.say(
                 f"layout {opened.layout}: {opened.why_layout}; log-probabilities:"
@@ -179,9 +179,9 @@ class Run:
                     else ""
                 )
             )
-            if self.inputs.shapes.uncounted:
+            if self.setup.shapes.uncounted:
                 self.log.say(
-                    f"FLOPs are counted without {', '.join(self.inputs.shapes.uncounted)}, whose"
+                    f"FLOPs are counted without {', '.join(self.setup.shapes.uncounted)}, whose"
                     " cost is not known: a lower bound, by which nothing is matched"
                 )
             with self.watchdog.working("resume"):
@@ -242,8 +242,8 @@ class Run:
                 (
                     load_policy(
                         config,
-                        self.inputs.tokenizer,
-                        self.inputs.markers,
+                        self.setup.tokenizer,
+                        self.setup.markers,
                         dtype,
                         ranks.device,
                         whole,
@@ -261,7 +261,7 @@ class Run:
         twin, self.start = (
             copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start)
         )
-        self._input_checksums = self.inputs.checksums()
+        self._input_checksums = self.setup.checksums()
         for copy in (self.start, twin if config.baseline.kind == "frozen" else None):
             if copy is not None:  # read from model.path in every life of the run
                 self._input_checksums["the weights in model.path"] = weights_digest(
@@ -270,9 +270,9 @@ class Run:
         self.teacher = Teacher(
             config.baseline.kind if config.objective.thinks else "none", twin, self.engine, ranks
         )
-        self.ledger = begin_ledger(config, self.inputs.shapes, on_phase=self.watchdog.mark)
+        self.ledger = begin_ledger(config, self.setup.shapes, on_phase=self.watchdog.mark)
         self.scripts = (
-            token_scripts(self.inputs.tokenizer, self.inputs.shapes.vocabulary, ranks.device)
+            token_scripts(self.setup.tokenizer, self.setup.shapes.vocabulary, ranks.device)
             if config.objective.thinks
             else None
         )
@@ -293,7 +293,7 @@ class Run:
     def _logprob_form(self) -> str:
         """What computes log-probabilities, for a micro-batch of average thoughts and documents of
         full length."""
-        config, shapes = self.config, self.inputs.shapes
+        config, shapes = self.config, self.setup.shapes
         if config.engine.logprob_form != "auto":
             return config.engine.logprob_form
         positions = 1 if config.position.per_document == "all" else config.position.per_document
@@ -344,7 +344,7 @@ class Run:
 
     def next_documents(self) -> list[Document]:
         """This rank's share of the next batch."""
-        documents = self.inputs.stream.next_documents(self.config.optim.batch_size)[self.share]
+        documents = self.setup.stream.next_documents(self.config.optim.batch_size)[self.share]
         self.ledger.add_documents(sum(len(document.tokens) for document in documents))
         return documents
 
@@ -352,7 +352,7 @@ class Run:
         """The positions of this step."""
         return choose_positions(
             documents,
-            self.inputs.candidates,
+            self.setup.candidates,
             self.config.position,
             horizon=self.config.target.horizon,
             seed=self.config.run.seed,
@@ -366,11 +366,11 @@ class Run:
         with self.ledger.time("score"):
             scores, size = [], self.config.optim.micro_batch_size
             for start in range(0, len(documents), size):
-                layout = self.arrange(
+                layout = self.lay_out(
                     documents[start : start + size],
                     None,
                     None,
-                    self.inputs.form,
+                    self.setup.thought_format,
                     lm=True,
                     no_think=False,
                     device=self.ranks.device,
@@ -499,7 +499,7 @@ class Run:
         fault("step.before_log")
         self.watchdog.mark("log")
         self._data_state, self._made_step, self._weights_moved = (
-            self.inputs.stream.state(),
+            self.setup.stream.state(),
             self.step,
             False,
         )
@@ -517,7 +517,7 @@ class Run:
             "optim/skipped": self.guard.skipped,
             "optim/spikes": self.guard.spikes if self.config.optim.spike_factor else None,
             "teacher/distance": self.teacher.distance(),
-            "data/bad_documents": sum(self.inputs.stream.bad.values()),
+            "data/bad_documents": sum(self.setup.stream.bad.values()),
             "budget/tokens": self.ledger.input_tokens,
             "budget/flops": self.ledger.flops,
             "perf/step_s": seconds,
@@ -622,7 +622,7 @@ class Run:
         """`TopThoughts.offer`, on steps that tell thoughts."""
         if self._top_thoughts is not None:
             self._top_thoughts.offer(
-                documents, positions, thoughts, values, len(self.inputs.markers.close)
+                documents, positions, thoughts, values, len(self.setup.markers.close)
             )
 
     def _tell_thoughts(self) -> None:
@@ -631,7 +631,7 @@ class Run:
         told = self._top_thoughts.gather(self.ranks) if self._top_thoughts is not None else []
         for thought in told if self.ranks.is_first else []:
             texts = {
-                name: self.inputs.tokenizer.decode(thought[name])
+                name: self.setup.tokenizer.decode(thought[name])
                 for name in ("prefix_tail", "thought", "target")
             }
             append_json_line(self.folder.thoughts_jsonl, {"step": self.step} | thought | texts)
@@ -677,20 +677,20 @@ class Run:
         fault("evaluation")
         if not self.start_logprob:
             self.start_logprob = no_think_logprob(
-                self.arrange,
+                self.lay_out,
                 self.engine.policy,
                 self.panel,
-                self.inputs.form,
+                self.setup.thought_format,
                 self.config,
                 self.ranks,
             )
         values = probe_panel(
-            self.arrange,
+            self.lay_out,
             self.panel,
             self.engine.policy,
             self.teacher.model,
             self.start_logprob,
-            self.inputs.form,
+            self.setup.thought_format,
             self.config,
             self.ranks,
             generation=self.engine.generation,
@@ -826,7 +826,7 @@ class Run:
         ]  # a panel that is not read in this life may be read in the next
         restore(checkpoint, self.engine, self.ranks)
         self.teacher.refresh()
-        self.inputs.stream.load_state(state["data"])
+        self.setup.stream.load_state(state["data"])
         try:
             self.ledger.load_state(state["ledger"])
         except ValueError as error:
@@ -834,7 +834,7 @@ class Run:
         self.step, self.seconds = checkpoint.step, state["seconds"]
         self.guard.load_state(state["guard"])
         self._data_state, self._made_step, self._began_at = (
-            self.inputs.stream.state(),
+            self.setup.stream.state(),
             self.step,
             self.step,
         )
@@ -871,10 +871,10 @@ class Run:
             export_model(
                 self.folder.export,
                 self.engine,
-                self.inputs.tokenizer,
+                self.setup.tokenizer,
                 self.ranks,
                 self.config,
-                self.inputs.form,
+                self.setup.thought_format,
                 card,
             )
         summary = {
@@ -884,8 +884,8 @@ class Run:
             "seconds": self.seconds,
             "wall_s": self.wall.so_far(),
             "flops": self.ledger.flops,
-            "counted_without": list(self.inputs.shapes.uncounted),
-            "bad_documents": self.inputs.stream.bad,
+            "counted_without": list(self.setup.shapes.uncounted),
+            "bad_documents": self.setup.stream.bad,
             "verdict": verdict([before or {}], [after or {}]),
             "match": match and {"by": match.by, "ratio": match.ratio(spent)},
         }
@@ -1005,17 +1005,17 @@ def dry_run(config: Config, machine: str, ranks: Ranks) -> str:
     if not machine:
         refuse_sizes(config, world_size)
     opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
-    inputs = opened.inputs
+    setup = opened.setup
     if machine:
         plan = plan_run(
             config,
-            inputs.shapes,
+            setup.shapes,
             world_size,
             gigabytes * 10**9,
             layout=opened.layout,
-            form=opened.form_tokens,
+            format_tokens=opened.format_tokens,
         )
     else:
-        plan = plan_here(config, opened, ranks, run_dtype(config, inputs.shapes.width, ranks))
-    notes += inputs.notes() + rehearse(config, opened, ranks)
-    return "\n\n".join([to_yaml(config), *notes, inputs.show_example(), render_plan(plan)])
+        plan = plan_here(config, opened, ranks, run_dtype(config, setup.shapes.width, ranks))
+    notes += setup.notes() + rehearse(config, opened, ranks)
+    return "\n\n".join([to_yaml(config), *notes, setup.show_example(), render_plan(plan)])

@@ -19,10 +19,10 @@ from rlp.compare.match import write_match
 from rlp.config import Config, ConfigError
 from rlp.data.positions import Positions
 from rlp.model.admission import check_model, context_limit, why_unfit, why_unsound
-from rlp.model.layout import repeated, sequence_parts, tree
+from rlp.model.layout import repeated_layout, sequence_parts, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
-from rlp.model.setup import Inputs, PanelInputs
+from rlp.model.setup import PanelSetup, RunSetup
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.process.run_folder import open_run_folder
 from rlp.trainer import dry_run
@@ -233,14 +233,14 @@ def test_a_model_without_what_rlp_needs_is_refused_before_a_folder_is_made(
     with pytest.raises(
         ConfigError, match=rf"model.path: {name.replace('-', '.')} can not be trained: .*{missing}"
     ):
-        Inputs(config, warn=print)
+        RunSetup(config, warn=print)
     assert not (tmp_path / "run").exists()
 
 
 # --- The longest sequence.
 
 
-def form_of(
+def format_of(
     *, instruction: int = 0, open_marker: int = 1, close: int = 1, horizon: int = 1
 ) -> ThoughtFormat:
     return ThoughtFormat(
@@ -254,12 +254,12 @@ def form_of(
 
 
 @pytest.mark.parametrize(
-    "form", [form_of(), form_of(instruction=3, open_marker=2, close=2, horizon=4)]
+    "thought_format", [format_of(), format_of(instruction=3, open_marker=2, close=2, horizon=4)]
 )
-def test_the_longest_sequence_is_that_of_the_layouts(form: ThoughtFormat):
+def test_the_longest_sequence_is_that_of_the_layouts(thought_format: ThoughtFormat):
     """A position at the end of the longest document, and a thought that the budget ends."""
     documents, budget = random_documents([9]), 6
-    at = 9 - form.horizon
+    at = 9 - thought_format.horizon
     positions = Positions(
         document=np.array([0]), position=np.array([at]), target=documents[0].tokens[None, at:]
     )
@@ -271,13 +271,20 @@ def test_the_longest_sequence_is_that_of_the_layouts(form: ThoughtFormat):
         whole.float() * 0,
         truncated=torch.ones(1, 2, dtype=torch.bool),
     )
-    longest = sum(sequence_parts(form, 9, budget).values())
+    longest = sum(sequence_parts(thought_format, 9, budget).values())
     wanted = {"lm": True, "no_think": True, "device": torch.device("cpu")}
-    assert repeated(documents, positions, thoughts, form, **wanted).tokens.shape[1] == longest
-    assert int(tree(documents, positions, thoughts, form, **wanted).position.max()) + 1 == longest
-    assert repeated(documents, None, None, form, **wanted | {"no_think": False}).tokens.shape[
-        1
-    ] == sum(sequence_parts(form, 9, None).values())
+    assert (
+        repeated_layout(documents, positions, thoughts, thought_format, **wanted).tokens.shape[1]
+        == longest
+    )
+    assert (
+        int(tree_layout(documents, positions, thoughts, thought_format, **wanted).position.max())
+        + 1
+        == longest
+    )
+    assert repeated_layout(
+        documents, None, None, thought_format, **wanted | {"no_think": False}
+    ).tokens.shape[1] == sum(sequence_parts(thought_format, 9, None).values())
 
 
 def limited(tmp_path: Path, tokenizer: object, corpus: Path, **overrides: object) -> Config:  # noqa: F811
@@ -307,12 +314,12 @@ def test_settings_beyond_what_the_model_reads_are_refused_with_settings_that_fit
     with pytest.raises(ConfigError, match=words):
         dry_run(beyond, "", ranks)
     with pytest.raises(ConfigError, match=words):
-        PanelInputs(beyond, warn=print)
+        PanelSetup(beyond, warn=print)
     for fitting in (
         {"data__max_document_tokens": 26},
         {"data__max_document_tokens": 30, "thought__max_thought_tokens": 1},
     ):
-        Inputs(limited(tmp_path, tokenizer, corpus, **fitting), warn=print)
+        RunSetup(limited(tmp_path, tokenizer, corpus, **fitting), warn=print)
     with pytest.raises(
         ConfigError,
         match=(
@@ -320,7 +327,7 @@ def test_settings_beyond_what_the_model_reads_are_refused_with_settings_that_fit
             r" together 136 less"
         ),
     ):
-        Inputs(
+        RunSetup(
             limited(
                 tmp_path,
                 tokenizer,
@@ -335,13 +342,15 @@ def test_settings_beyond_what_the_model_reads_are_refused_with_settings_that_fit
 def test_without_thoughts_the_document_alone_has_to_fit(tmp_path: Path, tokenizer, corpus: Path):  # noqa: F811
     """And with a held-out panel, on which thoughts are sampled, it does not."""
     plain = {"objective__policy_weight": 0.0, "objective__lm_weight": 1.0}
-    Inputs(limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=32), warn=print)
+    RunSetup(
+        limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=32), warn=print
+    )
     with pytest.raises(ConfigError, match="Write data.max_document_tokens=32. "):
-        Inputs(
+        RunSetup(
             limited(tmp_path, tokenizer, corpus, **plain, data__max_document_tokens=33), warn=print
         )
     with pytest.raises(ConfigError, match="longest sequence has 38 tokens"):
-        Inputs(
+        RunSetup(
             limited(
                 tmp_path,
                 tokenizer,
@@ -471,7 +480,7 @@ def test_impossible_numbers_in_a_config_are_named(
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(ConfigError, match=rf"^model.(path|tokenizer): .*{words}"):
-        Inputs(tiny_config(tmp_path / "run", model, corpus, model__init="random"), warn=print)
+        RunSetup(tiny_config(tmp_path / "run", model, corpus, model__init="random"), warn=print)
 
 
 def test_a_folder_without_a_part_is_told_by_that_part(tmp_path: Path, tokenizer, corpus: Path):  # noqa: F811
@@ -481,7 +490,7 @@ def test_a_folder_without_a_part_is_told_by_that_part(tmp_path: Path, tokenizer,
 
     def refused(words: str, path: Path = model, **overrides: object) -> None:
         with pytest.raises(ConfigError, match=words):
-            Inputs(
+            RunSetup(
                 tiny_config(tmp_path / "run", path, corpus, model__init="random", **overrides),
                 warn=print,
             )
@@ -493,7 +502,7 @@ def test_a_folder_without_a_part_is_told_by_that_part(tmp_path: Path, tokenizer,
         r" .*tokenizer.json.*Write model.tokenizer=",
         alone,
     )
-    Inputs(
+    RunSetup(
         tiny_config(
             tmp_path / "run", alone, corpus, model__init="random", model__tokenizer=str(model)
         ),

@@ -19,7 +19,7 @@ from rlp.compare.splice import splice
 from rlp.config import ConfigError, load_config, to_yaml
 from rlp.data.positions import Positions
 from rlp.measure.ledger import PHASES, Ledger
-from rlp.model.layout import repeated, tree
+from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.scoring import greedy_targets, score
 from rlp.model.thoughts import ThoughtFormat
@@ -62,24 +62,24 @@ def two_documents_with_thoughts(policy):
     )
 
 
-@pytest.mark.parametrize("arrange", [repeated, tree])
-def test_matches_come_from_the_same_forward_as_log_probabilities(arrange):
+@pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
+def test_matches_come_from_the_same_forward_as_log_probabilities(lay_out):
     """`Scores.matched` is what a separate greedy pass says, and asking for it leaves
     log-probabilities and gradient as they are."""
     policy = tiny_policy("qwen3")
-    if arrange is tree:
+    if lay_out is tree_layout:
         from rlp.model.attention import register
 
         policy.lm.set_attn_implementation(register("sdpa"))
     documents, positions, thoughts = two_documents_with_thoughts(policy)
     greedy = greedy_targets(
         policy,
-        arrange(
+        lay_out(
             documents, positions, thoughts, FORM, lm=False, no_think=False, device=policy.device
         ),
     ).target
     # The most probable continuation put in as the target is matched by all that led to it.
-    layout = arrange(
+    layout = lay_out(
         documents, positions, thoughts, FORM, lm=True, no_think=True, device=policy.device
     )
     plain, asked = score(policy, layout), score(policy, layout, matched=True)
@@ -96,7 +96,7 @@ def test_a_match_is_found_where_there_is_one():
     """With the most probable tokens as targets every thought they are probable after is matched."""
     policy = tiny_policy("qwen3")
     documents, positions, thoughts = two_documents_with_thoughts(policy)
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=FORM.markers,
         instruction=(),
         begin=None,
@@ -110,11 +110,11 @@ def test_a_match_is_found_where_there_is_one():
         found.append(
             score(
                 policy,
-                repeated(
+                repeated_layout(
                     documents,
                     chosen,
                     thoughts,
-                    form,
+                    thought_format,
                     lm=False,
                     no_think=False,
                     device=policy.device,
@@ -212,11 +212,11 @@ def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(
     positions, thoughts = program.think(run, documents, tally)
     batch = program.compare(run, documents, positions, thoughts, 0)
     (got,), before = program.controls(run, [batch], thoughts)
-    exchanged = repeated(
+    exchanged = repeated_layout(
         documents,
         positions,
         thoughts.exchanged(thoughts[-1:]),
-        run.inputs.form,
+        run.setup.thought_format,
         lm=False,
         no_think=False,
         device=run.ranks.device,

@@ -54,7 +54,7 @@ def thinker_of(
     rows: int = 4,
     temperature: float = 1.0,
 ) -> Thinker:
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=Markers(open=(OPEN,), close=(CLOSE,)),
         instruction=(),
         begin=None,
@@ -65,7 +65,7 @@ def thinker_of(
     return Thinker(
         policy,
         tokenizer,
-        form,
+        thought_format,
         thinks=thinks,
         thought_tokens=budget,
         answer_temperature=answer_temperature,
@@ -178,8 +178,8 @@ def test_a_greedy_thought_is_the_models_own(policy, tokenizer):
     """Temperature 0 of a benchmark is the most probable thought."""
     from rlp.compare.benchmarks import Evaluator
 
-    form = thinker_of(policy, tokenizer, thinks=True)._form
-    evaluator = Evaluator(policy, tokenizer, form, ThoughtConfig(max_thought_tokens=5))
+    thought_format = thinker_of(policy, tokenizer, thinks=True)._thought_format
+    evaluator = Evaluator(policy, tokenizer, thought_format, ThoughtConfig(max_thought_tokens=5))
     greedy = Benchmark(task="t", thought_temperature=0.0)
     thinker = evaluator.thinker(greedy, thinks=True, seed=0, rows=4)
     reply = thinker.replies(PROMPTS[:1], 1, until=[], answer_tokens=1)[0][0]

@@ -11,10 +11,18 @@ from transformers import PreTrainedTokenizerFast
 from rlp.config import load_config
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.model.layout import DOCUMENT, NO_THINK, OPEN_MARKER, TARGET, THOUGHT, Layout, repeated
+from rlp.model.layout import (
+    DOCUMENT,
+    NO_THINK,
+    OPEN_MARKER,
+    TARGET,
+    THOUGHT,
+    Layout,
+    repeated_layout,
+)
 from rlp.model.markers import Markers
 from rlp.model.shapes import Work, row_work
-from rlp.model.thoughts import ThoughtFormat, Thoughts, thought_format
+from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.sampling.rollout import NoiseKey, sample_thoughts
 
 CPU = torch.device("cpu")
@@ -25,7 +33,7 @@ DOCUMENTS = [
 ]
 
 
-def form(
+def format_of(
     *,
     horizon: int = 1,
     instruction: tuple[int, ...] = INSTRUCTION,
@@ -103,7 +111,9 @@ CLOSED = [[30, 31, *CLOSE], [32, 33, *CLOSE], [*CLOSE], [34, 35, 36, *CLOSE]]
 def test_a_thought_is_asked_token_by_token_in_its_context():
     """Each sampled token at the sampling temperature with nothing excluded, from instruction,
     prefix, open marker and the tokens before it."""
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=False, no_think=False, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=False, no_think=False, device=CPU
+    )
     expected = [
         (context + thought[:u], token, 0.5, -1)
         for context, thought in zip(CONTEXTS, SAMPLED)
@@ -115,7 +125,9 @@ def test_a_thought_is_asked_token_by_token_in_its_context():
 def test_a_target_is_asked_after_a_closed_thought_whoever_closed_it():
     """A sampled and a forced close marker stand alike before the target; the open marker is out of
     its softmax; temperature 1."""
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=False, no_think=False, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=False, no_think=False, device=CPU
+    )
     expected = [
         (context + thought, target, 1.0, OPEN[0])
         for context, thought, target in zip(CONTEXTS, CLOSED, [12, 12, 21, 21])
@@ -126,11 +138,11 @@ def test_a_target_is_asked_after_a_closed_thought_whoever_closed_it():
 def test_a_forced_close_marker_carries_no_thought_query():
     """It was not sampled, so it is not trained: a truncated thought asks for its sampled tokens
     only."""
-    layout = repeated(
+    layout = repeated_layout(
         DOCUMENTS,
         positions_at((0, 2)),
         given_thoughts([([32, 33], True), ([32, 33, *CLOSE], False)]),
-        form(),
+        format_of(),
         lm=False,
         no_think=False,
         device=CPU,
@@ -143,11 +155,11 @@ def test_a_forced_close_marker_carries_no_thought_query():
 def test_a_horizon_asks_for_the_next_targets_after_the_first():
     """Three tokens: each given those before it; the last is never read."""
     positions = positions_at((0, 2), horizon=3)
-    layout = repeated(
+    layout = repeated_layout(
         DOCUMENTS,
         positions,
         given_thoughts([([30, *CLOSE], False), ([31], True)]),
-        form(horizon=3),
+        format_of(horizon=3),
         lm=False,
         no_think=True,
         device=CPU,
@@ -170,13 +182,17 @@ def test_a_horizon_asks_for_the_next_targets_after_the_first():
 def test_the_no_think_context_is_the_bare_document():
     """No instruction, no marker, no thought; the mass of the open marker is asked at the same
     place, nothing excluded."""
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=False, no_think=True, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=False, no_think=True, device=CPU
+    )
     assert queries(layout, NO_THINK) == [([10, 11], 12, 1.0, OPEN[0]), ([20], 21, 1.0, OPEN[0])]
     assert queries(layout, OPEN_MARKER) == [([10, 11], OPEN[0], 1.0, -1), ([20], OPEN[0], 1.0, -1)]
 
 
 def test_the_lm_loss_asks_for_every_token_of_every_document_but_the_first():
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=True, no_think=False, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=True, no_think=False, device=CPU
+    )
     assert queries(layout, DOCUMENT) == [
         (document.tokens[:t].tolist(), int(document.tokens[t]), 1.0, -1)
         for document in DOCUMENTS
@@ -202,11 +218,11 @@ def test_only_what_is_asked_for_is_run(
 ):
     """Document rows serve the LM loss and the no-think targets at once, and are left out where
     neither is wanted."""
-    layout = repeated(
+    layout = repeated_layout(
         DOCUMENTS,
         POSITIONS,
         THOUGHTS if thinks else None,
-        form(),
+        format_of(),
         lm=lm,
         no_think=no_think,
         device=CPU,
@@ -217,7 +233,9 @@ def test_only_what_is_asked_for_is_run(
 
 def test_padding_is_never_asked_about():
     """Rows are padded on the right, and every query's column and target lie inside its row."""
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=True, no_think=True, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=True, no_think=True, device=CPU
+    )
     lengths = [len(context) + len(thought) for context, thought in zip(CONTEXTS, CLOSED)] + [
         len(document.tokens) for document in DOCUMENTS
     ]
@@ -261,7 +279,7 @@ def test_the_instruction_stands_before_the_prefix_and_after_the_begin_token(
     position: int,
     expected: list[int],
 ):
-    prefix = form(instruction=instruction, begin=begin).prefix(np.array(document), position)
+    prefix = format_of(instruction=instruction, begin=begin).prefix(np.array(document), position)
     assert prefix.tolist() == expected and prefix.dtype == np.int64
 
 
@@ -272,7 +290,7 @@ def test_the_format_is_the_configs(tmp_path):
         "run: {dir: x}\nmodel: {path: x}\ndata: {train: [x]}\nbudget: {steps: 1}\nthought:"
         " {temperature: 0.3}\ntarget: {temperature: 2.0, horizon: 5}\n"
     )
-    made = thought_format(load_config(path), Markers(open=OPEN, close=CLOSE), INSTRUCTION, 1)
+    made = ThoughtFormat.of(load_config(path), Markers(open=OPEN, close=CLOSE), INSTRUCTION, 1)
     assert made == ThoughtFormat(
         markers=Markers(open=OPEN, close=CLOSE),
         instruction=INSTRUCTION,
@@ -293,7 +311,9 @@ def test_the_excluded_token_is_the_first_of_the_open_marker():
 def test_the_work_of_a_layout_by_hand():
     """Rows of 11, 11, 8 and 11 tokens for the thoughts, of 5 and 3 for the documents; a token pairs
     with itself and all before it."""
-    layout = repeated(DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=True, no_think=True, device=CPU)
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=True, no_think=True, device=CPU
+    )
     assert layout.thought_work == Work(
         tokens=11 + 11 + 8 + 11, pairs=66 + 66 + 36 + 66, head_rows=11 + 4
     )
@@ -301,12 +321,12 @@ def test_the_work_of_a_layout_by_hand():
 
 
 def test_rows_that_are_not_there_cost_nothing():
-    thoughts_only = repeated(
-        DOCUMENTS, POSITIONS, THOUGHTS, form(), lm=False, no_think=False, device=CPU
+    thoughts_only = repeated_layout(
+        DOCUMENTS, POSITIONS, THOUGHTS, format_of(), lm=False, no_think=False, device=CPU
     )
     assert thoughts_only.document_work == Work()
-    documents_only = repeated(
-        DOCUMENTS, POSITIONS, None, form(), lm=True, no_think=False, device=CPU
+    documents_only = repeated_layout(
+        DOCUMENTS, POSITIONS, None, format_of(), lm=True, no_think=False, device=CPU
     )
     assert documents_only.thought_work == Work() and documents_only.document_work == Work(
         tokens=8, pairs=21, head_rows=6
@@ -358,13 +378,15 @@ def test_token_ids_are_never_decoded_and_encoded_again():
         policy,
         documents,
         positions,
-        form(),
+        format_of(),
         NoiseKey(seed=0, step=1),
         group_size=2,
         max_thought_tokens=8,
         rows=4,
     ).thoughts
-    layout = repeated(documents, positions, thoughts, form(), lm=True, no_think=False, device=CPU)
+    layout = repeated_layout(
+        documents, positions, thoughts, format_of(), lm=True, no_think=False, device=CPU
+    )
     changed = 0
     for n in range(4):
         prefix = documents[n // 2].tokens[: positions.position[n // 2]].tolist()

@@ -31,10 +31,10 @@ from rlp.measure.ledger import PHASES, Ledger
 from rlp.model.shapes import (
     ModelShapes,
     Work,
-    _in_out,
-    _is_as_its_config_says,
     causal_pairs,
     forward_flops,
+    in_out,
+    is_as_its_config_says,
     model_shapes,
 )
 from rlp.process.ranks import Ranks
@@ -230,7 +230,7 @@ def test_a_scan_updates_and_reads_each_number_of_its_state() -> None:
 
 
 def test_the_transposed_weights_of_gpt2_are_read_the_right_way() -> None:
-    assert _in_out(Conv1D(nf=3, nx=5)) == _in_out(torch.nn.Linear(5, 3)) == (5, 3)
+    assert in_out(Conv1D(nf=3, nx=5)) == in_out(torch.nn.Linear(5, 3)) == (5, 3)
 
 
 def test_published_models_have_their_published_size() -> None:
@@ -296,9 +296,9 @@ def test_an_attention_layer_that_its_config_does_not_describe_is_known() -> None
     config = LlamaConfig(**SMALL)
     model = build(config)
     attention = model.model.layers[1].self_attn
-    assert _is_as_its_config_says(attention, 64, 64)
+    assert is_as_its_config_says(attention, 64, 64)
     attention.o_proj = torch.nn.Linear(48, 64, bias=False)
-    assert not _is_as_its_config_says(attention, 64, 64)
+    assert not is_as_its_config_says(attention, 64, 64)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
 from rlp.data.documents import Document
 from rlp.model.attention import register
-from rlp.model.layout import repeated, tree
+from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers, embed_markers, find_markers, marker_notes
 from rlp.model.scoring import score
-from rlp.model.setup import Inputs, ModelInputs, PanelInputs
+from rlp.model.setup import ModelSetup, PanelSetup, RunSetup
 from rlp.model.thoughts import ThoughtFormat
 from rlp.trainer import dry_run
 
@@ -254,7 +254,7 @@ def test_a_run_with_added_markers_is_the_run_of_a_model_that_has_them(
         manifest["close_marker_ids"],
         manifest["excluded_from_targets"],
     ) == ([48], [49], 48)
-    read = ModelInputs(tiny_config(tmp_path / "next", added / "export", corpus, **texts))
+    read = ModelSetup(tiny_config(tmp_path / "next", added / "export", corpus, **texts))
     assert read.markers == Markers(open=(48,), close=(49,)) and read.marker_notes() == []
 
 
@@ -288,7 +288,7 @@ def test_a_run_with_added_markers_resumes_and_only_with_them(
 def test_the_ledger_counts_the_added_rows(tmp_path, model_folder, corpus):  # noqa: F811
     """Two rows of 32 numbers in the tied table of the model."""
     plain, added = (
-        Inputs(tiny_config(tmp_path / "run", model_folder, corpus, **settings), print).shapes
+        RunSetup(tiny_config(tmp_path / "run", model_folder, corpus, **settings), print).shapes
         for settings in ({}, ADDED)
     )
     assert (added.vocabulary, added.parameters) == (plain.vocabulary + 2, plain.parameters + 2 * 32)
@@ -308,7 +308,7 @@ def test_a_document_without_a_position_says_what_was_searched(tmp_path, corpus):
     }
 
     def why(marker: str, text: str) -> str:
-        inputs = PanelInputs(
+        setup = PanelSetup(
             tiny_config(
                 tmp_path / "run",
                 tmp_path / "model",
@@ -318,7 +318,7 @@ def test_a_document_without_a_position_says_what_was_searched(tmp_path, corpus):
             ),
             print,
         )
-        return inputs.why_no_position(np.array(tokenizer.encode(text)))
+        return setup.why_no_position(np.array(tokenizer.encode(text)))
 
     said = why("ab", "c ab c")
     assert "position.marker 'ab' is in the text, written with other tokens; write it as" in said
@@ -341,14 +341,14 @@ def test_start_and_dry_run_say_it(trained, tmp_path, model_folder, corpus, ranks
     )
 
 
-@pytest.mark.parametrize("arrange", [repeated, tree])
-def test_the_loss_of_a_document_trains_its_markers(arrange):
+@pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
+def test_the_loss_of_a_document_trains_its_markers(lay_out):
     """The open marker is left out of the targets of thoughts, not of the next-token loss: that is
     the softmax of transformers over all words."""
     policy, ids = tiny_policy(), [9, 10, 2, 11, 12, 3, 13]
-    if arrange is tree:
+    if lay_out is tree_layout:
         policy.lm.set_attn_implementation(register("sdpa"))
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=Markers(open=(2,), close=(3,)),
         instruction=(),
         begin=None,
@@ -356,11 +356,11 @@ def test_the_loss_of_a_document_trains_its_markers(arrange):
         target_temperature=1.0,
         horizon=1,
     )
-    layout = arrange(
+    layout = lay_out(
         [Document(id=0, tokens=np.array(ids))],
         None,
         None,
-        form,
+        thought_format,
         lm=True,
         no_think=False,
         device=policy.device,

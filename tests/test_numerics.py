@@ -170,9 +170,9 @@ def test_a_refused_update_leaves_no_trace_at_any_stage(
             ),
             ranks,
         )
-        before, start, step = masters(run), run.inputs.stream.state(), run.engine.step
+        before, start, step = masters(run), run.setup.stream.state(), run.engine.step
         for refused in [True, False, False] if refuse else [False, False]:
-            run.inputs.stream.load_state(start)
+            run.setup.stream.load_state(start)
             run.step = 0  # the same documents and the same noise each time
             run.begin_step()
             run.engine.step = lambda rate, largest_norm: step(

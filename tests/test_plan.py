@@ -38,7 +38,7 @@ from rlp.measure.plan_memory import (
 )
 from rlp.measure.plan_work import FormatTokens, positions_per_document, step_flops
 from rlp.model import attention
-from rlp.model.layout import Layout, repeated, tree
+from rlp.model.layout import LAYOUTS, Layout, tree_layout
 from rlp.model.loading import choose_layout
 from rlp.model.markers import Markers
 from rlp.model.shapes import ModelShapes, forward_flops, model_shapes
@@ -64,7 +64,6 @@ SHAPES = ModelShapes(
 )
 EIGHTY_GB = 80 * 10**9
 CPU = torch.device("cpu")
-ARRANGE = {"repeated": repeated, "tree": tree}
 
 
 def small_run(tmp_path: Path, *overrides: str) -> Config:
@@ -186,13 +185,13 @@ def test_one_forward_by_hand(
     tmp_path: Path, layout: str, overrides: list[str], instruction: int, tokens: int, queries: int
 ) -> None:
     found = parts(
-        small_run(tmp_path, *overrides), layout, form=FormatTokens(instruction=instruction)
+        small_run(tmp_path, *overrides), layout, format_tokens=FormatTokens(instruction=instruction)
     )
     assert found["activations"] == tokens * 2 * 300
     assert found["LM head and logits tile"] == queries * 5 * 6 + 7 * 5 * 2 + LOGITS_TILE_BYTES
 
 
-@pytest.mark.parametrize("layout", ARRANGE)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_documents_alone_are_one_row_each_in_both_layouts(tmp_path: Path, layout: str) -> None:
     config = small_run(
         tmp_path,
@@ -437,7 +436,7 @@ class Longest:
 
     documents: list[Document]
     positions: Positions
-    form: ThoughtFormat
+    thought_format: ThoughtFormat
 
     @classmethod
     def of(cls, config: Config, instruction: tuple[int, ...], markers: Markers) -> "Longest":
@@ -473,11 +472,11 @@ class Longest:
         )
 
     def arranged(self, layout: str, group: slice, *, lm: bool) -> Layout:
-        return ARRANGE[layout](
+        return LAYOUTS[layout](
             self.documents,
             self.positions,
             self.thoughts().siblings(group),
-            self.form,
+            self.thought_format,
             lm=lm,
             no_think=lm,
             device=CPU,
@@ -486,13 +485,13 @@ class Longest:
     @property
     def tokens(self) -> FormatTokens:
         return FormatTokens(
-            open=len(self.form.markers.open),
-            close=len(self.form.markers.close),
-            instruction=len(self.form.instruction),
+            open=len(self.thought_format.markers.open),
+            close=len(self.thought_format.markers.close),
+            instruction=len(self.thought_format.instruction),
         )
 
 
-@pytest.mark.parametrize("layout", ARRANGE)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("horizon, instruction, markers", FORMS)
 @pytest.mark.parametrize("lm_weight", [0, 1])
 @pytest.mark.parametrize("per_document, thoughts_per_forward", [(1, 3), (2, 3), (2, 2), (1, 1)])
@@ -516,18 +515,26 @@ def test_the_update_is_planned_as_its_layout_counts_it(
     update = [
         step.arranged(layout, group, lm=lm_weight > 0 and group.start == 0) for group in slices
     ]
-    flops = step_flops(config, SHAPES, 1, layout=layout, form=step.tokens)
+    flops = step_flops(config, SHAPES, 1, layout=layout, format_tokens=step.tokens)
     assert flops["train"] == 3 * sum(forward_flops(SHAPES, part.thought_work) for part in update)
     assert flops["lm"] == 3 * sum(forward_flops(SHAPES, part.document_work) for part in update)
     ahead = [step.arranged(layout, group, lm=False) for group in slices] if len(slices) > 1 else []
     assert flops["score"] == sum(forward_flops(SHAPES, part.thought_work) for part in ahead)
-    no_think = ARRANGE[layout](
-        step.documents, step.positions, None, step.form, lm=False, no_think=True, device=CPU
+    no_think = LAYOUTS[layout](
+        step.documents,
+        step.positions,
+        None,
+        step.thought_format,
+        lm=False,
+        no_think=True,
+        device=CPU,
     )
     assert flops["teacher"] == forward_flops(SHAPES, no_think.document_work)
     found = {
         part.name: part.num_bytes
-        for part in plan_run(config, SHAPES, 1, EIGHTY_GB, layout=layout, form=step.tokens).memory
+        for part in plan_run(
+            config, SHAPES, 1, EIGHTY_GB, layout=layout, format_tokens=step.tokens
+        ).memory
     }
     assert found["activations"] == max(part.tokens.numel() for part in update) * 2 * 300
     assert (
@@ -536,7 +543,7 @@ def test_the_update_is_planned_as_its_layout_counts_it(
     )
 
 
-@pytest.mark.parametrize("layout", ARRANGE)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("per_document, rows", [(1, 3), (1, 6), (2, 6), (3, 6), (2, 3)])
 def test_sampling_is_planned_as_it_is_counted(
     tmp_path, monkeypatch, layout, per_document, rows
@@ -557,7 +564,7 @@ def test_sampling_is_planned_as_it_is_counted(
         policy,
         step.documents,
         step.positions,
-        step.form,
+        step.thought_format,
         rollout.NoiseKey(0, 1),
         group_size=3,
         max_thought_tokens=6,
@@ -566,11 +573,11 @@ def test_sampling_is_planned_as_it_is_counted(
     )
     assert found.thoughts.mask.all() and found.thoughts.truncated.all()
     shapes = model_shapes(architecture("qwen3"))
-    flops = step_flops(config, shapes, 1, layout=layout, form=step.tokens)
+    flops = step_flops(config, shapes, 1, layout=layout, format_tokens=step.tokens)
     assert flops["decode"] == forward_flops(shapes, found.decode_work)
     assert flops["prefill"] == forward_flops(shapes, found.prefill_work)
     if layout == "tree":
-        plan = plan_run(config, shapes, 1, layout=layout, form=step.tokens)
+        plan = plan_run(config, shapes, 1, layout=layout, format_tokens=step.tokens)
         assert {part.name: part.num_bytes for part in plan.memory}[
             "keys, values and states"
         ] == max(held_bytes(keys) for keys in held)
@@ -744,7 +751,7 @@ def test_activations_of_a_tree_are_not_below_what_autograd_saves() -> None:
         document=np.arange(2), position=np.array([31, 31]), target=np.zeros((2, 1), dtype=np.int64)
     )
     full = torch.ones(2, 4, 14, dtype=torch.bool)
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=Markers(open=(2,), close=(3,)),
         instruction=(),
         begin=None,
@@ -752,11 +759,11 @@ def test_activations_of_a_tree_are_not_below_what_autograd_saves() -> None:
         target_temperature=1.0,
         horizon=1,
     )
-    layout = tree(
+    layout = tree_layout(
         documents,
         positions,
         Thoughts(full.long(), full, full.float(), full.float(), full[:, :, 0]),
-        form,
+        thought_format,
         lm=True,
         no_think=True,
         device=CPU,

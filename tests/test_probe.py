@@ -31,9 +31,9 @@ from rlp.measure.panel import (
     probe_panel,
 )
 from rlp.model.attention import register
-from rlp.model.layout import repeated, tree
+from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
-from rlp.model.setup import PanelInputs
+from rlp.model.setup import PanelSetup
 from rlp.model.thoughts import ThoughtFormat
 
 OPEN, CLOSE = 2, 3
@@ -103,13 +103,13 @@ def probe(
     given: Panel,
     *,
     policy=None,
-    arrange=repeated,
+    lay_out=repeated_layout,
     config: Config | None = None,
     ranks=None,
     start=None,
     horizon: int = 1,
 ) -> Probe:
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=MARKERS,
         instruction=(),
         begin=None,
@@ -118,12 +118,12 @@ def probe(
         horizon=horizon,
     )
     return probe_panel(
-        arrange,
+        lay_out,
         given,
         policy or tiny_policy(),
         None,
         start,
-        form,
+        thought_format,
         config or settings(),
         ranks or Alone(),
     )
@@ -137,15 +137,15 @@ def target_logprob(policy, context: list[int], target: list[int]) -> float:
     return float(torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(target)[:, None]).mean())
 
 
-@pytest.mark.parametrize("arrange", [repeated, tree])
+@pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_every_prediction_is_that_of_the_row_it_stands_for(arrange, horizon):
+def test_every_prediction_is_that_of_the_row_it_stands_for(lay_out, horizon):
     """With a thought, without, after an empty one and after another document's: hand-built rows,
     scored by transformers."""
     policy, given = tiny_policy(), panel(horizon=horizon)
-    if arrange is tree:
+    if lay_out is tree_layout:
         policy.lm.set_attn_implementation(register("sdpa"))
-    found = probe(given, policy=policy, arrange=arrange, horizon=horizon)
+    found = probe(given, policy=policy, lay_out=lay_out, horizon=horizon)
     plain, donors = tiny_policy(), given.donors()
 
     def after(m: int, thought: list[int], truncated: bool) -> float:
@@ -207,7 +207,7 @@ def test_gains_are_differences_of_columns():
     """Each gain is the reasoned prediction minus the one it is measured against; the start is
     another model's."""
     given = panel()
-    form = ThoughtFormat(
+    thought_format = ThoughtFormat(
         markers=MARKERS,
         instruction=(),
         begin=None,
@@ -215,7 +215,9 @@ def test_gains_are_differences_of_columns():
         target_temperature=1.0,
         horizon=1,
     )
-    start = no_think_logprob(repeated, tiny_policy(seed=1), given, form, settings(), Alone())
+    start = no_think_logprob(
+        repeated_layout, tiny_policy(seed=1), given, thought_format, settings(), Alone()
+    )
     found = probe(given, start=start)
     columns = found.columns
     np.testing.assert_allclose(columns["start_logprob_nats"], start)
@@ -488,12 +490,12 @@ def test_every_evaluation_of_a_run_holds_the_whole_decomposition(trained, corpus
         assert all(line[f"{name}_low"] <= line[name] <= line[f"{name}_high"] for name in names)
     config = load_config(folder / "config.yaml")
     from_step = probe_model(
-        PanelInputs(config, print),
+        PanelSetup(config, print),
         ranks,
         checkpoint=open_checkpoint(folder / "checkpoints" / "step_1"),
     )
     start, config.model.path = config.model.path, str(folder / "export")
-    from_export = probe_model(PanelInputs(config, print), ranks, start=start)
+    from_export = probe_model(PanelSetup(config, print), ranks, start=start)
     for found in (from_step, from_export):
         assert {"step": 1} | found.numbers() == pytest.approx(
             {name: value for name, value in lines[-1].items() if "_ema_" not in f"_{name}"},
@@ -664,8 +666,8 @@ def test_an_instruction_without_a_file_is_thought_after(model_folder, corpus, ra
         f"model.path={model_folder}", f"data.held_out=[{corpus}]", "evaluation.panel_positions=4"
     )
     plain, instructed = (
-        probe_model(PanelInputs(config, print), ranks),
-        probe_model(PanelInputs(config, print), ranks, instruction=(8, 9, 10)),
+        probe_model(PanelSetup(config, print), ranks),
+        probe_model(PanelSetup(config, print), ranks, instruction=(8, 9, 10)),
     )
     np.testing.assert_allclose(
         plain.columns["no_think_logprob_nats"],

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from rlp.data.documents import Document
 from rlp.data.noise import PANEL_NOISE
 from rlp.data.positions import Positions
-from rlp.model.layout import repeated
+from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import ask, score, unpack
@@ -50,7 +50,7 @@ def places(
 POSITIONS = places((0, 2), (0, 9), (1, 5), (2, 1), (2, 15))
 
 
-def thought_format(
+def format_of(
     close: tuple[int, ...] = NEVER,
     *,
     open_marker: tuple[int, ...] = (2,),
@@ -68,7 +68,7 @@ def thought_format(
 
 def think(
     policy: Policy,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     *,
     documents: list[Document] = DOCUMENTS,
     positions: Positions = POSITIONS,
@@ -82,7 +82,7 @@ def think(
         policy,
         documents,
         positions,
-        form,
+        thought_format,
         noise,
         group_size=group_size,
         max_thought_tokens=budget,
@@ -127,7 +127,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 @pytest.fixture(scope="module")
 def endless(policy: Policy) -> list[list[int]]:
     """Its thoughts when nothing but the budget ends them."""
-    return token_lists(think(policy, thought_format()).thoughts)
+    return token_lists(think(policy, format_of()).thoughts)
 
 
 def same_thoughts(mine: Thoughts, other: Thoughts) -> None:
@@ -145,15 +145,15 @@ def test_sampler_and_scorer_agree_on_every_thought_token(policy: Policy, length:
     the full right-padded forward."""
     open_marker = (2, 11)[:length]
     close = marker_within(
-        token_lists(think(policy, thought_format(open_marker=open_marker)).thoughts), length
+        token_lists(think(policy, format_of(open_marker=open_marker)).thoughts), length
     )
-    form = thought_format(close, open_marker=open_marker)
-    thoughts = think(policy, form).thoughts
+    thought_format = format_of(close, open_marker=open_marker)
+    thoughts = think(policy, thought_format).thoughts
     lengths = thoughts.mask.sum(dim=2)
     assert thoughts.truncated.any() and (lengths < BUDGET).any()
     assert (lengths[thoughts.truncated] == BUDGET).all()
-    layout = repeated(
-        DOCUMENTS, POSITIONS, thoughts, form, lm=True, no_think=True, device=policy.device
+    layout = repeated_layout(
+        DOCUMENTS, POSITIONS, thoughts, thought_format, lm=True, no_think=True, device=policy.device
     )
     with torch.no_grad():
         scored = score(policy, layout).thought
@@ -184,14 +184,20 @@ def test_positions_are_counted_in_each_row_without_its_padding():
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    form = thought_format()
-    gpt2 = Policy(AutoModelForCausalLM.from_config(config).float().eval(), form.markers)
-    thoughts = think(gpt2, form).thoughts
+    thought_format = format_of()
+    gpt2 = Policy(AutoModelForCausalLM.from_config(config).float().eval(), thought_format.markers)
+    thoughts = think(gpt2, thought_format).thoughts
     with torch.no_grad():
         scored = score(
             gpt2,
-            repeated(
-                DOCUMENTS, POSITIONS, thoughts, form, lm=False, no_think=False, device=gpt2.device
+            repeated_layout(
+                DOCUMENTS,
+                POSITIONS,
+                thoughts,
+                thought_format,
+                lm=False,
+                no_think=False,
+                device=gpt2.device,
             ),
         ).thought
     assert_close(thoughts.behavior_logprob.flatten(0, 1), scored, **FLOAT32)
@@ -203,7 +209,7 @@ def test_a_thought_ends_with_its_first_close_marker(
 ):
     """It is the thought without an end, cut: whether siblings have ended changes nothing in it."""
     close = marker_within(endless, length)
-    thoughts = think(policy, thought_format(close)).thoughts
+    thoughts = think(policy, format_of(close)).thoughts
     assert token_lists(thoughts) == [cut(tokens, close) for tokens in endless]
     assert thoughts.truncated.flatten().tolist() == [
         tuple(cut(tokens, close)[-length:]) != close for tokens in endless
@@ -215,27 +221,30 @@ def test_thoughts_do_not_depend_on_how_many_are_decoded_side_by_side(
 ):
     """`rows` changes padding, block and cache, not the thoughts: less than a group, no multiple of
     a group, all at once."""
-    form = thought_format(marker_within(endless, 1))
-    one_by_one = think(policy, form, rows=1).thoughts
+    thought_format = format_of(marker_within(endless, 1))
+    one_by_one = think(policy, thought_format, rows=1).thoughts
     for rows in (2 * GROUP + 3, 1000):
-        same_thoughts(think(policy, form, rows=rows).thoughts, one_by_one)
+        same_thoughts(think(policy, thought_format, rows=rows).thoughts, one_by_one)
 
 
 def test_thoughts_do_not_depend_on_the_order_or_the_choice_of_documents(policy: Policy):
     """A rank that holds document 2 alone, or holds them in another order, thinks the same about
     it."""
-    form = thought_format()
-    whole = think(policy, form).thoughts
+    thought_format = format_of()
+    whole = think(policy, thought_format).thoughts
     turned = think(
         policy,
-        form,
+        thought_format,
         documents=DOCUMENTS[::-1],
         positions=places((0, 1), (0, 15), (1, 5), (2, 2), (2, 9), documents=DOCUMENTS[::-1]),
     ).thoughts
     for mine, other in enumerate((3, 4, 2, 0, 1)):
         same_thoughts(turned[mine : mine + 1], whole[other : other + 1])
     alone = think(
-        policy, form, documents=DOCUMENTS[2:], positions=places((0, 15), documents=DOCUMENTS[2:])
+        policy,
+        thought_format,
+        documents=DOCUMENTS[2:],
+        positions=places((0, 15), documents=DOCUMENTS[2:]),
     ).thoughts
     same_thoughts(alone, whole[4:5])
 
@@ -244,8 +253,8 @@ def test_thoughts_do_not_depend_on_the_order_or_the_choice_of_documents(policy: 
 def test_a_thought_is_the_inverse_cdf_of_a_fresh_forward(name: str):
     """The definition, token by token: the model's own logits of the whole text so far, no cache, no
     batch, one keyed uniform."""
-    policy, form = tiny_policy(name), thought_format(open_marker=(2, 11))
-    thoughts = think(policy, form, budget=5).thoughts
+    policy, thought_format = tiny_policy(name), format_of(open_marker=(2, 11))
+    thoughts = think(policy, thought_format, budget=5).thoughts
     for m, (d, t) in enumerate(zip(POSITIONS.document, POSITIONS.position)):
         for g in range(GROUP):
             text = [6, 7, *DOCUMENTS[d].tokens[:t].tolist(), 2, 11]
@@ -266,7 +275,7 @@ def test_a_thought_is_the_inverse_cdf_of_a_fresh_forward(name: str):
 def test_thoughts_differ_between_seeds_steps_documents_positions_siblings_and_purposes():
     """The same document under two ids, and twice under one, at positions of equal context: only the
     key differs."""
-    policy, form = tiny_policy(), thought_format(instruction=())
+    policy, thought_format = tiny_policy(), format_of(instruction=())
     words = np.full(9, 20)
     twins = [
         Document(id=1, tokens=words),
@@ -277,7 +286,9 @@ def test_thoughts_differ_between_seeds_steps_documents_positions_siblings_and_pu
 
     def groups(noise: NoiseKey) -> list[list[int]]:
         return token_lists(
-            think(policy, form, documents=twins, positions=positions, noise=noise).thoughts
+            think(
+                policy, thought_format, documents=twins, positions=positions, noise=noise
+            ).thoughts
         )
 
     keys = [
@@ -295,9 +306,9 @@ def test_thoughts_differ_between_seeds_steps_documents_positions_siblings_and_pu
 
 def test_a_larger_group_or_budget_keeps_the_thoughts_there_were():
     """Thought g and token u have their own noise."""
-    policy, form = tiny_policy(), thought_format()
-    few = think(policy, form, group_size=2, budget=5).thoughts
-    many = think(policy, form, group_size=6, budget=9).thoughts
+    policy, thought_format = tiny_policy(), format_of()
+    few = think(policy, thought_format, group_size=2, budget=5).thoughts
+    many = think(policy, thought_format, group_size=6, budget=9).thoughts
     assert torch.equal(few.tokens, many.tokens[:, :2, :5])
 
 
@@ -331,10 +342,10 @@ def test_each_prefix_is_computed_once_for_its_group(
     name: str, rows: int, blocks: list[tuple[int, int]]
 ):
     """One prefill per block, of M rows and not M * G; then one column per further token."""
-    policy, form = tiny_policy(name), thought_format()
+    policy, thought_format = tiny_policy(name), format_of()
     prefix = [2 + t + 1 for t in POSITIONS.position.tolist()]  # instruction, document, open marker
     with Calls(policy) as calls:
-        think(policy, form, rows=rows)
+        think(policy, thought_format, rows=rows)
     expected = []
     for start, stop in blocks:
         expected += [(stop - start, max(prefix[start:stop]), sum(prefix[start:stop]))] + [
@@ -347,14 +358,12 @@ def test_decoding_stops_when_every_thought_has_ended():
     """The last token of a thought is never run."""
     policy = tiny_policy()
     endless = token_lists(
-        think(policy, thought_format(), positions=places((0, 2)), group_size=1).thoughts
+        think(policy, format_of(), positions=places((0, 2)), group_size=1).thoughts
     )[0]
     close = tuple(endless[1:4])
     assert len(cut(endless, close)) == 4
     with Calls(policy) as calls:
-        thoughts = think(
-            policy, thought_format(close), positions=places((0, 2)), group_size=1
-        ).thoughts
+        thoughts = think(policy, format_of(close), positions=places((0, 2)), group_size=1).thoughts
     assert thoughts.tokens.shape == (1, 1, 4) and not thoughts.truncated.any()
     assert len(calls.sizes) == 1 + 3
 
@@ -365,11 +374,11 @@ def test_the_work_of_a_rollout_by_hand():
     policy = tiny_policy()
     positions = places((0, 2), (0, 9))
     endless = token_lists(
-        think(policy, thought_format(), positions=positions, group_size=1, budget=6).thoughts
+        think(policy, format_of(), positions=positions, group_size=1, budget=6).thoughts
     )
     close = tuple(endless[0][1:4])
     assert cut(endless[1], close) == endless[1]
-    rollout = think(policy, thought_format(close), positions=positions, group_size=1, budget=6)
+    rollout = think(policy, format_of(close), positions=positions, group_size=1, budget=6)
     assert rollout.prefill_work == Work(tokens=5 + 12, pairs=5 * 6 // 2 + 12 * 13 // 2, head_rows=2)
     assert rollout.decode_work == Work(
         tokens=3 + 5, pairs=(6 + 7 + 8) + (13 + 14 + 15 + 16 + 17), head_rows=3 + 5
@@ -383,13 +392,13 @@ def test_the_work_of_a_rollout_by_hand():
 def long_thought() -> list[int]:
     """One thought of qwen3 that runs to the budget."""
     return token_lists(
-        think(tiny_policy(), thought_format(), positions=places((0, 9)), group_size=1).thoughts
+        think(tiny_policy(), format_of(), positions=places((0, 9)), group_size=1).thoughts
     )[0]
 
 
 def one_thought(close: tuple[int, ...], budget: int = BUDGET) -> Thoughts:
     return think(
-        tiny_policy(), thought_format(close), positions=places((0, 9)), group_size=1, budget=budget
+        tiny_policy(), format_of(close), positions=places((0, 9)), group_size=1, budget=budget
     ).thoughts
 
 
@@ -433,8 +442,8 @@ def test_tokens_after_the_end_are_padding_without_numbers():
     """Token 0, log-probability 0, entropy 0, mask False: nothing of the rows that decoding kept
     running."""
     policy = tiny_policy()
-    close = marker_within(token_lists(think(policy, thought_format()).thoughts), 1)
-    thoughts = think(policy, thought_format(close)).thoughts
+    close = marker_within(token_lists(think(policy, format_of()).thoughts), 1)
+    thoughts = think(policy, format_of(close)).thoughts
     off = ~thoughts.mask
     assert (
         off.any()
@@ -450,7 +459,7 @@ def test_sampling_leaves_no_gradient_and_no_mode_behind():
     policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()
     modes = [module.training for module in policy.modules()]
-    thoughts = think(policy, thought_format()).thoughts
+    thoughts = think(policy, format_of()).thoughts
     assert (
         policy.training
         and any(modes[1:])
@@ -466,7 +475,7 @@ def test_sampling_leaves_no_gradient_and_no_mode_behind():
 def test_a_rank_that_waits_for_others_thinks_the_same(extra: int):
     """While other ranks still sample, this one runs along, its thoughts untouched."""
     policy = tiny_policy()
-    close = marker_within(token_lists(think(policy, thought_format()).thoughts), 1)
+    close = marker_within(token_lists(think(policy, format_of()).thoughts), 1)
     questions = []
 
     def agree(mine: bool) -> bool:
@@ -476,12 +485,12 @@ def test_a_rank_that_waits_for_others_thinks_the_same(extra: int):
     alone: list[bool] = []
     think(
         policy,
-        thought_format(close),
+        format_of(close),
         rows=2 * GROUP,
         agree=lambda mine: bool(alone.append(mine)) or mine,
     )
-    together = think(policy, thought_format(close), rows=2 * GROUP, agree=agree)
-    same_thoughts(together.thoughts, think(policy, thought_format(close), rows=2 * GROUP).thoughts)
+    together = think(policy, format_of(close), rows=2 * GROUP, agree=agree)
+    same_thoughts(together.thoughts, think(policy, format_of(close), rows=2 * GROUP).thoughts)
     assert len(questions) >= len(alone) + extra
 
 
@@ -575,13 +584,19 @@ def test_entropy_at_its_limits():
 def test_the_temperature_of_the_format_is_the_temperature_of_the_thoughts():
     """Colder thoughts are less random, and their log-probabilities those of the colder policy."""
     policy = tiny_policy()
-    form = replace(thought_format(), temperature=0.25)
-    thoughts = think(policy, form).thoughts
-    layout = repeated(
-        DOCUMENTS, POSITIONS, thoughts, form, lm=False, no_think=False, device=policy.device
+    thought_format = replace(format_of(), temperature=0.25)
+    thoughts = think(policy, thought_format).thoughts
+    layout = repeated_layout(
+        DOCUMENTS,
+        POSITIONS,
+        thoughts,
+        thought_format,
+        lm=False,
+        no_think=False,
+        device=policy.device,
     )
     with torch.no_grad():
         assert_close(
             thoughts.behavior_logprob.flatten(0, 1), score(policy, layout).thought, **FLOAT32
         )
-    assert thoughts.entropy.mean() < 0.7 * think(policy, thought_format()).thoughts.entropy.mean()
+    assert thoughts.entropy.mean() < 0.7 * think(policy, format_of()).thoughts.entropy.mean()

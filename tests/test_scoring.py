@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model.admission import why_unsound
-from rlp.model.layout import repeated
+from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import Scores, difficulty, greedy_targets, score
@@ -29,7 +29,7 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 """The same numbers summed in another batch shape and order. Measured: 8e-6 at most."""
 
 
-def form(horizon: int = 1, **fields: object) -> ThoughtFormat:
+def format_of(horizon: int = 1, **fields: object) -> ThoughtFormat:
     return replace(
         ThoughtFormat(
             markers=MARKERS,
@@ -89,15 +89,20 @@ def logprob_of(logits: Tensor, token: int, temperature: float, excluded: int) ->
 
 
 def each_thought(
-    documents: list[Document], positions: Positions, thoughts: Thoughts, layout_form: ThoughtFormat
+    documents: list[Document],
+    positions: Positions,
+    thoughts: Thoughts,
+    thought_format: ThoughtFormat,
 ) -> Iterator[tuple[list[int], list[int], list[int], list[int]]]:
     """(context, sampled tokens, what closes them by force, targets) of each thought."""
     for m, (d, t) in enumerate(zip(positions.document, positions.position)):
         prefix = documents[d].tokens[:t].tolist()
         begin = (
-            prefix[:1] if layout_form.begin is not None and prefix[0] == layout_form.begin else []
+            prefix[:1]
+            if thought_format.begin is not None and prefix[0] == thought_format.begin
+            else []
         )
-        context = [*begin, *layout_form.instruction, *prefix[len(begin) :], *MARKERS.open]
+        context = [*begin, *thought_format.instruction, *prefix[len(begin) :], *MARKERS.open]
         for g in range(thoughts.tokens.shape[1]):
             forced = [*MARKERS.close] if thoughts.truncated[m, g] else []
             yield (
@@ -113,19 +118,19 @@ def oracle(
     documents: list[Document],
     positions: Positions,
     thoughts: Thoughts,
-    layout_form: ThoughtFormat,
+    thought_format: ThoughtFormat,
 ) -> Scores:
     """The blocks of `Scores` by definition: a fresh forward of the model for each thought and each
     document."""
     excluded = MARKERS.open[0]
     thought_rows, target_rows = [], []
     for context, thought, forced, target in each_thought(
-        documents, positions, thoughts, layout_form
+        documents, positions, thoughts, thought_format
     ):
         logits = lm_logits(policy, [*context, *thought, *forced, *target])
         start = len(context) + len(thought) + len(forced)
         row = [
-            logprob_of(logits[len(context) + u - 1], token, layout_form.temperature, -1)
+            logprob_of(logits[len(context) + u - 1], token, thought_format.temperature, -1)
             for u, token in enumerate(thought)
         ]
         thought_rows.append(
@@ -180,11 +185,13 @@ def all_scores(
     documents: list[Document],
     positions: Positions,
     thoughts: Thoughts,
-    layout_form: ThoughtFormat,
+    thought_format: ThoughtFormat,
 ) -> Scores:
     return score(
         policy,
-        repeated(documents, positions, thoughts, layout_form, lm=True, no_think=True, device=CPU),
+        repeated_layout(
+            documents, positions, thoughts, thought_format, lm=True, no_think=True, device=CPU
+        ),
     )
 
 
@@ -195,8 +202,8 @@ def test_every_score_is_the_models_own(name: str, horizon: int):
     batched and padded together."""
     policy = tiny_policy(name, markers=MARKERS)
     with torch.no_grad():
-        mine = all_scores(policy, *example(horizon), form(horizon))
-        expected = oracle(policy, *example(horizon), form(horizon))
+        mine = all_scores(policy, *example(horizon), format_of(horizon))
+        expected = oracle(policy, *example(horizon), format_of(horizon))
     for block in BLOCKS:
         assert getattr(mine, block).dtype == torch.float32
         assert_close(
@@ -214,8 +221,8 @@ def test_scores_and_their_gradients_are_exact_in_float64():
     documents, positions, thoughts = example(3)
     generator = torch.Generator().manual_seed(0)
     mine, expected = (
-        all_scores(policy, documents, positions, thoughts, form(3)),
-        oracle(policy, documents, positions, thoughts, form(3)),
+        all_scores(policy, documents, positions, thoughts, format_of(3)),
+        oracle(policy, documents, positions, thoughts, format_of(3)),
     )
     weights = [
         torch.randn(getattr(mine, block).shape, generator=generator, dtype=torch.float64)
@@ -255,13 +262,13 @@ def test_other_documents_and_siblings_change_no_score(name: str):
         positions, target=np.stack([*positions.target[:3], other.tokens[10:11]])
     )
     with torch.no_grad():
-        before = all_scores(policy, documents, positions, thoughts, form())
+        before = all_scores(policy, documents, positions, thoughts, format_of())
         after = all_scores(
             policy,
             [*documents[:2], other],
             changed_positions,
             replace(thoughts, tokens=tokens),
-            form(),
+            format_of(),
         )
     siblings = [n for n in range(12) if n != 1 and n < 9]
     touched = {
@@ -297,15 +304,15 @@ def test_a_truncated_thought_is_scored_as_if_it_had_closed_itself():
     )
     with torch.no_grad():
         forced, sampled = (
-            all_scores(policy, documents, positions, thoughts, form()),
-            all_scores(policy, documents, positions, closed, form()),
+            all_scores(policy, documents, positions, thoughts, format_of()),
+            all_scores(policy, documents, positions, closed, format_of()),
         )
         open_ended = all_scores(
             policy,
             documents,
             positions,
             replace(thoughts, truncated=torch.zeros(4, 3, dtype=torch.bool)),
-            form(),
+            format_of(),
         )
     truncated = thoughts.truncated.flatten()
     assert_close(forced.target, sampled.target, **FLOAT32)
@@ -322,11 +329,11 @@ def test_a_forced_close_marker_gets_no_gradient_as_a_token():
     documents, positions, thoughts = example()
     for close in ((3,), (4,), (4, 3, 4)):
         truncated = replace(thoughts, truncated=torch.ones(4, 3, dtype=torch.bool))
-        layout = repeated(
+        layout = repeated_layout(
             documents,
             positions,
             truncated,
-            form(markers=Markers(open=(2,), close=close)),
+            format_of(markers=Markers(open=(2,), close=close)),
             lm=False,
             no_think=False,
             device=CPU,
@@ -352,11 +359,11 @@ def test_the_instruction_changes_thoughts_and_targets_and_never_the_no_think_sco
     with torch.no_grad():
         scores = {
             words: all_scores(
-                policy, documents, positions, thoughts, form(instruction=words, begin=1)
+                policy, documents, positions, thoughts, format_of(instruction=words, begin=1)
             )
             for words in ((), INSTRUCTION)
         }
-        expected = oracle(policy, documents, positions, thoughts, form(begin=1))
+        expected = oracle(policy, documents, positions, thoughts, format_of(begin=1))
     bare, instructed = scores[()], scores[INSTRUCTION]
     for block in ("document", "no_think", "open_marker"):
         assert_close(getattr(bare, block), getattr(instructed, block), **FLOAT32)
@@ -370,7 +377,7 @@ def test_a_target_softmax_without_the_open_marker_sums_to_one_over_the_rest():
     policy = tiny_policy(markers=MARKERS)
     documents, positions, thoughts = example()
     with torch.no_grad():
-        scores = all_scores(policy, documents, positions, thoughts, form())
+        scores = all_scores(policy, documents, positions, thoughts, format_of())
         whole = torch.stack(
             [scores.document[d, t - 1] for d, t in zip(positions.document, positions.position)]
         )
@@ -382,7 +389,7 @@ def test_a_target_temperature_reaches_targets_only():
     policy = tiny_policy(markers=MARKERS)
     with torch.no_grad():
         plain, warm = (
-            all_scores(policy, *example(), form(target_temperature=temperature))
+            all_scores(policy, *example(), format_of(target_temperature=temperature))
             for temperature in (1.0, 2.0)
         )
     for block in ("thought", "document", "open_marker"):
@@ -396,17 +403,24 @@ def test_blocks_that_are_not_asked_for_are_empty():
     documents, positions, thoughts = example(3)
     with torch.no_grad():
         lm_only = score(
-            policy, repeated(documents, None, None, form(3), lm=True, no_think=False, device=CPU)
+            policy,
+            repeated_layout(
+                documents, None, None, format_of(3), lm=True, no_think=False, device=CPU
+            ),
         )
         thoughts_only = score(
             policy,
-            repeated(documents, positions, thoughts, form(3), lm=False, no_think=False, device=CPU),
+            repeated_layout(
+                documents, positions, thoughts, format_of(3), lm=False, no_think=False, device=CPU
+            ),
         )
         no_think_only = score(
             policy,
-            repeated(documents, positions, None, form(3), lm=False, no_think=True, device=CPU),
+            repeated_layout(
+                documents, positions, None, format_of(3), lm=False, no_think=True, device=CPU
+            ),
         )
-        whole = all_scores(policy, documents, positions, thoughts, form(3))
+        whole = all_scores(policy, documents, positions, thoughts, format_of(3))
     assert [getattr(lm_only, block).numel() for block in BLOCKS] == [0, 0, 39, 0, 0]
     assert [getattr(thoughts_only, block).numel() for block in BLOCKS] == [72, 36, 0, 0, 0]
     assert [getattr(no_think_only, block).numel() for block in BLOCKS] == [0, 0, 0, 12, 4]
@@ -428,7 +442,9 @@ def test_difficulty_is_the_entropy_or_the_surprisal_before_each_token(name: str)
     """Of the plain document, nothing excluded; index t speaks of token t, index 0 of nothing."""
     policy = tiny_policy(name, markers=MARKERS)
     documents = random_documents([11, 2, 6])
-    layout = repeated(documents, None, None, form(), lm=True, no_think=False, device=CPU)
+    layout = repeated_layout(
+        documents, None, None, format_of(), lm=True, no_think=False, device=CPU
+    )
     entropy, surprisal = (
         difficulty(policy, layout, "entropy"),
         difficulty(policy, layout, "surprisal"),
@@ -471,11 +487,11 @@ def test_greedy_says_whether_the_target_is_the_most_probable_word_but_the_open_m
     best = torch.where(first == marker, second, first)
     worst = logits.argmin(dim=1)
     for target, expected in ((best, True), (worst, False)):
-        layout = repeated(
+        layout = repeated_layout(
             documents,
             replace(positions, target=target[:, None].numpy()),
             None,
-            form(markers=policy.markers),
+            format_of(markers=policy.markers),
             lm=False,
             no_think=True,
             device=CPU,
@@ -529,7 +545,10 @@ def test_scaled_and_capped_logits_are_the_models_own(name: str):
     policy = Policy(build(name, **SCALED[name]), MARKERS)
     assert why_unsound(policy) is None
     with torch.no_grad():
-        mine, expected = all_scores(policy, *example(), form()), oracle(policy, *example(), form())
+        mine, expected = (
+            all_scores(policy, *example(), format_of()),
+            oracle(policy, *example(), format_of()),
+        )
     for block in BLOCKS:
         assert_close(getattr(mine, block), getattr(expected, block), **FLOAT32)
 

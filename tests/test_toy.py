@@ -26,7 +26,7 @@ from rlp.config import ObjectiveConfig, RewardConfig
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.learn.teacher import Teacher
-from rlp.model.layout import repeated
+from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import score
@@ -231,14 +231,22 @@ def evidence(
     groups: list[list[Thought]],
 ) -> Evidence:
     """S_pred and log pi of given thoughts by the layout and the kernels, S_ema by the teacher."""
-    form = toy_format(policy, horizon=positions.target.shape[1])
+    thought_format = toy_format(policy, horizon=positions.target.shape[1])
     scores = score(
         policy,
-        repeated(
-            documents, positions, as_thoughts(groups), form, lm=False, no_think=False, device=CPU
+        repeated_layout(
+            documents,
+            positions,
+            as_thoughts(groups),
+            thought_format,
+            lm=False,
+            no_think=False,
+            device=CPU,
         ),
     )
-    layout = repeated(documents, positions, None, form, lm=False, no_think=True, device=CPU)
+    layout = repeated_layout(
+        documents, positions, None, thought_format, lm=False, no_think=True, device=CPU
+    )
     shape = (len(groups), len(groups[0]))
     baseline_logprob = teacher_of("self", teacher).baseline_logprob(layout, len(groups))
     return Evidence(
@@ -263,7 +271,7 @@ class Backward:
 
 def step_loss(
     model: Callable,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     documents: list[Document],
     positions: Positions,
     thoughts: Thoughts,
@@ -282,9 +290,9 @@ def step_loss(
         config=config,
         asks_for_matches=False,
         engine=engine,
-        arrange=repeated,
+        lay_out=repeated_layout,
         ranks=SimpleNamespace(device=CPU),
-        inputs=SimpleNamespace(form=form, markers=form.markers),
+        setup=SimpleNamespace(thought_format=thought_format, markers=thought_format.markers),
         count=lambda *work, **passes: None,
         offer_thoughts=lambda *told: None,
     )
@@ -721,19 +729,24 @@ def test_update_is_the_same_with_any_baseline():
     """EMA (or frozen: another network), self, none, not scored, or nonsense: S_ema is one number
     for a position, and cancels in eq. 7."""
     policy = toy_policy()
-    form = toy_format(policy)
+    thought_format = toy_format(policy)
     documents, positions, thoughts = sampled_step(policy)
-    layout = repeated(documents, positions, None, form, lm=False, no_think=True, device=CPU)
+    layout = repeated_layout(
+        documents, positions, None, thought_format, lm=False, no_think=True, device=CPU
+    )
     kinds = [
         teacher_of(kind, policy, toy_policy(seed=1)).baseline_logprob(layout, 3)
         for kind in ("ema", "self", "none")
     ]
     assert (kinds[0] - kinds[1]).abs().min() > 0.01 and (kinds[1] - kinds[2]).abs().min() > 0.01
-    unscored = flat_gradient(step_loss(policy, form, documents, positions, thoughts), policy)
+    unscored = flat_gradient(
+        step_loss(policy, thought_format, documents, positions, thoughts), policy
+    )
     for baseline_logprob in (*kinds, torch.tensor([5.0, -7.0, 0.25], dtype=torch.float64)):
         assert_close(
             flat_gradient(
-                step_loss(policy, form, documents, positions, thoughts, baseline_logprob), policy
+                step_loss(policy, thought_format, documents, positions, thoughts, baseline_logprob),
+                policy,
             ),
             unscored,
         )
@@ -830,7 +843,7 @@ def gains(policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         mass = score(
             policy,
-            repeated(
+            repeated_layout(
                 documents, positions, None, toy_format(policy), lm=False, no_think=True, device=CPU
             ),
         ).open_marker.exp()
@@ -843,7 +856,7 @@ def test_mass_of_the_open_marker_is_that_right_after_the_prefix():
     documents, positions = one_position_each(
         [prefix + [2, 4] for prefix in PREFIXES], [len(prefix) for prefix in PREFIXES]
     )
-    layout = repeated(
+    layout = repeated_layout(
         documents, positions, None, toy_format(policy), lm=False, no_think=True, device=CPU
     )
     assert_close(

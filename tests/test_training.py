@@ -319,7 +319,7 @@ def test_a_continued_pretraining_step_equals_a_plain_loop(
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-2)
     for step, line in enumerate(read_lines(folder / "metrics.jsonl"), start=1):
-        documents = run.inputs.stream.next_documents(4)
+        documents = run.setup.stream.next_documents(4)
         total = sum(next_token_loss(model, document) for document in documents)
         loss = total / sum(len(document.tokens) - 1 for document in documents)
         optimizer.zero_grad()

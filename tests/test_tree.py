@@ -11,7 +11,7 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model import attention
 from rlp.model.attention import BranchAttention, Tree, why_no_tree
-from rlp.model.layout import Layout, repeated, tree
+from rlp.model.layout import Layout, repeated_layout, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import Scores, score
@@ -84,16 +84,18 @@ def run(policy: Policy, layout: Layout) -> tuple[Scores, torch.Tensor]:
 def test_tree_equals_repeated_rows(name, horizon, instruction, open_marker, lm, no_think):
     """Log-probabilities and gradients, with K > 1, padding, unequal lengths, horizons,
     instructions: float32, 1e-4 relative."""
-    documents, positions, thoughts, form = material(
+    documents, positions, thoughts, thought_format = material(
         horizon=horizon, instruction=instruction, open_marker=open_marker
     )
-    policy = tiny_policy(name, markers=form.markers)
+    policy = tiny_policy(name, markers=thought_format.markers)
     (plain, plain_gradient), (packed, packed_gradient) = (
         run(
             policy,
-            arrange(documents, positions, thoughts, form, lm=lm, no_think=no_think, device=CPU),
+            lay_out(
+                documents, positions, thoughts, thought_format, lm=lm, no_think=no_think, device=CPU
+            ),
         )
-        for arrange in (repeated, tree)
+        for lay_out in (repeated_layout, tree_layout)
     )
     for block in BLOCKS:
         torch.testing.assert_close(
@@ -104,14 +106,16 @@ def test_tree_equals_repeated_rows(name, horizon, instruction, open_marker, lm, 
 
 def test_tree_is_exact_in_float64():
     """What float32 leaves of a difference is rounding."""
-    documents, positions, thoughts, form = material(horizon=2)
-    policy = tiny_policy("gpt_neox", markers=form.markers).double()
+    documents, positions, thoughts, thought_format = material(horizon=2)
+    policy = tiny_policy("gpt_neox", markers=thought_format.markers).double()
     (plain, plain_gradient), (packed, packed_gradient) = (
         run(
             policy,
-            arrange(documents, positions, thoughts, form, lm=True, no_think=True, device=CPU),
+            lay_out(
+                documents, positions, thoughts, thought_format, lm=True, no_think=True, device=CPU
+            ),
         )
-        for arrange in (repeated, tree)
+        for lay_out in (repeated_layout, tree_layout)
     )
     torch.testing.assert_close(packed.target, plain.target, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -176,8 +180,10 @@ def one_softmax(
 
 def test_a_document_is_run_once_for_all_its_thoughts():
     """The packed row holds each document once, each thought without its prefix, and no padding."""
-    documents, positions, thoughts, form = material()
-    layout = tree(documents, positions, thoughts, form, lm=True, no_think=True, device=CPU)
+    documents, positions, thoughts, thought_format = material()
+    layout = tree_layout(
+        documents, positions, thoughts, thought_format, lm=True, no_think=True, device=CPU
+    )
     branch_tokens = (
         int(thoughts.mask.sum()) + thoughts.truncated.numel() + int(thoughts.truncated.sum())
     )  # open markers, forced close markers
@@ -255,15 +261,17 @@ def test_shared_keys_sample_the_thoughts_of_forked_caches(
     Thoughts end at different lengths, so that branches are dropped on the way.
     """
     documents, positions, _, _ = material(seed=1)
-    form = ThoughtFormat(Markers(open_marker, close_marker), instruction, None, 1.0, 1.0, 1)
-    policy = tiny_policy(name, markers=form.markers)
+    thought_format = ThoughtFormat(
+        Markers(open_marker, close_marker), instruction, None, 1.0, 1.0, 1
+    )
+    policy = tiny_policy(name, markers=thought_format.markers)
     policy.lm.set_attn_implementation(attention.register("sdpa"))
     forked, shared = (
         sample_thoughts(
             policy,
             documents,
             positions,
-            form,
+            thought_format,
             NoiseKey(0, 1),
             group_size=4,
             max_thought_tokens=20,
@@ -284,14 +292,14 @@ def test_shared_keys_sample_the_thoughts_of_forked_caches(
 
 def test_shared_keys_run_each_document_once():
     """Three documents up to each one's last position, and an open marker for each thought."""
-    documents, positions, _, form = material()
+    documents, positions, _, thought_format = material()
     policy = tiny_policy()
     policy.lm.set_attn_implementation(attention.register("sdpa"))
     work = sample_thoughts(
         policy,
         documents,
         positions,
-        form,
+        thought_format,
         NoiseKey(0, 1),
         group_size=4,
         max_thought_tokens=3,

@@ -43,7 +43,7 @@ from rlp.model.admission import check_model
 from rlp.model.loading import choose_dtype, load_policy, read_model_config
 from rlp.model.markers import marker_notes
 from rlp.model.policy import Policy
-from rlp.model.setup import ModelInputs
+from rlp.model.setup import ModelSetup
 from rlp.model.thoughts import ThoughtFormat
 
 if TYPE_CHECKING:
@@ -61,26 +61,26 @@ class Evaluator:
 
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
-    form: ThoughtFormat
+    thought_format: ThoughtFormat
     thought: ThoughtConfig
     """As the checkpoint was trained, or the paper's: its budget counts where a benchmark names
     none."""
 
     def marker_notes(self) -> list[str]:
         """`marker_notes` of the checkpoint."""
-        return marker_notes(self.tokenizer, self.form.markers, self.thought)
+        return marker_notes(self.tokenizer, self.thought_format.markers, self.thought)
 
     def thinker(self, benchmark: Benchmark, *, thinks: bool, seed: int, rows: int) -> Thinker:
         """What answers a benchmark."""
         temperature = (
-            self.form.temperature
+            self.thought_format.temperature
             if benchmark.thought_temperature is None
             else max(benchmark.thought_temperature, GREEDY)
         )
         return Thinker(
             self.policy,
             self.tokenizer,
-            replace(self.form, temperature=temperature),
+            replace(self.thought_format, temperature=temperature),
             thinks=thinks,
             seed=seed,
             rows=rows,
@@ -123,23 +123,24 @@ def open_evaluator(checkpoint: str, *, device: torch.device, dtype: str = "auto"
         budget=BudgetConfig(steps=1),
         engine=EngineConfig(dtype=dtype, layout="repeated"),
     )
-    inputs = ModelInputs(config)
-    ids = {"open_marker_ids": inputs.markers.open, "close_marker_ids": inputs.markers.close}
+    setup = ModelSetup(config)
+    ids = {"open_marker_ids": setup.markers.open, "close_marker_ids": setup.markers.close}
     for name, own in ids.items():
         if tuple(manifest.get(name, own)) != own:
             raise ConfigError(
                 f"{path}: {name} is {manifest[name]}, and the tokenizer of the folder writes"
                 f" {list(own)}. Write a folder with the tokenizer that the run used."
             )
-    form = replace(
-        inputs.form, instruction=known_ids(manifest.get("instruction_ids", ()), inputs.tokenizer)
+    thought_format = replace(
+        setup.thought_format,
+        instruction=known_ids(manifest.get("instruction_ids", ()), setup.tokenizer),
     )
     dtype, _ = choose_dtype(
         config, device, read_model_config(config.model).get_text_config().hidden_size
     )
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, dtype, device).to(device).eval()
+    policy = load_policy(config, setup.tokenizer, setup.markers, dtype, device).to(device).eval()
     check_model(policy)
-    return Evaluator(policy, inputs.tokenizer, form, thought)
+    return Evaluator(policy, setup.tokenizer, thought_format, thought)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,9 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
 from rlp.measure.ledger import Ledger
 from rlp.measure.panel import load_frozen
-from rlp.model.layout import Layout, tree
+from rlp.model.layout import Layout, tree_layout
 from rlp.model.scoring import score
-from rlp.model.setup import Inputs
+from rlp.model.setup import RunSetup
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import information_gain, log_evidence
 from rlp.process.console import visible_text
@@ -63,19 +63,17 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
             "position.selector: documents are spliced at positions that do not depend on the"
             f" policy, got {config.position.selector}. Write position.selector=uniform or marker."
         )
-    inputs = Inputs(config, warn=print)
-    for note in inputs.marker_notes():
+    setup = RunSetup(config, warn=print)
+    for note in setup.marker_notes():
         print(visible_text(note))
-    arrange, policy = load_frozen(inputs, ranks)
-    ledger = Ledger(inputs.shapes)
+    lay_out, policy = load_frozen(setup, ranks)
+    ledger = Ledger(setup.shapes)
     rewards, rows, longest = [], [], 0
     for step, start in enumerate(range(0, num_documents, config.optim.batch_size), start=1):
-        documents = inputs.stream.next_documents(
-            min(config.optim.batch_size, num_documents - start)
-        )
+        documents = setup.stream.next_documents(min(config.optim.batch_size, num_documents - start))
         positions = choose_positions(
             documents,
-            inputs.candidates,
+            setup.candidates,
             config.position,
             horizon=config.target.horizon,
             seed=config.run.seed,
@@ -86,20 +84,20 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
                 policy,
                 documents,
                 positions,
-                inputs.form,
+                setup.thought_format,
                 NoiseKey(config.run.seed, step),
                 group_size=config.thought.group_size,
                 max_thought_tokens=config.thought.max_thought_tokens,
                 rows=config.thought.sampling_rows,
-                shared=arrange is tree,
+                shared=lay_out is tree_layout,
                 prefill=lambda: ledger.time("prefill"),
             )
         with ledger.time("score"), torch.no_grad():
-            layout = arrange(
+            layout = lay_out(
                 documents,
                 positions,
                 rollout.thoughts,
-                inputs.form,
+                setup.thought_format,
                 lm=False,
                 no_think=True,
                 device=policy.device,
@@ -117,13 +115,13 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
                 m,
                 rollout.thoughts,
                 reward[m],
-                inputs.form,
+                setup.thought_format,
             )
             longest = max(longest, len(tokens) - len(documents[positions.document[m]].tokens))
             rows.append(
                 {
                     "tokens": tokens.tolist(),
-                    "text": inputs.tokenizer.decode(tokens),
+                    "text": setup.tokenizer.decode(tokens),
                     "document": documents[positions.document[m]].id,
                     "position": int(positions.position[m]),
                     "reward": float(reward[m].max()),
@@ -181,7 +179,7 @@ def _with_best_thought(
     m: int,
     thoughts: Thoughts,
     reward: np.ndarray,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
 ) -> np.ndarray:
     """[P + thought] int64: the document with the best of a group's thoughts in it, if that one
     helps."""
@@ -189,9 +187,9 @@ def _with_best_thought(
     if not reward[best] > 0:
         return document.tokens
     close = (
-        form.markers.close if bool(thoughts.truncated[m, best]) else ()
+        thought_format.markers.close if bool(thoughts.truncated[m, best]) else ()
     )  # a thought that ended by itself holds its own
     thought = thoughts.tokens[m, best][thoughts.mask[m, best]].cpu().numpy()
     return np.concatenate(
-        [document.tokens[:t], form.markers.open, thought, close, document.tokens[t:]]
+        [document.tokens[:t], thought_format.markers.open, thought, close, document.tokens[t:]]
     ).astype(np.int64)

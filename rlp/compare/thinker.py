@@ -69,7 +69,7 @@ class Thinker:
         self,
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
-        form: ThoughtFormat,
+        thought_format: ThoughtFormat,
         *,
         thinks: bool,
         thought_tokens: int,
@@ -79,12 +79,12 @@ class Thinker:
     ) -> None:
         """
         Args:
-            form: markers, instruction and the sampling temperature of thoughts.
+            thought_format: markers, instruction and the sampling temperature of thoughts.
             thought_tokens: budget of a thought, the close marker included.
             answer_temperature: of answer tokens, 0 is greedy.
             rows: N, sequences decoded side by side; changes memory and speed, never an answer.
         """
-        self._policy, self._tokenizer, self._form = policy, tokenizer, form
+        self._policy, self._tokenizer, self._thought_format = policy, tokenizer, thought_format
         self._thinks, self._thought_tokens, self._answer_temperature = (
             thinks,
             thought_tokens,
@@ -92,7 +92,9 @@ class Thinker:
         )
         self._seed, self._rows = seed, rows
         self._plain = replace(
-            form, markers=Markers(open=(), close=form.markers.close), instruction=()
+            thought_format,
+            markers=Markers(open=(), close=thought_format.markers.close),
+            instruction=(),
         )
         self._limit = (
             getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -119,7 +121,7 @@ class Thinker:
         return Thinker(
             self._policy,
             self._tokenizer,
-            self._form,
+            self._thought_format,
             thinks=False,
             thought_tokens=self._thought_tokens,
             answer_temperature=self._answer_temperature,
@@ -220,9 +222,9 @@ class Thinker:
     ) -> list[list[_Context]]:
         """What stands before each answer: the prompt, or the prompt and each of its thoughts."""
         overhead = (
-            len(self._form.prefix(np.array([], dtype=np.int64), 0))
+            len(self._thought_format.prefix(np.array([], dtype=np.int64), 0))
             + self._thought_tokens
-            + len(self._form.markers.close)
+            + len(self._thought_format.markers.close)
             if self._thinks
             else 0
         )
@@ -254,7 +256,7 @@ class Thinker:
             self._policy,
             documents,
             ends,
-            self._form,
+            self._thought_format,
             NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
             group_size=samples,
             max_thought_tokens=self._thought_tokens,
@@ -263,10 +265,10 @@ class Thinker:
         tokens, mask, truncated = (
             part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
         )
-        close = np.array(self._form.markers.close, dtype=np.int64)
+        close = np.array(self._thought_format.markers.close, dtype=np.int64)
         groups = []
         for m, prompt in enumerate(kept):
-            prefix = self._form.prefix(prompt, len(prompt))
+            prefix = self._thought_format.prefix(prompt, len(prompt))
             groups.append([])
             for g in range(samples):
                 thought = tokens[m, g][mask[m, g]]
@@ -321,7 +323,7 @@ class Thinker:
             branches = ForkedBranches(self._policy, documents, ends, self._plain, 1)
             logits = branches.first()
             for step in range(budget):
-                logits[:, self._form.markers.excluded] = -torch.inf
+                logits[:, self._thought_format.markers.excluded] = -torch.inf
                 rows = torch.tensor(going, device=device)
                 token = (
                     logits.argmax(dim=1)
@@ -390,7 +392,7 @@ class Thinker:
                 column,
                 target,
                 np.ones(len(row), dtype=np.float32),
-                np.full(len(row), self._form.markers.excluded),
+                np.full(len(row), self._thought_format.markers.excluded),
             )
         ]
         ids = torch.from_numpy(tokens).to(device)

@@ -28,7 +28,7 @@ from rlp.config import (
 from rlp.learn.checkpoint import Checkpoint
 from rlp.learn.engine import Engine
 from rlp.model.loading import load_policy, load_with_markers
-from rlp.model.setup import ModelInputs
+from rlp.model.setup import ModelSetup
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.console import visible_text
 from rlp.process.faults import fault
@@ -43,7 +43,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     ranks: Ranks,
     config: Config,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     card: str,
 ) -> None:
     """Write the policy as a Hugging Face folder: safetensors, tokenizer, model card, and the
@@ -61,7 +61,7 @@ def export_model(
     failure = None
     if ranks.is_first:
         try:
-            _write(folder, engine.policy.lm, tensors, tokenizer, config, form, card)
+            _write(folder, engine.policy.lm, tensors, tokenizer, config, thought_format, card)
         except (OSError, SafetensorError) as error:
             failure = str(error)
     failure = ranks.broadcast(failure)
@@ -85,18 +85,16 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
             f"--out: {folder} exists and is never written over. Write another folder."
         )
     config = load_config(checkpoint.config)
-    inputs = ModelInputs(config)
-    policy = load_policy(
-        config, inputs.tokenizer, inputs.markers, torch.float32, torch.device("cpu")
-    )
+    setup = ModelSetup(config)
+    policy = load_policy(config, setup.tokenizer, setup.markers, torch.float32, torch.device("cpu"))
     tensors = master_weights(checkpoint, policy.lm)
     _write(
         folder,
         policy.lm,
         tensors,
-        inputs.tokenizer,
+        setup.tokenizer,
         config,
-        inputs.form,
+        setup.thought_format,
         model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit),
     )
 
@@ -122,21 +120,21 @@ def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> lis
         data=DataConfig(train=["unused"]),
         budget=BudgetConfig(steps=1),
     )
-    inputs = ModelInputs(config)
-    if not inputs.markers.pieces:
+    setup = ModelSetup(config)
+    if not setup.markers.pieces:
         raise ConfigError(
-            f"{model} has {thought.open_marker!r} ({inputs.markers.open[0]}) and "
-            f"{thought.close_marker!r} ({inputs.markers.close[0]}) as single tokens "
+            f"{model} has {thought.open_marker!r} ({setup.markers.open[0]}) and "
+            f"{thought.close_marker!r} ({setup.markers.close[0]}) as single tokens "
             "already. Use it as it is."
         )
-    lm = load_with_markers(config, inputs.tokenizer, inputs.markers)
+    lm = load_with_markers(config, setup.tokenizer, setup.markers)
     try:
         with new_folder(folder, point="markers.before_rename") as new:
             lm.save_pretrained(new, safe_serialization=True)
-            inputs.tokenizer.save_pretrained(new)
+            setup.tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out: {folder} can not be written: {error}.") from error
-    return inputs.marker_notes()
+    return setup.marker_notes()
 
 
 def master_weights(checkpoint: Checkpoint, lm: nn.Module) -> dict[str, Tensor]:
@@ -157,20 +155,20 @@ def _write(
     tensors: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     card: str,
 ) -> None:
     manifest = {
         "open_marker": config.thought.open_marker,
-        "open_marker_ids": list(form.markers.open),
+        "open_marker_ids": list(thought_format.markers.open),
         "close_marker": config.thought.close_marker,
-        "close_marker_ids": list(form.markers.close),
-        "excluded_from_targets": form.markers.excluded,
-        "instruction_ids": list(form.instruction),
-        "temperature": form.temperature,
-        "target_temperature": form.target_temperature,
+        "close_marker_ids": list(thought_format.markers.close),
+        "excluded_from_targets": thought_format.markers.excluded,
+        "instruction_ids": list(thought_format.instruction),
+        "temperature": thought_format.temperature,
+        "target_temperature": thought_format.target_temperature,
         "max_thought_tokens": config.thought.max_thought_tokens,
-        "horizon": form.horizon,
+        "horizon": thought_format.horizon,
         "order": ["instruction", "prefix", "open_marker", "thought", "close_marker", "target"],
     }
     with new_folder(folder, point="export.before_rename") as new:

@@ -38,7 +38,7 @@ from rlp.data.positions import Positions, choose_positions
 from rlp.learn.checkpoint import Checkpoint
 from rlp.learn.export import known_ids, master_weights
 from rlp.model.admission import check_model
-from rlp.model.layout import Layout, repeated, tree
+from rlp.model.layout import LAYOUTS, Layout, tree_layout
 from rlp.model.loading import (
     choose_dtype,
     choose_layout,
@@ -47,7 +47,7 @@ from rlp.model.loading import (
 )
 from rlp.model.policy import Policy
 from rlp.model.scoring import greedy_targets, score
-from rlp.model.setup import ModelInputs, PanelInputs
+from rlp.model.setup import ModelSetup, PanelSetup
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import log_evidence
 from rlp.process.progress import Progress, Tell
@@ -158,7 +158,7 @@ class Probe:
 
 
 def probe_model(
-    inputs: PanelInputs,
+    setup: PanelSetup,
     ranks: Ranks,
     *,
     start: str | None = None,
@@ -172,7 +172,7 @@ def probe_model(
     count.
 
     Args:
-        inputs: of that config.
+        setup: of that config.
         start: folder or Hub name of the starting checkpoint. Default: the model itself, so that the
             gain over the start is that over its own no-think; for a run's checkpoint, the model
             that the run started from.
@@ -184,74 +184,73 @@ def probe_model(
         ConfigError, DataError, CheckpointError: something that the config names is not there or
             does not fit.
     """
-    config = inputs.config
-    form = replace(
-        inputs.form, instruction=known_ids(instruction, inputs.tokenizer) or inputs.form.instruction
+    config = setup.config
+    thought_format = replace(
+        setup.thought_format,
+        instruction=known_ids(instruction, setup.tokenizer) or setup.thought_format.instruction,
     )
-    panel = held_out_panel(inputs)
-    start_logprob = None if start is None else _start_logprob(start, panel, inputs, ranks)
-    arrange, policy = load_frozen(inputs, ranks)
+    panel = held_out_panel(setup)
+    start_logprob = None if start is None else _start_logprob(start, panel, setup, ranks)
+    lay_out, policy = load_frozen(setup, ranks)
     if checkpoint is not None:
         if start is None:
-            start_logprob = no_think_logprob(arrange, policy, panel, form, config, ranks)
+            start_logprob = no_think_logprob(lay_out, policy, panel, thought_format, config, ranks)
         weights = master_weights(checkpoint, policy.lm)
         with torch.no_grad():
             for name, p in policy.lm.named_parameters():
                 p.copy_(weights[name])
-    return probe_panel(arrange, panel, policy, None, start_logprob, form, config, ranks)
+    return probe_panel(lay_out, panel, policy, None, start_logprob, thought_format, config, ranks)
 
 
-def load_frozen(inputs: ModelInputs, ranks: Ranks) -> tuple[Callable, Policy]:
+def load_frozen(setup: ModelSetup, ranks: Ranks) -> tuple[Callable, Policy]:
     """The layout that a model can run, and the model."""
-    config = inputs.config
+    config = setup.config
     architecture = read_model_config(config.model)
     layout, _ = choose_layout(config, architecture)
     dtype, _ = choose_dtype(config, ranks.device, architecture.get_text_config().hidden_size)
-    policy = load_policy(config, inputs.tokenizer, inputs.markers, dtype, ranks.device).to(
+    policy = load_policy(config, setup.tokenizer, setup.markers, dtype, ranks.device).to(
         ranks.device
     )
     check_model(policy)
-    return {"repeated": repeated, "tree": tree}[layout], policy
+    return LAYOUTS[layout], policy
 
 
-def _start_logprob(start: str, panel: Panel, inputs: PanelInputs, ranks: Ranks) -> list[float]:
+def _start_logprob(start: str, panel: Panel, setup: PanelSetup, ranks: Ranks) -> list[float]:
     """`no_think_logprob` of another checkpoint, which must read the same tokens."""
-    config = replace(
-        inputs.config, model=replace(inputs.config.model, path=start, init="pretrained")
-    )
-    start_inputs = ModelInputs(config)
-    if start_inputs.tokenizer.get_vocab() != inputs.tokenizer.get_vocab():
+    config = replace(setup.config, model=replace(setup.config.model, path=start, init="pretrained"))
+    start_setup = ModelSetup(config)
+    if start_setup.tokenizer.get_vocab() != setup.tokenizer.get_vocab():
         raise ConfigError(
             f"start: the tokenizer of {start} is not that of "
-            f"{inputs.config.model.path}, so their log-probabilities are of other "
+            f"{setup.config.model.path}, so their log-probabilities are of other "
             "tokens. Write the checkpoint that the model "
             "was trained from; where the model was trained with "
             "thought.add_markers=true, write that too."
         )
-    arrange, policy = load_frozen(start_inputs, ranks)
-    return no_think_logprob(arrange, policy, panel, inputs.form, config, ranks)
+    lay_out, policy = load_frozen(start_setup, ranks)
+    return no_think_logprob(lay_out, policy, panel, setup.thought_format, config, ranks)
 
 
-def held_out_panel(inputs: PanelInputs) -> Panel:
+def held_out_panel(setup: PanelSetup) -> Panel:
     """The first held-out documents, in the order of `PANEL_SEED`, that together have
     `evaluation.panel_positions` positions, each read once.
 
     Positions are drawn uniformly among the candidates, for the selectors `entropy` and `surprisal`
     too: a panel that the policy chose would be another one after a resume, and in another run.
     """
-    config = inputs.config
-    if inputs.held_out is None:
+    config = setup.config
+    if setup.held_out is None:
         raise ConfigError(
             "data.held_out names no file, and a panel is made of held-out documents. Write"
             " data.held_out=[FILE]."
         )
-    stream, wanted = inputs.panel_stream(PANEL_SEED), config.evaluation.panel_positions
+    stream, wanted = setup.panel_stream(PANEL_SEED), config.evaluation.panel_positions
     documents, found = [], 0
-    while found < wanted and stream.cursor < len(inputs.held_out):
+    while found < wanted and stream.cursor < len(setup.held_out):
         document = stream.next_documents(1)[0]
-        if stream.cursor > len(inputs.held_out):
+        if stream.cursor > len(setup.held_out):
             break
-        limit = len(inputs.candidates(document.tokens))
+        limit = len(setup.candidates(document.tokens))
         documents.append(document)
         found += (
             limit
@@ -260,7 +259,7 @@ def held_out_panel(inputs: PanelInputs) -> Panel:
         )
     positions = choose_positions(
         documents,
-        inputs.candidates,
+        setup.candidates,
         config.position,
         horizon=config.target.horizon,
         seed=PANEL_SEED,
@@ -274,10 +273,10 @@ def held_out_panel(inputs: PanelInputs) -> Panel:
 
 @torch.no_grad()
 def no_think_logprob(
-    arrange: Callable,
+    lay_out: Callable,
     model: Policy,
     panel: Panel,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
 ) -> list[float]:
@@ -285,15 +284,15 @@ def no_think_logprob(
     collective.
 
     Args:
-        arrange: `layout.repeated` or `layout.tree`.
+        lay_out: one of `LAYOUTS`.
     """
     parts = []
     for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-        layout = arrange(
+        layout = lay_out(
             panel.documents[start:stop],
             panel.positions.of_documents(start, stop),
             None,
-            form,
+            thought_format,
             lm=False,
             no_think=True,
             device=model.device,
@@ -313,12 +312,12 @@ def _gather(parts: list[tuple[int, object] | None], ranks: Ranks) -> list:
 
 
 def probe_panel(
-    arrange: Callable,
+    lay_out: Callable,
     panel: Panel,
     policy: Policy,
     teacher: Policy | None,
     start_logprob: list[float] | None,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
     *,
@@ -333,7 +332,7 @@ def probe_panel(
     ranks, or what a run did before.
 
     Args:
-        arrange: `layout.repeated` or `layout.tree`.
+        lay_out: one of `LAYOUTS`.
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
         start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the policy is the
             starting checkpoint.
@@ -345,7 +344,7 @@ def probe_panel(
     with policy.sampling():
         with progress("thinking on the held-out panel", len(batches), "batches") as thinking:
             thoughts = _think(
-                arrange, panel, policy, form, config, ranks, generation, agree, thinking
+                lay_out, panel, policy, thought_format, config, ranks, generation, agree, thinking
             )
         donors, parts = panel.donors(), []
         with progress("scoring the held-out panel", len(batches), "batches") as scoring:
@@ -353,14 +352,14 @@ def probe_panel(
                 where = panel.positions.slice_of_documents(start, stop)
                 foreign = None if donors is None else thoughts[donors[where]]
                 part = _score_documents(
-                    arrange,
+                    lay_out,
                     panel.documents[start:stop],
                     panel.positions.of_documents(start, stop),
                     thoughts[where],
                     foreign,
                     policy,
                     teacher,
-                    form,
+                    thought_format,
                 )
                 parts.append((start, part) if counts else None)
                 scoring.advance()
@@ -371,15 +370,15 @@ def probe_panel(
         thoughts,
         answers,
         answers["no_think"] if start_logprob is None else np.array(start_logprob),
-        len(form.markers.close),
+        len(thought_format.markers.close),
     )
 
 
 def _think(
-    arrange: Callable,
+    lay_out: Callable,
     panel: Panel,
     policy: Policy,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
     generation: Callable[[], AbstractContextManager],
@@ -399,12 +398,12 @@ def _think(
                 policy,
                 panel.documents[start:stop],
                 panel.positions.of_documents(start, stop),
-                form,
+                thought_format,
                 NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
                 group_size=config.evaluation.thoughts_per_position,
                 max_thought_tokens=config.thought.max_thought_tokens,
                 rows=config.thought.sampling_rows,
-                shared=arrange is tree,
+                shared=lay_out is tree_layout,
                 agree=agree_and_tell,
             ).thoughts
         tokens, mask, truncated = (
@@ -421,26 +420,26 @@ def _think(
 
 
 def _score_documents(
-    arrange: Callable,
+    lay_out: Callable,
     documents: list[Document],
     positions: Positions,
     thoughts: PanelThoughts,
     foreign: PanelThoughts | None,
     policy: Policy,
     teacher: Policy | None,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
 ) -> dict[str, np.ndarray]:
     """Every prediction of some documents' targets: log-evidence in nats, [m, G] after thoughts and
     [m] else; whether the most probable tokens are the targets; the LM loss [b] of each document,
     summed over its tokens. What is not asked for is absent.
     """
 
-    def lay_out(given: PanelThoughts | None, *, lm: bool, no_think: bool) -> Layout:
-        return arrange(
+    def laid_out(given: PanelThoughts | None, *, lm: bool, no_think: bool) -> Layout:
+        return lay_out(
             documents,
             positions,
             None if given is None else given.on(policy.device),
-            form,
+            thought_format,
             lm=lm,
             no_think=no_think,
             device=policy.device,
@@ -449,11 +448,11 @@ def _score_documents(
     def of_groups(values: Tensor) -> Tensor:
         return rearrange(values, "(m g) -> m g", m=len(positions.position))
 
-    layout = lay_out(thoughts, lm=False, no_think=True)
+    layout = laid_out(thoughts, lm=False, no_think=True)
     scores, greedy = score(policy, layout), greedy_targets(policy, layout)
     controls = score(
         policy,
-        lay_out(_after_an_empty_one(foreign, len(positions.position)), lm=True, no_think=False),
+        laid_out(_after_an_empty_one(foreign, len(positions.position)), lm=True, no_think=False),
     )
     control = of_groups(log_evidence(controls.target))
     answers = {
@@ -469,7 +468,7 @@ def _score_documents(
         answers["shuffled"] = control[:, 1:]
     if teacher is not None:
         answers["baseline"] = log_evidence(
-            score(teacher, lay_out(None, lm=False, no_think=True)).no_think
+            score(teacher, laid_out(None, lm=False, no_think=True)).no_think
         )
     return {name: values.double().cpu().numpy() for name, values in answers.items()}
 

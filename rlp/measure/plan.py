@@ -139,7 +139,7 @@ def plan_run(
     device_bytes: int | None = None,
     *,
     layout: str,
-    form: FormatTokens = FormatTokens(),
+    format_tokens: FormatTokens = FormatTokens(),
     dtype: tuple[torch.dtype, str] | None = None,
 ) -> Plan:
     """Add up a run.
@@ -154,7 +154,7 @@ def plan_run(
     Raises:
         ConfigError: documents are too short for the positions asked for.
     """
-    plan = _add_up(config, shapes, ranks_world_size, device_bytes, layout, form, dtype)
+    plan = _add_up(config, shapes, ranks_world_size, device_bytes, layout, format_tokens, dtype)
     return (
         plan
         if fits(plan)
@@ -163,7 +163,7 @@ def plan_run(
             relief=_relief(
                 config,
                 lambda other: _add_up(
-                    other, shapes, ranks_world_size, device_bytes, layout, form, dtype
+                    other, shapes, ranks_world_size, device_bytes, layout, format_tokens, dtype
                 ),
             ),
         )
@@ -208,14 +208,14 @@ def _add_up(
     ranks_world_size: int,
     device_bytes: int | None,
     layout: str,
-    form: FormatTokens,
+    format_tokens: FormatTokens,
     dtype: tuple[torch.dtype, str] | None,
 ) -> Plan:
     dtype, why_dtype = dtype or choose_dtype(
         config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width
     )
     number_bytes = dtype.itemsize
-    sizes = _StepSizes.of(config, ranks_world_size, form)
+    sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
     activations = [
         activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing)
         for checkpointing in (False, True)
@@ -239,7 +239,9 @@ def _add_up(
             ),
         ]
     )
-    phase_flops = step_flops(config, shapes, ranks_world_size, layout=layout, form=form)
+    phase_flops = step_flops(
+        config, shapes, ranks_world_size, layout=layout, format_tokens=format_tokens
+    )
     step_input = config.optim.batch_size * config.data.max_document_tokens
     step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
     step_paper_flops = step_thoughts + step_input

@@ -31,7 +31,7 @@ class _StepSizes:
     """L."""
     horizon: int
     """H."""
-    form: FormatTokens
+    format_tokens: FormatTokens
     per_document: int
     """K; 0 where the run does not think."""
     group_size: int
@@ -48,7 +48,7 @@ class _StepSizes:
     """On one rank: how many documents each such block of positions belongs to."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, form: FormatTokens) -> "_StepSizes":
+    def of(cls, config: Config, world_size: int, format_tokens: FormatTokens) -> "_StepSizes":
         group = config.thought.group_size
         documents = _ceil_div(config.optim.batch_size, world_size)
         per_document = positions_per_document(config) if config.objective.thinks else 0
@@ -58,7 +58,7 @@ class _StepSizes:
             document_tokens=config.data.max_document_tokens,
             thought_tokens=config.thought.max_thought_tokens,
             horizon=config.target.horizon,
-            form=form,
+            format_tokens=format_tokens,
             per_document=per_document,
             group_size=group,
             thoughts_per_forward=min(config.optim.thoughts_per_forward or group, group),
@@ -81,19 +81,25 @@ class _StepSizes:
     @property
     def context_tokens(self) -> int:
         """I + P - H, what a thought stands behind."""
-        return self.form.instruction + self.document_tokens - self.horizon
+        return self.format_tokens.instruction + self.document_tokens - self.horizon
 
     @property
     def branch_tokens(self) -> int:
         """O + L + E + H - 1, what a thought adds to it in the update: the last target is predicted
         and never read."""
-        return self.form.open + self.thought_tokens + self.form.close + self.horizon - 1
+        return (
+            self.format_tokens.open
+            + self.thought_tokens
+            + self.format_tokens.close
+            + self.horizon
+            - 1
+        )
 
     @property
     def decoded_tokens(self) -> int:
         """O + L - 1, what a thought adds to it while sampling: its last token is drawn and not
         run."""
-        return self.form.open + self.thought_tokens - 1
+        return self.format_tokens.open + self.thought_tokens - 1
 
     @property
     def document_queries(self) -> int:
@@ -137,7 +143,7 @@ def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
 def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
     """Trunks of its own (1 or 0) that a document needs for its thoughts: without an instruction
     they share that of the LM loss."""
-    shared = lm and sizes.form.instruction == 0
+    shared = lm and sizes.format_tokens.instruction == 0
     return int(sizes.per_document > 0 and not shared)
 
 
@@ -179,7 +185,7 @@ def step_flops(
     ranks_world_size: int,
     *,
     layout: str,
-    form: FormatTokens = FormatTokens(),
+    format_tokens: FormatTokens = FormatTokens(),
 ) -> dict[str, float]:
     """FLOPs of one step by ledger phase, over all ranks, as the ledger counts them.
 
@@ -192,7 +198,7 @@ def step_flops(
     pass of the starting checkpoint over all that the update runs. `train` and `lm` are a forward
     and a backward pass for each update with the same thoughts.
     """
-    sizes = _StepSizes.of(config, ranks_world_size, form)
+    sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector in ("entropy", "surprisal")
     document_pass = _rows(
@@ -244,14 +250,16 @@ def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
     """
     if layout == "repeated":
         return _rows(
-            sizes.positions, sizes.context_tokens + sizes.form.open, head_rows=sizes.positions
+            sizes.positions,
+            sizes.context_tokens + sizes.format_tokens.open,
+            head_rows=sizes.positions,
         )
-    markers = sizes.thoughts * sizes.form.open
+    markers = sizes.thoughts * sizes.format_tokens.open
     return _rows(
         world_size * sum(sizes.sampled_documents), sizes.context_tokens, head_rows=0
     ) + Work(
         tokens=markers,
-        pairs=sizes.thoughts * causal_pairs(sizes.form.open, sizes.context_tokens),
+        pairs=sizes.thoughts * causal_pairs(sizes.format_tokens.open, sizes.context_tokens),
         head_rows=markers,
     )
 
@@ -262,7 +270,7 @@ def _decode_work(sizes: _StepSizes) -> Work:
     return Work(
         tokens=run,
         pairs=sizes.thoughts
-        * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.form.open),
+        * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.format_tokens.open),
         head_rows=run,
     )
 

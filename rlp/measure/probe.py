@@ -24,7 +24,7 @@ from rlp.learn.export import read_thought_format
 from rlp.measure.figures import COLORS, GREY
 from rlp.measure.metrics import EVALUATION
 from rlp.measure.panel import Probe, probe_model
-from rlp.model.setup import PanelInputs
+from rlp.model.setup import PanelSetup
 from rlp.process.console import visible_text
 from rlp.process.files import new_file, new_folder, write_new
 from rlp.process.ranks import start_ranks, stop_ranks
@@ -184,13 +184,13 @@ def probe_checkpoint(
     subject = find_subject(name, data, config, overrides)
     ranks = start_ranks()
     try:
-        inputs = PanelInputs(
+        setup = PanelSetup(
             subject.config, lambda text: console.print(visible_text(f"data: {text}"))
         )
-        for note in inputs.marker_notes():
+        for note in setup.marker_notes():
             console.print(visible_text(note))
         probe = probe_model(
-            inputs,
+            setup,
             ranks,
             start=start,
             checkpoint=subject.checkpoint,
@@ -212,7 +212,7 @@ def probe_checkpoint(
     sentences = verdict(probe, subject.config)
     console.print(describe(name, data, probe, subject.config))
     console.print(table(probe, own_start))
-    console.print("\n".join([*sentences, "", *three_thoughts(probe, inputs.tokenizer)]))
+    console.print("\n".join([*sentences, "", *three_thoughts(probe, setup.tokenizer)]))
     if out is not None:
         settings = {
             section: values
@@ -229,7 +229,7 @@ def probe_checkpoint(
         }
         with new_folder(out, point="probe.before_rename") as new:
             with new_file(new / "rows.parquet", point="probe.torn_rows") as file:
-                write_rows(probe, inputs.tokenizer, file)
+                write_rows(probe, setup.tokenizer, file)
             with new_file(new / "probe.png", point="probe.torn_picture") as file:
                 draw(
                     probe, own_start, file, title=f"{name}: {len(probe.panel)} positions of {data}"

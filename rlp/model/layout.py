@@ -75,7 +75,7 @@ class Layout:
 
 
 def sequence_parts(
-    form: ThoughtFormat, document_tokens: int, thought_tokens: int | None
+    thought_format: ThoughtFormat, document_tokens: int, thought_tokens: int | None
 ) -> dict[str, int]:
     """What the longest sequence that a model is run on is made of, in either layout; its length is
     the sum.
@@ -93,20 +93,20 @@ def sequence_parts(
     if thought_tokens is None:
         return {"document": document_tokens}
     return {
-        "instruction": len(form.instruction),
+        "instruction": len(thought_format.instruction),
         "document": document_tokens,
-        "open marker": len(form.markers.open),
+        "open marker": len(thought_format.markers.open),
         "thought": thought_tokens,
-        "close marker": len(form.markers.close),
+        "close marker": len(thought_format.markers.close),
         "last target (not read)": -1,
     }
 
 
-def repeated(
+def repeated_layout(
     documents: list[Document],
     positions: Positions | None,
     thoughts: Thoughts | None,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     *,
     lm: bool,
     no_think: bool,
@@ -121,15 +121,15 @@ def repeated(
         no_think: ask for the targets and the open marker without a thought.
     """
     builder = _Builder()
-    for branch in _branches(positions, thoughts, form):
-        prefix = form.prefix(documents[branch.document].tokens, branch.position)
+    for branch in _branches(positions, thoughts, thought_format):
+        prefix = thought_format.prefix(documents[branch.document].tokens, branch.position)
         row = builder.add_row(np.concatenate([prefix, branch.after_open]))
-        builder.ask_thought(form, row, len(prefix) - 1, branch)
+        builder.ask_thought(thought_format, row, len(prefix) - 1, branch)
     num_thoughts = len(builder.rows)
     if lm or no_think:
         for d, document in enumerate(documents):
             builder.ask_document(
-                form,
+                thought_format,
                 builder.add_row(document.tokens),
                 0,
                 document.tokens,
@@ -147,24 +147,25 @@ def repeated(
         None,
         thoughts,
         documents,
-        form.horizon,
+        thought_format.horizon,
         device,
         thought_work=row_work(lengths[:num_thoughts], thought_queries),
         document_work=row_work(lengths[num_thoughts:], builder.num_queries() - thought_queries),
     )
 
 
-def tree(
+def tree_layout(
     documents: list[Document],
     positions: Positions | None,
     thoughts: Thoughts | None,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     *,
     lm: bool,
     no_think: bool,
     device: torch.device,
 ) -> Layout:
-    """All documents and thoughts in one packed row, each document once. Arguments as in `repeated`.
+    """All documents and thoughts in one packed row, each document once. Arguments as in
+    `repeated_layout`.
 
     With an instruction the context of a thought is not the document that the LM loss is about: a
     document is then a trunk twice, with the instruction for its thoughts and without it for itself.
@@ -173,23 +174,34 @@ def tree(
     plain = lm or no_think
     thinking = {}
     for d in sorted({int(d) for d in positions.document}) if thoughts is not None else []:
-        if len(form.instruction) or not plain:
-            thinking[d] = builder.add_row(form.context(documents[d].tokens, positions.last_of(d)))
+        if len(thought_format.instruction) or not plain:
+            thinking[d] = builder.add_row(
+                thought_format.context(documents[d].tokens, positions.last_of(d))
+            )
     if plain:
         for d, document in enumerate(documents):
             row = builder.add_row(document.tokens)
             thinking.setdefault(d, row)
             builder.ask_document(
-                form, 0, builder.start_of(row), document.tokens, _of(positions, d, no_think), lm
+                thought_format,
+                0,
+                builder.start_of(row),
+                document.tokens,
+                _of(positions, d, no_think),
+                lm,
             )
     num_trunks = len(builder.rows)
     prefixes = []
-    for branch in _branches(positions, thoughts, form):
-        prefixes.append(len(form.context(documents[branch.document].tokens, branch.position)))
-        row = builder.add_row(
-            np.concatenate([form.markers.open, branch.after_open]).astype(np.int64)
+    for branch in _branches(positions, thoughts, thought_format):
+        prefixes.append(
+            len(thought_format.context(documents[branch.document].tokens, branch.position))
         )
-        builder.ask_thought(form, 0, builder.start_of(row) + len(form.markers.open) - 1, branch)
+        row = builder.add_row(
+            np.concatenate([thought_format.markers.open, branch.after_open]).astype(np.int64)
+        )
+        builder.ask_thought(
+            thought_format, 0, builder.start_of(row) + len(thought_format.markers.open) - 1, branch
+        )
     group = 1 if thoughts is None else thoughts.tokens.shape[1]
     trunk_of = () if thoughts is None else tuple(thinking[int(d)] for d in positions.document)
     lengths = np.array([len(row) for row in builder.rows])
@@ -208,7 +220,7 @@ def tree(
         _tree(lengths, num_trunks, trunk_of, tuple(prefixes[::group]), device),
         thoughts,
         documents,
-        form.horizon,
+        thought_format.horizon,
         device,
         thought_work=branch_work if plain else branch_work + trunk_work,
         document_work=(
@@ -217,6 +229,10 @@ def tree(
             else Work()
         ),
     )
+
+
+LAYOUTS = {"repeated": repeated_layout, "tree": tree_layout}
+"""By the names of `engine.layout`."""
 
 
 def padded_places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -269,7 +285,7 @@ class _Branch:
 
 
 def _branches(
-    positions: Positions | None, thoughts: Thoughts | None, form: ThoughtFormat
+    positions: Positions | None, thoughts: Thoughts | None, thought_format: ThoughtFormat
 ) -> Iterator[_Branch]:
     """The thoughts, position by position."""
     if thoughts is None:
@@ -277,7 +293,7 @@ def _branches(
     tokens, mask, truncated = (
         part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
     )
-    close, nothing = np.array(form.markers.close), np.array([], dtype=np.int64)
+    close, nothing = np.array(thought_format.markers.close), np.array([], dtype=np.int64)
     for m, (d, t, target) in enumerate(
         zip(positions.document, positions.position, positions.target)
     ):
@@ -319,11 +335,18 @@ class _Builder:
         """First column of a row when all rows are packed into one."""
         return self._starts[row]
 
-    def ask_thought(self, form: ThoughtFormat, row: int, open_column: int, branch: _Branch) -> None:
+    def ask_thought(
+        self, thought_format: ThoughtFormat, row: int, open_column: int, branch: _Branch
+    ) -> None:
         """Its tokens and targets; `open_column` holds the last token of the open marker."""
         length = len(branch.thought)
         self._ask(
-            THOUGHT, row, open_column + np.arange(length), branch.thought, form.temperature, -1
+            THOUGHT,
+            row,
+            open_column + np.arange(length),
+            branch.thought,
+            thought_format.temperature,
+            -1,
         )
         start = open_column + length + len(branch.forced)
         self._ask(
@@ -331,13 +354,13 @@ class _Builder:
             row,
             start + np.arange(len(branch.target)),
             branch.target,
-            form.target_temperature,
-            form.markers.excluded,
+            thought_format.target_temperature,
+            thought_format.markers.excluded,
         )
 
     def ask_document(
         self,
-        form: ThoughtFormat,
+        thought_format: ThoughtFormat,
         row: int,
         start: int,
         tokens: np.ndarray,
@@ -353,14 +376,14 @@ class _Builder:
                 row,
                 start + t - 1 + np.arange(len(target)),
                 target,
-                form.target_temperature,
-                form.markers.excluded,
+                thought_format.target_temperature,
+                thought_format.markers.excluded,
             )
             self._ask(
                 OPEN_MARKER,
                 row,
                 np.array([start + t - 1]),
-                np.array([form.markers.excluded]),
+                np.array([thought_format.markers.excluded]),
                 1.0,
                 -1,
             )

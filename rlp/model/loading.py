@@ -23,10 +23,10 @@ from rlp.model.attention import register, why_no_tree
 from rlp.model.markers import Markers, Whole, embed_markers
 from rlp.model.policy import Policy
 from rlp.model.tokenizer import (
-    _in_one_line,
-    _settle_hub,
-    _where_models_live,
+    WHERE_MODELS_LIVE,
+    in_one_line,
     refuse_other_tokenizer,
+    settle_source,
 )
 from rlp.process.machine import bfloat16_instructions
 
@@ -67,23 +67,23 @@ def choose_dtype(config: Config, device: torch.device, width: int) -> tuple[torc
 def read_model_config(config: ModelConfig) -> PretrainedConfig:
     """The architecture, with every dropout off, for the layers that `Policy.train` leaves in
     training mode."""
-    _settle_hub(config.path, "model.path")
+    settle_source(config.path, "model.path")
     try:
         values, _ = PretrainedConfig.get_config_dict(config.path)
     except Exception as error:  # as above
         raise ConfigError(
-            f"model.path: no model config at {config.path!r}: {_in_one_line(error)}."
-            f" {_where_models_live}"
+            f"model.path: no model config at {config.path!r}: {in_one_line(error)}."
+            f" {WHERE_MODELS_LIVE}"
         ) from error
     if not values:
-        raise ConfigError(f"model.path: no config.json in {config.path!r}. {_where_models_live}")
+        raise ConfigError(f"model.path: no config.json in {config.path!r}. {WHERE_MODELS_LIVE}")
     _refuse_impossible_sizes(config.path, values)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # as above
         raise ConfigError(
             f"model.path: the config.json of {config.path!r} describes no model:"
-            f" {type(error).__name__}: {_in_one_line(error)}"
+            f" {type(error).__name__}: {in_one_line(error)}"
         ) from error
     for name, value in list(vars(architecture).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
@@ -243,7 +243,7 @@ def _load(
     ) as error:
         raise ConfigError(
             f"model.path: {config.model.path!r} could not be loaded: "
-            f"{first_line(error)}. {_where_models_live}"
+            f"{first_line(error)}. {WHERE_MODELS_LIVE}"
         ) from error
 
 

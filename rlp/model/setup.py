@@ -22,7 +22,7 @@ from rlp.model.layout import sequence_parts
 from rlp.model.loading import read_model_config
 from rlp.model.markers import marker_notes, vocabulary_with
 from rlp.model.shapes import model_shapes
-from rlp.model.thoughts import thought_format
+from rlp.model.thoughts import ThoughtFormat
 from rlp.model.tokenizer import (
     open_tokenizer,
     quiet_transformers,
@@ -41,7 +41,7 @@ NOT_COMPUTED = (
 """Of a model's config: what no number depends on. The compute dtype is a setting of the run."""
 
 
-class ModelInputs:
+class ModelSetup:
     """Architecture, tokenizer, markers and thought format."""
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +50,7 @@ class ModelInputs:
         self.architecture = read_model_config(config.model)
         self.tokenizer, self.markers = open_tokenizer(config)
         refuse_other_tokenizer(config, self.architecture, self.tokenizer, self.markers)
-        self.form = thought_format(
+        self.thought_format = ThoughtFormat.of(
             config, self.markers, self._instruction(), self.tokenizer.bos_token_id
         )
 
@@ -61,15 +61,20 @@ class ModelInputs:
     def checksums(self) -> dict[str, str]:
         """By what they are of: all that the config names and does not hold, and that numbers of a
         run depend on."""
-        form = self.form
+        thought_format = self.thought_format
         return {
             "the tokenizer (model.tokenizer, else model.path)": _checksum(
                 _tokenizer_state(self.tokenizer)
             ),
             "the token ids of the markers": _checksum(
-                [form.markers.open, form.markers.close, form.markers.excluded, form.begin]
+                [
+                    thought_format.markers.open,
+                    thought_format.markers.close,
+                    thought_format.markers.excluded,
+                    thought_format.begin,
+                ]
             ),
-            "the text of thought.instruction_file": _checksum(form.instruction),
+            "the text of thought.instruction_file": _checksum(thought_format.instruction),
         }
 
     def _instruction(self) -> tuple[int, ...]:
@@ -120,8 +125,8 @@ def _checksum(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class PanelInputs(ModelInputs):
-    """Inputs of a held-out panel too: which positions may be chosen, and its documents."""
+class PanelSetup(ModelSetup):
+    """What a held-out panel needs: which positions may be chosen, and its documents."""
 
     def __init__(
         self, config: Config, warn: Callable[[str], None], progress: Tell = Progress
@@ -160,7 +165,7 @@ class PanelInputs(ModelInputs):
             self.config.objective.thinks or bool(self.config.data.held_out),
         )
         parts = sequence_parts(
-            self.form,
+            self.thought_format,
             self.config.data.max_document_tokens,
             self.config.thought.max_thought_tokens if thinks else None,
         )
@@ -193,11 +198,11 @@ class PanelInputs(ModelInputs):
             )
         return (
             "Write"
-            f" {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.form.instruction else ''}."
+            f" {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.thought_format.instruction else ''}."
         )
 
     def notes(self) -> list[str]:
-        """What is to be said of these inputs before a run."""
+        """What is to be said of it before a run."""
         unmeasured = (
             "no held-out panel: data.held_out names no file, so nothing is measured before and"
             " after, and neither the run nor its report can say whether thoughts gain. Write"
@@ -281,8 +286,8 @@ class PanelInputs(ModelInputs):
         )
 
 
-class Inputs(PanelInputs):
-    """All inputs of a run: the documents too."""
+class RunSetup(PanelSetup):
+    """What a run needs: its training documents and the shapes of its model too."""
 
     def __init__(
         self,
@@ -356,7 +361,7 @@ class Inputs(PanelInputs):
                 step=1,
             ).position
         position = int(chosen[0])
-        prefix = self.form.prefix(document.tokens, position)
+        prefix = self.thought_format.prefix(document.tokens, position)
         budget = self.config.thought.max_thought_tokens
         return [
             (

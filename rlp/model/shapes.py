@@ -128,7 +128,7 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
     known = [
         path
         for path, module in attention
-        if _is_as_its_config_says(module, query_key_width, value_width)
+        if is_as_its_config_says(module, query_key_width, value_width)
     ]
     unknown |= {_pattern(path) for path, _ in attention if path not in known}
     scans = [
@@ -271,7 +271,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.children() if isinstance(child, (nn.Linear, Conv1D))]
 
 
-def _in_out(linear: nn.Module) -> tuple[int, int]:
+def in_out(linear: nn.Module) -> tuple[int, int]:
     """(features read, features written); GPT-2's Conv1D stores its weight transposed."""
     rows, columns = linear.weight.shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
@@ -310,10 +310,10 @@ def _widths_of_heads(config: PretrainedConfig, values: dict) -> tuple[int, int, 
     return heads * head_dim, heads * head_dim, 2 * key_value_heads * head_dim
 
 
-def _is_as_its_config_says(module: nn.Module, query_key_width: int, value_width: int) -> bool:
+def is_as_its_config_says(module: nn.Module, query_key_width: int, value_width: int) -> bool:
     """Whether the weights of an attention layer have the widths that come from the config. The
     output projection is the last."""
-    sizes = [_in_out(linear) for linear in _linears(module)]
+    sizes = [in_out(linear) for linear in _linears(module)]
     return sizes[-1][0] == value_width and any(written >= query_key_width for _, written in sizes)
 
 
@@ -361,7 +361,7 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
     total, share = 0, visited / experts
     for path, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            elements = sum(_in_out(module))
+            elements = sum(in_out(module))
             total += elements * share if _EXPERT_IN_A_LIST.search(path) else elements
         elif isinstance(module, nn.Conv1d):
             total += 2 * module.out_channels

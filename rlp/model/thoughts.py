@@ -29,6 +29,20 @@ class ThoughtFormat:
     target_temperature: float
     horizon: int
 
+    @classmethod
+    def of(
+        cls, config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None
+    ) -> "ThoughtFormat":
+        """The format that a config asks for."""
+        return cls(
+            markers=markers,
+            instruction=instruction,
+            begin=begin,
+            temperature=config.thought.temperature,
+            target_temperature=config.target.temperature,
+            horizon=config.target.horizon,
+        )
+
     def context(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction and document before the position."""
         lead = (
@@ -96,17 +110,3 @@ class Thoughts:
     def parts(self) -> tuple[Tensor, ...]:
         """Its fields in order."""
         return self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated
-
-
-def thought_format(
-    config: Config, markers: Markers, instruction: tuple[int, ...], begin: int | None
-) -> ThoughtFormat:
-    """The format that a config asks for."""
-    return ThoughtFormat(
-        markers=markers,
-        instruction=instruction,
-        begin=begin,
-        temperature=config.thought.temperature,
-        target_temperature=config.target.temperature,
-        horizon=config.target.horizon,
-    )

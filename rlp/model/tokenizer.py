@@ -21,13 +21,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         config.tokenizer or config.path,
         ("model.tokenizer" if config.tokenizer else "model.path"),
     )
-    _settle_hub(source, key)
+    settle_source(source, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what is wrong in a file comes as any type
         raise ConfigError(
-            f"model.tokenizer: no tokenizer at {source!r}: {_in_one_line(error)}."
-            f" {_where_models_live}"
+            f"model.tokenizer: no tokenizer at {source!r}: {in_one_line(error)}."
+            f" {WHERE_MODELS_LIVE}"
         ) from error
     # transformers makes an empty tokenizer of the kind that config.json names where there is
     # nothing to read.
@@ -53,7 +53,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "v
 """What a tokenizer is read from, beside what its class names."""
 
 
-def _settle_hub(source: str, key: str) -> None:
+def settle_source(source: str, key: str) -> None:
     """Get ready to ask the Hub for what is not on this machine.
 
     Raises:
@@ -62,16 +62,16 @@ def _settle_hub(source: str, key: str) -> None:
     if os.path.exists(source):
         return
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ConfigError(f"{key}: there is no file or folder {source!r}. {_where_models_live}")
+        raise ConfigError(f"{key}: there is no file or folder {source!r}. {WHERE_MODELS_LIVE}")
     settle_hub()
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What an error says, on one line: validators of configs name the key on their second."""
     return " ".join(str(error).split())[:400]
 
 
-_where_models_live = (
+WHERE_MODELS_LIVE = (
     "Write a folder that holds a Hugging Face model, or a Hub name that this machine can reach."
 )
 

@@ -19,7 +19,7 @@ from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat
 
 
-class _Branches:
+class Branches:
     """Thoughts that grow side by side from shared prefixes. Those that have ended are dropped when
     half have."""
 
@@ -65,7 +65,7 @@ class _Branches:
         raise NotImplementedError
 
 
-class ForkedBranches(_Branches):
+class ForkedBranches(Branches):
     """Each prefix run once and its cache copied for its thoughts: any causal LM, state-space states
     included."""
 
@@ -74,11 +74,11 @@ class ForkedBranches(_Branches):
         policy: Policy,
         documents: list[Document],
         positions: Positions,
-        form: ThoughtFormat,
+        thought_format: ThoughtFormat,
         group_size: int,
     ) -> None:
         prefixes = [
-            form.prefix(documents[d].tokens, t)
+            thought_format.prefix(documents[d].tokens, t)
             for d, t in zip(positions.document, positions.position)
         ]
         self._tokens, self._mask = _pad_left(prefixes, policy.device)
@@ -104,7 +104,7 @@ class ForkedBranches(_Branches):
         self._mask, self._position = self._mask[index], self._position[index]
 
 
-class _SharedBranches(_Branches):
+class SharedBranches(Branches):
     """Each document run once for all its positions, its keys held once: models that run trees."""
 
     def __init__(
@@ -112,23 +112,23 @@ class _SharedBranches(_Branches):
         policy: Policy,
         documents: list[Document],
         positions: Positions,
-        form: ThoughtFormat,
+        thought_format: ThoughtFormat,
         group_size: int,
         max_thought_tokens: int,
     ) -> None:
         used = sorted({int(d) for d in positions.document})
-        trunks = [form.context(documents[d].tokens, positions.last_of(d)) for d in used]
+        trunks = [thought_format.context(documents[d].tokens, positions.last_of(d)) for d in used]
         lengths = np.array([len(trunk) for trunk in trunks])
         places, inside = padded_places(np.cumsum([0, *lengths[:-1]]), lengths)
         prefix = [
-            len(form.context(documents[d].tokens, t))
+            len(thought_format.context(documents[d].tokens, t))
             for d, t in zip(positions.document, positions.position)
         ]
 
         def on_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(policy.device)
 
-        self._open = form.markers.open
+        self._open = thought_format.markers.open
         self._tokens, self._trunk_position = (
             on_device(np.concatenate(trunks)),
             on_device(np.concatenate([np.arange(length) for length in lengths])),

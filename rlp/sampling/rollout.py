@@ -26,7 +26,7 @@ from rlp.model.policy import Policy
 from rlp.model.shapes import Work
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.process.faults import fault, poisoned
-from rlp.sampling.branches import ForkedBranches, _Branches, _SharedBranches
+from rlp.sampling.branches import Branches, ForkedBranches, SharedBranches
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def sample_thoughts(
     policy: Policy,
     documents: list[Document],
     positions: Positions,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     noise: NoiseKey,
     *,
     group_size: int,
@@ -105,10 +105,10 @@ def sample_thoughts(
         start = 0 if idle else start
         here = slice(start, start + size)
         some = Positions(positions.document[here], positions.position[here], positions.target[here])
-        given = (policy, documents, some, form, group_size)
-        branches = _SharedBranches(*given, max_thought_tokens) if shared else ForkedBranches(*given)
+        given = (policy, documents, some, thought_format, group_size)
+        branches = SharedBranches(*given, max_thought_tokens) if shared else ForkedBranches(*given)
         numbers = uniforms[start * group_size : (start + size) * group_size].to(policy.device)
-        part = _decode(branches, numbers, form, agree, prefill)
+        part = _decode(branches, numbers, thought_format, agree, prefill)
         if not idle:
             parts.append(part)
             work += branches.prefill_work
@@ -123,7 +123,8 @@ def sample_thoughts(
         rearrange(truncated, "(m g) -> m g", **group),
     )
     prefixes = [
-        form.prefix(documents[d].tokens, t) for d, t in zip(positions.document, positions.position)
+        thought_format.prefix(documents[d].tokens, t)
+        for d, t in zip(positions.document, positions.position)
     ]
     return Rollout(thoughts, work, _decode_work(prefixes, thoughts))
 
@@ -150,9 +151,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def _decode(
-    branches: _Branches,
+    branches: Branches,
     uniforms: Tensor,
-    form: ThoughtFormat,
+    thought_format: ThoughtFormat,
     agree: Callable[[bool], bool],
     prefill: Callable[[], AbstractContextManager],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -161,14 +162,14 @@ def _decode(
     num_rows, budget = uniforms.shape
     tokens = torch.zeros(num_rows, budget, dtype=torch.int64, device=uniforms.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    close = torch.tensor(form.markers.close, device=uniforms.device)
+    close = torch.tensor(thought_format.markers.close, device=uniforms.device)
     rows = torch.arange(num_rows, device=uniforms.device)
     with branches.sampling():
         with prefill():
             logits = branches.first()
         logprobs, entropies = logits.new_zeros(tokens.shape), logits.new_zeros(tokens.shape)
         for u in range(budget):
-            token, logprob, entropy = draw(logits, uniforms[rows, u], form.temperature)
+            token, logprob, entropy = draw(logits, uniforms[rows, u], thought_format.temperature)
             tokens[rows, u], mask[rows, u], logprobs[rows, u], entropies[rows, u] = (
                 token,
                 True,
