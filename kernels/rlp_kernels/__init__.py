@@ -1,9 +1,14 @@
 """Fast forms of the functions that RLP spends its time in, behind one checked entry each.
 
-The plain form (`reference.py`) is the definition; every other form is its twin, held to it
-by `tests/test_kernels.py` and `tests/test_triton.py`. A form is chosen by `choose_form` from shapes
-and device alone, or named by the caller; none is a silent fallback for another, and one that
-breaks raises.
+The plain form (`reference.py`) is the definition; every other form is its twin, held to it by
+`tests/test_kernels.py` and `tests/test_triton.py`. A form is chosen by `choose_form` from shapes
+and device alone, or named by the caller; none is a silent fallback for another, and one that breaks
+raises.
+
+Results are in nats, float32, or float64 for float64 inputs. Every function raises ValueError where
+a shape, dtype or value is not as its arguments say, naming the argument and the row, and
+ImportError where the form needs Triton and it is not installed. On a GPU the checks of tokens and
+temperatures cost one synchronization per call.
 
 Dimensions
     N  rows, one per predicted token
@@ -73,8 +78,6 @@ def token_logprobs(
     the inputs' dtype. bf16 inputs are multiplied with float32 accumulation and the logits stay
     float32, also under autocast.
 
-    On a GPU the checks of the tokens and temperatures cost one synchronization per call.
-
     Args:
         hidden: [N, D], the last hidden states, bf16, fp16, float32 or float64.
         head: [V, D], the output embedding, same dtype. Under ZeRO-3 it has to be gathered here
@@ -88,12 +91,7 @@ def token_logprobs(
         form: one of `FORMS`, or "auto" to take what `choose_form` says.
 
     Returns:
-        [N] float32, nats; float64 for float64 inputs.
-
-    Raises:
-        ValueError: a shape, dtype or value is not as above; the message names the argument and the
-            row.
-        ImportError: the form needs Triton, which is not installed.
+        [N], nats.
     """
     _check_logits("token_logprobs", hidden, head, excluded, softcap, bias)
     _check_rows("token_logprobs", "target", target, hidden, torch.int64)
@@ -101,6 +99,7 @@ def token_logprobs(
     _check_values(
         "token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature
     )
+
     module = _module("token_logprobs", form, FORMS, hidden, head)
     return module.token_logprobs(
         hidden,
@@ -125,23 +124,19 @@ def token_logprobs_with_grad(
     wants_head: bool = True,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities together with the gradients of a weighted sum of them whose weights are
-    known before.
+    """Log-probabilities and, in the same call, the gradients of a weighted sum of them.
 
         grad_hidden, grad_head = gradients of sum_n coefficient_n * logprob_n
 
     For thought tokens on-policy the weight is known before the head sees them: the ratio is one and
-    targets are scored first. Forward and backward passes of `token_logprobs` make the logits twice,
-    8 N V D operations with the two gradients; here they are made once, 6 N V D (4 without the
-    head's).
+    targets are scored first. `token_logprobs` and its backward pass make the logits twice, 8 N V D
+    operations with the two gradients; here they are made once, 6 N V D (4 without the head's).
 
-    The price is memory and traffic. The logits of one tile of rows, float32, live from the pass
-    that sums them up to the pass that turns them into gradients: [R, V] of at most
-    `chunked.MAX_KEPT_BYTES`, 2 GiB. The gradient of the head grows in a float32 [V, D]. Both are
-    gone when the call returns,
-    and so is every trace of it: nothing is saved for a backward pass, and the results carry no
-    graph. A head with a bias is not served. A caller hands them on with
-    `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient.
+    The price is memory and traffic: the float32 logits of one tile of rows, [R, V] of at most
+    `chunked.MAX_KEPT_BYTES`, and a float32 gradient of the head, [V, D]. Both are gone when the
+    call returns. The results carry no graph: a caller hands them on with
+    `hidden.backward(grad_hidden)` and adds `grad_head` to the head's own gradient. A head with a
+    bias is not served.
 
     Args:
         coefficient: [N] float32 (float64 for float64 inputs): what multiplies each log-probability
@@ -153,9 +148,6 @@ def token_logprobs_with_grad(
     Returns:
         logprob [N] as in `token_logprobs`; grad_hidden [N, D] and grad_head [V, D] in the inputs'
         dtype, the latter None unless wanted.
-
-    Raises:
-        ValueError, ImportError: as `token_logprobs`.
     """
     where = "token_logprobs_with_grad"
     _check_logits(where, hidden, head, excluded, softcap)
@@ -163,18 +155,16 @@ def token_logprobs_with_grad(
     _check_rows(where, "coefficient", coefficient, hidden, chunked.wide_dtype(hidden))
     _check_inverse_temperature(where, inverse_temperature, hidden)
     _check_values(where, head, excluded, target=target, inverse_temperature=inverse_temperature)
+
     module = _module(where, form, ("plain", "chunked", "triton"), hidden, head)
-    settings = {
-        "inverse_temperature": inverse_temperature,
-        "excluded": excluded,
-        "softcap": softcap,
-    }
     return module.token_logprobs_with_grad(
         hidden.detach(),
         head.detach(),
         target,
         coefficient.detach(),
-        **settings,
+        inverse_temperature=inverse_temperature,
+        excluded=excluded,
+        softcap=softcap,
         wants_head=wants_head,
     )
 
@@ -192,10 +182,9 @@ def paired_logprobs(
     teacher_bias: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's target scored by the policy after each of its G thoughts and by the teacher
-    without one.
+    """Each position's target, by the policy after each of G thoughts, by the teacher without one.
 
-        reward = reasoned_logprob - baseline_logprob                                           (eq. 5)
+        reward = reasoned_logprob - baseline_logprob                                         (eq. 5)
 
     At temperature 1, without gradient. The Triton form does both models in one launch; each row
     equals that of `token_logprobs` to the bit. What that buys is memory and exactness: scoring is
@@ -214,21 +203,44 @@ def paired_logprobs(
         form: "plain", "chunked", "triton", or "auto".
 
     Returns:
-        reasoned_logprob [M, G], baseline_logprob [M], reward [M, G], nats, in the dtype of
-        `token_logprobs`.
-
-    Raises:
-        ValueError, ImportError: as `token_logprobs`.
+        reasoned_logprob [M, G], baseline_logprob [M], reward [M, G].
     """
     where = "paired_logprobs"
     _check_logits(f"{where} teacher", teacher_hidden, teacher_head, excluded, 0.0, teacher_bias)
     _check_rows(where, "target", target, teacher_hidden, torch.int64)
-    expected = [group_size * len(target), teacher_head.shape[1]]
-    if (
-        group_size < 1
-        or list(policy_hidden.shape) != expected
-        or policy_head.shape != teacher_head.shape
-    ):
+    _check_pair(policy_hidden, policy_head, teacher_hidden, teacher_head, group_size)
+    if (policy_bias is None) != (teacher_bias is None):
+        raise ValueError(f"{where}: policy_bias and teacher_bias must both be given, or neither.")
+    _check_bias(f"{where} policy", policy_bias, policy_head)
+    _check_values(where, teacher_head, excluded, target=target)
+
+    module = _module(where, form, ("plain", "chunked", "triton"), policy_hidden, policy_head)
+    return module.paired_logprobs(
+        policy_hidden,
+        policy_head,
+        teacher_hidden,
+        teacher_head,
+        target,
+        group_size=group_size,
+        excluded=excluded,
+        policy_bias=policy_bias,
+        teacher_bias=teacher_bias,
+    )
+
+
+def _check_pair(
+    policy_hidden: Tensor,
+    policy_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    group_size: int,
+) -> None:
+    """Refuse a policy that is not a twin of the teacher with `group_size` rows for each of its."""
+    where = "paired_logprobs"
+    num_positions, width = teacher_hidden.shape
+    expected = [num_positions * group_size, width]
+    is_twin = list(policy_hidden.shape) == expected and policy_head.shape == teacher_head.shape
+    if group_size < 1 or not is_twin:
         raise ValueError(
             f"{where}: policy_hidden must be [M * group_size, D] = {expected} and policy_head the"
             f" teacher's {list(teacher_head.shape)}, got {list(policy_hidden.shape)} and"
@@ -244,22 +256,6 @@ def paired_logprobs(
             f"{where}: policy and teacher must share a device, got {policy_hidden.device},"
             f" {policy_head.device} and {teacher_hidden.device}."
         )
-    if (policy_bias is None) != (teacher_bias is None):
-        raise ValueError(f"{where}: policy_bias and teacher_bias must both be given, or neither.")
-    _check_bias(f"{where} policy", policy_bias, policy_head)
-    _check_values(where, teacher_head, excluded, target=target)
-    module = _module(where, form, ("plain", "chunked", "triton"), policy_hidden, policy_head)
-    return module.paired_logprobs(
-        policy_hidden,
-        policy_head,
-        teacher_hidden,
-        teacher_head,
-        target,
-        group_size=group_size,
-        excluded=excluded,
-        policy_bias=policy_bias,
-        teacher_bias=teacher_bias,
-    )
 
 
 def token_entropy(
@@ -271,17 +267,17 @@ def token_entropy(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient and never with [N, V] in
-    memory.
+    """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient.
 
-    Arguments as in `token_logprobs`.
+    [N, V] is never in memory. Arguments as in `token_logprobs`.
 
     Returns:
-        [N] float32, nats; float64 for float64 inputs.
+        [N], nats.
     """
     _check_logits("token_entropy", hidden, head, excluded, softcap, bias)
     _check_inverse_temperature("token_entropy", inverse_temperature, hidden)
     _check_values("token_entropy", head, excluded, inverse_temperature=inverse_temperature)
+
     return chunked.token_entropy(
         hidden,
         head,
@@ -300,9 +296,10 @@ def token_argmax(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Most probable token of each row, the lowest index on ties, never with [N, V] in memory.
+    """Most probable token of each row, the lowest index on ties.
 
-    Temperature does not move the maximum, so there is none. Arguments as in `token_logprobs`.
+    [N, V] is never in memory. Temperature does not move the maximum, so there is none. Arguments as
+    in `token_logprobs`.
 
     Returns:
         [N] int64.
@@ -321,10 +318,10 @@ def choose_form(
     max_plain_bytes: int = MAX_PLAIN_BYTES,
     device: str = "cpu",
 ) -> str:
-    """The form that `form="auto"` takes: "plain" where it fits in `max_plain_bytes`; beyond,
-    "chunked", or on a GPU `CUDA_FORMS`.
+    """The form that `form="auto"` takes.
 
-    What counts is the [N, V] logits and, for a head narrower than float32, its widened [V, D]
+    "plain" where it fits in `max_plain_bytes`; beyond, "chunked", or on a GPU what `CUDA_FORMS`
+    says. What counts is the [N, V] logits and, for a head narrower than float32, its widened [V, D]
     copy. float32 and float64 have no product on the tensor cores and stay chunked on a GPU too. The
     answer depends on shapes, dtype and the type of device only, so a caller can log it before a
     run.
@@ -332,6 +329,7 @@ def choose_form(
     bytes_per_logit = 8 if dtype == torch.float64 else 4
     widened_width = 0 if dtype in (torch.float32, torch.float64) else width
     plain_bytes = vocabulary * (num_rows + widened_width) * bytes_per_logit
+
     if plain_bytes <= max_plain_bytes:
         return "plain"
     if device != "cuda" or widened_width == 0:
@@ -342,8 +340,10 @@ def choose_form(
 def _module(
     where: str, form: str, forms: tuple[str, ...], hidden: Tensor, head: Tensor
 ) -> ModuleType:
-    """The module of the form that was named or, for "auto", chosen; one without a twin of the
-    function is refused."""
+    """The module of the form that was named or, for "auto", chosen.
+
+    `forms` are those that have a twin of the function `where`; others are refused.
+    """
     if form == "auto":
         vocabulary, width = head.shape
         form = choose_form(
@@ -353,12 +353,12 @@ def _module(
         form = form if form in forms else "triton"
     if form not in forms:
         raise ValueError(f"{where}: form must be one of auto, {', '.join(forms)}, got {form!r}.")
+
     if form in ("plain", "chunked"):
         return {"plain": reference, "chunked": chunked}[form]
+    name = {"triton": "rlp_kernels.triton_form", "folded": "rlp_kernels.folded"}[form]
     try:
-        return importlib.import_module(
-            {"triton": "rlp_kernels.triton_form", "folded": "rlp_kernels.folded"}[form]
-        )
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -440,8 +440,7 @@ def _check_values(
     target: Tensor | None = None,
     inverse_temperature: Tensor | None = None,
 ) -> None:
-    """Refuse tokens and temperatures that would give a wrong or infinite number instead of an
-    error.
+    """Refuse tokens and temperatures that would give a wrong or infinite number.
 
     One [N] comparison and one answer back from the device; the row is looked up only to say
     which it is.
@@ -460,15 +459,9 @@ def _check_values(
         wrong["inverse_temperature must be positive and finite"] = ~positive
     if not torch.stack(list(wrong.values())).any():
         return
-    for expected, rows in wrong.items():
-        if rows.any():
-            row = int(rows.nonzero()[0])
-            got = {
-                "target": target,
-                "excluded": excluded,
-                "inverse_temperature": inverse_temperature,
-            }
-            values = ", ".join(
-                f"{name} {value[row].item():g}" for name, value in got.items() if value is not None
-            )
-            raise ValueError(f"{where}: {expected}. Row {row} of {len(rows)} has {values}.")
+
+    expected, rows = next((expected, rows) for expected, rows in wrong.items() if rows.any())
+    row = int(rows.nonzero()[0])
+    got = {"target": target, "excluded": excluded, "inverse_temperature": inverse_temperature}
+    values = [f"{name} {value[row].item():g}" for name, value in got.items() if value is not None]
+    raise ValueError(f"{where}: {expected}. Row {row} of {len(rows)} has {', '.join(values)}.")

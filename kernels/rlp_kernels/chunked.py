@@ -96,10 +96,12 @@ def token_logprobs_with_grad(
     def softmax(rows: slice, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maximum, total = (part[rows] for part in logits.empty_softmax())
         target_logit = torch.zeros_like(total)
+
         for columns in tiles(head.shape[0], vocabulary_tile):
             kept[:, columns] = logits.capped(rows, columns)
             tile = logits.tempered(kept[:, columns], rows, columns)
             _fold(tile, target[rows], columns, maximum, total, target_logit)
+
         log_total = total.log_()
         return (target_logit - maximum) - log_total, maximum, log_total
 
@@ -142,6 +144,7 @@ def paired_logprobs(
     """
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
+
     reasoned_logprob = token_logprobs(
         policy_hidden,
         policy_head,
@@ -150,6 +153,7 @@ def paired_logprobs(
         excluded=excluded[position],
         bias=policy_bias,
     ).reshape(-1, group_size)
+
     baseline_logprob = token_logprobs(
         teacher_hidden,
         teacher_head,
@@ -158,6 +162,7 @@ def paired_logprobs(
         excluded=excluded,
         bias=teacher_bias,
     )
+
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
 
@@ -184,6 +189,7 @@ def token_entropy(
     logits = _Logits(hidden, head, bias, inverse_temperature, excluded, softcap)
     maximum, total = logits.empty_softmax()
     weighted = torch.zeros_like(total)
+
     for columns in tiles(head.shape[0], vocabulary_tile):
         for rows in tiles(hidden.shape[0], row_tile):
             tile = logits.tempered(logits.capped(rows, columns), rows, columns)
@@ -192,11 +198,12 @@ def token_entropy(
             shifted = tile.sub_(raised[:, None])
             weight = shifted.exp()
             shifted.masked_fill_(logits.is_excluded(rows, columns), 0.0)  # 0 * -inf is NaN
-            weighted[rows] = (weighted[rows] + total[rows] * drop) * drop.exp() + (
-                weight * shifted
-            ).sum(dim=1)
+
+            before = (weighted[rows] + total[rows] * drop) * drop.exp()
+            weighted[rows] = before + (weight * shifted).sum(dim=1)
             total[rows] = total[rows] * drop.exp() + weight.sum(dim=1)
             maximum[rows] = raised
+
     return total.log() - weighted / total
 
 
@@ -216,6 +223,7 @@ def token_argmax(
     logits = _Logits(hidden, head, bias, one, excluded, softcap)
     best, _ = logits.empty_softmax()
     token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+
     for columns in tiles(head.shape[0], vocabulary_tile):
         for rows in tiles(hidden.shape[0], row_tile):
             tile = logits.tempered(logits.capped(rows, columns), rows, columns)
@@ -223,6 +231,7 @@ def token_argmax(
             higher = tile_best > best[rows]
             token[rows] = torch.where(higher, tile_token + columns.start, token[rows])
             best[rows] = torch.where(higher, tile_best, best[rows])
+
     return token
 
 
@@ -230,9 +239,9 @@ class _TokenLogprobs(torch.autograd.Function):
     """`token_logprobs` with a backward pass that computes the logits again, tile by tile.
 
     What is kept between the passes is the inputs themselves and one log-sum-exp per row, as its two
-    parts, the largest logit and the log of the sum. The
-    head is kept as the parameter, never as a view or a cast of it: ZeRO-3 releases its storage
-    after the forward pass and gathers it again before the backward pass.
+    parts, the largest logit and the log of the sum. The head is kept as the parameter, never as a
+    view or a cast of it: ZeRO-3 releases its storage after the forward pass and gathers it again
+    before the backward pass.
     """
 
     @staticmethod
@@ -251,6 +260,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits = _Logits(hidden, head, bias, inverse_temperature, excluded, softcap)
         maximum, total = logits.empty_softmax()
         target_logit = torch.zeros_like(total)
+
         for columns in tiles(head.shape[0], vocabulary_tile):
             for rows in tiles(hidden.shape[0], row_tile):
                 tile = logits.tempered(logits.capped(rows, columns), rows, columns)
@@ -290,7 +300,7 @@ class _TokenLogprobs(torch.autograd.Function):
             row_tile=ctx.row_tile,
             vocabulary_tile=ctx.vocabulary_tile,
         )
-        return *input_grads, None, None, None, None, None, None
+        return *input_grads, *[None] * 6
 
 
 def gradients(
@@ -304,8 +314,9 @@ def gradients(
     row_tile: int,
     vocabulary_tile: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden, head and bias from tiles of the gradient in the logits, which are made
-    and dropped.
+    """Gradients in hidden, head and bias from tiles of the gradient in the logits.
+
+    Each tile is made, multiplied and dropped.
 
     Args:
         logit_grad: (rows, columns) to the gradient of that tile of logits, [R, W].
@@ -321,9 +332,11 @@ def gradients(
     hidden_grad = _zeros(hidden) if wants_hidden else None
     head_grad = torch.empty_like(head) if wants_head else None
     bias_grad = hidden.new_zeros(head.shape[0], dtype=wide_dtype(hidden)) if wants_bias else None
+
     for columns in tiles(head.shape[0], vocabulary_tile):
         head_tile = head[columns].to(dtype)
         head_tile_grad = _zeros(head_tile) if wants_head else None
+
         for rows in tiles(hidden.shape[0], row_tile):
             grad = logit_grad(rows, columns).to(dtype)
             if wants_hidden:
@@ -332,11 +345,15 @@ def gradients(
                 accumulate(head_tile_grad, grad.T, hidden[rows].to(dtype))
             if wants_bias:
                 bias_grad[columns] += grad.sum(dim=0, dtype=bias_grad.dtype)
+
         if wants_head:
             head_grad[columns] = head_tile_grad
+
     if wants_hidden:
         hidden_grad = hidden_grad.to(hidden.dtype)
-    return hidden_grad, head_grad, bias_grad.to(hidden.dtype) if wants_bias else None
+    if wants_bias:
+        bias_grad = bias_grad.to(hidden.dtype)
+    return hidden_grad, head_grad, bias_grad
 
 
 def gradients_in_forward(
@@ -351,8 +368,7 @@ def gradients_in_forward(
     row_tile: int,
     vocabulary_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and gradients, with the logits of one row tile kept from the one to the
-    other.
+    """Log-probabilities and gradients, the logits of one row tile kept from the one to the other.
 
     Two passes over the vocabulary for each tile of rows: the first makes the logits, keeps them
     and folds up the softmax; the second turns them into their gradient and multiplies it. The
@@ -372,9 +388,11 @@ def gradients_in_forward(
     logprob = hidden.new_empty(num_rows, dtype=wide_dtype(hidden))
     hidden_grad = torch.empty_like(hidden)
     head_grad = _zeros(head) if wants_head else None
+
     for rows in tiles(num_rows, row_tile):
         row_kept = kept[: rows.stop - rows.start]
         logprob[rows], maximum, log_total = softmax(rows, row_kept)
+
         row_hidden = hidden[rows].to(dtype)
         row_hidden_grad = _zeros(row_hidden)
         for columns in tiles(vocabulary, vocabulary_tile):
@@ -383,12 +401,12 @@ def gradients_in_forward(
             if wants_head:
                 accumulate(head_grad[columns], grad.T, row_hidden)
         hidden_grad[rows] = row_hidden_grad
+
     return logprob, hidden_grad, head_grad.to(head.dtype) if wants_head else None
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; with bf16 factors, which only a GPU has here, the sum stays
-    float32."""
+    """total += left @ right; the sum of bf16 factors, which only a GPU has here, stays float32."""
     # `out=` rather than `addmm_`, which torch.utils.flop_counter does not count.
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
@@ -397,17 +415,18 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the gradient of the logits is multiplied in: bf16 for bf16 inputs on a GPU, else float32
-    (or float64).
+    """What the gradient of the logits is multiplied in.
+
+    That is bf16 for bf16 inputs on a GPU, else float32, or float64 for float64 inputs.
 
     Rounding that gradient to bf16 makes the rms error of the result 1.3 to 1.4 times the plain
     form's, which is the rounding of its output (emulated on a CPU: N 64 to 2048, V 2048 to 32,768),
     and keeps the tensor cores. fp16 inputs stay in float32: three more bits in the output would
     make the same rounding 7 times, and fp16 itself has no room for probabilities below 6e-8.
     """
-    return (
-        torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide_dtype(hidden)
-    )
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return wide_dtype(hidden)
 
 
 def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
@@ -417,8 +436,11 @@ def kept_rows(vocabulary: int, max_bytes: int = MAX_KEPT_BYTES) -> int:
 
 
 def refuse_released(head: Tensor, bias: Tensor | None, shape: torch.Size) -> None:
-    """Refuse a head or bias whose storage was released after the forward pass and not gathered
-    again."""
+    """Refuse a head or bias that was released after the forward pass and not gathered again.
+
+    Raises:
+        ValueError: one is no longer of the shape that it had there.
+    """
     for name, parameter, expected in (("head", head, shape), ("bias", bias, shape[:1])):
         if parameter is not None and parameter.shape != expected:
             raise ValueError(
@@ -466,6 +488,7 @@ class _Logits:
                 logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
             else:
                 logits = torch.mm(widened(hidden), widened(head).T)
+
         if self.bias is not None:
             logits.add_(widened(self.bias[columns]))
         if self.softcap:
@@ -473,8 +496,7 @@ class _Logits:
         return logits
 
     def tempered(self, capped: Tensor, rows: slice, columns: slice) -> Tensor:
-        """The logits that enter the softmax: capped * inverse_temperature, -inf where excluded, [R,
-        W]."""
+        """The logits that enter the softmax, [R, W]: tempered, and -inf where excluded."""
         logits = capped * self.inverse_temperature[rows, None]
         return logits.masked_fill_(self.is_excluded(rows, columns), float("-inf"))
 
@@ -491,8 +513,10 @@ def _fold(
     total: Tensor,
     target_logit: Tensor,
 ) -> None:
-    """Fold one tile of tempered logits, [R, W], into the running softmax of its rows, each [R], in
-    place."""
+    """Fold a tile of tempered logits, [R, W], into the running softmax of its rows, in place.
+
+    Uses up `tile`. The others are [R].
+    """
     target_logit += _pick(tile, target, columns)
     raised = torch.maximum(maximum, tile.amax(dim=1))
     weight = tile.sub_(raised[:, None]).exp_()
@@ -510,12 +534,12 @@ def _logit_grad(
     rows: slice,
     columns: slice,
 ) -> Tensor:
-    """Gradient with respect to hidden . head^T + bias of one tile, [R, W]; uses up `capped`, the
-    tile's logits.
+    """Gradient with respect to hidden . head^T + bias of one tile, [R, W].
 
         d logprob / dz_v = ([v = target] - p_v) * inverse_temperature * (1 - (softcap(z_v) / c)^2)
 
-    The last factor is the slope of the soft cap, one where there is none.
+    The last factor is the slope of the soft cap, one where there is none. Uses up `capped`, the
+    tile's logits.
     """
     shifted = logits.tempered(capped, rows, columns).sub_(maximum[:, None])
     probability = shifted.sub_(log_total[:, None]).exp_()

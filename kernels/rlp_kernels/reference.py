@@ -1,5 +1,4 @@
-"""Token log-probabilities, entropy and argmax by definition: one [N, V] tensor of logits, plain
-autograd.
+"""Token log-probabilities, entropy and argmax by definition: one [N, V] tensor, plain autograd.
 
 These functions are the yardstick for every other form in this package. They are written
 to be read, and hold several [N, V] tensors at once.
@@ -36,12 +35,14 @@ def token_logprobs(
 
     Arguments and result are those of `rlp_kernels.token_logprobs`, which checks them.
     """
-    settings = {
-        "inverse_temperature": inverse_temperature,
-        "excluded": excluded,
-        "softcap": softcap,
-    }
-    logits = token_logits(hidden, head, **settings, bias=bias)
+    logits = token_logits(
+        hidden,
+        head,
+        inverse_temperature=inverse_temperature,
+        excluded=excluded,
+        softcap=softcap,
+        bias=bias,
+    )
     return logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
 
 
@@ -56,8 +57,7 @@ def token_logprobs_with_grad(
     softcap: float = 0.0,
     wants_head: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities, and what autograd says of the gradients of sum_n coefficient_n *
-    logprob_n.
+    """Log-probabilities, and by autograd the gradients of sum_n coefficient_n * logprob_n.
 
     Arguments and result are those of `rlp_kernels.token_logprobs_with_grad`, which checks them.
     """
@@ -67,8 +67,10 @@ def token_logprobs_with_grad(
         "excluded": excluded,
         "softcap": softcap,
     }
+
     with torch.enable_grad():
         logprob = token_logprobs(*inputs, target, **settings)
+
     grads = torch.autograd.grad(logprob, inputs if wants_head else inputs[:1], coefficient)
     return logprob.detach(), grads[0], grads[1] if wants_head else None
 
@@ -88,12 +90,13 @@ def paired_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each position's target scored after G thoughts and without one, and the difference.
 
-        reward[m, g] = log p_policy(target_m | thought g) - log p_teacher(target_m)            (eq. 5)
+        reward[m, g] = log p_policy(target_m | thought g) - log p_teacher(target_m)          (eq. 5)
 
     Arguments and result are those of `rlp_kernels.paired_logprobs`, which checks them.
     """
     one = torch.ones(len(policy_hidden), device=target.device)
     position = torch.arange(len(policy_hidden), device=target.device) // group_size
+
     reasoned_logprob = token_logprobs(
         policy_hidden,
         policy_head,
@@ -102,6 +105,7 @@ def paired_logprobs(
         excluded=excluded[position],
         bias=policy_bias,
     ).reshape(-1, group_size)
+
     baseline_logprob = token_logprobs(
         teacher_hidden,
         teacher_head,
@@ -110,6 +114,7 @@ def paired_logprobs(
         excluded=excluded,
         bias=teacher_bias,
     )
+
     return reasoned_logprob, baseline_logprob, reasoned_logprob - baseline_logprob[:, None]
 
 
@@ -122,14 +127,15 @@ def token_entropy(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Entropy of each row's softmax, [N], nats: -sum_v p_v log p_v over the tokens that are not
-    excluded."""
-    settings = {
-        "inverse_temperature": inverse_temperature,
-        "excluded": excluded,
-        "softcap": softcap,
-    }
-    logits = token_logits(hidden, head, **settings, bias=bias)
+    """Entropy of each row's softmax, -sum_v p_v log p_v over the tokens not excluded: [N], nats."""
+    logits = token_logits(
+        hidden,
+        head,
+        inverse_temperature=inverse_temperature,
+        excluded=excluded,
+        softcap=softcap,
+        bias=bias,
+    )
     return torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
 
 
@@ -162,17 +168,17 @@ def token_logits(
     # Autocast would turn the float32 product back into a bf16 one.
     with torch.autocast(hidden.device.type, enabled=False):
         logits = widened(hidden) @ widened(head).T
+
     if bias is not None:
         logits = logits + widened(bias)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+
     token = torch.arange(head.shape[0], device=head.device)
-    return (logits * inverse_temperature[:, None]).masked_fill(
-        token == excluded[:, None], float("-inf")
-    )
+    is_excluded = token == excluded[:, None]
+    return (logits * inverse_temperature[:, None]).masked_fill(is_excluded, float("-inf"))
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that logits are computed in: float64 stays, everything else becomes
-    float32."""
+    """The tensor in the dtype of logits: float64 stays, everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
