@@ -50,9 +50,9 @@ $(VENV)/test.ok: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
 	touch $(VENV)/run.ok $@
 
-$(WORLD)/train.jsonl: $(VENV)/run.ok experiments/world/make_world.py
+$(WORLD)/train.jsonl: $(VENV)/run.ok $(wildcard rlp/world/*.py)
 	rm -rf $(WORLD)
-	$(BIN)/python experiments/world/make_world.py --out $(WORLD)
+	$(BIN)/rlp world $(WORLD)
 
 clean:
 	rm -rf $(VENV) $(WORLD)

@@ -10,6 +10,7 @@
     rlp splice RUN      documents with the start's own best thoughts in them, for the control
                         mixed_sft
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
+    rlp world FOLDER    the heading world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
                                 learn from?
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_match(commands)
     _add_splice(commands)
     _add_audit(commands)
+    _add_world(commands)
     return parser
 
 
@@ -397,6 +399,26 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         ),
     )
     audit.set_defaults(command=audit_runs)
+
+
+def _add_world(commands: argparse._SubParsersAction) -> None:
+    world = commands.add_parser(
+        "world",
+        help="write the heading world: documents, a tiny base model, and the config that trains it",
+    )
+    world.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the folder to make; it may be there, empty"
+    )
+    world.set_defaults(command=write_heading_world)
+
+
+def write_heading_world(arguments: argparse.Namespace) -> int:
+    """`rlp world`."""
+    from rlp.world.folder import write_world
+
+    write_world(arguments.folder)
+    print(f"{arguments.folder}: train on it with\n  rlp train {arguments.folder}/quickstart.yaml")
+    return 0
 
 
 def audit_runs(arguments: argparse.Namespace) -> int:

@@ -577,12 +577,12 @@ def test_the_command_on_a_random_model_finds_no_signal(said, model_folder, tmp_p
 
 @pytest.mark.skipif(
     not (WORLD / "data" / "held_out.jsonl").exists(),
-    reason="experiments/world/data is not made; python experiments/world/make_world.py makes it",
+    reason="experiments/world/data is not made; rlp world experiments/world/data makes it",
 )
 def test_the_command_on_the_base_of_the_world_finds_signal(said):
     """Its thoughts are about their own problem: clearly better than those about another one."""
     code, printed, _ = said(
-        WORLD / "base",
+        WORLD / "data" / "base",
         WORLD / "data" / "held_out.jsonl",
         "position.selector=marker",
         "position.marker=faces",

@@ -16,6 +16,7 @@ ROOMS = (
     "process",
     "data",
     "model",
+    "world",
     "sampling",
     "learn",
     "measure",

@@ -7,12 +7,9 @@ too little to reach the ceiling.
 """
 
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "world"))
-
-from make_world import (
+from rlp.world.problems import (
     CLOSE,
     HEADINGS,
     OPEN,

@@ -117,10 +117,10 @@ def base_of(seed: int) -> Path:
 def make_world_and_bases(num_seeds: int) -> list[int]:
     """What the arms start from, where it is not there yet: the documents, and a base for each seed.
     The seeds whose base counts."""
+    from rlp.world.folder import write_world
+
     if not (WORLD / "data" / "train.jsonl").is_file():
-        subprocess.run(
-            [sys.executable, str(WORLD / "make_world.py"), "--out", str(WORLD / "data")], check=True
-        )
+        write_world(WORLD / "data")
     subprocess.run(
         [
             sys.executable,

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "experiments" / "world" / "base"
+COMMITTED = ROOT / "rlp" / "world" / "base"
 """The base of seed 0."""
 
 MIN_ACCURACY = 0.4

@@ -97,6 +97,8 @@ COMMAND_POINTS: dict[str, str] = {
     ),
     "eval.torn_rows": "`rlp eval`: half of the answers of a benchmark are on disk.",
     "eval.torn_json": "Half of the results are.",
+    "world.torn_file": "`rlp world`: half of one more file is on disk.",
+    "world.before_rename": "The folder is written and does not have its name yet.",
 }
 """Where it stands in what is done before a run or beside it."""
 

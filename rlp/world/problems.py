@@ -16,32 +16,13 @@ With right = 1, around = 2, left = 3 the headings are running sums modulo 4,
 so each word of the thought is one addition away from the words before it, while the word after
 `faces` without a thought is a sum of six.
 
-Splits. There are 4^6 = 4096 questions. One permutation of them, keyed by the seed, is cut into
-three
-disjoint blocks: 2560 for `base_train`, 1024 for `train`, 512 for `held_out`. A file holds questions
-of its own block only, so no question of one file is in another.
-
-Files written to --out, all a function of the seed:
-
-    base_train.jsonl    with thoughts, for the language-model loss; read once, in order
-    train.jsonl         without thoughts, for RLP
-    held_out.jsonl      without thoughts, every held-out question exactly once
-    tokenizer/          one token per word
-    model_config.json   Qwen3Config for a random start
+There are 4^6 = 4096 questions. One permutation of them, keyed by the seed, is cut into three
+disjoint blocks: 2560 for `base_train`, 1024 for `train`, 512 for `held_out`. A document holds
+questions of one block only, so no question of one file is in another.
 """
 
-import argparse
-import json
 import random
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-
-import rlp  # noqa: F401, before torch, which transformers loads: see rlp/process/machine.py
-
-# isort: split
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from collections.abc import Iterator, Sequence
 
 MARKS = ("one", "two", "three", "four", "five", "six")
 TURNS = ("straight", "right", "around", "left")
@@ -156,81 +137,3 @@ def make_documents(seed: int) -> dict[str, list[str]]:
         "train": list(plain_documents(questions["train"], TRAIN_EPOCHS, rng["train"])),
         "held_out": list(plain_documents(questions["held_out"], 1, rng["held_out"])),
     }
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; text is split at spaces and decoded with spaces."""
-    words = {word: index for index, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        additional_special_tokens=[OPEN, CLOSE],
-        clean_up_tokenization_spaces=False,  # "west ." stays two words
-    )
-
-
-def make_model_config() -> Qwen3Config:
-    """Two layers, 84,992 parameters: enough for one addition a word, not for a sum of six."""
-    return Qwen3Config(
-        architectures=["Qwen3ForCausalLM"],
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.1,  # at this width the default 0.02 does not learn
-        tie_word_embeddings=False,
-        pad_token_id=VOCABULARY.index("<pad>"),
-        bos_token_id=None,
-        eos_token_id=VOCABULARY.index("<eos>"),
-    )
-
-
-def write_jsonl(path: Path, documents: Iterable[str]) -> None:
-    """One {"text": document} per line."""
-    path.write_text(
-        "".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="ascii"
-    )
-
-
-def write_world(out: Path, seed: int) -> None:
-    """Write every file of the world to a folder that is absent or empty.
-
-    Raises:
-        ValueError: `out` is a file or a folder with something in it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} already holds files; give an empty or absent folder, or remove it first."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    for name, documents in make_documents(seed).items():
-        write_jsonl(out / f"{name}.jsonl", documents)
-    make_tokenizer().save_pretrained(out / "tokenizer")
-    make_model_config().to_json_file(out / "model_config.json", use_diff=False)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Write the heading world: documents, tokenizer, model config."
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; absent or empty")
-    parser.add_argument("--seed", type=int, default=0, help="keys the split and the documents")
-    arguments = parser.parse_args()
-    try:
-        write_world(arguments.out, arguments.seed)
-    except ValueError as error:
-        print(f"make_world: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

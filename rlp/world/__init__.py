@@ -1,0 +1,1 @@
+"""The heading world, to try everything on: documents, their tiny base model, and the quickstart."""
