@@ -33,6 +33,18 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
         raise ConfigError(f"{key} {rule}, got {value!r}.")
 
 
+def require_at_least(name: str, section: object, **least: float) -> None:
+    """Refuse a section in which one of these numbers is smaller than it may be."""
+    for field_name, bound in least.items():
+        value = getattr(section, field_name)
+        require(value >= bound, f"{name}.{field_name}", value, f"must be at least {bound}")
+
+
+def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices."""
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
 def parse_moment(text: str, start: float) -> float:
     """Unix time, in seconds, that a text means.
 
@@ -46,8 +58,10 @@ def parse_moment(text: str, start: float) -> float:
     """
     if (seconds := parse_duration(text)) is not None:
         return start + seconds
+
     if re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", text):
         return datetime.datetime.fromisoformat(text).timestamp()
+
     raise ValueError(f"{text!r} is no time")
 
 
@@ -55,9 +69,11 @@ def parse_duration(text: str) -> float | None:
     """Seconds that a text means, which is seconds or HH:MM:SS; None where it is neither."""
     if re.fullmatch(r"\d+", text):
         return float(text)
+
     if match := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
         hours, minutes, seconds = map(int, match.groups())
         return 3600.0 * hours + 60 * minutes + seconds
+
     return None
 
 
@@ -67,10 +83,6 @@ def is_moment(text: str) -> bool:
         return math.isfinite(parse_moment(text, 0.0))
     except ValueError:
         return False
-
-
-def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
 
 
 @dataclass
@@ -108,7 +120,7 @@ class RunConfig:
             "must be at least 0 (0: no watchdog)",
         )
         require(
-            bool(self.resume),
+            self.resume != "",
             "run.resume",
             self.resume,
             "must be never, auto or the path of a checkpoint",
@@ -148,8 +160,7 @@ class DataConfig:
     `hub:OWNER/NAME@CONFIG`)."""
     weights: list[float] = field(default_factory=list)
     """One for each entry of `train`: the share of documents drawn from it, each entry in an order
-    and epochs of its own.
-    Empty: all rows of all entries are one corpus."""
+    and epochs of its own. Empty: all rows of all entries are one corpus."""
     held_out: list[str] = field(default_factory=list)
     """The same, for the held-out panel. Empty: no evaluation."""
     format: str = "auto"
@@ -199,10 +210,7 @@ class DataConfig:
             "data.format", self.format, ("auto", "jsonl", "parquet", "csv", "tsv", "text")
         )
         require(
-            self.delimiter is None
-            or len(self.delimiter) == 1
-            and self.delimiter.isascii()
-            and self.delimiter not in '"\r\n',
+            self.delimiter is None or _is_delimiter(self.delimiter),
             "data.delimiter",
             self.delimiter,
             "must be one ASCII character, and no quote or line end",
@@ -228,18 +236,22 @@ class DataConfig:
         )
 
 
+def _is_delimiter(text: str) -> bool:
+    return len(text) == 1 and text.isascii() and text not in '"\r\n'
+
+
 def _names_fields(template: str) -> bool:
+    """Whether a template has fields in braces, and nothing but their names there."""
     try:
-        parts = [
-            (name, spec, conversion)
-            for _, name, spec, conversion in string.Formatter().parse(template)
-            if name is not None
-        ]
+        parts = list(string.Formatter().parse(template))
     except ValueError:
         return False
-    return len(parts) > 0 and all(
-        name and not spec and conversion is None for name, spec, conversion in parts
-    )
+
+    fields = [part for part in parts if part[1] is not None]
+    for _, name, spec, conversion in fields:
+        if not name or spec or conversion is not None:
+            return False
+    return len(fields) > 0
 
 
 @dataclass
@@ -323,36 +335,24 @@ class ThoughtConfig:
             self.group_size,
             "must be at least 2 (eq. 7 divides by G - 1)",
         )
-        require(
-            self.max_thought_tokens >= 1,
-            "thought.max_thought_tokens",
-            self.max_thought_tokens,
-            "must be at least 1",
-        )
+        require_at_least("thought", self, max_thought_tokens=1, sampling_rows=1)
         require(
             self.temperature > 0,
             "thought.temperature",
             self.temperature,
             "must be above 0 (a greedy thought has no log-probability to train)",
         )
-        require(
-            bool(self.open_marker), "thought.open_marker", self.open_marker, "must not be empty"
-        )
-        require(
-            bool(self.close_marker), "thought.close_marker", self.close_marker, "must not be empty"
-        )
+
+        for name in ("open_marker", "close_marker"):
+            marker = getattr(self, name)
+            require(marker != "", f"thought.{name}", marker, "must not be empty")
         require(
             self.open_marker != self.close_marker,
             "thought.close_marker",
             self.close_marker,
             "must differ from thought.open_marker, or no thought would end",
         )
-        require(
-            self.sampling_rows >= 1,
-            "thought.sampling_rows",
-            self.sampling_rows,
-            "must be at least 1",
-        )
+
         same_policy = (
             "would sample from another distribution than the policy whose log-probability is"
             " trained, so the ratio of eq. 8 would not be 1 on-policy; write"
@@ -372,7 +372,7 @@ class TargetConfig:
     ablations."""
 
     def __post_init__(self) -> None:
-        require(self.horizon >= 1, "target.horizon", self.horizon, "must be at least 1")
+        require_at_least("target", self, horizon=1)
         require(self.temperature > 0, "target.temperature", self.temperature, "must be above 0")
 
 
@@ -460,8 +460,8 @@ class BaselineConfig:
     """Weight of the old average per optimizer step (the paper's tau, 0.999)."""
     every_n_steps: int = 1
     """Score the baseline on every n-th step; between, no gain is reported, and of an
-    information-gain reward only
-    what does not depend on the baseline: its spread within groups, and how it goes with length."""
+    information-gain reward only what does not depend on the baseline: its spread within groups, and
+    how it goes with length."""
 
     def __post_init__(self) -> None:
         require_one_of("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
@@ -517,12 +517,16 @@ class OptimConfig:
     """Applied updates that the median is taken of; before there are as many, none is refused."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "must be at least 1")
-        require(
-            self.micro_batch_size >= 1,
-            "optim.micro_batch_size",
-            self.micro_batch_size,
-            "must be at least 1",
+        require_at_least(
+            "optim",
+            self,
+            batch_size=1,
+            micro_batch_size=1,
+            updates_per_rollout=1,
+            warmup_steps=0,
+            weight_decay=0,
+            grad_clip=0,
+            spike_window=1,
         )
         require(
             self.thoughts_per_forward is None or self.thoughts_per_forward >= 1,
@@ -530,12 +534,7 @@ class OptimConfig:
             self.thoughts_per_forward,
             "must be at least 1, or null for whole groups",
         )
-        require(
-            self.updates_per_rollout >= 1,
-            "optim.updates_per_rollout",
-            self.updates_per_rollout,
-            "must be at least 1",
-        )
+
         require(
             self.learning_rate >= 0 and math.isfinite(self.learning_rate),
             "optim.learning_rate",
@@ -544,34 +543,21 @@ class OptimConfig:
         )
         require_one_of("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
         require(
-            self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must be at least 0"
-        )
-        require(
             0 <= self.final_fraction <= 1,
             "optim.final_fraction",
             self.final_fraction,
             "is a fraction from 0 to 1",
         )
+
         for name in ("beta1", "beta2"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"optim.{name}",
-                getattr(self, name),
-                "must be at least 0 and below 1",
-            )
+            beta = getattr(self, name)
+            require(0 <= beta < 1, f"optim.{name}", beta, "must be at least 0 and below 1")
         require(self.epsilon > 0, "optim.epsilon", self.epsilon, "must be above 0")
-        require(
-            self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be at least 0"
-        )
-        require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must be at least 0")
         require(
             self.spike_factor == 0 or self.spike_factor > 1,
             "optim.spike_factor",
             self.spike_factor,
             "must be above 1, or 0 to refuse no update for its size",
-        )
-        require(
-            self.spike_window >= 1, "optim.spike_window", self.spike_window, "must be at least 1"
         )
 
 
@@ -592,8 +578,8 @@ class EngineConfig:
     models), or auto: tree where the model can."""
     logprob_form: str = "auto"
     """How log-probabilities are computed from hidden states (`kernels/README.md`): plain, chunked,
-    triton, folded, or
-    auto: by size and device, from what was measured. The choice is said when the run starts."""
+    triton, folded, or auto: by size and device, from what was measured. The choice is said when
+    the run starts."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward."""
     offload_optimizer: bool = False
@@ -617,6 +603,7 @@ class EngineConfig:
         )
         require_one_of("engine.layout", self.layout, ("auto", "repeated", "tree"))
         require_one_of("engine.generation", self.generation, ("gathered", "synced"))
+
         require(
             not (self.zero_stage == 0 and self.dtype == "bfloat16"),
             "engine.zero_stage",
@@ -670,31 +657,30 @@ class MatchConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The held-out panel: fixed positions, scored with and without a thought, before, during and
-    after."""
+    """The held-out panel, which is all that "evaluation" means here: positions of `data.held_out`
+    that stay the same, scored with and without a thought, before, during and after the run.
+
+    Benchmarks are something else: `rlp eval` puts them to a model that is finished.
+    """
 
     panel_positions: int = 256
     """Positions in the panel."""
     thoughts_per_position: int = 4
     """Thoughts sampled for each."""
     every_n_steps: int = 0
-    """Evaluate during the run every n steps; 0: before and after only."""
+    """Score the panel during the run every n steps; 0: before and after only."""
     batch_size: int = 32
-    """Documents per forward on one rank."""
+    """Documents of the panel per forward on one rank."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("panel_positions", 1),
-            ("thoughts_per_position", 1),
-            ("every_n_steps", 0),
-            ("batch_size", 1),
-        ):
-            require(
-                getattr(self, name) >= least,
-                f"evaluation.{name}",
-                getattr(self, name),
-                f"must be at least {least}",
-            )
+        require_at_least(
+            "evaluation",
+            self,
+            panel_positions=1,
+            thoughts_per_position=1,
+            every_n_steps=0,
+            batch_size=1,
+        )
 
 
 @dataclass
@@ -711,12 +697,7 @@ class CheckpointConfig:
     offset). Leave the time of a save before the end of the job. None: never."""
 
     def __post_init__(self) -> None:
-        require(
-            self.every_n_steps >= 0,
-            "checkpoint.every_n_steps",
-            self.every_n_steps,
-            "must be at least 0",
-        )
+        require_at_least("checkpoint", self, every_n_steps=0, keep=1)
         require(
             self.save_by is None or is_moment(self.save_by),
             "checkpoint.save_by",
@@ -724,7 +705,6 @@ class CheckpointConfig:
             "must be seconds (84600) or HH:MM:SS after the start, or a time such as"
             " 2026-01-31T18:30",
         )
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
 @dataclass
@@ -745,19 +725,7 @@ class LoggingConfig:
     wandb_project: str = "rlp"
 
     def __post_init__(self) -> None:
-        require(
-            self.every_n_steps >= 1,
-            "logging.every_n_steps",
-            self.every_n_steps,
-            "must be at least 1",
-        )
-        require(
-            self.digest_every_n_steps >= 0,
-            "logging.digest_every_n_steps",
-            self.digest_every_n_steps,
-            "must be at least 0",
-        )
-        require(self.thoughts >= 0, "logging.thoughts", self.thoughts, "must be at least 0")
+        require_at_least("logging", self, every_n_steps=1, digest_every_n_steps=0, thoughts=0)
         require_one_of("logging.wandb", self.wandb, ("disabled", "offline", "online"))
 
 
@@ -792,26 +760,34 @@ class Config:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             for name, value in vars(getattr(self, section.name)).items():
-                key = f"{section.name}.{name}"
-                require(
-                    not isinstance(value, float) or math.isfinite(value),
-                    key,
-                    value,
-                    "must be finite",
-                )
-                counts = isinstance(value, int) and key not in NO_COUNTS
-                require(
-                    not counts or value <= MAX_COUNT,
-                    key,
-                    value,
-                    f"must be at most {MAX_COUNT:,}, which is more than any machine holds",
-                )
+                _refuse_beyond_machines(f"{section.name}.{name}", value)
+
         require(
             len(self.data.train) > 0,
             "data.train",
             self.data.train,
             "must name at least one file, glob or hub:OWNER/NAME",
         )
+        self._refuse_budget()
+
+        alone = self.optim.batch_size == 1 and self.position.per_document == 1
+        require(
+            self.reward.placebo == "none" or not alone,
+            "reward.placebo",
+            self.reward.placebo,
+            "exchanges the positions of a step, which has a single one here; write"
+            " optim.batch_size=2 or more",
+        )
+
+        shortest = self.position.min_prefix_tokens + self.target.horizon
+        require(
+            shortest <= self.data.max_document_tokens,
+            "data.max_document_tokens",
+            self.data.max_document_tokens,
+            f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens",
+        )
+
+    def _refuse_budget(self) -> None:
         limits = dataclasses.asdict(self.budget)
         require(
             any(limit is not None for limit in limits.values()),
@@ -825,21 +801,15 @@ class Config:
             self.match.by,
             f"needs budget.{self.match.by}, the amount to match",
         )
-        alone = self.optim.batch_size == 1 and self.position.per_document == 1
-        require(
-            self.reward.placebo == "none" or not alone,
-            "reward.placebo",
-            self.reward.placebo,
-            "exchanges the positions of a step, which has a single one here; write"
-            " optim.batch_size=2 or more",
-        )
-        shortest = self.position.min_prefix_tokens + self.target.horizon
-        require(
-            shortest <= self.data.max_document_tokens,
-            "data.max_document_tokens",
-            self.data.max_document_tokens,
-            f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens",
-        )
+
+
+def _refuse_beyond_machines(key: str, value: object) -> None:
+    """Refuse a number that is not finite, or a count that no machine holds."""
+    if isinstance(value, float):
+        require(math.isfinite(value), key, value, "must be finite")
+    elif isinstance(value, int) and key not in NO_COUNTS:
+        rule = f"must be at most {MAX_COUNT:,}, which is more than any machine holds"
+        require(value <= MAX_COUNT, key, value, rule)
 
 
 def keeps_ema(config: Config) -> bool:
@@ -857,40 +827,121 @@ def needs_copies(config: Config) -> tuple[bool, bool]:
     )
 
 
+# Reading and writing
+
+
+def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply dotted overrides, and check every value.
+
+    Args:
+        source: the YAML file, or nested mappings in place of one.
+        overrides: `section.key=value`, each value in YAML syntax.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a value that its section refuses.
+    """
+    if isinstance(source, dict):
+        where, tree = "config", source
+    else:
+        path = Path(source)
+        where, tree = str(path), read_yaml(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{where} must hold sections such as `model:` and `data:`, got {type(tree).__name__}."
+        )
+    _refuse_text(tree, where)
+    _refuse_unknown_keys(tree, where)
+
+    overrides = overrides or []
+    for override in overrides:
+        given = _parse_override(override)
+        _refuse_text(given, "command line")
+        _refuse_unknown_keys(given, "command line")
+    return _merge(tree, overrides, where)
+
+
+def _parse_override(override: str) -> dict:
+    """Nested mappings of `section.key=value`."""
+    _refuse_text(override, "command line")
+    if "=" not in override:
+        raise ConfigError(
+            f"{override!r} is no override. Write section.key=value, such as thought.group_size=8."
+        )
+
+    try:
+        _refuse_depth(override.partition("=")[2])
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except _NO_YAML as error:
+        raise ConfigError(
+            f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with"
+            " signs in it in quotes, such as 'data.template=\"{text}\"'."
+        ) from error
+
+
+def _merge(tree: dict, overrides: list[str], where: str) -> Config:
+    """The config that a file and overrides give, in the words of this project where OmegaConf
+    refuses it."""
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides)
+        )
+        return OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{where}: {error.full_key} has no value. Write {error.full_key}=VALUE on the command"
+            " line, or the key in the file."
+        ) from error
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+
+        key = error.full_key or "a key"
+        if "ListConfig" in str(error):  # OmegaConf's word for a list
+            raise ConfigError(
+                f"{where}: {key}: must be a list. Write it in brackets, as in {key}=[VALUE]."
+            ) from error
+        raise ConfigError(f"{where}: {key}: {first_line(error)}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every key written out, as `load_config` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key a config may have, in the order of the sections."""
     keys = []
     for item in dataclasses.fields(section):
+        key = f"{prefix}{item.name}"
+        keys.append(key)
         if dataclasses.is_dataclass(item.type):
-            keys += [f"{prefix}{item.name}", *known_keys(item.type, f"{prefix}{item.name}.")]
-        else:
-            keys.append(f"{prefix}{item.name}")
+            keys += known_keys(item.type, f"{key}.")
     return keys
 
 
 def _refuse_unknown_keys(tree: dict, where: str) -> None:
     known = known_keys()
+    sections = {item.name: item.type for item in dataclasses.fields(Config)}
+
     for section, content in tree.items():
-        if section in known and "." not in section and not isinstance(content, dict):
+        if section in sections and not isinstance(content, dict):
             example = next(key for key in known if key.startswith(f"{section}."))
             raise ConfigError(
                 f"{where}: {section} is a section, got {content!r}. Write its keys, such as"
                 f" {example}."
             )
-        given = (
-            [f"{section}.{name}" for name in content]
-            if isinstance(content, dict) and content
-            else [str(section)]
-        )
+
+        given = [str(section)]
+        if isinstance(content, dict) and content:
+            given = [f"{section}.{name}" for name in content]
         for key in given:
             if key not in known:
                 raise ConfigError(f"{where}: unknown config key {key}. {_suggest(key, known)}")
-        if isinstance(content, dict):
-            refuse_mappings_for_lists(
-                next(item.type for item in dataclasses.fields(Config) if item.name == section),
-                content,
-                f"{where}: {section}.",
-            )
+
+        if section in sections:
+            refuse_mappings_for_lists(sections[section], content, f"{where}: {section}.")
 
 
 def refuse_mappings_for_lists(section: type, content: dict, where: str) -> None:
@@ -905,18 +956,35 @@ def _suggest(key: str, known: list[str]) -> str:
     """What an unknown key may have meant: the same name in another section, else the nearest key,
     else what there is."""
     section, _, name = key.rpartition(".")
-    same_name = [other for other in known if "." in other and other.rpartition(".")[2] == name]
-    nearest = same_name or difflib.get_close_matches(
-        key, [other for other in known if "." in other or not section], n=1, cutoff=0.7
-    )
-    if nearest:
-        return f"Did you mean {' or '.join(nearest)}?"
+    leaves = [other for other in known if "." in other]
+
+    meant = [other for other in leaves if other.rpartition(".")[2] == name]
+    if not meant:
+        candidates = leaves if section else known
+        meant = difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
+    if meant:
+        return f"Did you mean {' or '.join(meant)}?"
+
     if section in known:
-        return (
-            "The section has"
-            f" {', '.join(other for other in known if other.startswith(f'{section}.'))}."
-        )
+        inside = [other for other in leaves if other.startswith(f"{section}.")]
+        return f"The section has {', '.join(inside)}."
     return f"The sections are {', '.join(other for other in known if '.' not in other)}."
+
+
+# YAML, which may be a stranger's
+
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 100
+
+_NO_YAML = (
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    OSError,
+    ValueError,
+    TypeError,
+    RecursionError,
+    AssertionError,  # OmegaConf asserts that it is no scalar
+)
+"""What a text that is no YAML, or is too much of it, makes the libraries raise."""
 
 
 def read_yaml(path: Path) -> object:
@@ -938,38 +1006,25 @@ def read_yaml(path: Path) -> object:
 
 
 def parse_yaml(text: str, where: str) -> object:
-    """Plain values of a YAML text, which may be a stranger's.
+    """Plain values of a YAML text.
 
     Raises:
         ConfigError: no YAML, or larger than `MAX_YAML_BYTES`, or with aliases that stand for more
             than 10,000 values (OmegaConf's limit; a few lines of them can stand for gigabytes), or
             with text that `_refuse_text` refuses.
     """
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(
+            f"{where} is not a YAML config: {len(text):,} characters; expected fewer than"
+            f" {MAX_YAML_BYTES:,}."
+        )
     try:
-        if len(text) > MAX_YAML_BYTES:
-            raise ConfigError(
-                f"{where} is not a YAML config: {len(text):,} characters; expected fewer than"
-                f" {MAX_YAML_BYTES:,}."
-            )
         _refuse_depth(text)
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (
-        yaml.YAMLError,
-        OmegaConfBaseException,
-        OSError,
-        ValueError,
-        TypeError,
-        RecursionError,
-        AssertionError,
-    ) as error:  # OmegaConf asserts that it is no scalar
-        if isinstance(error, ConfigError):
-            raise
+    except _NO_YAML as error:
         raise ConfigError(f"{where} is not a YAML config: {error}") from error
     _refuse_text(tree, where)
     return tree
-
-
-MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 100
 
 
 def _refuse_depth(text: str) -> None:
@@ -977,15 +1032,21 @@ def _refuse_depth(text: str) -> None:
     them end the process."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
         if depth > MAX_YAML_DEPTH:
             raise ValueError(f"nested more than {MAX_YAML_DEPTH} levels deep")
 
 
+# Text that no config may hold
+
 SECRET = re.compile(
-    r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<![\w-])eyJ[\w-]{16,}\.[\w-]+\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}"
+    r"|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?<![\w-])eyJ[\w-]{16,}\.[\w-]+\.[\w-]*"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 """Access tokens by the forms of those who issue them, and user:password of a URL."""
 
@@ -993,13 +1054,9 @@ SECRET = re.compile(
 def without_secrets(text: str) -> str:
     """The text with access tokens taken out: by their form, and those that environment variables
     hold."""
-    held = [
-        value
-        for name, value in os.environ.items()
-        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()) and len(value) >= 8
-    ]
-    for value in held:
-        text = text.replace(value, "[secret]")
+    for name, value in os.environ.items():
+        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()) and len(value) >= 8:
+            text = text.replace(value, "[secret]")
     return SECRET.sub("[secret]", text)
 
 
@@ -1014,98 +1071,27 @@ def _refuse_text(value: object, where: str) -> None:
         for inner in value:
             _refuse_text(inner, where)
     elif isinstance(value, str):
-        if without_secrets(value) != value:
-            raise ConfigError(
-                f"{where} holds an access token or a password. A config is copied to the run folder"
-                " and its report: put secrets in the environment only, such as HF_TOKEN."
-            )
-        if "${" in value:
-            raise ConfigError(
-                f"{where}: {value!r} holds `${{`: interpolation is not read here, because it could"
-                " copy environment variables into the run folder. Write the value itself."
-            )
-        if (
-            "\0" in value
-            or not value.isprintable()
-            and any(unicodedata.category(character) == "Cs" for character in value)
-        ):
-            raise ConfigError(
-                f"{where}: {value!r} holds a NUL or half of a surrogate pair, which no file name"
-                " can hold."
-            )
+        _refuse_line(value, where)
 
 
-def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides, and check every value.
-
-    Args:
-        source: the YAML file, or nested mappings in place of one.
-        overrides: `section.key=value`, each value in YAML syntax.
-
-    Raises:
-        ConfigError: unknown key, wrong type, or a value that its section refuses.
-    """
-    path, tree = (
-        ("config", source) if isinstance(source, dict) else (Path(source), read_yaml(Path(source)))
-    )
-    if not isinstance(tree, dict):
+def _refuse_line(text: str, where: str) -> None:
+    if without_secrets(text) != text:
         raise ConfigError(
-            f"{path} must hold sections such as `model:` and `data:`, got {type(tree).__name__}."
+            f"{where} holds an access token or a password. A config is copied to the run folder"
+            " and its report: put secrets in the environment only, such as HF_TOKEN."
         )
-    _refuse_text(tree, str(path))
-    _refuse_unknown_keys(tree, str(path))
-    overrides = overrides or []
-    for override in overrides:
-        _refuse_text(override, "command line")
-        if "=" not in override:
-            raise ConfigError(
-                f"{override!r} is no override. Write section.key=value, such as"
-                " thought.group_size=8."
-            )
-        try:
-            _refuse_depth(override.partition("=")[2])
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (
-            yaml.YAMLError,
-            OmegaConfBaseException,
-            ValueError,
-            TypeError,
-            RecursionError,
-        ) as error:
-            raise ConfigError(
-                f"command line: {override!r} has no YAML value: {first_line(error)}. Put text with"
-                " signs in it in quotes, such as 'data.template=\"{text}\"'."
-            ) from error
-        _refuse_text(given, "command line")
-        _refuse_unknown_keys(given, "command line")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(overrides)
-        )
-        return OmegaConf.to_object(merged)
-    except ConfigError:
-        raise
-    except MissingMandatoryValue as error:
+    if "${" in text:
         raise ConfigError(
-            f"{path}: {error.full_key} has no value. Write {error.full_key}=VALUE on the command"
-            " line, or the key in the file."
-        ) from error
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        key = error.full_key or "a key"
-        if "ListConfig" in str(error):  # OmegaConf's word for a list
-            raise ConfigError(
-                f"{path}: {key}: must be a list. Write it in brackets, as in {key}=[VALUE]."
-            ) from error
-        raise ConfigError(f"{path}: {key}: {first_line(error)}") from error
+            f"{where}: {text!r} holds `${{`: interpolation is not read here, because it could copy"
+            " environment variables into the run folder. Write the value itself."
+        )
+    if "\0" in text or any(unicodedata.category(character) == "Cs" for character in text):
+        raise ConfigError(
+            f"{where}: {text!r} holds a NUL or half of a surrogate pair, which no file name can"
+            " hold."
+        )
 
 
 def first_line(error: Exception) -> str:
     """What an error says first, without a full stop; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config, every key written out, as `load_config` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
