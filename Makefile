@@ -9,7 +9,8 @@ WORLD := experiments/world/data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,kernels triton objective scoring layout tree rollout training ranks numerics probe))
+NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kernels kernels/test_triton model/test_layout \
+	model/test_scoring model/test_tree sampling/test_rollout learn/test_numerics measure/test_probe whole/test_training whole/test_ranks))
 
 .PHONY: quickstart lint test test-all test-avx2 gpu setup clean
 
@@ -34,7 +35,7 @@ test-avx2: $(VENV)/test.ok
 
 # On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
 gpu:
-	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/test_triton.py tests/test_tree.py
+	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/kernels/test_triton.py tests/model/test_tree.py
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_logprobs.py --json bench_logprobs.json
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_step.py --quick --json bench_step.json
 

@@ -1,4 +1,4 @@
-"""What tests share: a word tokenizer, tiny random models of several architectures, documents."""
+"""Fixtures of all rooms: a word tokenizer, a tiny model, a corpus, the ranks of this process, runs."""
 
 import os
 
@@ -12,125 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
-from rlp.data.documents import Document
-from rlp.model.markers import Markers
-from rlp.model.policy import Policy
+import train as program
+from rlp.data import sources
+from rlp.process.ranks import Ranks, start_ranks
+from tests.faults.harness import Harness
+from tests.tiny_models import WORDS, tiny_policy, word_tokenizer
+from tests.training import tiny_config, write_corpus
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-WORDS = ["<pad>", "<eos>", "<think>", "</think>", "<unk>", ".", *(f"w{i}" for i in range(42))]
-"""The vocabulary of the tests: 48 words, one token each."""
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of `WORDS`."""
-    tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<think>", "</think>"],
-    )
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
-
-
-def architecture(name: str) -> PretrainedConfig:
-    """A tiny random config, with weights large enough that rounding and mixing show."""
-    common = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "initializer_range": 0.3,
-    }
-    attention = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    mamba = {
-        "mamba_d_ssm": 64,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    }
-    own = {
-        "qwen3": attention | {"head_dim": 8, "tie_word_embeddings": True},
-        "llama": attention | {"tie_word_embeddings": False, "max_position_embeddings": 4096},
-        "gemma2": attention | {"head_dim": 8, "sliding_window": 6},
-        "gemma3_text": attention | {"head_dim": 8, "sliding_window": 6},
-        "gpt_neox": {
-            "intermediate_size": 64,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 4096,
-        },
-        "mamba": {"state_size": 8},
-        "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
-        "falcon_h1": attention | mamba,
-        "nemotron_h": (
-            attention
-            | {
-                "hybrid_override_pattern": "M-*-",
-                "num_hidden_layers": 4,
-                "head_dim": 8,
-                "attention_head_dim": 8,
-                "mamba_num_heads": 8,
-                "mamba_head_dim": 8,
-                "ssm_state_size": 8,
-                "n_groups": 2,
-                "chunk_size": 8,
-            }
-        ),
-    }
-    return CONFIG_MAPPING[name](**common | own[name])
-
-
-ARCHITECTURES = (
-    "qwen3",
-    "llama",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "mamba",
-    "mamba2",
-    "falcon_h1",
-    "nemotron_h",
-)
-"""Attention with and without tied embeddings, soft caps and sliding windows; state-space; hybrids
-of both."""
-
-
-def tiny_policy(
-    name: str = "qwen3", *, seed: int = 0, markers: Markers = Markers(open=(2,), close=(3,))
-) -> Policy:
-    """A random policy of an architecture."""
-    torch.manual_seed(seed)
-    return Policy(AutoModelForCausalLM.from_config(architecture(name)).float().eval(), markers)
-
-
-def random_documents(lengths: list[int], *, seed: int = 0) -> list[Document]:
-    """Documents of random words, no special token in them."""
-    generator = np.random.default_rng(seed)
-    return [
-        Document(id=100 + index, tokens=generator.integers(5, len(WORDS), size=length))
-        for index, length in enumerate(lengths)
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +43,44 @@ def model_folder(
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory):
     """Runs of one or more ranks, forked from one process that has imported everything."""
-    from faults.harness import Harness
-
     made = Harness(tmp_path_factory.mktemp("harness"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Ranks:
+    return start_ranks()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Twenty documents of 6 to 15 random words."""
+    generator = np.random.default_rng(0)
+    documents = [
+        " ".join(
+            WORDS[i] for i in generator.integers(5, len(WORDS), size=generator.integers(6, 16))
+        )
+        for _ in range(20)
+    ]
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "train.jsonl", documents)
+
+
+@pytest.fixture
+def trained(tmp_path, model_folder, corpus, ranks):
+    """Trains a tiny run with overrides and returns its folder."""
+
+    def run(name: str = "run", **overrides: object) -> Path:
+        assert (
+            program.train(tiny_config(tmp_path / name, model_folder, corpus, **overrides), ranks)
+            == program.DONE
+        )
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def unpacked(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What is unpacked goes to a folder of the test."""
+    monkeypatch.setattr(sources, "UNPACKED", tmp_path_factory.mktemp("unpacked"))

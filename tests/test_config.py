@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlp.config import Config, ConfigError, known_keys, load_config, to_yaml
+from tests import REPOSITORY
 
-ROOT = Path(__file__).parents[1]
 BASE = (
     "run: {dir: runs/x}\nmodel: {path: somewhere}\ndata: {train: [x.jsonl]}\nbudget: {steps: 1}\n"
 )
@@ -378,7 +378,9 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path):
 
 
 CONFIGS = sorted(
-    path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("benchmarks")
+    path
+    for path in (REPOSITORY / "configs").glob("*.yaml")
+    if not path.stem.startswith("benchmarks")
 )
 
 

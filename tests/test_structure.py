@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import REPOSITORY
+from tests.source_files import MODULES, PROGRAM
 
 ROOMS = (
     "config",
@@ -39,13 +40,6 @@ MUST_NOT_KNOW = {
 }
 """Beyond the order: what a room or a module has no business with, with all that lies under each
 name."""
-
-MODULES = {
-    ".".join(path.relative_to(ROOT / "rlp").with_suffix("").parts): path
-    for path in sorted((ROOT / "rlp").rglob("*.py"))
-}
-"""Source files by their name below `rlp`."""
-PROGRAM = [*MODULES.values(), *sorted((ROOT / "kernels").rglob("*.py")), ROOT / "train.py"]
 
 
 def imports(source: str) -> set[str]:
@@ -209,7 +203,7 @@ def writes(source: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in [*MODULES.values(), ROOT / "train.py"] if path.stem != "files"],
+    [path for path in [*MODULES.values(), REPOSITORY / "train.py"] if path.stem != "files"],
     ids=lambda path: path.name,
 )
 def test_only_files_writes(path: Path):
@@ -312,7 +306,7 @@ def test_the_checker_lets_the_order_through():
 def test_objective_imports_nothing_of_this_project():
     """It can be checked against the paper with a pencil."""
     assert {
-        name.split(".")[0] for name in imports((ROOT / "rlp" / "objective.py").read_text())
+        name.split(".")[0] for name in imports((REPOSITORY / "rlp" / "objective.py").read_text())
     } == {"torch"}
 
 
@@ -322,7 +316,7 @@ def test_no_module_is_a_drawer():
     assert [path for path in PROGRAM if path.stem in drawers or path.parent.name in drawers] == []
 
 
-@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_nothing_imports_an_experiment(path: Path):
     """Experiments import the method, never the reverse."""
     assert [
@@ -332,17 +326,17 @@ def test_nothing_imports_an_experiment(path: Path):
 
 def test_kernels_do_not_know_the_method():
     """Fast twins of plain functions stand alone; their benchmark may run the method."""
-    for path in (ROOT / "kernels" / "rlp_kernels").glob("*.py"):
+    for path in (REPOSITORY / "kernels" / "rlp_kernels").glob("*.py"):
         assert [name for name in imports(path.read_text()) if name.split(".")[0] == "rlp"] == []
 
 
 def test_kernels_is_no_package():
     """An importable `kernels` would shadow the Hugging Face package of that name, which
     transformers imports."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_file_is_read_as_code(path: Path):
     """No pickle, no torch.load, no remote code: a checkpoint or a corpus from a stranger runs
     nothing."""
@@ -390,7 +384,7 @@ def test_importing_rlp_imports_no_heavy_library():
         " 'math_verify') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
@@ -402,7 +396,7 @@ def test_importing_config_imports_no_torch():
         [sys.executable, "-c", "import rlp.config, sys; print('torch' in sys.modules)"],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         check=False,
     )
     assert done.stdout.strip() == "False", done.stderr

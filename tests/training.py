@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlp.config import Config, load_config
+import torch
+from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).parent.parent
+from rlp.config import Config, load_config
+from rlp.trainer import Run
+from tests import REPOSITORY
 
 TINY = {
     "position.per_document": 2,
@@ -52,6 +55,38 @@ def tiny_config(folder: Path, model: Path, corpus: Path, **overrides: object) ->
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+CURVE = (
+    "reward/mean",
+    "optim/grad_norm",
+    "thought/tokens_mean",
+    "lm/loss",
+    "policy/reasoned_logprob",
+)
+
+
+def curve(folder: Path) -> list[list[float]]:
+    """The numbers of each step that depend on everything before it."""
+    return [[line[name] for name in CURVE] for line in read_lines(folder / "metrics.jsonl")]
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    """The numbers of every step agree."""
+    torch.testing.assert_close(
+        torch.tensor(curve(one)), torch.tensor(curve(other)), rtol=tolerance, atol=tolerance
+    )
+
+
+def masters(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of the float32 master weights; one rank owns them all."""
+    return {
+        fragment.name: fragment.view(fragment.flat).clone() for fragment in run.engine.fragments()
+    }
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

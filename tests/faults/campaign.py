@@ -24,11 +24,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from harness import Attempt, Case, Harness, Outcome
-
 from rlp.process.faults import FAULT_POINTS
+from tests.faults.harness import Attempt, Case, Harness, Outcome
 
 TOPOLOGIES = list(itertools.product((1, 2), (1, 2, 3), ("float32", "bfloat16")))
 """Ranks, ZeRO stage, dtype."""

@@ -6,16 +6,13 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+import numpy as np
 
-import numpy as np  # noqa: E402
-from conftest import WORDS, tiny_policy, word_tokenizer  # noqa: E402
-from training import TINY, write_corpus  # noqa: E402
-
-from rlp.measure.journal import audit  # noqa: E402
-from rlp.process.faults import VARIABLE  # noqa: E402
-from rlp.process.run_logs import read_json_lines  # noqa: E402
+from rlp.measure.journal import audit
+from rlp.process.faults import VARIABLE
+from rlp.process.run_logs import read_json_lines
+from tests.tiny_models import WORDS, tiny_policy, word_tokenizer
+from tests.training import TINY, write_corpus
 
 SAVE_EVERY = 2
 STEPS = 6

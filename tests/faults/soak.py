@@ -27,16 +27,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[2]),
-]
-
-from harness import continued_from, last_step  # noqa: E402
-from training import REPOSITORY, rank_environment, read_lines  # noqa: E402
-
-from rlp.measure.journal import audit  # noqa: E402
+from rlp.measure.journal import audit
+from tests import REPOSITORY
+from tests.faults.harness import continued_from, last_step
+from tests.training import rank_environment, read_lines
 
 SETTINGS = [
     "engine.zero_stage=2",

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,23 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from harness import (
-    REPOSITORY,
-    SAVE_EVERY,
-    SETTINGS,
-    STEPS,
-    Attempt,
-    Case,
-    Harness,
-    Outcome,
-)
-
 from rlp.learn.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint
 from rlp.measure.journal import audit, weighted_bits
 from rlp.process.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault
 from rlp.process.ranks import Ranks, start_ranks
+from tests import REPOSITORY
+from tests.faults.harness import SAVE_EVERY, SETTINGS, STEPS, Attempt, Case, Harness, Outcome
 
 BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": 4}
 
@@ -302,8 +290,9 @@ def test_another_model_or_tokenizer_in_the_same_place_is_refused(harness, tmp_pa
     )
     (model / "tokenizer.json").write_text(text)
     described = json.loads((model / "config.json").read_text())
-    from conftest import architecture
     from transformers import AutoModelForCausalLM
+
+    from tests.tiny_models import architecture
 
     other = architecture("qwen3")
     other.intermediate_size = described["intermediate_size"] + 8

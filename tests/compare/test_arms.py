@@ -1,0 +1,567 @@
+"""The controls: RPT's reward, the placebos, spliced documents, and arms that spend what a run has
+spent."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+import train as program
+from rlp.compare.match import ARMS, step_cost, write_match
+from rlp.compare.splice import splice
+from rlp.config import ConfigError, load_config, to_yaml
+from rlp.data.positions import Positions
+from rlp.measure.ledger import PHASES, Ledger
+from rlp.model.layout import repeated_layout, tree_layout
+from rlp.model.markers import Markers
+from rlp.model.scoring import greedy_targets, score
+from rlp.model.thoughts import ThoughtFormat
+from rlp.objective import group_relative_advantage
+from rlp.process.run_folder import open_run_folder
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.trainer import Run
+from tests.tiny_models import random_documents, tiny_policy
+from tests.training import assert_same_run, read_lines, tiny_config, write_corpus
+
+FORM = ThoughtFormat(
+    markers=Markers(open=(2,), close=(3,)),
+    instruction=(),
+    begin=None,
+    temperature=0.7,
+    target_temperature=1.0,
+    horizon=2,
+)
+
+
+def two_documents_with_thoughts(policy):
+    documents = random_documents([7, 9])
+    position = np.array([4, 5])
+    positions = Positions(
+        np.array([0, 1]),
+        position,
+        np.stack([document.tokens[t : t + 2] for document, t in zip(documents, position)]),
+    )
+    return (
+        documents,
+        positions,
+        sample_thoughts(
+            policy,
+            documents,
+            positions,
+            FORM,
+            NoiseKey(0, 1),
+            group_size=3,
+            max_thought_tokens=4,
+            rows=8,
+        ).thoughts,
+    )
+
+
+@pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
+def test_matches_come_from_the_same_forward_as_log_probabilities(lay_out):
+    """`Scores.matched` is what a separate greedy pass says, and asking for it leaves
+    log-probabilities and gradient as they are."""
+    policy = tiny_policy("qwen3")
+    if lay_out is tree_layout:
+        from rlp.model.attention import register
+
+        policy.lm.set_attn_implementation(register("sdpa"))
+    documents, positions, thoughts = two_documents_with_thoughts(policy)
+    greedy = greedy_targets(
+        policy,
+        lay_out(
+            documents, positions, thoughts, FORM, lm=False, no_think=False, device=policy.device
+        ),
+    ).target
+    # The most probable continuation put in as the target is matched by all that led to it.
+    layout = lay_out(
+        documents, positions, thoughts, FORM, lm=True, no_think=True, device=policy.device
+    )
+    plain, asked = score(policy, layout), score(policy, layout, matched=True)
+    assert plain.matched is None and torch.equal(asked.matched, greedy.all(dim=1))
+    assert torch.equal(plain.target, asked.target) and torch.equal(plain.thought, asked.thought)
+    gradients = [
+        torch.autograd.grad(scores.thought.sum() + scores.target.sum(), policy.head)[0]
+        for scores in (plain, asked)
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_a_match_is_found_where_there_is_one():
+    """With the most probable tokens as targets every thought they are probable after is matched."""
+    policy = tiny_policy("qwen3")
+    documents, positions, thoughts = two_documents_with_thoughts(policy)
+    thought_format = ThoughtFormat(
+        markers=FORM.markers,
+        instruction=(),
+        begin=None,
+        temperature=0.7,
+        target_temperature=1.0,
+        horizon=1,
+    )
+    found = []
+    for token in range(5, 48):
+        chosen = Positions(positions.document, positions.position, np.full((2, 1), token))
+        found.append(
+            score(
+                policy,
+                repeated_layout(
+                    documents,
+                    chosen,
+                    thoughts,
+                    thought_format,
+                    lm=False,
+                    no_think=False,
+                    device=policy.device,
+                ),
+                matched=True,
+            ).matched
+        )
+    # Of all words at most one is the most probable after a thought; with the special tokens exactly
+    # one would be.
+    assert torch.stack(found).sum(dim=0).le(1).all() and torch.stack(found).any()
+
+
+def test_exchanged_thoughts_are_those_of_the_position_before():
+    """Every field moves, whole groups at a time; the first position gets what it is handed, longer
+    or shorter."""
+    _, _, thoughts = two_documents_with_thoughts(tiny_policy("qwen3"))
+    longer, shorter = thoughts[-1:].padded(2), thoughts[-1:]
+    assert thoughts.exchanged(longer).tokens.shape[2] == thoughts.tokens.shape[2] + 2
+    assert torch.equal(
+        thoughts.padded(2).exchanged(shorter).tokens, thoughts.exchanged(longer).tokens
+    )
+    exchanged = thoughts.exchanged(thoughts[-1:])
+    for name in ("tokens", "mask", "behavior_logprob", "entropy", "truncated"):
+        assert torch.equal(getattr(exchanged, name)[1], getattr(thoughts, name)[0]) and torch.equal(
+            getattr(exchanged, name)[0], getattr(thoughts, name)[1]
+        )
+
+
+def told_groups(folder: Path, name: str) -> torch.Tensor:
+    """[M, G] of the first step, thoughts in the order of their advantage; one micro-batch, all
+    thoughts told."""
+    groups: dict = {}
+    for line in read_lines(folder / "thoughts.jsonl"):
+        if line["step"] == 1:
+            groups.setdefault((line["document"], line["position"]), []).append(line[name])
+    return torch.tensor(list(groups.values()), dtype=torch.float64)
+
+
+ALL_TOLD = {"budget__steps": 1, "logging__thoughts": 64, "optim__micro_batch_size": 4}
+
+
+def test_rpt_rewards_the_right_greedy_token(trained):
+    """The reward that is told is the one that the advantage is made of, 0 or 1; the gain stands
+    beside it."""
+    folder = trained("rpt", reward__kind="greedy_match", target__horizon=1, **ALL_TOLD)
+    line = read_lines(folder / "metrics.jsonl")[0]
+    same = read_lines(trained("rlp", **ALL_TOLD) / "metrics.jsonl")[0]
+    assert line["gain/mean"] == same["gain/mean"] == same["reward/mean"]
+    rewards = told_groups(folder, "reward")
+    assert set(rewards.flatten().tolist()) <= {0.0, 1.0} and line["reward/mean"] == line[
+        "reward/positive_frac"
+    ] == float(rewards.mean())
+    torch.testing.assert_close(
+        group_relative_advantage(rewards), told_groups(folder, "advantage"), atol=1e-6, rtol=0
+    )
+    steps = told_groups(folder, "advantage").unique() * 3
+    # G = 4 and rewards of 0 or 1: 4/3 (r - mean) is a multiple of 1/3.
+    torch.testing.assert_close(steps, steps.round(), atol=1e-6, rtol=0)
+
+
+def test_shuffled_rewards_belong_to_another_position(trained):
+    """No position keeps the advantages that its own rewards would give, and all advantages are
+    given to somebody."""
+    folder = trained("shuffled", reward__placebo="shuffled_reward", **ALL_TOLD)
+    own = group_relative_advantage(told_groups(folder, "gain")).sort(dim=1).values
+    given = told_groups(folder, "advantage").sort(dim=1).values
+    torch.testing.assert_close(
+        group_relative_advantage(told_groups(folder, "reward")).sort(dim=1).values,
+        given,
+        atol=1e-6,
+        rtol=0,
+    )
+    assert not torch.isclose(own, given, atol=1e-6).all(dim=1).any()
+    for group in given:
+        assert torch.isclose(own, group, atol=1e-5).all(dim=1).sum() == 1
+
+
+def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(
+    tmp_path, model_folder, corpus, ranks
+):
+    """The reward of thought g of a position is the gain that thought g of the position before it
+    gives here."""
+    config = tiny_config(
+        tmp_path / "foreign",
+        model_folder,
+        corpus,
+        reward__placebo="foreign_thought",
+        position__per_document=1,
+        **ALL_TOLD,
+    )
+    run = Run(config, ranks)
+    run.begin_step()
+    tally = program.Tally()
+    documents = run.next_documents()
+    positions, thoughts = program.think(run, documents, tally)
+    batch = program.compare(run, documents, positions, thoughts, 0)
+    (got,), before = program.controls(run, [batch], thoughts)
+    exchanged = repeated_layout(
+        documents,
+        positions,
+        thoughts.exchanged(thoughts[-1:]),
+        run.setup.thought_format,
+        lm=False,
+        no_think=False,
+        device=run.ranks.device,
+    )
+    reasoned = rearrange(
+        score(run.engine.policy, exchanged).target.mean(dim=1), "(m g) -> m g", g=4
+    ).detach()
+    torch.testing.assert_close(
+        got, reasoned - batch.baseline_logprob[:, None], atol=1e-5, rtol=1e-4
+    )
+    assert before is None
+
+
+@pytest.mark.parametrize("placebo", ["shuffled_reward", "foreign_thought"])
+def test_micro_batches_do_not_change_a_placebo(trained, placebo):
+    """The positions of the step are exchanged: documents one by one, in pairs or all at once,
+    groups whole or in slices."""
+    settings = {
+        "reward__placebo": placebo,
+        "budget__steps": 2,
+        "thought__group_size": 2,
+        "optim__batch_size": 4,
+    }
+    folders = [
+        trained(f"of_{size}", optim__micro_batch_size=size, **settings) for size in (1, 2, 4)
+    ]
+    folders.append(trained("slices", optim__thoughts_per_forward=1, **settings))
+    for folder in folders[1:]:
+        assert_same_run(folders[0], folder, 1e-4)
+
+
+def test_a_placebo_needs_two_positions_in_a_step(tmp_path, model_folder, ranks):
+    """A position can not be exchanged with itself: refused by the config where it is sure, by the
+    step where it happens."""
+    short = write_corpus(tmp_path / "short.jsonl", ["w1 w2"] * 4)
+    with pytest.raises(ConfigError, match="reward.placebo"):
+        tiny_config(
+            tmp_path / "one",
+            model_folder,
+            short,
+            reward__placebo="shuffled_reward",
+            position__per_document=1,
+            optim__batch_size=1,
+        )
+    config = tiny_config(
+        tmp_path / "two",
+        model_folder,
+        short,
+        reward__placebo="shuffled_reward",
+        position__per_document=2,
+        optim__batch_size=1,
+    )
+    with pytest.raises(ConfigError, match="single one"):
+        program.train(config, ranks)
+
+
+def test_a_budget_ends_at_the_nearest_step(trained):
+    """The tokens of two steps and a bit, and of almost three."""
+    spent = [
+        line["budget/tokens"]
+        for line in read_lines(trained("all", budget__steps=4) / "metrics.jsonl")
+    ]
+    few, many = spent[1] + (spent[2] - spent[1]) // 4, spent[2] - (spent[2] - spent[1]) // 4
+    assert (
+        len(read_lines(trained("few", budget__steps=None, budget__tokens=few) / "metrics.jsonl"))
+        == 2
+    )
+    assert (
+        len(read_lines(trained("many", budget__steps=None, budget__tokens=many) / "metrics.jsonl"))
+        == 3
+    )
+
+
+@pytest.mark.parametrize("by, steps", [("tokens", 3), ("flops", 8), ("paper_flops", 20)])
+def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, by, steps):
+    """Written by `write_match`, run by train.py, asserted by itself, with both ledgers shown."""
+    run = open_run_folder(trained("rlp", budget__steps=steps, logging__every_n_steps=1000))
+    config = write_match(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.micro_batch_size=4"])
+    assert to_yaml(load_config(tmp_path / "arm.yaml")) == to_yaml(config)
+    assert program.train(config, ranks) == program.DONE
+    said = capsys.readouterr().out
+    assert "matched run" in said and "this run" in said and said.rstrip().endswith(": matched")
+    own, other = (
+        json.loads((Path(folder) / "ledger.json").read_text())
+        for folder in (config.run.dir, run.path)
+    )
+    name = {"tokens": "input_tokens"}.get(by, by)
+    assert (
+        abs(own[name] / other[name] - 1) <= 0.01
+        and own["phases"]["train"]["flops"] == 0 < own["phases"]["lm"]["flops"]
+    )
+
+
+def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):
+    """Documents of another number than the config was written for: the run ends, with its own exit
+    code and the table."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    config = write_match(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config.optim.batch_size, config.optim.micro_batch_size = 6, 3
+    assert program.train(config, ranks) == program.NOT_MATCHED
+    assert "NOT MATCHED" in capsys.readouterr().out
+
+
+def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(
+    trained, tmp_path, ranks, capsys
+):
+    """The advice is taken, and the arm matches. Another budget as well: all that is asked is
+    written."""
+    run = open_run_folder(trained("rlp", budget__steps=3, logging__every_n_steps=1000))
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"can not be sure to spend what the run has \(flops .* some \d+ steps, and the nearest"
+            r" may be .*% off, where 1% is allowed. Write optim.batch_size="
+        ),
+    ) as refused:
+        write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
+    assert not (tmp_path / "arm.yaml").exists()
+    batch = int(re.search(r"Write optim.batch_size=(\d+)", str(refused.value))[1])
+    config = write_match(
+        run,
+        "cpt",
+        "flops",
+        tmp_path / "arm.yaml",
+        None,
+        [f"optim.batch_size={batch}", "optim.micro_batch_size=1"],
+    )
+    assert program.train(
+        config, ranks
+    ) == program.DONE and capsys.readouterr().out.rstrip().endswith(": matched")
+    with pytest.raises(ConfigError, match="Not even optim.batch_size=1"):
+        write_match(
+            open_run_folder(trained("short", budget__steps=1)),
+            "rpt",
+            "flops",
+            tmp_path / "other.yaml",
+            None,
+            [],
+        )
+
+
+def ledger_of(steps: int, *, tokens: float, flops: float, lm: float, seconds: float = 1.0) -> dict:
+    """What steps of so much each add up to."""
+    return {
+        "steps": steps,
+        "input_tokens": steps * tokens,
+        "flops": steps * flops,
+        "paper_flops": 0.0,
+        "seconds": steps * seconds,
+        "phases": {"lm": {"flops": steps * lm}, "teacher": {"flops": 0.0}},
+    }
+
+
+def test_the_cost_of_a_step_is_bounded_by_what_the_run_has_spent(tmp_path, model_folder, corpus):
+    """CPT does the documents' part, at 10 % on top for longer ones; half the batch costs half; the
+    same documents cost the same to the token."""
+    run = tiny_config(tmp_path / "run", model_folder, corpus)
+    cpt = tiny_config(tmp_path / "cpt", model_folder, corpus, objective__policy_weight=0)
+    half = tiny_config(tmp_path / "half", model_folder, corpus, optim__batch_size=2)
+    ledger = ledger_of(7, tokens=40, flops=1e6, lm=1e5)
+    assert step_cost(ledger, run, cpt, "flops")[1] == pytest.approx(1.1e5)
+    assert step_cost(ledger, run, half, "flops")[1] == pytest.approx(0.55e6)
+    assert step_cost(ledger, run, run, "tokens") == (40, 40)
+    assert step_cost(ledger, run, half, "tokens")[1] == pytest.approx(22)
+    assert step_cost(ledger, run, half, "tokens", longer=10)[1] == pytest.approx(44)
+    assert step_cost(ledger, run, run, "paper_flops")[1] == pytest.approx(44 + 4 * 2 * 4 * 5)
+    assert step_cost(ledger, run, cpt, "paper_flops")[1] == pytest.approx(44)
+    assert step_cost(ledger, run, cpt, "seconds")[1] == pytest.approx(0.15)
+    # 4 documents of 10 tokens; 8 positions' 4 thoughts of 5 tokens, each with its document: 32 x 15
+    # tokens against 40, sampled (1) and trained (3) where CPT trains (3).
+    assert step_cost(ledger, cpt, run, "flops")[1] == pytest.approx(
+        1.1 * 1e6 * (1 + 4 / 3 * 32 * 15 / 40)
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder: (folder / "summary.json").unlink(), "not finished"),
+        (lambda folder: (folder / "ledger.json").write_text("{}"), "flops is None"),
+    ],
+)
+def test_only_a_finished_run_is_matched(trained, tmp_path, change, words):
+    folder = trained("rlp", budget__steps=1)
+    change(folder)
+    with pytest.raises(ConfigError, match=words):
+        write_match(open_run_folder(folder), "cpt", "flops", tmp_path / "arm.yaml", None, [])
+    assert not (tmp_path / "arm.yaml").exists()
+
+
+def test_another_budget_than_the_ledgers_is_refused(trained, tmp_path, ranks):
+    """Who changes the budget of a matched config is told, before the run."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    config = write_match(run, "cpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config.budget.tokens *= 2
+    with pytest.raises(ConfigError, match="budget.tokens"):
+        program.train(config, ranks)
+
+
+def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):
+    """Objective, reward, budget and names; the rest of the config is the run's."""
+    run = open_run_folder(trained("rlp", budget__steps=1))
+    before = load_config(run.config_yaml)
+    for arm in ARMS:
+        if arm != "mixed_sft":
+            after = write_match(run, arm, "tokens", tmp_path / f"{arm}.yaml", None, [])
+            for section in (
+                "model",
+                "data",
+                "position",
+                "thought",
+                "target",
+                "baseline",
+                "optim",
+                "engine",
+                "evaluation",
+            ):
+                assert getattr(after, section) == getattr(before, section), (arm, section)
+            assert after.objective.thinks == (arm != "cpt") and after.run.seed == before.run.seed
+
+
+@pytest.fixture
+def spliced(tmp_path, model_folder, corpus, ranks):
+    """A folder of spliced documents of the tiny model, and the config."""
+    config = tiny_config(tmp_path / "unused", model_folder, corpus, thought__temperature=1.0)
+    splice(config, 12, tmp_path / "spliced", ranks)
+    return tmp_path / "spliced", config
+
+
+def test_spliced_documents_hold_the_best_thought(spliced, corpus):
+    """Without what stands between the markers each is a document of the corpus; it is there where a
+    thought helped."""
+    folder, _ = spliced
+    lines, plain = (
+        read_lines(folder / "documents.jsonl"),
+        [line["text"] for line in read_lines(corpus)],
+    )
+    helped = 0
+    for line in lines:
+        tokens, t = line["tokens"], line["position"]
+        words = line["text"].split()
+        if max(line["group_rewards"]) > 0:
+            helped += 1
+            assert tokens[t] == 2 and 3 in tokens[t:]
+            close = tokens.index(3, t)
+            words = words[:t] + words[close + 1 :]
+        assert " ".join(words) == plain[line["document"]] and line["reward"] == max(
+            line["group_rewards"]
+        )
+    told = json.loads((folder / "splice.json").read_text())
+    assert (
+        len(lines) == told["documents"] == 24
+        and 0 < helped <= 24
+        and told["with_thought_frac"] == helped / 24
+    )
+
+
+def test_a_run_on_spliced_documents_carries_their_cost(spliced, trained, corpus):
+    """The ledger begins with the sampling, and token ids are read as they are."""
+    folder, _ = spliced
+    settings = {
+        "data__train": f"[{folder / 'documents.jsonl'}]",
+        "data__tokens_field": "tokens",
+        "objective__policy_weight": 0.0,
+        "objective__lm_weight": 1.0,
+    }
+    made = json.loads((folder / "ledger.json").read_text())
+    with_cost = json.loads(
+        (
+            trained("with", data__ledger=folder / "ledger.json", **settings) / "ledger.json"
+        ).read_text()
+    )
+    without = json.loads((trained("without", **settings) / "ledger.json").read_text())
+    assert (
+        with_cost["flops"] == pytest.approx(made["flops"] + without["flops"], rel=1e-12)
+        and with_cost["phases"]["decode"]["tokens_generated"] > 0
+    )
+    assert with_cost["steps"] == without["steps"] == 3
+
+
+def test_data_that_has_spent_the_budget_is_refused(spliced, tmp_path, model_folder, corpus, ranks):
+    """Before the run, and nothing is left behind."""
+    folder, _ = spliced
+    for ledger, flops, words in (
+        (folder / "ledger.json", 1.0, "spent it already"),
+        (folder / "splice.json", 1e30, "data.ledger"),
+        (folder / "none.json", 1e30, "data.ledger"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            program.train(
+                tiny_config(
+                    tmp_path / "run",
+                    model_folder,
+                    corpus,
+                    data__ledger=ledger,
+                    budget__steps=None,
+                    budget__flops=flops,
+                ),
+                ranks,
+            )
+        assert not (tmp_path / "run").exists()
+
+
+def test_carried_cost_is_no_step_of_ones_own(tmp_path, ranks):
+    """A mean step is what the run's own steps cost."""
+    phases = {
+        phase: {
+            "tokens_in": 1,
+            "tokens_generated": 0,
+            "tokens_trained": 0,
+            "flops": 5.0,
+            "seconds": 1.0,
+        }
+        for phase in PHASES
+    }
+    ledger = Ledger(None)
+    ledger.carry(
+        {
+            "phases": phases,
+            "input_tokens": 7,
+            "paper_flops": 9.0,
+            "paper_flops_sampled": 8.0,
+            "steps": 4,
+        }
+    )
+    ledger.add_documents(10)
+    ledger.close_step(ranks)
+    assert ledger.spent() == {
+        "tokens": 17,
+        "flops": 5.0 * len(PHASES),
+        "paper_flops": 19.0,
+        "seconds": 1.0 * len(PHASES),
+    }
+    assert ledger.mean_step() == {"tokens": 10.0, "flops": 0.0, "paper_flops": 10.0, "seconds": 0.0}
+
+
+def test_two_runs_are_compared_by_their_journals(trained, capsys):
+    """The same run twice is one run; another seed is told step by step."""
+    from rlp.cli import main
+
+    one, again, other = (
+        trained(name, run__seed=seed, budget__steps=2)
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    )
+    assert main(["audit", str(one), str(again)]) == 0 and "did what" in capsys.readouterr().out
+    assert main(["audit", str(one), str(other)]) == 1
+    assert "step 1: documents" in capsys.readouterr().out
+    (one / "journal.jsonl").unlink()
+    assert main(["audit", str(one), str(other)]) == 2 and "journal.jsonl" in capsys.readouterr().err

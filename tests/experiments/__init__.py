@@ -1,0 +1,1 @@
+"""Tests of `experiments/`: what its scripts make, and what its pages claim."""

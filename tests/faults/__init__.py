@@ -1,0 +1,1 @@
+"""Runs that are made to fail: the tests, and two larger commands."""

@@ -1,0 +1,1 @@
+"""Tests of `kernels/`. Its whole name is `tests.kernels`: it shadows no package."""

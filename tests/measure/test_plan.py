@@ -1,0 +1,948 @@
+"""The plan, by hand: memory under each ZeRO stage, FLOPs by phase, budget and disk; and the
+committed configs."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from rlp.config import Config, ConfigError, load_config
+from rlp.data.documents import Document
+from rlp.data.positions import Positions
+from rlp.measure.ledger import PHASES
+from rlp.measure.plan import Plan, fits, plan_run, render_plan
+from rlp.measure.plan_memory import (
+    BUCKET_ELEMENTS,
+    LOGITS_TILE_BYTES,
+    activation_bytes,
+    cache_bytes,
+    checkpoint_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+    shared_cache_bytes,
+    weight_bytes,
+)
+from rlp.measure.plan_work import FormatTokens, positions_per_document, step_flops
+from rlp.model import attention
+from rlp.model.layout import LAYOUTS, Layout, tree_layout
+from rlp.model.loading import choose_layout
+from rlp.model.markers import Markers
+from rlp.model.shapes import ModelShapes, forward_flops, model_shapes
+from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.sampling import branches, rollout
+from tests import REPOSITORY
+from tests.tiny_models import architecture, random_documents, tiny_policy
+
+SHAPES = ModelShapes(
+    parameters=1000,
+    matmul_parameters=100,
+    scan_multiply_adds=0,
+    attention_layers=2,
+    query_key_width=8,
+    value_width=8,
+    key_value_elements=32,
+    state_elements=50,
+    layers=2,
+    activation_elements=300,
+    layer_activation_elements=140,
+    width=5,
+    vocabulary=7,
+    tied=False,
+)
+EIGHTY_GB = 80 * 10**9
+CPU = torch.device("cpu")
+
+
+def small_run(tmp_path: Path, *overrides: str) -> Config:
+    """B 4, P 10, G 3, L 6, H 1, one position per document, no LM loss, on a GPU in bfloat16 unless
+    overridden."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {dir: "
+        + str(tmp_path / "absent" / "run")
+        + "}\nmodel: {path: nowhere}\ndata: {train: [x.jsonl]}\n"
+    )
+    given = [
+        "data.max_document_tokens=10",
+        "optim.batch_size=4",
+        "thought.group_size=3",
+        "thought.max_thought_tokens=6",
+        "objective.lm_weight=0",
+        "budget.steps=7",
+    ]
+    return load_config(path, [*given, *overrides])
+
+
+def plan_of(
+    config: Config,
+    world_size: int = 2,
+    device_bytes: int | None = EIGHTY_GB,
+    *,
+    layout: str = "repeated",
+    shapes: ModelShapes = SHAPES,
+    **options: FormatTokens,
+) -> Plan:
+    return plan_run(config, shapes, world_size, device_bytes, layout=layout, **options)
+
+
+def parts(config: Config, layout: str = "repeated", **options: object) -> dict[str, int]:
+    return {part.name: part.num_bytes for part in plan_of(config, layout=layout, **options).memory}
+
+
+def flops_of(config: Config, layout: str = "repeated", **options: FormatTokens) -> dict[str, float]:
+    return step_flops(config, SHAPES, 2, layout=layout, **options)
+
+
+# 1000 parameters, 4 ranks; bfloat16 at stages 1 to 3, where stage 0 does not exist.
+@pytest.mark.parametrize(
+    "stage, weights, gradients", [(1, 2000, 6000), (2, 2000, 1500), (3, 500, 1500)]
+)
+def test_weights_and_gradients_of_each_stage_in_bfloat16(
+    stage: int, weights: int, gradients: int
+) -> None:
+    assert weight_bytes(1000, 2, stage, 4) == weights
+    assert gradient_bytes(1000, 2, stage, 4) == gradients
+
+
+@pytest.mark.parametrize(
+    "stage, weights, gradients, master, moments",
+    [
+        (0, 4000, 4000, 0, 8000),
+        (1, 4000, 4000, 1000, 2000),
+        (2, 4000, 1000, 1000, 2000),
+        (3, 1000, 1000, 1000, 2000),
+    ],
+)
+def test_state_of_each_stage_in_float32(
+    stage: int, weights: int, gradients: int, master: int, moments: int
+) -> None:
+    assert weight_bytes(1000, 4, stage, 4) == weights
+    assert gradient_bytes(1000, 4, stage, 4) == gradients
+    assert optimizer_bytes(1000, stage, 4, ema=False) == {
+        "master weights": master,
+        "two moments": moments,
+        "EMA of the weights": 0,
+    }
+
+
+def test_sizes_that_do_not_divide_are_rounded_up() -> None:
+    assert optimizer_bytes(1001, 1, 3, ema=True) == {
+        "master weights": 1335,
+        "two moments": 2670,
+        "EMA of the weights": 1335,
+    }
+
+
+# A context of 9 tokens and a branch of 1 + 6 + 1. An instruction of 4 makes the context 13.
+@pytest.mark.parametrize(
+    "layout, overrides, instruction, tokens, queries",
+    [
+        ("repeated", [], 0, 3 * 17, 3 * 7),
+        (
+            "repeated",
+            ["objective.lm_weight=0.1", "optim.micro_batch_size=2"],
+            0,
+            2 * (3 + 1) * 17,
+            2 * (3 * 7 + 9 + 2),
+        ),
+        ("repeated", ["optim.thoughts_per_forward=2"], 4, 2 * 21, 2 * 7),
+        # A document cut before its target, once, and three thoughts.
+        ("tree", [], 0, 9 + 3 * 8, 3 * 7),
+        ("tree", [], 4, 13 + 3 * 8, 3 * 7),
+        # The whole document is the trunk of its thoughts; behind an instruction they have another.
+        (
+            "tree",
+            ["objective.lm_weight=0.1", "optim.micro_batch_size=2"],
+            0,
+            2 * (10 + 3 * 8),
+            2 * (3 * 7 + 9 + 2),
+        ),
+        ("tree", ["objective.lm_weight=0.1"], 4, 10 + 13 + 3 * 8, 3 * 7 + 9 + 2),
+        (
+            "tree",
+            ["optim.thoughts_per_forward=2", "position.per_document=2"],
+            0,
+            9 + 2 * 2 * 8,
+            2 * 2 * 7,
+        ),
+        ("tree", ["optim.thoughts_per_forward=5", "target.horizon=2"], 0, 8 + 3 * 9, 3 * 8),
+    ],
+)
+def test_one_forward_by_hand(
+    tmp_path: Path, layout: str, overrides: list[str], instruction: int, tokens: int, queries: int
+) -> None:
+    found = parts(
+        small_run(tmp_path, *overrides), layout, format_tokens=FormatTokens(instruction=instruction)
+    )
+    assert found["activations"] == tokens * 2 * 300
+    assert found["LM head and logits tile"] == queries * 5 * 6 + 7 * 5 * 2 + LOGITS_TILE_BYTES
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_alone_are_one_row_each_in_both_layouts(tmp_path: Path, layout: str) -> None:
+    config = small_run(
+        tmp_path,
+        "objective.policy_weight=0",
+        "objective.lm_weight=1",
+        "baseline.kind=none",
+        "optim.micro_batch_size=2",
+    )
+    assert parts(config, layout)["activations"] == 2 * 10 * 2 * 300
+    assert flops_of(config, layout)["lm"] == 3 * 4 * (10 * 200 + 55 * 64 + 9 * 70)
+
+
+def test_activations_by_hand() -> None:
+    """10 tokens x 2 bytes: 300 numbers each; or (2 layers + 3 copies of the norm) x width 5 + the
+    largest layer's 140."""
+    assert activation_bytes(SHAPES, 10, 2, checkpointing=False) == 10 * 2 * 300
+    assert activation_bytes(SHAPES, 10, 2, checkpointing=True) == 10 * 2 * (5 * 5 + 140)
+
+
+def test_cache_by_hand() -> None:
+    """3 rows: 16 tokens of 32 numbers in 2 bytes, and 50 numbers of state in 4."""
+    assert cache_bytes(SHAPES, 3, 16, 2) == 3 * (16 * 32 * 2 + 50 * 4)
+
+
+@pytest.mark.parametrize("branch_tokens", [1, 16, 17, 2049])
+def test_shared_cache_by_hand(branch_tokens: int) -> None:
+    """10 tokens of documents and 5 branches, each with the room that it needs."""
+    assert shared_cache_bytes(SHAPES, 10, 5, branch_tokens, 2) == (10 + 5 * branch_tokens) * 32 * 2
+
+
+@pytest.mark.parametrize("most", [1, 15, 16, 17, 200, 2049])
+def test_the_room_of_a_branch_ends_where_its_budget_does(most: int) -> None:
+    """A thought of 2,048 tokens behind a marker of two has 2,049 places and not 4,096. On the way
+    at most 128 are empty."""
+    rooms = [attention.next_room(0, most)]
+    while rooms[-1] < most:
+        rooms.append(attention.next_room(rooms[-1], most))
+    assert rooms[-1] == most and rooms == sorted(set(rooms))
+    assert (
+        all(later - earlier <= 128 for earlier, later in zip([0, *rooms], rooms))
+        and len(rooms) <= 5 + most // 128
+    )
+
+
+# Two documents a rank. With more positions than rows, those side by side may belong to a part of a
+# document, to one or to both.
+@pytest.mark.parametrize(
+    "overrides, rows, documents, trunks",
+    [
+        ([], 6, 2, 4),
+        (["thought.sampling_rows=3"], 3, 1, 4),
+        (["position.per_document=2", "thought.sampling_rows=3"], 3, 1, 8),
+        (["position.per_document=2", "thought.sampling_rows=8"], 6, 1, 4),
+        (["position.per_document=3", "thought.sampling_rows=8"], 6, 2, 8),
+    ],
+)
+def test_documents_are_held_once_while_their_thoughts_are_sampled(
+    tmp_path: Path, overrides: list[str], rows: int, documents: int, trunks: int
+) -> None:
+    """Of each document 9 tokens; and they are run once for each time that it is held, over all
+    ranks."""
+    config = small_run(tmp_path, *overrides)
+    assert parts(config, "tree")["keys, values and states"] == (documents * 9 + rows * 6) * 64
+    markers = config.optim.batch_size * config.position.per_document * 3 * (200 + 10 * 64 + 70)
+    assert flops_of(config, "tree")["prefill"] == trunks * (9 * 200 + 45 * 64) + markers
+
+
+@pytest.mark.parametrize(
+    "layout, cache, tokens",
+    [
+        # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long.
+        ("repeated", 6 * (15 * 64 + 200), 3 * 17),
+        ("tree", (2 * 9 + 6 * 6) * 64, 9 + 3 * 8),
+    ],
+)
+def test_parts_of_a_run_by_hand(tmp_path: Path, layout: str, cache: int, tokens: int) -> None:
+    """2 ranks, stage 1, bfloat16, one document per micro-batch."""
+    config = small_run(tmp_path, "engine.activation_checkpointing=true")
+    assert parts(config, layout) == {
+        "weights": 2000,
+        "gradients": 6000,
+        "master weights": 2000,
+        "two moments": 4000,
+        "EMA of the weights": 2000,
+        "teacher": 2000,
+        "starting checkpoint (KL)": 0,
+        "communication buckets": 0,
+        "gathered weights": 0,
+        "keys, values and states": cache,
+        "next-token softmax": 6 * 7 * 32,
+        "gathered layers": 0,
+        "activations": tokens * 2 * 165,
+        "LM head and logits tile": 3 * (6 + 1) * 5 * 6 + 7 * 5 * 2 + LOGITS_TILE_BYTES,
+    }
+
+
+def test_stage_3_shards_the_copies_and_gathers_to_sample(tmp_path: Path) -> None:
+    config = small_run(tmp_path, "engine.zero_stage=3", "objective.kl_weight=0.1")
+    found = parts(config)
+    assert (
+        found["weights"],
+        found["teacher"],
+        found["starting checkpoint (KL)"],
+        found["gathered weights"],
+    ) == (1000, 1000, 1000, 2000)
+    assert [
+        parts(small_run(tmp_path, f"engine.zero_stage={stage}"))["communication buckets"]
+        for stage in (1, 2, 3)
+    ] == [0, 2 * BUCKET_ELEMENTS, 2 * BUCKET_ELEMENTS]
+    large = dataclasses.replace(SHAPES, parameters=3 * 10**9)
+    synced = plan_of(
+        small_run(tmp_path, "engine.zero_stage=3", "engine.generation=synced"), shapes=large
+    )
+    assert {part.name: part.num_bytes for part in synced.memory}["gathered weights"] == 2 * 10**9
+
+
+@pytest.mark.parametrize(
+    "kind, teacher", [("ema", 2000), ("frozen", 2000), ("self", 0), ("none", 0)]
+)
+def test_only_a_baseline_with_its_own_weights_holds_a_copy(
+    tmp_path: Path, kind: str, teacher: int
+) -> None:
+    assert parts(small_run(tmp_path, f"baseline.kind={kind}"))["teacher"] == teacher
+
+
+def test_a_run_that_does_not_think_has_no_ema_to_plan_for(tmp_path: Path) -> None:
+    """Whatever its baseline would be: neither the average nor a teacher nor their place in a
+    checkpoint."""
+    found = parts(
+        cpt := small_run(
+            tmp_path, "objective.policy_weight=0", "objective.lm_weight=1", "baseline.kind=ema"
+        )
+    )
+    assert (found["EMA of the weights"], found["teacher"]) == (0, 0)
+    assert (
+        checkpoint_bytes(cpt, 1000) == 12_000
+        and checkpoint_bytes(small_run(tmp_path, "baseline.kind=ema"), 1000) == 16_000
+    )
+
+
+@pytest.mark.parametrize("layout", ["repeated", "tree"])
+def test_what_a_placebo_scores_ahead_is_planned(tmp_path: Path, layout: str) -> None:
+    """A third of a forward and backward pass over the thoughts; of one position a rank, for
+    shuffled rewards."""
+    plain, foreign, shuffled = (
+        flops_of(small_run(tmp_path, f"reward.placebo={placebo}"), layout)
+        for placebo in ("none", "foreign_thought", "shuffled_reward")
+    )
+    assert (plain["score"], foreign["score"]) == (0, plain["train"] / 3)
+    assert 0 < shuffled["score"] < foreign["score"]
+
+
+def test_an_offloaded_optimizer_moves_to_the_host(tmp_path: Path) -> None:
+    here, there = (
+        plan_of(small_run(tmp_path, f"engine.offload_optimizer={offload}"))
+        for offload in ("false", "true")
+    )
+    assert there.host_bytes == 8000 and here.host_bytes == 0
+    assert here.bytes_during("update") - there.bytes_during("update") == 8000
+
+
+def test_the_peak_is_the_larger_of_sampling_and_update(tmp_path: Path) -> None:
+    plan = plan_of(small_run(tmp_path))
+    always = sum(part.num_bytes for part in plan.memory if part.when == "always")
+    assert (
+        plan.bytes_during("sampling") + plan.bytes_during("update")
+        == sum(part.num_bytes for part in plan.memory) + always
+    )
+    assert plan.peak_bytes == max(plan.bytes_during("sampling"), plan.bytes_during("update"))
+
+
+def test_a_plan_fits_where_six_percent_stay_free(tmp_path: Path) -> None:
+    plan = plan_of(small_run(tmp_path))
+    assert fits(plan, int(plan.peak_bytes / 0.94) + 1)
+    assert not fits(plan, int(plan.peak_bytes / 0.94) - 1)
+
+
+def test_a_cpu_is_planned_in_float32(tmp_path: Path) -> None:
+    assert parts(small_run(tmp_path), device_bytes=None)["weights"] == 4000
+    assert plan_of(small_run(tmp_path), 1, None).dtype == "float32"
+
+
+def test_flops_of_a_step_by_hand(tmp_path: Path) -> None:
+    """B 4, G 3, P 10, L 6. Per token 200, per pair 2 * 2 * 16 = 64, per head row 70."""
+    flops = flops_of(small_run(tmp_path, "objective.lm_weight=0.1", "position.selector=surprisal"))
+    assert tuple(flops) == PHASES
+    # Prefix of 9 tokens and the open marker; then 5 tokens see 10 before them.
+    assert flops["prefill"] == 4 * (10 * 200 + 55 * 64 + 70)
+    assert flops["decode"] == 12 * (5 * 200 + (50 + 15) * 64 + 5 * 70)
+    # Prefix, open marker, 6 tokens, close marker; heads for the 6 tokens and the target.
+    assert flops["train"] == 3 * 12 * (17 * 200 + 153 * 64 + 7 * 70)
+    assert flops["teacher"] == 4 * (10 * 200 + 55 * 64 + 2 * 70)
+    # Nine targets of the LM loss, and the policy's own no-think log-probability of the target and
+    # the open marker.
+    assert flops["lm"] == 3 * 4 * (10 * 200 + 55 * 64 + (9 + 2) * 70)
+    assert flops["score"] == 4 * (10 * 200 + 55 * 64 + 9 * 70)
+
+
+def test_flops_of_a_step_in_a_tree_by_hand(tmp_path: Path) -> None:
+    """As above: each document once, and of each thought only what is its own, with the context
+    before it."""
+    flops, with_lm = (
+        flops_of(small_run(tmp_path), "tree"),
+        flops_of(small_run(tmp_path, "objective.lm_weight=0.1"), "tree"),
+    )
+    repeats = flops_of(small_run(tmp_path, "objective.lm_weight=0.1"))
+    # 9 tokens of context; then the open marker of every thought.
+    assert flops["prefill"] == 4 * (9 * 200 + 45 * 64) + 12 * (200 + 10 * 64 + 70)
+    branches = 12 * (8 * 200 + (8 * 9 + 36) * 64 + 7 * 70)
+    assert flops["train"] == 3 * (4 * (9 * 200 + 45 * 64) + branches)
+    # The pass of the LM loss is the trunk.
+    assert with_lm["train"] == 3 * branches
+    assert all(with_lm[phase] == repeats[phase] for phase in ("decode", "teacher", "lm"))
+
+
+def test_groups_in_slices_are_scored_ahead_and_run_their_context_in_each(tmp_path: Path) -> None:
+    """Three thoughts in slices of two: two forwards without gradient, two with it."""
+    slices = "optim.thoughts_per_forward=2"
+    for layout, trunks in (("repeated", 0), ("tree", 4 * (9 * 200 + 45 * 64))):
+        whole, sliced = (
+            flops_of(small_run(tmp_path), layout),
+            flops_of(small_run(tmp_path, slices), layout),
+        )
+        assert sliced["score"] == whole["train"] / 3 + trunks and whole["score"] == 0
+        assert sliced["train"] == whole["train"] + 3 * trunks
+        more = flops_of(small_run(tmp_path, slices, "optim.updates_per_rollout=2"), layout)
+        assert (more["train"], more["score"]) == (2 * sliced["train"], sliced["score"])
+
+
+FORMS = [
+    (1, (), Markers(open=(2,), close=(3,))),
+    (2, (7, 8, 9), Markers(open=(2, 4), close=(3, 5, 6, 2, 4, 3, 5))),
+]
+"""Horizon, instruction and markers; the long close marker does not fit into six sampled tokens, so
+no thought ends early."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Longest:
+    """A step of documents of 10 tokens, all positions at their end, and thoughts cut by the
+    budget."""
+
+    documents: list[Document]
+    positions: Positions
+    thought_format: ThoughtFormat
+
+    @classmethod
+    def of(cls, config: Config, instruction: tuple[int, ...], markers: Markers) -> "Longest":
+        horizon, per_document = config.target.horizon, config.position.per_document
+        documents = random_documents([10] * 4)
+        index = np.arange(4).repeat(per_document)
+        positions = Positions(
+            document=index,
+            position=np.full(len(index), 10 - horizon),
+            target=np.stack([documents[d].tokens[-horizon:] for d in index]),
+        )
+        return cls(
+            documents,
+            positions,
+            ThoughtFormat(
+                markers=markers,
+                instruction=instruction,
+                begin=None,
+                temperature=1.0,
+                target_temperature=1.0,
+                horizon=horizon,
+            ),
+        )
+
+    def thoughts(self) -> Thoughts:
+        full = torch.ones(len(self.positions.position), 3, 6, dtype=torch.bool)
+        return Thoughts(
+            tokens=full.long(),
+            mask=full,
+            behavior_logprob=full.float(),
+            entropy=full.float(),
+            truncated=full[:, :, 0],
+        )
+
+    def arranged(self, layout: str, group: slice, *, lm: bool) -> Layout:
+        return LAYOUTS[layout](
+            self.documents,
+            self.positions,
+            self.thoughts().siblings(group),
+            self.thought_format,
+            lm=lm,
+            no_think=lm,
+            device=CPU,
+        )
+
+    @property
+    def tokens(self) -> FormatTokens:
+        return FormatTokens(
+            open=len(self.thought_format.markers.open),
+            close=len(self.thought_format.markers.close),
+            instruction=len(self.thought_format.instruction),
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("horizon, instruction, markers", FORMS)
+@pytest.mark.parametrize("lm_weight", [0, 1])
+@pytest.mark.parametrize("per_document, thoughts_per_forward", [(1, 3), (2, 3), (2, 2), (1, 1)])
+def test_the_update_is_planned_as_its_layout_counts_it(
+    tmp_path, layout, horizon, instruction, markers, lm_weight, per_document, thoughts_per_forward
+) -> None:
+    """FLOPs of every phase, and tokens and queries of the largest forward, slice by slice as the
+    training loop arranges them."""
+    config = small_run(
+        tmp_path,
+        f"objective.lm_weight={lm_weight}",
+        f"target.horizon={horizon}",
+        f"position.per_document={per_document}",
+        f"optim.thoughts_per_forward={thoughts_per_forward}",
+        "optim.micro_batch_size=4",
+    )
+    step = Longest.of(config, instruction, markers)
+    slices = [
+        slice(first, first + thoughts_per_forward) for first in range(0, 3, thoughts_per_forward)
+    ]
+    update = [
+        step.arranged(layout, group, lm=lm_weight > 0 and group.start == 0) for group in slices
+    ]
+    flops = step_flops(config, SHAPES, 1, layout=layout, format_tokens=step.tokens)
+    assert flops["train"] == 3 * sum(forward_flops(SHAPES, part.thought_work) for part in update)
+    assert flops["lm"] == 3 * sum(forward_flops(SHAPES, part.document_work) for part in update)
+    ahead = [step.arranged(layout, group, lm=False) for group in slices] if len(slices) > 1 else []
+    assert flops["score"] == sum(forward_flops(SHAPES, part.thought_work) for part in ahead)
+    no_think = LAYOUTS[layout](
+        step.documents,
+        step.positions,
+        None,
+        step.thought_format,
+        lm=False,
+        no_think=True,
+        device=CPU,
+    )
+    assert flops["teacher"] == forward_flops(SHAPES, no_think.document_work)
+    found = {
+        part.name: part.num_bytes
+        for part in plan_run(
+            config, SHAPES, 1, EIGHTY_GB, layout=layout, format_tokens=step.tokens
+        ).memory
+    }
+    assert found["activations"] == max(part.tokens.numel() for part in update) * 2 * 300
+    assert (
+        found["LM head and logits tile"] - LOGITS_TILE_BYTES - 7 * 5 * 2
+        == max(part.row.numel() for part in update) * 5 * 6
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_document, rows", [(1, 3), (1, 6), (2, 6), (3, 6), (2, 3)])
+def test_sampling_is_planned_as_it_is_counted(
+    tmp_path, monkeypatch, layout, per_document, rows
+) -> None:
+    """A real rollout in which no thought ends early: its ledger is the plan, to the last FLOP and
+    byte."""
+    horizon, instruction, markers = FORMS[1]
+    config = small_run(
+        tmp_path,
+        f"target.horizon={horizon}",
+        f"position.per_document={per_document}",
+        f"thought.sampling_rows={rows}",
+    )
+    step, policy = Longest.of(config, instruction, markers), tiny_policy(markers=markers)
+    policy.lm.set_attn_implementation(attention.register("sdpa"))
+    held = watched_keys(monkeypatch)
+    found = rollout.sample_thoughts(
+        policy,
+        step.documents,
+        step.positions,
+        step.thought_format,
+        rollout.NoiseKey(0, 1),
+        group_size=3,
+        max_thought_tokens=6,
+        rows=rows,
+        shared=layout == "tree",
+    )
+    assert found.thoughts.mask.all() and found.thoughts.truncated.all()
+    shapes = model_shapes(architecture("qwen3"))
+    flops = step_flops(config, shapes, 1, layout=layout, format_tokens=step.tokens)
+    assert flops["decode"] == forward_flops(shapes, found.decode_work)
+    assert flops["prefill"] == forward_flops(shapes, found.prefill_work)
+    if layout == "tree":
+        plan = plan_run(config, shapes, 1, layout=layout, format_tokens=step.tokens)
+        assert {part.name: part.num_bytes for part in plan.memory}[
+            "keys, values and states"
+        ] == max(held_bytes(keys) for keys in held)
+
+
+def watched_keys(monkeypatch: pytest.MonkeyPatch) -> list[attention.SharedKeys]:
+    """All that a rollout makes."""
+    made = []
+
+    class Watched(attention.SharedKeys):
+        def __init__(self, *arguments: torch.Tensor | int) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(branches, "SharedKeys", Watched)
+    return made
+
+
+def held_bytes(keys: attention.SharedKeys) -> int:
+    """Of documents and of branches."""
+    trunks, branches = (
+        sum(part.numel() * part.element_size() for pair in layers.values() for part in pair)
+        for layers in (keys._trunk_keys, keys._own)
+    )
+    return trunks + branches
+
+
+def test_a_baseline_on_some_steps_and_a_kl_term_change_the_teacher_phase(tmp_path: Path) -> None:
+    every = flops_of(small_run(tmp_path))
+    assert (
+        flops_of(small_run(tmp_path, "baseline.every_n_steps=4"))["teacher"] == every["teacher"] / 4
+    )
+    assert flops_of(small_run(tmp_path, "baseline.kind=none"))["teacher"] == 0
+    assert (
+        flops_of(small_run(tmp_path, "objective.kl_weight=0.1"))["teacher"]
+        == every["teacher"] + every["train"] / 3
+    )
+    lm = flops_of(small_run(tmp_path, "objective.lm_weight=0.1"), "tree")
+    assert (
+        flops_of(small_run(tmp_path, "objective.lm_weight=0.1", "objective.kl_weight=0.1"), "tree")[
+            "teacher"
+        ]
+        == lm["teacher"] + (lm["train"] + lm["lm"]) / 3
+    )
+
+
+def test_pretraining_alone_costs_the_lm_phase_alone(tmp_path: Path) -> None:
+    plan = plan_of(
+        small_run(
+            tmp_path, "objective.policy_weight=0", "objective.lm_weight=1", "baseline.kind=none"
+        )
+    )
+    assert {phase for phase, flops in plan.phase_flops.items() if flops} == {"lm"}
+    assert plan.bytes_during("sampling") == sum(
+        part.num_bytes for part in plan.memory if part.when == "always"
+    )
+
+
+def test_all_positions_of_a_document(tmp_path: Path) -> None:
+    """Of ten tokens, those at 3 to 8 have three before them and two to predict."""
+    assert (
+        positions_per_document(
+            small_run(
+                tmp_path,
+                "position.per_document=all",
+                "position.min_prefix_tokens=3",
+                "target.horizon=2",
+            )
+        )
+        == 6
+    )
+    with pytest.raises(ConfigError, match="has 9 positions, got 12"):
+        positions_per_document(small_run(tmp_path, "position.per_document=12"))
+
+
+def test_the_first_limit_of_the_budget_ends_the_run(tmp_path: Path) -> None:
+    """A step reads 40 document tokens and at most 72 thought tokens."""
+    step = sum(flops_of(small_run(tmp_path)).values())
+    assert plan_of(small_run(tmp_path)).steps == 7
+    assert plan_of(small_run(tmp_path, "budget.tokens=121")).steps == 4
+    assert plan_of(small_run(tmp_path, f"budget.flops={2.5 * step}")).steps == 3
+    assert plan_of(small_run(tmp_path)).step_paper_flops == 72 + 40
+    assert (
+        plan_of(
+            small_run(tmp_path, "budget.steps=null", f"budget.paper_flops={2.5 * (72 + 40)}")
+        ).steps
+        == 3
+    )
+
+
+def test_seconds_alone_are_planned_without_a_number_of_steps(tmp_path: Path) -> None:
+    """What a step takes is not known before the run; what is known of a step is told."""
+    plan = plan_of(small_run(tmp_path, "budget.steps=null", "budget.seconds=3600"))
+    text = render_plan(plan)
+    assert (
+        plan.steps is None
+        and "3,600" in text
+        and "as the seconds allow" in text
+        and "of the run" not in text
+    )
+    both = render_plan(plan_of(small_run(tmp_path, "budget.seconds=3600")))
+    assert re.search(r"steps, at most +7\n", both) and "FLOPs of the run" in both
+
+
+def test_disk_is_measured_where_the_run_folder_will_be(tmp_path: Path) -> None:
+    config = small_run(tmp_path, "checkpoint.keep=2")
+    plan = plan_of(config)
+    assert (plan.checkpoint_bytes, plan.disk_bytes) == (16_000, 48_000)
+    assert plan.disk_free_bytes > 0
+    assert checkpoint_bytes(small_run(tmp_path, "baseline.kind=frozen"), 1000) == 12_000
+
+
+def test_the_rendered_plan_says_what_does_not_fit(tmp_path: Path) -> None:
+    plan = plan_of(small_run(tmp_path), device_bytes=10**6)
+    text = render_plan(dataclasses.replace(plan, disk_free_bytes=1))
+    assert "DOES NOT FIT in 0.00 GB" in text and "NOT ENOUGH DISK" in text
+    assert "DOES NOT FIT" not in render_plan(plan_of(small_run(tmp_path)))
+    assert text.isascii()
+
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+# Grouped heads with norms on them, plain, and fused LayerNorms, which keep less than the estimate
+# says.
+@pytest.mark.parametrize(
+    "config, most",
+    [
+        (Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=64), 1.35),
+        (LlamaConfig(**WIDE, num_key_value_heads=2), 1.35),
+        (GPTNeoXConfig(**WIDE), 1.75),
+    ],
+)
+def test_activations_are_not_below_what_autograd_saves(
+    config: PretrainedConfig, most: float
+) -> None:
+    shapes = model_shapes(config)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.bfloat16
+    ).train()
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    assert (
+        1
+        <= activation_bytes(shapes, 128, 2, checkpointing=False) / saved_bytes(model, tokens)
+        <= most
+    )
+    model.gradient_checkpointing_enable()
+    # Only the inputs of the layers and the last norm are kept until a layer is run again.
+    inputs = activation_bytes(
+        dataclasses.replace(shapes, layer_activation_elements=0), 128, 2, checkpointing=True
+    )
+    assert 0.95 <= inputs / saved_bytes(model, tokens) <= most
+
+
+def test_activations_of_a_tree_are_not_below_what_autograd_saves() -> None:
+    """Copies of queries, keys and values by segment stand in for those of the row; bounds as for
+    rows."""
+    config = Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=64)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention.register("sdpa"), dtype=torch.bfloat16
+    ).train()
+    documents = random_documents([32, 32])
+    positions = Positions(
+        document=np.arange(2), position=np.array([31, 31]), target=np.zeros((2, 1), dtype=np.int64)
+    )
+    full = torch.ones(2, 4, 14, dtype=torch.bool)
+    thought_format = ThoughtFormat(
+        markers=Markers(open=(2,), close=(3,)),
+        instruction=(),
+        begin=None,
+        temperature=1.0,
+        target_temperature=1.0,
+        horizon=1,
+    )
+    layout = tree_layout(
+        documents,
+        positions,
+        Thoughts(full.long(), full, full.float(), full.float(), full[:, :, 0]),
+        thought_format,
+        lm=True,
+        no_think=True,
+        device=CPU,
+    )
+    saved = saved_bytes(
+        model,
+        layout.tokens,
+        tree=layout.tree,
+        position_ids=layout.position,
+        attention_mask=layout.tokens.new_zeros(1, 1, 1, 1),
+    )
+    assert (
+        1
+        <= activation_bytes(model_shapes(config), layout.tokens.numel(), 2, checkpointing=False)
+        / saved
+        <= 1.35
+    )
+
+
+def saved_bytes(model: torch.nn.Module, tokens: torch.Tensor, **packed: object) -> int:
+    """Bytes of the distinct tensors, other than weights, that autograd keeps for the backward
+    pass."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # The tensor is held, so that no later one is given its address.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=tokens, use_cache=False, **packed)
+    return sum(num_bytes for num_bytes, _ in kept.values())
+
+
+def published(name: str) -> PretrainedConfig:
+    return AutoConfig.for_model(
+        **json.loads((Path(__file__).parent / "shapes" / f"{name}.json").read_text())
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        path
+        for path in (REPOSITORY / "configs").glob("*.yaml")
+        if not path.stem.startswith("benchmarks")
+    ),
+    ids=lambda path: path.stem,
+)
+def test_every_committed_config_loads(path: Path) -> None:
+    assert load_config(path).run.dir.startswith("runs/")
+
+
+PRESETS = {
+    "qwen3_1p7b_paper": "qwen3_1p7b",
+    "qwen3_1p7b_mixed": "qwen3_1p7b",
+    "qwen3_1p7b_cpt": "qwen3_1p7b",
+    "nemotron_nano_12b_v2_paper": "nemotron_nano_12b_v2",
+}
+
+
+def preset_plan(preset: str, *overrides: str) -> tuple[Config, Plan]:
+    """For 8 devices of 80 GB, in the layout that the run takes."""
+    config, model = (
+        load_config(REPOSITORY / "configs" / f"{preset}.yaml", overrides),
+        published(PRESETS[preset]),
+    )
+    layout, _ = choose_layout(config, model)
+    return config, plan_run(config, model_shapes(model), 8, EIGHTY_GB, layout=layout)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_fit_eight_devices_of_80_gb(preset: str) -> None:
+    config, plan = preset_plan(preset)
+    assert fits(plan, EIGHTY_GB)
+    assert plan.layout == ("repeated" if "nemotron" in preset else "tree")
+    assert config.optim.batch_size % (8 * config.optim.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_quote_the_plan(preset: str) -> None:
+    """Gigabytes and tokens in the comments."""
+    config, plan = preset_plan(preset)
+    lines = {
+        line.split(":")[0].strip(): line
+        for line in (REPOSITORY / "configs" / f"{preset}.yaml").read_text().splitlines()
+        if not line.strip().startswith("#")
+    }
+    memory = {part.name: part.num_bytes for part in plan.memory}
+    assert f" {memory['activations'] / 1e9:.0f} GB" in lines["micro_batch_size"]
+    without = (
+        plan.other_activation_bytes
+        if config.engine.activation_checkpointing
+        else memory["activations"]
+    )
+    assert f" {without / 1e9:.0f} GB" in lines["activation_checkpointing"]
+    if config.objective.thinks:
+        assert f" {memory['keys, values and states'] / 1e9:.0f} GB" in lines["sampling_rows"]
+    if plan.layout == "tree":
+        per_token = activation_bytes(
+            model_shapes(published(PRESETS[preset])), 1, 2, config.engine.activation_checkpointing
+        )
+        tokens = memory["activations"] // per_token
+        assert f" {tokens:,} tokens" in lines["micro_batch_size"].replace("8192", "8,192")
+
+
+def test_the_papers_document_length_fits_the_12b_in_slices_alone() -> None:
+    """As its preset says, with what it costs."""
+    long = "data.max_document_tokens=8192"
+    whole, sliced = (
+        preset_plan("nemotron_nano_12b_v2_paper", long, *more)[1]
+        for more in ((), ("optim.thoughts_per_forward=4", "thought.sampling_rows=64"))
+    )
+    assert fits(sliced, EIGHTY_GB) and not fits(whole, EIGHTY_GB)
+    assert round(sliced.step_flops / whole.step_flops, 2) == 1.3
+
+
+@pytest.mark.parametrize("preset", ["qwen3_1p7b_paper", "nemotron_nano_12b_v2_paper"])
+def test_paper_presets_hold_the_papers_values(preset: str) -> None:
+    """Section 9: 512 documents, 16 rollouts of 2048 tokens at temperature 0.7, constant 1e-6, EMA
+    0.999, no KL and no LM loss."""
+    config = load_config(REPOSITORY / "configs" / f"{preset}.yaml")
+    thought, objective, optim = config.thought, config.objective, config.optim
+    assert (
+        optim.batch_size,
+        thought.group_size,
+        thought.max_thought_tokens,
+        thought.temperature,
+    ) == (512, 16, 2048, 0.7)
+    assert (
+        optim.learning_rate,
+        optim.schedule,
+        optim.warmup_steps,
+        config.baseline.kind,
+        config.baseline.ema_decay,
+    ) == (1e-6, "constant", 0, "ema", 0.999)
+    assert (
+        objective.lm_weight,
+        objective.kl_weight,
+        config.position.per_document,
+        config.target.horizon,
+    ) == (0, 0, 1, 1)
+
+
+def test_arms_differ_from_the_paper_preset_in_their_objective_alone() -> None:
+    paper, mixed, cpt = (
+        load_config(REPOSITORY / "configs" / f"qwen3_1p7b_{arm}.yaml")
+        for arm in ("paper", "mixed", "cpt")
+    )
+    assert dataclasses.replace(mixed, run=paper.run, objective=paper.objective) == paper
+    assert (cpt.data, cpt.budget, cpt.optim.batch_size, cpt.optim.learning_rate) == (
+        paper.data,
+        paper.budget,
+        paper.optim.batch_size,
+        paper.optim.learning_rate,
+    )
+    assert (cpt.objective.policy_weight, cpt.objective.lm_weight) == (0, 1)
+
+
+# Both look up only, and neither pulls in DeepSpeed or a tracker by itself.
+@pytest.mark.parametrize(
+    "module, above",
+    [
+        ("ledger", {"process.ranks", "model.shapes"}),
+        ("plan_work", {"config", "model.shapes"}),
+        ("plan_memory", {"config", "model.shapes", "measure.plan_work"}),
+    ],
+)
+def test_the_arithmetic_imports_only_what_is_above_it(module: str, above: set[str]) -> None:
+    tree = ast.parse((REPOSITORY / "rlp" / "measure" / f"{module}.py").read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert {name.removeprefix("rlp.") for name in names if name.startswith("rlp")} == above
+    assert not any(name.startswith(("deepspeed", "wandb")) for name in names)

@@ -1,0 +1,699 @@
+"""The held-out panel: what each prediction is, what does not change it, and what the command says
+about it."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+
+import rlp.measure.probe
+from rlp.cli import main
+from rlp.config import Config, PositionConfig, load_config
+from rlp.data.positions import choose_positions
+from rlp.learn.checkpoint import open_checkpoint
+from rlp.measure.metrics import EVALUATION
+from rlp.measure.panel import (
+    Panel,
+    PanelThoughts,
+    Probe,
+    bootstrap_intervals,
+    no_think_logprob,
+    probe_model,
+    probe_panel,
+)
+from rlp.model.attention import register
+from rlp.model.layout import repeated_layout, tree_layout
+from rlp.model.markers import Markers
+from rlp.model.setup import PanelSetup
+from rlp.model.thoughts import ThoughtFormat
+from tests import REPOSITORY
+from tests.tiny_models import ARCHITECTURES, WORDS, random_documents, tiny_policy, word_tokenizer
+from tests.training import read_lines, write_corpus
+
+OPEN, CLOSE = 2, 3
+MARKERS = Markers(open=(OPEN,), close=(CLOSE,))
+WORLD = REPOSITORY / "experiments" / "world"
+
+
+class Alone:
+    """One process, without a process group."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def gather(self, value: object) -> list:
+        return [value]
+
+
+class Together:
+    """One of several ranks that are threads of this process."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, board: list) -> None:
+        self.rank, self.world_size, self._barrier, self._board = rank, world_size, barrier, board
+
+    def gather(self, value: object) -> list:
+        self._board[self.rank] = value
+        self._barrier.wait(timeout=60)
+        everyone = list(self._board)
+        self._barrier.wait(timeout=60)
+        return everyone
+
+
+def settings(*overrides: str) -> Config:
+    return load_config(
+        {
+            "model": {"path": "unused"},
+            "data": {"train": ["unused"]},
+            "budget": {"steps": 1},
+            "run": {"dir": "unused"},
+        },
+        [
+            "thought.max_thought_tokens=5",
+            "evaluation.thoughts_per_position=3",
+            "evaluation.batch_size=2",
+            *overrides,
+        ],
+    )
+
+
+def panel(
+    lengths: tuple[int, ...] = (9, 12, 7, 14, 10), *, per_document: int = 2, horizon: int = 1
+) -> Panel:
+    """Random documents with positions drawn in them."""
+    documents = random_documents(list(lengths), seed=3)
+    positions = choose_positions(
+        documents,
+        lambda tokens: np.arange(1, len(tokens) - horizon + 1),
+        PositionConfig(per_document=per_document),
+        horizon=horizon,
+        seed=0,
+        step=0,
+    )
+    return Panel(documents, positions)
+
+
+def probe(
+    given: Panel,
+    *,
+    policy=None,
+    lay_out=repeated_layout,
+    config: Config | None = None,
+    ranks=None,
+    start=None,
+    horizon: int = 1,
+) -> Probe:
+    thought_format = ThoughtFormat(
+        markers=MARKERS,
+        instruction=(),
+        begin=None,
+        temperature=0.7,
+        target_temperature=1.0,
+        horizon=horizon,
+    )
+    return probe_panel(
+        lay_out,
+        given,
+        policy or tiny_policy(),
+        None,
+        start,
+        thought_format,
+        config or settings(),
+        ranks or Alone(),
+    )
+
+
+@torch.no_grad()
+def target_logprob(policy, context: list[int], target: list[int]) -> float:
+    """Mean log-probability of a target by transformers alone, without the open marker."""
+    logits = policy.lm(torch.tensor([[*context, *target]])).logits[0, len(context) - 1 : -1]
+    logits[:, OPEN] = -torch.inf
+    return float(torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(target)[:, None]).mean())
+
+
+@pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_every_prediction_is_that_of_the_row_it_stands_for(lay_out, horizon):
+    """With a thought, without, after an empty one and after another document's: hand-built rows,
+    scored by transformers."""
+    policy, given = tiny_policy(), panel(horizon=horizon)
+    if lay_out is tree_layout:
+        policy.lm.set_attn_implementation(register("sdpa"))
+    found = probe(given, policy=policy, lay_out=lay_out, horizon=horizon)
+    plain, donors = tiny_policy(), given.donors()
+
+    def after(m: int, thought: list[int], truncated: bool) -> float:
+        prefix = (
+            given.documents[given.positions.document[m]]
+            .tokens[: given.positions.position[m]]
+            .tolist()
+        )
+        return target_logprob(
+            plain,
+            [*prefix, OPEN, *thought, *([CLOSE] if truncated else [])],
+            given.positions.target[m].tolist(),
+        )
+
+    for m in range(len(given)):
+        prefix = (
+            given.documents[given.positions.document[m]]
+            .tokens[: given.positions.position[m]]
+            .tolist()
+        )
+        group = [
+            (thought.tolist(), cut)
+            for thought, cut in zip(found.thoughts.tokens[m], found.thoughts.truncated[m])
+        ]
+        foreign = [
+            (thought.tolist(), cut)
+            for thought, cut in zip(
+                found.thoughts.tokens[donors[m]], found.thoughts.truncated[donors[m]]
+            )
+        ]
+        expected = {
+            "reasoned": np.mean([after(m, *thought) for thought in group]),
+            "shuffled": np.mean([after(m, *thought) for thought in foreign]),
+            "empty": after(m, [CLOSE], False),
+            "no_think": target_logprob(plain, prefix, given.positions.target[m].tolist()),
+        }
+        for name, value in expected.items():
+            assert found.columns[f"{name}_logprob_nats"][m] == pytest.approx(value, abs=2e-5), (
+                name,
+                m,
+            )
+
+
+def test_the_loss_of_the_documents_is_that_of_transformers():
+    """Per token, over all tokens of all documents: plain perplexity."""
+    policy, given = tiny_policy(), panel()
+    with torch.no_grad():
+        losses = [
+            (float(policy.lm(input_ids=ids, labels=ids).loss), ids.shape[1] - 1)
+            for ids in (torch.from_numpy(document.tokens)[None] for document in given.documents)
+        ]
+    expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert probe(given, policy=policy).means["document_loss_nats"] == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_gains_are_differences_of_columns():
+    """Each gain is the reasoned prediction minus the one it is measured against; the start is
+    another model's."""
+    given = panel()
+    thought_format = ThoughtFormat(
+        markers=MARKERS,
+        instruction=(),
+        begin=None,
+        temperature=0.7,
+        target_temperature=1.0,
+        horizon=1,
+    )
+    start = no_think_logprob(
+        repeated_layout, tiny_policy(seed=1), given, thought_format, settings(), Alone()
+    )
+    found = probe(given, start=start)
+    columns = found.columns
+    np.testing.assert_allclose(columns["start_logprob_nats"], start)
+    for name in ("start", "no_think", "empty", "shuffled"):
+        np.testing.assert_allclose(
+            columns[f"gain_over_{name}_nats"],
+            columns["reasoned_logprob_nats"] - columns[f"{name}_logprob_nats"],
+        )
+        assert found.means[f"gain_over_{name}_nats"] == pytest.approx(
+            columns[f"gain_over_{name}_nats"].mean()
+        )
+    assert found.means["positive_gain_frac"] == np.mean(columns["reasoned_logprob_nats"] > start)
+    assert abs(found.means["gain_over_start_nats"] - found.means["gain_over_no_think_nats"]) > 0.01
+    assert "gain_over_ema_nats" not in found.means
+
+
+def test_spread_and_length_correlation_are_taken_within_groups():
+    """About each group's own mean, pooled over groups."""
+    found = probe(panel(), config=settings("evaluation.thoughts_per_position=6"))
+    lengths = np.array(
+        [
+            [len(thought) - (not cut) for thought, cut in zip(*group)]
+            for group in zip(found.thoughts.tokens, found.thoughts.truncated)
+        ]
+    )
+    centered, longer = (
+        values - values.mean(axis=1, keepdims=True) for values in (found.reasoned_logprob, lengths)
+    )
+    assert found.means["reward_length_correlation"] == pytest.approx(
+        np.corrcoef(centered.ravel(), longer.ravel())[0, 1]
+    )
+    assert found.means["reward_group_std_nats"] == pytest.approx(
+        np.mean([np.std(group, ddof=1) for group in found.reasoned_logprob])
+    )
+    assert found.means["thought_tokens_mean"] == pytest.approx(lengths.mean())
+    assert found.means["thought_empty_frac"] == np.mean(lengths == 0)
+
+
+def test_shuffled_thoughts_come_from_the_next_document():
+    """Never from the same one; where it has fewer positions they are taken again; the last
+    document's come from the first."""
+    given = panel((9, 3, 12), per_document=3)
+    assert given.positions.document.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert given.donors().tolist() == [3, 4, 3, 5, 6, 0, 1, 2]
+
+
+def test_one_document_has_no_shuffled_thoughts_and_no_intervals():
+    """There is no other document to take thoughts from, or to draw."""
+    found = probe(panel((9,)))
+    assert "gain_over_shuffled_nats" not in found.means and found.intervals == {}
+    assert "gain_over_empty_nats" in found.means
+    assert rlp.measure.probe.verdict(found, settings())[0].startswith(
+        "No verdict: the panel holds 1 document,"
+    )
+
+
+def test_one_thought_has_no_siblings():
+    """Spread and correlation are left out, not reported as 0."""
+    found = probe(panel(), config=settings("evaluation.thoughts_per_position=1"))
+    assert not {"reward_group_std_nats", "reward_length_correlation"} & set(found.means)
+    many = replace(found, panel=panel((9,) * 30))
+    assert rlp.measure.probe.verdict(many, settings())[0].startswith(
+        "No verdict: one thought at each position"
+    )
+
+
+def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
+    """The verdict on a panel that measured (low, mean, high) by name; a random one, of which
+    nothing else counts."""
+    measured = {
+        "gain_over_shuffled_nats": (0.2, 0.3, 0.4),
+        "positive_gain_frac": (0.5, 0.6, 0.7),
+        "gain_over_no_think_nats": (0.2, 0.3, 0.4),
+        "gain_over_empty_nats": (0.2, 0.3, 0.4),
+        "reward_group_std_nats": (0.4, 0.5, 0.6),
+    } | said
+    found = probe(panel())
+    found = replace(
+        found,
+        panel=panel((9,) * documents),
+        means=found.means | {name: value[1] for name, value in measured.items()},
+        intervals=found.intervals
+        | {name: (value[0], value[2]) for name, value in measured.items()},
+    )
+    return rlp.measure.probe.verdict(found, settings())
+
+
+def test_below_thirty_documents_there_is_no_verdict():
+    """Their intervals are too short to be trusted, however good the means look."""
+    assert told(29)[0].startswith("No verdict: the panel holds 29 documents, and below 30")
+    assert told(30)[0].startswith("SIGNAL: ")
+
+
+@pytest.mark.parametrize(
+    "said, verdict, topic, selection",
+    [
+        ({}, "SIGNAL: ", "yes", "yes"),
+        # On topic, and harmful nearly everywhere.
+        (
+            {"positive_gain_frac": (0.0, 0.0, 0.0), "gain_over_no_think_nats": (-7.2, -6.8, -6.4)},
+            "NO SIGNAL: thoughts are about their own text",
+            "yes",
+            "no",
+        ),
+        (
+            {"positive_gain_frac": (0.01, 0.02, 0.05)},
+            "NO SIGNAL: thoughts are about their own text",
+            "yes",
+            "no",
+        ),
+        (
+            {"gain_over_shuffled_nats": (-0.1, 0.1, 0.3)},
+            "NO SIGNAL: thoughts can not be told from those of another document",
+            "not as far",
+            "yes",
+        ),
+        (
+            {"gain_over_shuffled_nats": (-0.3, -0.2, -0.1)},
+            "NO SIGNAL: thoughts can not be told from those of another document",
+            "no",
+            "yes",
+        ),
+        (
+            {"reward_group_std_nats": (0.0, 1e-6, 1e-5)},
+            "NO SIGNAL: the thoughts of a position all predict alike",
+            "yes",
+            "no",
+        ),
+    ],
+)
+def test_signal_takes_thoughts_on_topic_that_gain_and_differ(said, verdict, topic, selection):
+    """Each of the three is told by itself: to be about the text is not yet something to select."""
+    first, second, third = told(**said)[:3]
+    assert first.startswith(verdict)
+    assert second.startswith(f"On topic: {topic}") and third.startswith(
+        f"Something to select: {selection}"
+    )
+
+
+def test_the_markers_are_blamed_where_an_empty_thought_explains_most():
+    """5.76 of 6.84 nats of harm; the same of a gain; not where words do it, or nothing is clear."""
+
+    def of_format(gain: tuple[float, float, float], over_empty: float) -> list[str]:
+        sentences = told(
+            gain_over_no_think_nats=gain, gain_over_empty_nats=(over_empty, over_empty, over_empty)
+        )
+        return [sentence for sentence in sentences if sentence.startswith("The markers")]
+
+    (harm,) = of_format((-7.3, -6.84, -6.4), -1.08)
+    assert (
+        harm.startswith(
+            "The markers do the harm: an empty thought, the two markers alone, "
+            "costs 5.76 nats, thinking 6.84."
+        )
+        and "docs/warm_start.md" in harm
+    )
+    (repaired,) = of_format((-2.1, -1.65, -1.1), 2.24)
+    assert (
+        "costs 3.89 nats, of which the words of a thought win back 2.24, thinking 1.65." in repaired
+    )
+    (gain,) = of_format((0.8, 1.0, 1.2), 0.2)
+    assert "gains 0.80 nats, thinking 1.00" in gain
+    assert of_format((-7.3, -6.84, -6.4), -5.0) == []
+    assert of_format((-0.1, 0.1, 0.3), 0.0) == []
+    assert of_format((0.8, 1.0, 1.2), 1.3) == []
+
+
+def assert_same_probe(one: Probe, other: Probe, tolerance: float) -> None:
+    assert [[thought.tolist() for thought in group] for group in one.thoughts.tokens] == [
+        [thought.tolist() for thought in group] for group in other.thoughts.tokens
+    ]
+    assert (
+        one.columns.keys() == other.columns.keys()
+        and one.intervals.keys() == other.intervals.keys()
+    )
+    for name, values in one.columns.items():
+        np.testing.assert_allclose(values, other.columns[name], atol=tolerance, err_msg=name)
+    for name, value in one.numbers().items():
+        assert value == pytest.approx(other.numbers()[name], abs=tolerance), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["evaluation.batch_size=1", "evaluation.batch_size=5", "thought.sampling_rows=3", "run.seed=9"],
+)
+def test_the_probe_does_not_depend_on_batches_or_the_seed_of_a_run(change):
+    """Noise and donors are those of the panel: the same thoughts, and the same rows up to
+    rounding."""
+    assert_same_probe(probe(panel()), probe(panel(), config=settings(change)), 2e-5)
+
+
+def test_the_probe_does_not_depend_on_the_number_of_ranks():
+    """Five documents in batches of two are three batches: two ranks take two each, one of them for
+    company only. A donor may sit on the other rank."""
+    barrier, board, found = threading.Barrier(2), [None, None], [None, None]
+    policies = [tiny_policy(), tiny_policy()]
+
+    def take_part(rank: int) -> None:
+        found[rank] = probe(panel(), policy=policies[rank], ranks=Together(rank, 2, barrier, board))
+
+    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in found:
+        assert_same_probe(probe(panel()), one, 0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_can_be_probed(name):
+    """Attention, state-space and hybrid models: all numbers finite, each of them in the table of
+    metrics."""
+    numbers = probe(
+        panel((6, 8), per_document=1),
+        policy=tiny_policy(name),
+        config=settings("thought.max_thought_tokens=2", "evaluation.thoughts_per_position=2"),
+    ).numbers()
+    assert set(numbers) <= set(EVALUATION)
+    assert np.isfinite(list(numbers.values())).all()
+
+
+def ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return total / count
+
+
+def test_an_interval_covers_the_mean_and_shrinks_with_the_panel():
+    """For a plain mean it is the normal interval: 1.96 standard errors on either side."""
+    widths = []
+    for size in (100, 1600):
+        values = np.random.default_rng(0).normal(size=(1, size))
+        ((low, high),) = bootstrap_intervals(ratio, values, np.ones((1, size)))
+        assert low < values.mean() < high
+        assert high - low == pytest.approx(2 * 1.96 * values.std() / size**0.5, rel=0.1)
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.15)
+
+
+def test_positions_of_one_document_are_drawn_together():
+    """Ten equal positions in each document tell no more than one: the interval stays."""
+    values = np.random.default_rng(0).normal(size=(1, 50))
+    assert bootstrap_intervals(ratio, 10 * values, np.full((1, 50), 10))[0] == pytest.approx(
+        bootstrap_intervals(ratio, values, np.ones((1, 50)))[0]
+    )
+
+
+def test_a_drawn_document_brings_its_own_count():
+    """Documents of many sizes, each with twice as much as it counts: the ratio is 2 whatever is
+    drawn."""
+    counts = np.arange(1.0, 51)[None]
+    assert bootstrap_intervals(ratio, 2 * counts, counts)[0] == pytest.approx((2, 2))
+
+
+def test_intervals_are_seeded():
+    values = np.random.default_rng(0).normal(size=(3, 20))
+    assert bootstrap_intervals(ratio, values, np.ones((3, 20))) == bootstrap_intervals(
+        ratio, values, np.ones((3, 20))
+    )
+
+
+def test_every_evaluation_of_a_run_holds_the_whole_decomposition(trained, corpus, ranks, tmp_path):
+    """With intervals, before and after; and the same numbers come from its last checkpoint, and
+    from its export with the start named."""
+    folder = trained(data__held_out=f"[{corpus}]", budget__steps=1)
+    lines = read_lines(folder / "evaluation.jsonl")
+    names = [
+        f"gain_over_{other}_nats" for other in ("start", "ema", "no_think", "empty", "shuffled")
+    ] + ["document_loss_nats", "reward_group_std_nats"]
+    for line in (lines[0], lines[-1]):
+        assert all(line[f"{name}_low"] <= line[name] <= line[f"{name}_high"] for name in names)
+    config = load_config(folder / "config.yaml")
+    from_step = probe_model(
+        PanelSetup(config, print),
+        ranks,
+        checkpoint=open_checkpoint(folder / "checkpoints" / "step_1"),
+    )
+    start, config.model.path = config.model.path, str(folder / "export")
+    from_export = probe_model(PanelSetup(config, print), ranks, start=start)
+    for found in (from_step, from_export):
+        assert {"step": 1} | found.numbers() == pytest.approx(
+            {name: value for name, value in lines[-1].items() if "_ema_" not in f"_{name}"},
+            abs=2e-5,
+        )
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """Runs `rlp probe` in this process: exit code, what it printed, and its error."""
+    monkeypatch.setattr(rlp.measure.probe, "stop_ranks", lambda: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main(["probe", *map(str, arguments)])
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_on_a_random_model_finds_no_signal(said, model_folder, tmp_path):
+    """It says so and what helps, shows three thoughts, and writes every row, token, text and number
+    once."""
+    out = tmp_path / "out"
+    generator = np.random.default_rng(0)
+    documents = generator.integers(5, len(WORDS), size=(40, 8))
+    forty = write_corpus(
+        tmp_path / "forty.jsonl", [" ".join(WORDS[i] for i in words) for words in documents]
+    )
+    command = (
+        model_folder,
+        forty,
+        "--out",
+        out,
+        "thought.max_thought_tokens=4",
+        "evaluation.panel_positions=40",
+    )
+    code, printed, error = said(*command)
+    assert (code, error) == (0, "")
+    assert (
+        "NO SIGNAL" in printed
+        and "warm start" in printed
+        and "gain over an empty thought" in printed
+    )
+    summary, rows = (
+        json.loads((out / "probe.json").read_text()),
+        parquet.read_table(out / "rows.parquet").to_pylist(),
+    )
+    assert len(rows) == summary["means"]["panel_positions"] == 40
+    gains = np.array([row["thought_logprob_nats"] for row in rows])
+    gains -= np.array([[row["no_think_logprob_nats"]] for row in rows])
+    for name, gain in (("best", gains.max()), ("worst", gains.min())):
+        assert f"The {name} thought: {gain:+.3f} nats against no thought" in printed
+    assert [printed.count(f"\n  {part:<9}|") for part in ("text", "thought", "target")] == [3, 3, 3]
+    assert summary["settings"]["thought"]["max_thought_tokens"] == 4
+    assert np.mean([row["gain_over_shuffled_nats"] for row in rows]) == pytest.approx(
+        summary["means"]["gain_over_shuffled_nats"]
+    )
+    texts, tokenizer = [line["text"] for line in read_lines(forty)], word_tokenizer()
+    for row in rows:
+        tokens = tokenizer.encode(texts[row["document"]])
+        assert row["prefix_tokens"] + row["target_tokens"] == tokens[: row["position"] + 1]
+        words = texts[row["document"]].split()[: row["position"] + 1]
+        assert f"{row['prefix_tail']} {row['target']}".split() == words
+        assert row["thoughts"] == [tokenizer.decode(thought) for thought in row["thought_tokens"]]
+        assert [
+            thought[-1] == CLOSE or cut
+            for thought, cut in zip(row["thought_tokens"], row["thought_truncated"])
+        ] == [True] * 4
+        assert row["reasoned_logprob_nats"] == pytest.approx(np.mean(row["thought_logprob_nats"]))
+    assert (out / "probe.png").read_bytes()[:4] == b"\x89PNG"
+    content = {path: path.read_bytes() for path in out.iterdir()}
+    code, _, error = said(*command)
+    assert code == 2 and "never written over" in error
+    assert {path: path.read_bytes() for path in out.iterdir()} == content
+
+
+@pytest.mark.skipif(
+    not (WORLD / "data" / "held_out.jsonl").exists(),
+    reason="experiments/world/data is not made; rlp world experiments/world/data makes it",
+)
+def test_the_command_on_the_base_of_the_world_finds_signal(said):
+    """Its thoughts are about their own problem: clearly better than those about another one."""
+    code, printed, _ = said(
+        WORLD / "data" / "base",
+        WORLD / "data" / "held_out.jsonl",
+        "position.selector=marker",
+        "position.marker=faces",
+        "evaluation.panel_positions=64",
+        "data.max_document_tokens=64",
+    )
+    assert code == 0, printed
+    assert "SIGNAL: " in printed and "NO SIGNAL" not in printed and "at most 16 tokens" in printed
+    gain, low = (
+        float(word)
+        for word in printed.split("gain over another document's thoughts")[1].split()[:2]
+    )
+    assert gain > low > 0.2
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        (["MODEL", "/nowhere.jsonl"], 3, "no file at '/nowhere.jsonl'"),
+        (["/nowhere", "CORPUS"], 2, "there is no file or folder '/nowhere'"),
+        (["MODEL", "CORPUS", "thought.group_sise=3"], 2, "Did you mean thought.group_size?"),
+        (["MODEL", "CORPUS", "--config", "/nowhere.yaml"], 2, "no config file at /nowhere.yaml"),
+        (["MODEL", "CORPUS", "--out", "/nowhere/out"], 2, "there is no folder /nowhere"),
+        (["MODEL", "CORPUS", "--start", "/nowhere"], 2, "there is no file or folder '/nowhere'"),
+        (["MODEL", "CORPUS", "--strat", "MODEL"], 2, "unrecognized arguments"),
+        (["RUN", "CORPUS"], 2, "is a run folder"),
+    ],
+)
+def test_what_can_not_be_probed_is_refused_in_one_line(
+    said, model_folder, corpus, tmp_path, words, code, message
+):
+    (tmp_path / "config.yaml").write_text("run: {dir: runs/x}\n")
+    found, printed, error = said(
+        *(
+            {"MODEL": model_folder, "CORPUS": corpus, "RUN": tmp_path}.get(word, word)
+            for word in words
+        )
+    )
+    assert (found, printed) == (code, "")
+    assert message in error and (error.count("\n") == 1 or "usage" in error)
+
+
+def test_a_checkpoint_says_how_it_thinks(model_folder, corpus, tmp_path):
+    """Defaults, then the config, then the checkpoint's thought_format.json, then the command
+    line."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / "thought_format.json").write_text(
+        json.dumps(
+            {
+                "open_marker": "<think>",
+                "close_marker": ".",
+                "temperature": 0.5,
+                "max_thought_tokens": 7,
+                "instruction_ids": [8, 9],
+            }
+        )
+    )
+    (tmp_path / "config.yaml").write_text(
+        "data: {train: [x], template: '{body}'}\nbudget: {steps: 1}\nthought: {temperature: 0.9,"
+        " open_marker: w1}\n"
+    )
+    subject = rlp.measure.probe.find_subject(
+        str(tmp_path / "model"), str(corpus), tmp_path, ["thought.max_thought_tokens=3"]
+    )
+    thought = subject.config.thought
+    assert (
+        thought.open_marker,
+        thought.close_marker,
+        thought.temperature,
+        thought.max_thought_tokens,
+    ) == ("<think>", ".", 0.5, 3)
+    assert subject.config.data.template == "{body}" and subject.config.data.held_out == [
+        str(corpus)
+    ]
+    assert subject.instruction == (8, 9)
+
+
+def test_an_instruction_without_a_file_is_thought_after(model_folder, corpus, ranks):
+    """Its ids change thoughts and what they lead to, never the prediction without a thought."""
+    config = settings(
+        f"model.path={model_folder}", f"data.held_out=[{corpus}]", "evaluation.panel_positions=4"
+    )
+    plain, instructed = (
+        probe_model(PanelSetup(config, print), ranks),
+        probe_model(PanelSetup(config, print), ranks, instruction=(8, 9, 10)),
+    )
+    np.testing.assert_allclose(
+        plain.columns["no_think_logprob_nats"],
+        instructed.columns["no_think_logprob_nats"],
+        atol=1e-5,
+    )
+    assert (
+        np.abs(plain.columns["empty_logprob_nats"] - instructed.columns["empty_logprob_nats"]).min()
+        > 1e-4
+    )
+
+
+def test_what_a_model_wrote_does_nothing_to_the_terminal():
+    """In one line, cut, with escapes, line ends and reversals spelled out."""
+    assert rlp.measure.probe._shown("a\nb\tc\x1b[31m\u202e") == "|a\\nb\\tc\\x1b[31m\\u202e|"
+    assert rlp.measure.probe._shown("x" * 300 + "end", end=True) == "|..." + "x" * 237 + "end|"
+    assert rlp.measure.probe._shown("x" * 300) == "|" + "x" * 240 + "...|"
+
+
+def test_thoughts_of_a_panel_are_picked_by_position():
+    thoughts = PanelThoughts(
+        [[np.array([5])], [np.array([6, 7])], [np.array([], dtype=np.int64)]],
+        np.array([[False], [True], [True]]),
+    )
+    picked = thoughts[np.array([2, 1])].on(torch.device("cpu"))
+    assert picked.mask.tolist() == [[[False, False]], [[True, True]]]
+    assert picked.tokens.tolist() == [[[0, 0]], [[6, 7]]] and picked.truncated.tolist() == [
+        [True],
+        [True],
+    ]

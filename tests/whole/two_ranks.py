@@ -1,0 +1,83 @@
+"""What the tests run on two ranks, all in one launch: python -m tests.whole.two_ranks FOLDER
+MODEL CORPUS
+
+Each job is a run in FOLDER/NAME; the tests read the run folders and compare them with runs on one
+rank.
+"""
+
+import sys
+from pathlib import Path
+
+import train as program
+from rlp.process.ranks import start_ranks, stop_ranks
+from tests.training import tiny_config
+
+JOBS = {
+    "stage0": {"engine__zero_stage": 0},
+    "stage1": {
+        "engine__zero_stage": 1,
+        "budget__steps": 4,
+        "checkpoint__every_n_steps": 2,
+        "checkpoint__keep": 3,
+    },
+    "stage2": {"engine__zero_stage": 2},
+    # Thoughts end where they end: ranks decode different numbers of tokens, and a forward is a
+    # collective.
+    "stage3": {
+        "engine__zero_stage": 3,
+        "data__held_out": "CORPUS",
+        "evaluation__panel_positions": 7,
+    },
+    "stage3_synced": {
+        "engine__zero_stage": 3,
+        "engine__generation": "synced",
+        "position__per_document": "all",
+        "thought__sampling_rows": 8,
+    },
+    "stage3_markers": {
+        "engine__zero_stage": 3,
+        "budget__steps": 1,
+        "thought__open_marker": "<pad> w1",
+        "thought__close_marker": "<pad> w2",
+        "thought__add_markers": True,
+    },
+    # Both exchange the positions of the step: a rank's first gets what the last of the other has.
+    "shuffled": {
+        "reward__placebo": "shuffled_reward",
+        "budget__steps": 2,
+        "optim__micro_batch_size": 1,
+    },
+    "foreign": {
+        "reward__placebo": "foreign_thought",
+        "budget__steps": 2,
+        "optim__micro_batch_size": 1,
+    },
+    "stage1_bf16": {"engine__zero_stage": 1, "engine__dtype": "bfloat16"},
+}
+
+
+def main(folder: Path, model: Path, corpus: Path) -> None:
+    ranks = start_ranks()
+    for name, settings in JOBS.items():
+        settings = {
+            key: f"[{corpus}]" if value == "CORPUS" else value for key, value in settings.items()
+        }
+        (folder / f"rank{ranks.rank}").mkdir(exist_ok=True)
+        config = tiny_config(folder / f"rank{ranks.rank}" / name, model, corpus, **settings)
+        config.run.dir = str(folder / name)
+        assert program.train(config, ranks) == program.DONE, name
+    resumed = tiny_config(
+        folder / f"rank{ranks.rank}" / "resumed",
+        model,
+        corpus,
+        run__resume=folder / "one_rank" / "checkpoints" / "step_2",
+        engine__zero_stage=2,
+        budget__steps=4,
+    )
+    resumed.run.dir = str(folder / "resumed")
+    assert program.train(resumed, ranks) == program.DONE
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
