@@ -12,10 +12,15 @@ export TOKENIZERS_PARALLELISM := false
 NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kernels kernels/test_triton model/test_layout \
 	model/test_scoring model/test_tree sampling/test_rollout learn/test_numerics measure/test_probe whole/test_training whole/test_ranks))
 
-.PHONY: quickstart lint test test-all test-avx2 gpu setup clean
+.PHONY: quickstart docs lint test test-all test-avx2 gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
+
+# One site of all pages, to be opened from the disk: site/index.html
+docs: $(VENV)/docs.ok
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	@echo site/index.html
 
 # Formatting and imports, names that do not exist, code that does nothing.
 lint: $(VENV)/test.ok
@@ -46,6 +51,11 @@ $(VENV)/run.ok: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+$(VENV)/docs.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[docs]
+	touch $(VENV)/run.ok $@
+
 $(VENV)/test.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
@@ -56,4 +66,4 @@ $(WORLD)/train.jsonl: $(VENV)/run.ok $(wildcard rlp/world/*.py)
 	$(BIN)/rlp world $(WORLD)
 
 clean:
-	rm -rf $(VENV) $(WORLD)
+	rm -rf $(VENV) $(WORLD) site

@@ -503,8 +503,11 @@ class OptimConfig:
     final_fraction: float = 0.0
     """Learning rate at the end of a cosine or linear schedule, as a fraction of its peak."""
     beta1: float = 0.9
+    """Decay of the mean of gradients. The paper gives no value."""
     beta2: float = 0.95
+    """Decay of the mean of squared gradients. The paper gives no value."""
     epsilon: float = 1e-8
+    """Added to the root of the mean of squared gradients. The paper gives no value."""
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices; the paper gives no value."""
     grad_clip: float = 1.0
@@ -723,6 +726,7 @@ class LoggingConfig:
     wandb: str = "disabled"
     """Weights & Biases: disabled, offline or online."""
     wandb_project: str = "rlp"
+    """Its project."""
 
     def __post_init__(self) -> None:
         require_at_least("logging", self, every_n_steps=1, digest_every_n_steps=0, thoughts=0)
