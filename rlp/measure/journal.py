@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlp.config import Config
+from rlp.config import Config, ConfigError
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.learn.engine import Engine
@@ -169,10 +169,11 @@ def audit(run: Path, reference: Path, *, tolerance: float = 0.0) -> list[str]:
     Args:
         tolerance: relative and absolute, of the numbers; above 0 (another number of ranks or ZeRO
             stage) the state digests are not compared.
+
+    Raises:
+        ConfigError: no run folder, or one without a journal.
     """
-    mine, expected = (
-        read_json_lines(open_run_folder(folder).journal_jsonl) for folder in (run, reference)
-    )
+    mine, expected = (read_json_lines(path) for path in [_path_in(run), _path_in(reference)])
     steps = [line["step"] for line in mine]
     found = [
         f"step {step} is there {steps.count(step)} times"
@@ -192,6 +193,16 @@ def audit(run: Path, reference: Path, *, tolerance: float = 0.0) -> list[str]:
             for difference in _differences(by_step[step], wanted[step], tolerance)
         ]
     return found
+
+
+def _path_in(run: Path) -> Path:
+    folder = open_run_folder(run)
+    if not folder.journal_jsonl.exists():
+        raise ConfigError(
+            f"{folder.path} has no journal.jsonl: it was run with logging.journal=false, or has"
+            " made no step."
+        )
+    return folder.journal_jsonl
 
 
 def _differences(line: dict, wanted: dict, tolerance: float) -> list[str]:

@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from rlp.config import ConfigError
 from rlp.measure.figures import (
     COLORS,
     GREY,
@@ -35,13 +36,12 @@ from rlp.measure.report_runs import (
     _arms,
     _distinct,
     _read_run,
-    information_gain_of,
-    worth_of,
 )
 from rlp.measure.verdict import match_words, verdict
+from rlp.measure.view import information_gain_of, worth_of
 from rlp.process.console import quoted_text, visible_text
 from rlp.process.files import open_to_read, write_atomically
-from rlp.process.run_folder import open_run_folder
+from rlp.process.run_folder import RunFolder, open_run_folder
 
 GENERATOR = '<meta name="generator" content="rlp report">'
 """In the head of every report, so that a report can be told from a file that somebody wrote."""
@@ -213,7 +213,35 @@ def write_report(run_folders: list[Path], out: Path) -> None:
     write_atomically(Path(out), _render(runs).encode(), point="report.torn_page")
 
 
-def is_report(path: Path) -> bool:
+def report_path(folders: list[RunFolder], out: Path | None) -> Path:
+    """Where a report on some runs is written: `out`, or in the folder of a single run. A report
+    replaces reports; anything else that has its name stays.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if out is None and len(folders) > 1:
+        raise ConfigError(
+            f"a report on {len(folders)} runs belongs to none of their folders. Write --out FILE."
+        )
+    out = out or folders[0].report_html
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(
+            f"--out {out}: there is no folder {out.parent}. Make it, or write another path."
+        )
+    if out.is_dir():
+        raise ConfigError(
+            f"--out {out} is a folder. Write the path of a file, such as {out / 'report.html'}."
+        )
+    own = {folder.report_html.resolve() for folder in folders}
+    if out.exists() and out.resolve() not in own and not _is_report(out):
+        raise ConfigError(
+            f"--out {out} exists and is no report, so it is not written over. Write another path."
+        )
+    return out
+
+
+def _is_report(path: Path) -> bool:
     """Whether a file was written by `write_report`."""
     with open_to_read(path.resolve()) as file:
         return GENERATOR.encode() in file.read(2000)

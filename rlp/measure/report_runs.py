@@ -1,6 +1,5 @@
 """The runs that a report is about, read from their folders and gathered into arms."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,25 +172,3 @@ def _arms(runs: list[Run]) -> list[Arm]:
 def _distinct(names: list[str], longer: list[str]) -> list[str]:
     """The names, or the longer ones where two are the same."""
     return names if len(set(names)) == len(names) else longer
-
-
-def information_gain_of(thought: dict) -> float | None:
-    """How much a logged thought raised the log-probability of its target, in nats: the reward of
-    RLP, and not that of other rewards; None where it was not measured."""
-    reasoned, baseline = thought.get("reasoned_logprob"), thought.get("baseline_logprob")
-    derived = None if reasoned is None or baseline is None else reasoned - baseline
-    reward = thought.get("reward")
-    # Written as float32 differences: the two roundings of one number are one number.
-    same = (
-        derived is not None
-        and reward is not None
-        and math.isclose(derived, reward, rel_tol=1e-4, abs_tol=1e-5)
-    )
-    return reward if same else thought.get("gain", derived)
-
-
-def worth_of(thought: dict) -> float | None:
-    """What a thought was worth: its reward; on a step that did not measure it, its advantage over
-    its siblings."""
-    reward = thought.get("reward")
-    return thought.get("advantage") if reward is None else reward

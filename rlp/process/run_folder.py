@@ -164,6 +164,37 @@ def saved_steps(parent: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def chosen_checkpoint(path: Path, step: str | None) -> Path:
+    """The checkpoint that a command line means: the path itself, or a step of a run folder.
+
+    Raises:
+        ConfigError: no such step.
+    """
+    parent = path / "checkpoints" if (path / "config.yaml").is_file() else path
+    steps = saved_steps(parent)
+    if not steps and parent == path:
+        if step is not None:
+            raise ConfigError(
+                f"--step goes with a run folder, and {path} is none. Leave it out, or write the"
+                " run.dir of a run."
+            )
+        return path
+    if not steps:
+        raise ConfigError(
+            f"{path} is a run folder without a checkpoint: the run has saved none yet."
+        )
+
+    chosen = {str(number): folder for number, folder in steps.items()}
+    chosen["newest"] = list(steps.values())[-1]
+    if step not in chosen:
+        asked = "is a run folder" if step is None else f"has no checkpoint of step {step}"
+        raise ConfigError(
+            f"{path} {asked}. It holds those of {', '.join(f'step {number}' for number in steps)}."
+            f" Write --step {list(steps)[-1]}, or --step newest."
+        )
+    return chosen[step]
+
+
 FILES = (
     "config.yaml",
     "environment.json",
