@@ -28,8 +28,8 @@ from rlp.compare.eval_options import add_eval
 from rlp.config import ConfigError, load_config
 from rlp.data.sources import DataError
 from rlp.process.console import visible_text
-from rlp.process.run_folder import chosen_checkpoint, open_run_folder
 from rlp.process.json_files import DamagedFileError
+from rlp.process.run_folder import chosen_checkpoint, open_run_folder
 
 
 def main(argv: list[str] | None = None) -> int:
