@@ -16,8 +16,10 @@ from rlp.config import ConfigError
 from rlp.data.documents import Document
 from rlp.data.noise import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, keyed_noise
 from rlp.data.positions import Positions
+from rlp.model.layout import continuation_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
+from rlp.model.scoring import ask, unpack
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.progress import Progress
 from rlp.sampling.branches import ForkedBranches
@@ -369,40 +371,19 @@ class Thinker:
 
     def _score(self, some: list[tuple[_Context, np.ndarray]]) -> list[tuple[float, bool, Reply]]:
         """One forward over rows of context and continuation, padded on the right."""
-        device = self._policy.device
-        rows = [
-            np.concatenate([context.tokens, continuation[:-1]]) for context, continuation in some
-        ]
-        tokens = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
-        for line, row in zip(tokens, rows):
-            line[: len(row)] = row
-        lengths = np.array([len(continuation) for _, continuation in some])
-        row = np.repeat(np.arange(len(some)), lengths)
-        column = np.concatenate(
-            [
-                len(context.tokens) - 1 + np.arange(len(continuation))
-                for context, continuation in some
-            ]
+        contexts, continuations = zip(*((context.tokens, tokens) for context, tokens in some))
+        layout = continuation_layout(
+            contexts, continuations, self._thought_format, self._policy.device
         )
-        target = np.concatenate([continuation for _, continuation in some])
-        queries = [
-            torch.from_numpy(part).to(device)
-            for part in (
-                row,
-                column,
-                target,
-                np.ones(len(row), dtype=np.float32),
-                np.full(len(row), self._thought_format.markers.excluded),
-            )
-        ]
-        ids = torch.from_numpy(tokens).to(device)
         with self._policy.sampling():
             logprob, greedy = (
-                self._policy(statistic, ids, None, None, *queries).cpu().numpy()
-                for statistic in ("logprob", "greedy")
+                unpack(layout, answers).thought.cpu().numpy()
+                for answers in ask(self._policy, "logprob_and_greedy", layout)
             )
-        found, ends = [], np.cumsum(lengths)
-        for (context, continuation), start, end in zip(some, ends - lengths, ends):
+
+        found = []
+        for n, (context, continuation) in enumerate(some):
+            here = slice(len(continuation))
             reply = Reply(
                 context.thought,
                 context.thought_tokens,
@@ -412,7 +393,7 @@ class Thinker:
                 False,
                 context.prompt_cut,
             )
-            found.append((float(logprob[start:end].sum()), bool(greedy[start:end].all()), reply))
+            found.append((float(logprob[n, here].sum()), bool(greedy[n, here].all()), reply))
         return found
 
 

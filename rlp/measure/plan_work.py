@@ -4,7 +4,7 @@ rows."""
 from dataclasses import dataclass
 
 from rlp.config import Config, ConfigError
-from rlp.model.shapes import ModelShapes, Work, causal_pairs, forward_flops
+from rlp.model.shapes import ModelShapes, Work, forward_flops, row_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +201,12 @@ def step_flops(
     sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector in ("entropy", "surprisal")
-    document_pass = _rows(
-        sizes.documents,
-        sizes.document_tokens,
-        head_rows=sizes.documents * (sizes.document_tokens - 1),
-    )
-    no_think = _rows(
-        sizes.documents, sizes.document_tokens, head_rows=sizes.positions * (sizes.horizon + 1)
+    document_pass, no_think = (
+        row_work(sizes.document_tokens, head_rows, count=sizes.documents)
+        for head_rows in (
+            sizes.documents * (sizes.document_tokens - 1),
+            sizes.positions * (sizes.horizon + 1),
+        )
     )
     baseline = (
         forward_flops(shapes, no_think) / config.baseline.every_n_steps
@@ -248,31 +247,20 @@ def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
     tree        the context of each document, once for the positions of it that are sampled side by
                 side, and the open marker in every branch
     """
+    opening, context = sizes.format_tokens.open, sizes.context_tokens
     if layout == "repeated":
-        return _rows(
-            sizes.positions,
-            sizes.context_tokens + sizes.format_tokens.open,
-            head_rows=sizes.positions,
-        )
-    markers = sizes.thoughts * sizes.format_tokens.open
-    return _rows(
-        world_size * sum(sizes.sampled_documents), sizes.context_tokens, head_rows=0
-    ) + Work(
-        tokens=markers,
-        pairs=sizes.thoughts * causal_pairs(sizes.format_tokens.open, sizes.context_tokens),
-        head_rows=markers,
+        return row_work(context + opening, sizes.positions, count=sizes.positions)
+    trunks = row_work(context, 0, count=world_size * sum(sizes.sampled_documents))
+    return trunks + row_work(
+        opening, sizes.thoughts * opening, before=context, count=sizes.thoughts
     )
 
 
 def _decode_work(sizes: _StepSizes) -> Work:
     """Each token of a thought but the last, behind its prefix."""
-    run = sizes.thoughts * (sizes.thought_tokens - 1)
-    return Work(
-        tokens=run,
-        pairs=sizes.thoughts
-        * causal_pairs(sizes.thought_tokens - 1, sizes.context_tokens + sizes.format_tokens.open),
-        head_rows=run,
-    )
+    run = sizes.thought_tokens - 1
+    prefix = sizes.context_tokens + sizes.format_tokens.open
+    return row_work(run, sizes.thoughts * run, before=prefix, count=sizes.thoughts)
 
 
 def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
@@ -284,17 +272,13 @@ def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
                 that
     """
     head_rows = sizes.thoughts * (sizes.thought_tokens + sizes.horizon)
+    context, branch = sizes.context_tokens, sizes.branch_tokens
     if layout == "repeated":
-        return _rows(
-            sizes.thoughts, sizes.context_tokens + sizes.branch_tokens, head_rows=head_rows
-        )
+        return row_work(context + branch, head_rows, count=sizes.thoughts)
     trunks = sizes.documents * (sizes.slices - lm) * _context_trunks(sizes, lm=False)
-    branches = Work(
-        tokens=sizes.thoughts * sizes.branch_tokens,
-        pairs=sizes.thoughts * causal_pairs(sizes.branch_tokens, sizes.context_tokens),
-        head_rows=head_rows,
+    return row_work(branch, head_rows, before=context, count=sizes.thoughts) + row_work(
+        context, 0, count=trunks
     )
-    return branches + _rows(trunks, sizes.context_tokens, head_rows=0)
 
 
 def _document_work(sizes: _StepSizes, layout: str) -> Work:
@@ -305,13 +289,7 @@ def _document_work(sizes: _StepSizes, layout: str) -> Work:
     """
     if not sizes.lm:
         return Work()
-    documents = _rows(
-        sizes.documents, sizes.document_tokens, head_rows=sizes.documents * sizes.document_queries
-    )
+    queries = sizes.documents * sizes.document_queries
+    documents = row_work(sizes.document_tokens, queries, count=sizes.documents)
     contexts = sizes.documents * _context_trunks(sizes, lm=True) if layout == "tree" else 0
-    return documents + _rows(contexts, sizes.context_tokens, head_rows=0)
-
-
-def _rows(count: int, tokens: int, *, head_rows: int) -> Work:
-    """Work of separate rows of one length."""
-    return Work(tokens=count * tokens, pairs=count * causal_pairs(tokens), head_rows=head_rows)
+    return documents + row_work(sizes.context_tokens, 0, count=contexts)

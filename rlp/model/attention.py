@@ -1,13 +1,11 @@
 """Attention of a packed tree: trunks (documents) once, and branches (thoughts) that share them.
 
 All tokens of a micro-batch stand in one packed row, without padding, and everything but attention
-is done on
-that row. Attention is done by segments: a trunk token attends to its trunk up to itself; a branch
-token attends to a prefix of its trunk and to its own branch up to itself. The second kind is two
-ordinary attentions
+is done on that row. Attention is done by segments: a trunk token attends to its trunk up to itself;
+a branch token attends to a prefix of its trunk and to its own branch up to itself. The second kind
+is two ordinary attentions
 
-    part 1   all G branches of a position, folded into one list of queries, over the prefix, not
-             causal
+    part 1   all G branches of a position over the prefix, their queries in one list, not causal
     part 2   each branch over itself, causal
 
 merged by their log-sum-exps: with lse = log(exp(lse_1) + exp(lse_2)),
@@ -16,13 +14,13 @@ merged by their log-sum-exps: with lse = log(exp(lse_1) + exp(lse_2)),
 
 Neither copies the prefix per branch nor holds a mask. The backward pass of each part is the
 ordinary one with the *merged* out and lse, because dL/dscore = p (dp - out . dout) with p =
-exp(score - lse) holds key by key.
+exp(score - lse) holds key by key. What a token means is not known here.
 
 Dimensions
-    T  tokens of the packed row;  B  trunks;  P  trunk tokens, padded;  M  positions;  G  branches
-       per position
-    N  branches, M * G;  L  branch tokens, padded;  H  query heads;  K  key heads;  R = H / K;  D
-       head width
+    T  tokens of the packed row
+    B  trunks;  P  trunk tokens, padded
+    M  positions;  G  branches per position;  N  branches, M * G;  L  branch tokens, padded
+    A  heads of queries;  C  heads of keys;  F = A / C, those that share keys;  E  width of a head
 """
 
 from dataclasses import dataclass
@@ -70,10 +68,10 @@ def part_forward(
     """Attention with its log-sum-exp.
 
     Args:
-        query: [X, H, Q, D]; key, value: [X, H, S, D].
+        query: [X, A, Q, E]; key, value: [X, A, S, E].
 
     Returns:
-        out [X, H, Q, D], lse [X, H, Q] float32 (float64 for float64), and what the backward needs
+        out [X, A, Q, E], lse [X, A, Q] float32 (float64 for float64), and what the backward needs
         beside them.
     """
     form = part_form(query)
@@ -159,32 +157,30 @@ class BranchAttention(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            query: [N, H, L, D]; key, value: [N, K, L, D], of the branches.
-            trunk_key, trunk_value: [B, K, P, D].
+            query: [N, A, L, E]; key, value: [N, C, L, E], of the branches.
+            trunk_key, trunk_value: [B, C, P, E].
 
         Returns:
-            [N, H, L, D].
+            [N, A, L, E].
         """
-        heads = {"r": query.shape[1] // key.shape[1]}
+        heads = {"f": query.shape[1] // key.shape[1]}
         own_key, own_value = (
-            repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value)
+            repeat(part, "n c l e -> n (c f) l e", **heads) for part in (key, value)
         )
         own, own_lse, own_rest = part_forward(query, own_key, own_value, True, scale)
         out, lse, prefix_rest = torch.empty_like(query), torch.empty_like(own_lse), []
-        for rows, folded, prefix_key, prefix_value in _prefixes(
-            query, trunk_key, trunk_value, tree
-        ):
-            part, part_lse, rest = part_forward(folded, prefix_key, prefix_value, False, scale)
-            part, part_lse = (
-                _unfold(part, query[rows]),
-                _unfold(part_lse[..., None], query[rows])[..., 0],
-            )
-            merged = torch.logaddexp(part_lse, own_lse[rows])
-            out[rows] = part * (part_lse - merged).exp()[..., None].to(part.dtype) + own[rows] * (
-                own_lse[rows] - merged
-            ).exp()[..., None].to(part.dtype)
-            lse[rows] = merged
+
+        for rows, folded, *prefix in _prefixes(query, trunk_key, trunk_value, tree):
+            part, part_lse, rest = part_forward(folded, *prefix, False, scale)
+            part = _unfold(part, query[rows])
+            part_lse = _unfold(part_lse[..., None], query[rows])[..., 0]
+
+            lse[rows] = torch.logaddexp(part_lse, own_lse[rows])
+            share = (part_lse - lse[rows]).exp()[..., None].to(part.dtype)
+            own_share = (own_lse[rows] - lse[rows]).exp()[..., None].to(part.dtype)
+            out[rows] = part * share + own[rows] * own_share
             prefix_rest.append(rest)
+
         ctx.save_for_backward(query, key, value, trunk_key, trunk_value, out, lse)
         ctx.tree, ctx.scale, ctx.own_rest, ctx.prefix_rest = tree, scale, own_rest, prefix_rest
         return out
@@ -193,20 +189,20 @@ class BranchAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         query, key, value, trunk_key, trunk_value, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
-        heads = {"r": query.shape[1] // key.shape[1]}
+        heads = {"f": query.shape[1] // key.shape[1]}
         own_key, own_value = (
-            repeat(part, "n k l d -> n (k r) l d", **heads) for part in (key, value)
+            repeat(part, "n c l e -> n (c f) l e", **heads) for part in (key, value)
         )
         grad_query, grad_key, grad_value = part_backward(
             grad, query, own_key, own_value, out, lse, ctx.own_rest, True, ctx.scale
         )
         grad_key, grad_value = (
-            rearrange(part, "n (k r) l d -> n k r l d", **heads).sum(dim=2)
+            rearrange(part, "n (c f) l e -> n c f l e", **heads).sum(dim=2)
             for part in (grad_key, grad_value)
         )
         grad_query = grad_query.contiguous()
-        # Every position of a document adds to these: in bfloat16 a sum of many would lose most of
-        # them.
+
+        # Every position of a document adds to these: in bfloat16 a sum of many would lose most.
         wide = torch.promote_types(trunk_key.dtype, torch.float32)
         grad_trunk_key, grad_trunk_value = (
             torch.zeros_like(part, dtype=wide) for part in (trunk_key, trunk_value)
@@ -217,23 +213,18 @@ class BranchAttention(torch.autograd.Function):
             ctx.tree.prefix,
             ctx.prefix_rest,
         )
-        for (rows, folded, prefix_key, prefix_value), b, length, rest in parts:
-            fold = (_fold(part[rows], trunk_key.shape[1]) for part in (grad, out, lse[..., None]))
-            folded_grad, folded_out, folded_lse = fold
+        for (rows, folded, *prefix), b, length, rest in parts:
+            folded_grad, folded_out, folded_lse = (
+                _fold(part[rows], trunk_key.shape[1]) for part in (grad, out, lse[..., None])
+            )
+            folded_lse = folded_lse[..., 0].contiguous()
             part_query, part_key, part_value = part_backward(
-                folded_grad,
-                folded,
-                prefix_key,
-                prefix_value,
-                folded_out,
-                folded_lse[..., 0].contiguous(),
-                rest,
-                False,
-                ctx.scale,
+                folded_grad, folded, *prefix, folded_out, folded_lse, rest, False, ctx.scale
             )
             grad_query[rows] += _unfold(part_query, query[rows])
             grad_trunk_key[b, :, :length] += part_key[0]
             grad_trunk_value[b, :, :length] += part_value[0]
+
         return (
             grad_query,
             grad_key,
@@ -259,20 +250,20 @@ def _prefixes(query: Tensor, trunk_key: Tensor, trunk_value: Tensor, tree: Tree)
 
 
 def _fold(part: Tensor, key_heads: int) -> Tensor:
-    """All queries of a group that share keys, as one list: [G, H, L, D] -> [1, K, R * G * L, D]."""
-    return rearrange(part, "g (k r) l d -> 1 k (r g l) d", k=key_heads).contiguous()
+    """All queries of a group that share keys, as one list: [G, A, L, E] -> [1, C, F * G * L, E]."""
+    return rearrange(part, "g (c f) l e -> 1 c (f g l) e", c=key_heads).contiguous()
 
 
 def _unfold(part: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_fold`, for a group shaped like `like` [G, H, L, D]."""
-    return rearrange(part, "1 k (r g l) d -> g (k r) l d", g=like.shape[0], l=like.shape[2])
+    """The inverse of `_fold`, for a group shaped like `like` [G, A, L, E]."""
+    return rearrange(part, "1 c (f g l) e -> g (c f) l e", g=like.shape[0], l=like.shape[2])
 
 
 def attend_trunks(
     query: Tensor, key: Tensor, value: Tensor, trunk: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of each trunk of a packed row: out [B * P, H, D], and the trunks' keys and
-    values [B, K, P, D]."""
+    """Causal attention of each trunk of a packed row: out [B * P, A, E], and the trunks' keys and
+    values [B, C, P, E]."""
     trunk_query, trunk_key, trunk_value = (_segment(part, trunk) for part in (query, key, value))
     out = nn.functional.scaled_dot_product_attention(
         trunk_query,
@@ -282,17 +273,17 @@ def attend_trunks(
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )
-    return rearrange(out, "b h p d -> (b p) h d"), trunk_key, trunk_value
+    return rearrange(out, "b a p e -> (b p) a e"), trunk_key, trunk_value
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -> Tensor:
     """Attention of the packed row.
 
     Args:
-        query: [H, T, D]; key, value: [K, T, D], with positions already in them.
+        query: [A, T, E]; key, value: [C, T, E], with positions already in them.
 
     Returns:
-        [T, H, D].
+        [T, A, E].
     """
     out, trunk_key, trunk_value = attend_trunks(query, key, value, tree.trunk, scale)
     if tree.prefix:
@@ -303,14 +294,14 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
             tree,
             scale,
         )
-        out = torch.cat([out, rearrange(branch, "n h l d -> (n l) h d")])
+        out = torch.cat([out, rearrange(branch, "n a l e -> (n l) a e")])
     return out.index_select(0, tree.place)
 
 
 def _segment(part: Tensor, index: Tensor) -> Tensor:
-    """[H, T, D] -> [X, H, Y, D], the tokens that an index [X, Y] names."""
+    """[A, T, E] -> [X, A, Y, E], the tokens that an index [X, Y] names."""
     return rearrange(
-        part.index_select(1, index.flatten()), "h (x y) d -> x h y d", x=index.shape[0]
+        part.index_select(1, index.flatten()), "a (x y) e -> x a y e", x=index.shape[0]
     )
 
 
@@ -342,20 +333,19 @@ class SharedKeys:
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
         self._length = -1
         """Branch tokens so far; -1 until the trunks have been run."""
-        self._arrange()
+        self._place_branches()
 
-    def _arrange(self) -> None:
+    def _place_branches(self) -> None:
         """Where each branch stands in the padded block [B, branches of a trunk]."""
         counts = torch.bincount(self._trunk_of, minlength=self._trunk.shape[0])
-        width = int(counts.max())
+        before = counts.cumsum(0) - counts
         order = torch.argsort(self._trunk_of, stable=True)
-        rank = (
-            torch.arange(len(order), device=order.device)
-            - (counts.cumsum(0) - counts)[self._trunk_of[order]]
+        trunk = self._trunk_of[order]
+        self._width = int(counts.max())
+        self._place = torch.empty_like(order)
+        self._place[order] = (
+            trunk * self._width + torch.arange(len(order), device=order.device) - before[trunk]
         )
-        place = torch.empty_like(order)
-        place[order] = self._trunk_of[order] * width + rank
-        self._place, self._width = place, width
 
     def next_token(self) -> None:
         """Announce the forward of one more token of every branch."""
@@ -364,25 +354,22 @@ class SharedKeys:
     def keep(self, index: Tensor) -> None:
         """Drop all branches but these, in this order."""
         self._trunk_of, self._prefix = self._trunk_of[index], self._prefix[index]
-        for layer, (
-            key,
-            value,
-        ) in self._own.items():  # layer by layer, so that one layer at most is held twice
+        # Layer by layer, so that one layer at most is held twice.
+        for layer, (key, value) in self._own.items():
             self._own[layer] = key[index], value[index]
-        self._arrange()
+        self._place_branches()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of one forward: of packed trunks [1, H, T, D] first, then of one token per
-        branch [1, H, N, D].
+        """Attention of one forward: of packed trunks [1, A, T, E] first, then of one token per
+        branch [1, A, N, E].
 
         Returns:
-            [1, T or N, H, D].
+            [1, T or N, A, E].
         """
         if self._length < 0:
             return self._attend_trunks(layer, query[0], key[0], value[0], scale)[None]
-        return self._attend_branches(
-            layer, *(rearrange(part, "1 h n d -> n h d") for part in (query, key, value)), scale
-        )[None]
+        query, key, value = (rearrange(part, "1 a n e -> n a e") for part in (query, key, value))
+        return self._attend_branches(layer, query, key, value, scale)[None]
 
     def _attend_trunks(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -395,32 +382,32 @@ class SharedKeys:
     ) -> Tensor:
         own_key, own_value = self._append(layer, key, value)
         trunk_key, trunk_value = self._trunk_keys[layer]
-        num_trunks, key_heads = trunk_key.shape[:2]
-        query = rearrange(query, "n (k r) d -> n k r d", k=key_heads)
-        block = query.new_zeros(num_trunks * self._width, *query.shape[1:]).index_copy(
-            0, self._place, query
-        )
-        folded = rearrange(block, "(b w) k r d -> b k (w r) d", b=num_trunks)
-        scores = rearrange(folded @ trunk_key.mT, "b k (w r) p -> (b w) k r p", w=self._width)[
-            self._place
-        ]
+        query = rearrange(query, "n (c f) e -> n c f e", c=trunk_key.shape[1])
+
+        scores = self._by_branch(self._by_trunk(query) @ trunk_key.mT)
         outside = torch.arange(scores.shape[-1], device=scores.device) >= self._prefix[:, None]
         scores = scores.masked_fill(rearrange(outside, "n p -> n 1 1 p"), float("-inf"))
         both = torch.cat([scores, query @ own_key.mT], dim=-1).float() * scale
         weights = both.softmax(dim=-1).to(value.dtype)
+
         on_trunk, on_own = weights.split([scores.shape[-1], own_key.shape[2]], dim=-1)
-        block = weights.new_zeros(num_trunks * self._width, *on_trunk.shape[1:]).index_copy(
-            0, self._place, on_trunk
-        )
-        out = rearrange(block, "(b w) k r p -> b k (w r) p", b=num_trunks) @ trunk_value
-        out = (
-            rearrange(out, "b k (w r) d -> (b w) k r d", w=self._width)[self._place]
-            + on_own @ own_value
-        )
-        return rearrange(out, "n k r d -> n (k r) d")
+        out = self._by_branch(self._by_trunk(on_trunk) @ trunk_value) + on_own @ own_value
+        return rearrange(out, "n c f e -> n (c f) e")
+
+    def _by_trunk(self, part: Tensor) -> Tensor:
+        """[N, C, F, Y] of the branches -> [B, C, W * F, Y], those of a trunk in one list of W
+        places, zero where no branch stands."""
+        num_trunks = self._trunk.shape[0]
+        block = part.new_zeros(num_trunks * self._width, *part.shape[1:])
+        block = block.index_copy(0, self._place, part)
+        return rearrange(block, "(b w) c f y -> b c (w f) y", b=num_trunks)
+
+    def _by_branch(self, part: Tensor) -> Tensor:
+        """The inverse of `_by_trunk`."""
+        return rearrange(part, "b c (w f) y -> (b w) c f y", w=self._width)[self._place]
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, K, tokens so far, D] of the branches, with room that grows ahead of
+        """Keys and values [N, C, tokens so far, E] of the branches, with room that grows ahead of
         them (`next_room`)."""
         room = self._own[layer][0].shape[2] if layer in self._own else 0
         if self._length >= room:
@@ -478,6 +465,10 @@ def register(base: str) -> str:
     return name
 
 
+ATTENTION_ONLY = {"qwen3", "qwen2", "llama", "mistral", "gpt_neox", "olmo2", "smollm3"}
+"""Architectures that have been shown to be."""
+
+
 def why_no_tree(config: PretrainedConfig, attention: str) -> str | None:
     """Why a model can not run a tree; None where it can.
 
@@ -485,23 +476,13 @@ def why_no_tree(config: PretrainedConfig, attention: str) -> str | None:
     (state-space, linear attention, convolution) has nothing to continue from.
     """
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if text.model_type not in (
-        "qwen3",
-        "qwen2",
-        "llama",
-        "mistral",
-        "gpt_neox",
-        "olmo2",
-        "smollm3",
-    ):
+    if text.model_type not in ATTENTION_ONLY:
         return f"{text.model_type} has not been shown to be attention-only"
-    if (
-        kinds != {"full_attention"}
-        or getattr(text, "use_sliding_window", False)
-        or text.model_type == "mistral"
-        and text.sliding_window
-    ):
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    slides = getattr(text, "use_sliding_window", False) or (
+        text.model_type == "mistral" and text.sliding_window
+    )
+    if slides or kinds != {"full_attention"}:
         return "it has layers with a sliding window"
     if attention != "sdpa":
         return f"its attention is {attention}; a tree needs sdpa"

@@ -1,5 +1,4 @@
-"""How documents and thoughts become rows of tokens, and which log-probabilities are wanted from
-them.
+"""Documents and thoughts as rows of tokens, and which log-probabilities are wanted of them.
 
 A layout is rows plus queries. A query names the hidden state that predicts (row, column), the token
 it should predict, the temperature, and the token left out of the softmax. Queries stand in five
@@ -11,21 +10,22 @@ blocks:
     no_think      the H target tokens without a thought, open marker excluded            [M, H]
     open_marker   the open marker where a thought may start, nothing excluded            [M]
 
-`repeated`: one row per thought (instruction, prefix, open marker, thought, close marker, targets)
-and one row per document. Plain, right for every causal LM; the definition for any other
-arrangement.
+`repeated_layout`: one row per thought (instruction, prefix, open marker, thought, close marker,
+targets) and one per document. Plain, right for every causal LM; the definition for any other.
 
-`tree`: one packed row without padding: each document once (a trunk), then the thoughts (branches),
-which attend to their prefix of the trunk and to themselves (`attention`). For attention-only
-models; the same numbers for less work.
+`tree_layout`: one packed row without padding: each document once (a trunk), then the thoughts
+(branches), which attend to their prefix of the trunk and to themselves (`attention`). For
+attention-only models; the same numbers for less work.
+
+What runs a layout, and what its answers are for, is not known here.
 
 Dimensions
     B  documents;  M  positions;  G  thoughts per position;  N = M * G rows of thoughts
-    P  document tokens;  L  thought tokens;  H  target tokens;  R  rows;  T  tokens in a row;  Q
-       queries
+    P  document tokens;  L  thought tokens;  H  target tokens
+    R  rows;  T  tokens in a row;  Q  queries
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,9 @@ from rlp.data.positions import Positions
 from rlp.model.attention import Tree
 from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat, Thoughts
+
+THOUGHT, TARGET, DOCUMENT, NO_THINK, OPEN_MARKER = range(5)
+"""The blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,37 +123,26 @@ def repeated_layout(
         lm: ask for every token of every document.
         no_think: ask for the targets and the open marker without a thought.
     """
-    builder = _Builder()
+    builder = _Builder(thought_format)
     for branch in _branches(positions, thoughts, thought_format):
         prefix = thought_format.prefix(documents[branch.document].tokens, branch.position)
         row = builder.add_row(np.concatenate([prefix, branch.after_open]))
-        builder.ask_thought(thought_format, row, len(prefix) - 1, branch)
+        builder.ask_thought(row, len(prefix) - 1, branch)
     num_thoughts = len(builder.rows)
+
     if lm or no_think:
         for d, document in enumerate(documents):
-            builder.ask_document(
-                thought_format,
-                builder.add_row(document.tokens),
-                0,
-                document.tokens,
-                _of(positions, d, no_think),
-                lm,
-            )
-    lengths = np.array([len(row) for row in builder.rows])
-    tokens = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
-    for row, content in zip(tokens, builder.rows):
-        row[: len(content)] = content
-    thought_queries = builder.num_thought_queries()
+            row = builder.add_row(document.tokens)
+            builder.ask_document(row, 0, document, _targets(positions, d, no_think), lm)
+
+    lengths = builder.lengths()
     return builder.finish(
-        tokens,
-        None,
-        None,
-        thoughts,
+        padded_rows(builder.rows)[0],
+        _thought_mask(thoughts),
         documents,
-        thought_format.horizon,
         device,
-        thought_work=row_work(lengths[:num_thoughts], thought_queries),
-        document_work=row_work(lengths[num_thoughts:], builder.num_queries() - thought_queries),
+        thought_work=row_work(lengths[:num_thoughts], builder.num_thought_queries()),
+        document_work=row_work(lengths[num_thoughts:], builder.num_document_queries()),
     )
 
 
@@ -170,64 +162,49 @@ def tree_layout(
     With an instruction the context of a thought is not the document that the LM loss is about: a
     document is then a trunk twice, with the instruction for its thoughts and without it for itself.
     """
-    builder = _Builder()
+    builder = _Builder(thought_format)
     plain = lm or no_think
-    thinking = {}
-    for d in sorted({int(d) for d in positions.document}) if thoughts is not None else []:
-        if len(thought_format.instruction) or not plain:
-            thinking[d] = builder.add_row(
-                thought_format.context(documents[d].tokens, positions.last_of(d))
-            )
+    trunk_of = {}
+    if thoughts is not None and (len(thought_format.instruction) or not plain):
+        for d in sorted(set(positions.document.tolist())):
+            context = thought_format.context(documents[d].tokens, positions.last_of(d))
+            trunk_of[d] = builder.add_row(context)
     if plain:
         for d, document in enumerate(documents):
             row = builder.add_row(document.tokens)
-            thinking.setdefault(d, row)
-            builder.ask_document(
-                thought_format,
-                0,
-                builder.start_of(row),
-                document.tokens,
-                _of(positions, d, no_think),
-                lm,
-            )
+            trunk_of.setdefault(d, row)
+            start = builder.start_of(row)
+            builder.ask_document(0, start, document, _targets(positions, d, no_think), lm)
     num_trunks = len(builder.rows)
-    prefixes = []
+
+    trunks, prefixes = [], []
+    opening = np.array(thought_format.markers.open, dtype=np.int64)
     for branch in _branches(positions, thoughts, thought_format):
-        prefixes.append(
-            len(thought_format.context(documents[branch.document].tokens, branch.position))
-        )
-        row = builder.add_row(
-            np.concatenate([thought_format.markers.open, branch.after_open]).astype(np.int64)
-        )
-        builder.ask_thought(
-            thought_format, 0, builder.start_of(row) + len(thought_format.markers.open) - 1, branch
-        )
+        trunks.append(trunk_of[branch.document])
+        context = thought_format.context(documents[branch.document].tokens, branch.position)
+        prefixes.append(len(context))
+        row = builder.add_row(np.concatenate([opening, branch.after_open]))
+        builder.ask_thought(0, builder.start_of(row) + len(opening) - 1, branch)
+
+    lengths = builder.lengths()
+    before = np.array([0] * num_trunks + prefixes)
+    position = np.concatenate([start + np.arange(length) for start, length in zip(before, lengths)])
     group = 1 if thoughts is None else thoughts.tokens.shape[1]
-    trunk_of = () if thoughts is None else tuple(thinking[int(d)] for d in positions.document)
-    lengths = np.array([len(row) for row in builder.rows])
-    offset = np.concatenate(
-        [np.zeros(num_trunks, dtype=np.int64), np.array(prefixes, dtype=np.int64)]
+    tree = _tree(lengths, num_trunks, tuple(trunks[::group]), tuple(prefixes[::group]), device)
+
+    trunk_work = row_work(lengths[:num_trunks], builder.num_document_queries())
+    branch_work = row_work(
+        lengths[num_trunks:], builder.num_thought_queries(), before=before[num_trunks:]
     )
-    position = np.concatenate([start + np.arange(length) for start, length in zip(offset, lengths)])
-    trunk_work, branch_work = (
-        row_work(lengths[:num_trunks], 0),
-        row_work(lengths[num_trunks:], builder.num_thought_queries()),
-    )
-    branch_work += Work(pairs=int((lengths[num_trunks:] * offset[num_trunks:]).sum()))
     return builder.finish(
         np.concatenate(builder.rows)[None],
-        position[None],
-        _tree(lengths, num_trunks, trunk_of, tuple(prefixes[::group]), device),
-        thoughts,
+        _thought_mask(thoughts),
         documents,
-        thought_format.horizon,
         device,
+        position=torch.from_numpy(position[None]).to(device),
+        tree=tree,
         thought_work=branch_work if plain else branch_work + trunk_work,
-        document_work=(
-            trunk_work + Work(head_rows=builder.num_queries() - builder.num_thought_queries())
-            if plain
-            else Work()
-        ),
+        document_work=trunk_work if plain else Work(),
     )
 
 
@@ -235,12 +212,51 @@ LAYOUTS = {"repeated": repeated_layout, "tree": tree_layout}
 """By the names of `engine.layout`."""
 
 
+def continuation_layout(
+    contexts: Sequence[np.ndarray],
+    continuations: Sequence[np.ndarray],
+    thought_format: ThoughtFormat,
+    device: torch.device,
+) -> Layout:
+    """One row per context [T] with its continuation [L], of which each token is asked for in the
+    place of a thought: at temperature 1, open marker excluded."""
+    builder = _Builder(thought_format)
+    for context, continuation in zip(contexts, continuations):
+        row = builder.add_row(np.concatenate([context, continuation[:-1]]))
+        columns = len(context) - 1 + np.arange(len(continuation))
+        builder.ask(THOUGHT, row, columns, continuation, 1.0, thought_format.markers.excluded)
+    mask = row_mask(np.array([len(continuation) for continuation in continuations]))
+    return builder.finish(
+        padded_rows(builder.rows)[0],
+        torch.from_numpy(mask),
+        [],
+        device,
+        thought_work=row_work(builder.lengths(), builder.num_thought_queries()),
+        document_work=Work(),
+    )
+
+
+def row_mask(lengths: np.ndarray) -> np.ndarray:
+    """[X, longest] bool, True on the first `length` places of each row."""
+    return np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+
+
+def padded_rows(rows: list[np.ndarray], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one block [R, T] int64, padded with zeros on the right, or on the left; and a mask of
+    what is no padding."""
+    mask = row_mask(np.array([len(row) for row in rows]))
+    if left:
+        mask = mask[:, ::-1].copy()
+    tokens = np.zeros(mask.shape, dtype=np.int64)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
+
+
 def padded_places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where packed segments stand, as a padded block: places [X, longest] int64, 0 off a segment,
     and a mask of what is on one."""
-    column = np.arange(int(lengths.max(initial=0)))
-    inside = column < lengths[:, None]
-    return np.where(inside, starts[:, None] + column, 0), inside
+    mask = row_mask(lengths)
+    return np.where(mask, starts[:, None] + np.arange(mask.shape[1]), 0), mask
 
 
 def _tree(
@@ -254,13 +270,12 @@ def _tree(
     starts = np.concatenate([[0], np.cumsum(lengths)])
     blocks, places, before = [], [], 0
     for first, last in ((0, num_trunks), (num_trunks, len(lengths))):
-        block, inside = padded_places(starts[first:last], lengths[first:last])
+        block, mask = padded_places(starts[first:last], lengths[first:last])
         blocks.append(block)
-        places.append((before + np.arange(inside.size)).reshape(inside.shape)[inside])
-        before += inside.size
+        places.append(before + np.flatnonzero(mask))
+        before += mask.size
     trunk, branch, place = (
-        torch.from_numpy(np.ascontiguousarray(part)).to(device)
-        for part in (*blocks, np.concatenate(places))
+        torch.from_numpy(part).to(device) for part in (*blocks, np.concatenate(places))
     )
     return Tree(trunk=trunk, branch=branch, place=place, trunk_of=trunk_of, prefix=prefix)
 
@@ -281,7 +296,7 @@ class _Branch:
     def after_open(self) -> np.ndarray:
         """What follows the open marker. The last target is predicted and never read, so it needs no
         place."""
-        return np.concatenate([self.thought, self.forced, self.target[:-1]]).astype(np.int64)
+        return np.concatenate([self.thought, self.forced, self.target[:-1]])
 
 
 def _branches(
@@ -293,21 +308,24 @@ def _branches(
     tokens, mask, truncated = (
         part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
     )
-    close, nothing = np.array(thought_format.markers.close), np.array([], dtype=np.int64)
-    for m, (d, t, target) in enumerate(
-        zip(positions.document, positions.position, positions.target)
-    ):
+    close = np.array(thought_format.markers.close, dtype=np.int64)
+    at = zip(positions.document.tolist(), positions.position.tolist(), positions.target)
+    for m, (d, t, target) in enumerate(at):
         for g in range(tokens.shape[1]):
-            yield _Branch(
-                int(d),
-                int(t),
-                tokens[m, g][mask[m, g]],
-                close if truncated[m, g] else nothing,
-                target,
-            )
+            forced = close if truncated[m, g] else close[:0]
+            yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, target)
 
 
-def _of(positions: Positions | None, document: int, wanted: bool) -> list[tuple[int, np.ndarray]]:
+def _thought_mask(thoughts: Thoughts | None) -> Tensor:
+    """[N, L] bool."""
+    if thoughts is None:
+        return torch.zeros(0, 0, dtype=torch.bool)
+    return rearrange(thoughts.mask, "m g l -> (m g) l")
+
+
+def _targets(
+    positions: Positions | None, document: int, wanted: bool
+) -> list[tuple[int, np.ndarray]]:
     """(position, target) of one document; none where they are not wanted."""
     if not wanted:
         return []
@@ -315,15 +333,13 @@ def _of(positions: Positions | None, document: int, wanted: bool) -> list[tuple[
     return list(zip(positions.position[here].tolist(), positions.target[here]))
 
 
-THOUGHT, TARGET, DOCUMENT, NO_THINK, OPEN_MARKER = range(5)
-
-
 class _Builder:
     """Rows and queries while they are collected, as numpy arrays."""
 
-    def __init__(self) -> None:
+    def __init__(self, thought_format: ThoughtFormat) -> None:
         self.rows: list[np.ndarray] = []
-        self._starts: list[int] = [0]
+        self._format = thought_format
+        self._starts = [0]
         self._blocks: list[list[tuple[np.ndarray, ...]]] = [[], [], [], [], []]
 
     def add_row(self, tokens: np.ndarray) -> int:
@@ -335,60 +351,43 @@ class _Builder:
         """First column of a row when all rows are packed into one."""
         return self._starts[row]
 
-    def ask_thought(
-        self, thought_format: ThoughtFormat, row: int, open_column: int, branch: _Branch
-    ) -> None:
+    def lengths(self) -> np.ndarray:
+        """[R] int64."""
+        return np.diff(self._starts)
+
+    def ask_thought(self, row: int, open_column: int, branch: _Branch) -> None:
         """Its tokens and targets; `open_column` holds the last token of the open marker."""
         length = len(branch.thought)
-        self._ask(
-            THOUGHT,
-            row,
-            open_column + np.arange(length),
-            branch.thought,
-            thought_format.temperature,
-            -1,
-        )
-        start = open_column + length + len(branch.forced)
-        self._ask(
-            TARGET,
-            row,
-            start + np.arange(len(branch.target)),
-            branch.target,
-            thought_format.target_temperature,
-            thought_format.markers.excluded,
-        )
+        columns = open_column + np.arange(length)
+        self.ask(THOUGHT, row, columns, branch.thought, self._format.temperature, -1)
+        self._ask_target(TARGET, row, open_column + length + len(branch.forced), branch.target)
 
     def ask_document(
         self,
-        thought_format: ThoughtFormat,
         row: int,
         start: int,
-        tokens: np.ndarray,
-        positions: list[tuple[int, np.ndarray]],
+        document: Document,
+        targets: list[tuple[int, np.ndarray]],
         lm: bool,
     ) -> None:
-        """Tokens and no-think targets of a document that begins at column `start`."""
+        """Tokens and no-think targets (position, target) of a document that begins at column
+        `start`."""
         if lm:
-            self._ask(DOCUMENT, row, start + np.arange(len(tokens) - 1), tokens[1:], 1.0, -1)
-        for t, target in positions:
-            self._ask(
-                NO_THINK,
-                row,
-                start + t - 1 + np.arange(len(target)),
-                target,
-                thought_format.target_temperature,
-                thought_format.markers.excluded,
-            )
-            self._ask(
-                OPEN_MARKER,
-                row,
-                np.array([start + t - 1]),
-                np.array([thought_format.markers.excluded]),
-                1.0,
-                -1,
-            )
+            following = document.tokens[1:]
+            self.ask(DOCUMENT, row, start + np.arange(len(following)), following, 1.0, -1)
+        for t, target in targets:
+            last = start + t - 1
+            self._ask_target(NO_THINK, row, last, target)
+            marker = np.array([self._format.markers.excluded])
+            self.ask(OPEN_MARKER, row, np.array([last]), marker, 1.0, -1)
 
-    def _ask(
+    def _ask_target(self, block: int, row: int, first: int, target: np.ndarray) -> None:
+        """Target tokens, the first of them predicted at column `first`."""
+        columns = first + np.arange(len(target))
+        markers, temperature = self._format.markers, self._format.target_temperature
+        self.ask(block, row, columns, target, temperature, markers.excluded)
+
+    def ask(
         self,
         block: int,
         row: int,
@@ -403,57 +402,49 @@ class _Builder:
             (row * same, columns, targets, same / temperature, excluded * same)
         )
 
-    def sizes(self) -> tuple[int, ...]:
+    def _sizes(self) -> tuple[int, ...]:
         """Queries in each block."""
         return tuple(sum(len(part[0]) for part in block) for block in self._blocks)
 
-    def num_queries(self) -> int:
-        return sum(self.sizes())
-
     def num_thought_queries(self) -> int:
         """Queries whose hidden state belongs to a thought."""
-        sizes = self.sizes()
-        return sizes[THOUGHT] + sizes[TARGET]
+        return sum(self._sizes()[: TARGET + 1])
+
+    def num_document_queries(self) -> int:
+        """All others."""
+        return sum(self._sizes()[DOCUMENT:])
 
     def finish(
         self,
         tokens: np.ndarray,
-        position: np.ndarray | None,
-        tree: Tree | None,
-        thoughts: Thoughts | None,
+        thought_mask: Tensor,
         documents: list[Document],
-        horizon: int,
         device: torch.device,
         *,
+        position: Tensor | None = None,
+        tree: Tree | None = None,
         thought_work: Work,
         document_work: Work,
     ) -> Layout:
         """The layout of what was collected."""
-        columns = [
-            np.concatenate(column)
-            for column in zip(*(part for block in self._blocks for part in block))
-        ]
+        queries = zip(*(part for block in self._blocks for part in block))
         row, column, target, inverse_temperature, excluded = (
-            torch.from_numpy(part).to(device) for part in columns
+            torch.from_numpy(np.concatenate(parts)).to(device) for parts in queries
         )
-        lengths = torch.tensor([len(document.tokens) - 1 for document in documents], device=device)
+        document_mask = row_mask(np.array([len(document.tokens) - 1 for document in documents]))
         return Layout(
             tokens=torch.from_numpy(tokens).to(device),
-            position=None if position is None else torch.from_numpy(position).to(device),
+            position=position,
             tree=tree,
             row=row,
             column=column,
             target=target,
             inverse_temperature=inverse_temperature.float(),
             excluded=excluded,
-            sizes=self.sizes(),
-            thought_mask=(
-                torch.zeros(0, 0, dtype=torch.bool, device=device)
-                if thoughts is None
-                else rearrange(thoughts.mask, "m g l -> (m g) l")
-            ),
-            document_mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None],
-            horizon=horizon,
+            sizes=self._sizes(),
+            thought_mask=thought_mask.to(device),
+            document_mask=torch.from_numpy(document_mask).to(device),
+            horizon=self._format.horizon,
             thought_work=thought_work,
             document_work=document_work,
         )

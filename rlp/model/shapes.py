@@ -29,14 +29,30 @@ class Work:
         )
 
 
-def row_work(lengths: np.ndarray, head_rows: int) -> Work:
-    """Work of separate rows of these lengths."""
-    lengths = lengths.astype(np.int64)
+def row_work(
+    lengths: np.ndarray | int, head_rows: int, *, before: np.ndarray | int = 0, count: int = 1
+) -> Work:
+    """Work of separate rows.
+
+    Args:
+        lengths: tokens that are run, of each row.
+        head_rows: of all rows together.
+        before: tokens that each row attends to besides, run before.
+        count: how many rows of each length there are; `head_rows` is not multiplied.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
     return Work(
-        tokens=int(lengths.sum()),
-        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        tokens=count * int(lengths.sum()),
+        pairs=count * int(causal_pairs(lengths, before).sum()),
         head_rows=head_rows,
     )
+
+
+def causal_pairs(
+    new_tokens: np.ndarray | int, cached_tokens: np.ndarray | int = 0
+) -> np.ndarray | int:
+    """Query-key pairs of a row: each token sees the cached ones, the earlier ones and itself."""
+    return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
 
 
 NORM_COPIES = 3
@@ -83,11 +99,6 @@ class ModelShapes:
     uncounted: tuple[str, ...] = ()
     """What the FLOPs are counted without: weights and layers whose cost is not known here; numbers
     in their names are `*`."""
-
-
-def causal_pairs(new_tokens: int, cached_tokens: int = 0) -> int:
-    """Query-key pairs of one row: each token sees the cached ones, the earlier ones and itself."""
-    return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
 
 
 def forward_flops(shapes: ModelShapes, work: Work) -> float:
