@@ -390,6 +390,49 @@ def test_every_committed_config_loads(path: Path):
     assert read_back(config) == config
 
 
+TOLD = [
+    path
+    for pattern in ("*.md", "*.cff", "Makefile", "configs/*", "docs/**/*", "experiments/**/*")
+    for path in sorted(ROOT.glob(pattern))
+    if path.suffix in ("", ".md", ".yaml", ".py", ".cff") and path.is_file()
+]
+
+LEADS_ELSEWHERE = re.compile(
+    r"(?<![\w.])/(?:home|root|work|mnt|tmp|srv|Users)/|~/|(?<![\w./])\.\./"
+)
+
+
+def paths_outside(text: str, folder: Path) -> list[str]:
+    """Lines of a text in which a path leads out of the repository.
+
+    Args:
+        folder: where the paths of the text begin.
+    """
+    return [
+        line
+        for line in text.splitlines()
+        if (found := LEADS_ELSEWHERE.search(line))
+        and not (
+            found[0] == "../"
+            and (folder / re.match(r"[./\w-]+", line[found.start() :])[0])
+            .resolve()
+            .is_relative_to(ROOT)
+        )
+    ]
+
+
+@pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_config_experiment_or_page_names_a_path_outside_the_repository(path: Path):
+    """It would be somebody's own machine. Links of a page begin at the page."""
+    assert paths_outside(path.read_text(), path.parent if path.suffix == ".md" else ROOT) == []
+
+
+def test_the_checker_sees_a_path_outside():
+    for text in ("data: ../../shared/x.jsonl", "see ~/data", "at /home/me/x", "[x](../../y.md)"):
+        assert paths_outside(text, ROOT / "docs") == [text]
+    assert paths_outside("[x](../README.md), configs/x.yaml, 1/2", ROOT / "docs") == []
+
+
 def read_back(config: Config) -> Config:
     """A config written and read once."""
     return OmegaConf.to_object(

@@ -1,18 +1,16 @@
-"""A tokenizer and a tiny model config for GSM8K: byte-level BPE trained on the problems, Qwen3
-shape.
+"""A tokenizer and a tiny model config for GSM8K: byte-level BPE of its problems, Qwen3 shape.
 
-    python experiments/gsm8k_tiny/make_model.py --data train.jsonl --out
-    experiments/gsm8k_tiny/model
+    python experiments/gsm8k_tiny/make_model.py --out experiments/gsm8k_tiny/model
 
 The folder holds no weights: `model.init: random` draws them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import rlp  # noqa: F401, before torch, which transformers loads: see rlp/process/machine.py
+from rlp.config import DataConfig  # rlp before torch: see rlp/process/machine.py
+from rlp.data.sources import DataError, open_rows
 
 # isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -61,36 +59,43 @@ def model_config(vocabulary: int, eos_token_id: int) -> Qwen3Config:
     )
 
 
+def problems(source: str) -> list[str]:
+    """The texts of configs/gsm8k_tiny.yaml, read as a run reads them.
+
+    Raises:
+        DataError: nothing can be read there.
+    """
+    rows = open_rows([source], DataConfig(train=[source]), "train", "--data")
+    return ["{question}\n{answer}".format_map(rows.read(index)) for index in range(len(rows))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", required=True, help="a JSON Lines file with the fields question and answer"
+        "--data",
+        default="hub:openai/gsm8k@main",
+        help="rows with the fields question and answer: a file, or hub:OWNER/NAME (GSM8K)",
     )
-    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--vocabulary", type=int, default=2048)
     options = parser.parse_args()
-    out = Path(options.out)
-    if not Path(options.data).is_file():
+
+    if options.out.exists():
         print(
-            f"error: --data: no file at {options.data!r}. Write the path of GSM8K's train.jsonl.",
-            file=sys.stderr,
-        )
-        return 3
-    if out.exists():
-        print(
-            f"error: --out: {out} exists and is never written over. Write another folder.",
+            f"error: --out: {options.out} exists and is never written over. Write another folder.",
             file=sys.stderr,
         )
         return 2
-    rows = [
-        json.loads(line) for line in Path(options.data).read_text(encoding="utf-8").splitlines()
-    ]
-    tokenizer = train_tokenizer(
-        [f"{row['question']}\n{row['answer']}" for row in rows], options.vocabulary
-    )
-    tokenizer.save_pretrained(out)
-    model_config(len(tokenizer), tokenizer.eos_token_id).save_pretrained(out)
-    print(f"{out}: {len(tokenizer)} tokens, from {len(rows)} problems")
+    try:
+        texts = problems(options.data)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+
+    tokenizer = train_tokenizer(texts, options.vocabulary)
+    tokenizer.save_pretrained(options.out)
+    model_config(len(tokenizer), tokenizer.eos_token_id).save_pretrained(options.out)
+    print(f"{options.out}: {len(tokenizer)} tokens, from {len(texts)} problems")
     return 0
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 from rlp.compare.harness import thinking_lm
-from rlp.compare.tasks import Benchmark, _data_errors, settle_samples
+from rlp.compare.tasks import Benchmark, data_errors, settle_samples
 from rlp.compare.thinker import GREEDY, Reply, Thinker
 
 
@@ -207,7 +207,7 @@ def run_benchmark(
     for task in tasks:
         with (
             redirect_stderr(io.StringIO()),
-            _data_errors(name, benchmark),
+            data_errors(name, benchmark),
         ):  # lm_eval draws a bar for each task
             task.build_all_requests(limit=limit)
         lm = thinking_lm(thinker, answer_tokens=benchmark.answer_tokens)

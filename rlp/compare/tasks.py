@@ -91,7 +91,9 @@ class Benchmark:
     """The right answer in the same way, for `data`; few-shot examples show it whole, and the check
     reads what stands after its last `####`."""
     examples: str | None = None
-    """A JSON Lines file of few-shot examples, for `data`."""
+    """Few-shot examples, for `data`: a JSON Lines file, or a Hub data set as `data` names one."""
+    examples_split: str = "train"
+    """Split of the Hub data set of `examples`: those of `split` would show their own answers."""
     until: list[str] = field(default_factory=lambda: ["Question:"])
     """Texts that end an answer, for `data`; an lm_eval task has its own."""
     shots: int | None = None
@@ -129,7 +131,7 @@ class Benchmark:
             not (self.data and self.shots and not self.examples),
             "shots",
             self.shots,
-            "needs examples: a JSON Lines file that they come from",
+            "needs examples: a JSON Lines file or a Hub data set that they come from",
         )
         require(
             1 <= self.samples <= MOST_SAMPLES,
@@ -257,7 +259,7 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
     }
     loaded = {}
     for name, spec in specs.items():
-        with _data_errors(name, benchmarks[name]):
+        with data_errors(name, benchmarks[name]):
             tasks = list(manager.load([spec])["tasks"].values())
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False):
@@ -283,7 +285,7 @@ def _known_task(name: str, task: str, known: list[str]) -> str:
 
 
 @contextmanager
-def _data_errors(name: str, benchmark: Benchmark) -> Iterator[None]:
+def data_errors(name: str, benchmark: Benchmark) -> Iterator[None]:
     """Around lm_eval's reading of a task's rows: what goes wrong there is a DataError."""
     import datasets
     from jinja2 import TemplateError
@@ -321,10 +323,9 @@ class _Questions(list):
 def own_task(name: str, benchmark: Benchmark) -> dict:
     """The lm_eval config of questions that are no task of lm_eval. What it gets is finished text,
     and no template to fill."""
-    sources = {"test": benchmark.data} | (
-        {"examples": benchmark.examples} if benchmark.examples else {}
-    )
-    rows = {split: _finished(source, benchmark, name) for split, source in sources.items()}
+    rows = {"test": _finished(benchmark.data, benchmark.split, benchmark, name)}
+    if benchmark.examples:
+        rows["examples"] = _finished(benchmark.examples, benchmark.examples_split, benchmark, name)
     return {
         "task": name,
         "output_type": "generate_until",
@@ -340,17 +341,15 @@ def own_task(name: str, benchmark: Benchmark) -> dict:
     }
 
 
-def _finished(source: str, benchmark: Benchmark, name: str) -> _Questions:
-    """All questions of a file or a Hub data set.
+def _finished(source: str, split: str, benchmark: Benchmark, name: str) -> _Questions:
+    """All questions of a file, or of a split of a Hub data set.
 
     Raises:
         DataError: it can not be read, or a row lacks a field; with its line.
     """
     try:
-        rows, finished = (
-            open_rows([source], DataConfig(train=[source]), benchmark.split, name),
-            _Questions(),
-        )
+        rows = open_rows([source], DataConfig(train=[source]), split, name)
+        finished = _Questions()
         for index in range(len(rows)):
             row = _row(rows, index)
             if row is not None:

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlp.cli import main
+from rlp.compare import tasks
 from rlp.compare.answers import AnswerPool, Verdict
 from rlp.compare.benchmarks import mean_and_error, run_benchmark, thought_gain
 from rlp.compare.harness import thinking_lm
 from rlp.compare.tasks import Benchmark, load_benchmarks, settle_samples
 from rlp.compare.thinker import Thinker
 from rlp.config import ConfigError, ThoughtConfig
+from rlp.data.sources import open_rows
 from rlp.model.markers import Markers
 from rlp.model.thoughts import ThoughtFormat
 from tests import REPOSITORY
@@ -395,6 +397,21 @@ def test_a_wrong_benchmark_file_is_refused(tmp_path: Path, text: str, complaint:
     (tmp_path / "b.yaml").write_text(text)
     with pytest.raises(ConfigError, match=complaint.replace(".", r"\.")):
         load_benchmarks(tmp_path / "b.yaml")
+
+
+def test_examples_come_from_a_split_of_their_own(tmp_path, monkeypatch):
+    """Those of the tested split would show the answers that are asked for."""
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    opened = []
+
+    def open_split(sources: list[str], config: object, split: str, key: str):
+        opened.append((sources, split))
+        return open_rows([str(tmp_path / "q.jsonl")], config, split, key)
+
+    monkeypatch.setattr(tasks, "open_rows", open_split)
+    benchmark = load_benchmarks(ROOT / "configs" / "benchmarks_gsm8k.yaml")["GSM8K"]
+    tasks.own_task("GSM8K", benchmark)
+    assert opened == [(["hub:openai/gsm8k@main"], split) for split in ("test", "train")]
 
 
 @pytest.fixture(scope="module")
