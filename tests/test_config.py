@@ -393,7 +393,7 @@ def test_every_committed_config_loads(path: Path):
 TOLD = [
     path
     for pattern in ("*.md", "*.cff", "Makefile", "configs/*", "docs/**/*", "experiments/**/*")
-    for path in sorted(ROOT.glob(pattern))
+    for path in sorted(REPOSITORY.glob(pattern))
     if path.suffix in ("", ".md", ".yaml", ".py", ".cff") and path.is_file()
 ]
 
@@ -416,21 +416,23 @@ def paths_outside(text: str, folder: Path) -> list[str]:
             found[0] == "../"
             and (folder / re.match(r"[./\w-]+", line[found.start() :])[0])
             .resolve()
-            .is_relative_to(ROOT)
+            .is_relative_to(REPOSITORY)
         )
     ]
 
 
-@pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_config_experiment_or_page_names_a_path_outside_the_repository(path: Path):
     """It would be somebody's own machine. Links of a page begin at the page."""
-    assert paths_outside(path.read_text(), path.parent if path.suffix == ".md" else ROOT) == []
+    assert (
+        paths_outside(path.read_text(), path.parent if path.suffix == ".md" else REPOSITORY) == []
+    )
 
 
 def test_the_checker_sees_a_path_outside():
     for text in ("data: ../../shared/x.jsonl", "see ~/data", "at /home/me/x", "[x](../../y.md)"):
-        assert paths_outside(text, ROOT / "docs") == [text]
-    assert paths_outside("[x](../README.md), configs/x.yaml, 1/2", ROOT / "docs") == []
+        assert paths_outside(text, REPOSITORY / "docs") == [text]
+    assert paths_outside("[x](../README.md), configs/x.yaml, 1/2", REPOSITORY / "docs") == []
 
 
 def read_back(config: Config) -> Config:

@@ -409,7 +409,7 @@ def test_examples_come_from_a_split_of_their_own(tmp_path, monkeypatch):
         return open_rows([str(tmp_path / "q.jsonl")], config, split, key)
 
     monkeypatch.setattr(tasks, "open_rows", open_split)
-    benchmark = load_benchmarks(ROOT / "configs" / "benchmarks_gsm8k.yaml")["GSM8K"]
+    benchmark = load_benchmarks(REPOSITORY / "configs" / "benchmarks_gsm8k.yaml")["GSM8K"]
     tasks.own_task("GSM8K", benchmark)
     assert opened == [(["hub:openai/gsm8k@main"], split) for split in ("test", "train")]
 
