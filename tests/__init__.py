@@ -1,4 +1,4 @@
-"""The tests, in rooms as the program is: `tests/data` for `rlp/data`, and `tests/whole` for all of it.
+"""The tests, in rooms as the program is: `tests/data` for `rlp/data`, `tests/whole` for all of it.
 
 A helper is imported by its whole name, `tests.training`; a fixture stands in a conftest.
 """

@@ -1,4 +1,4 @@
-"""Fixtures of all rooms: a word tokenizer, a tiny model, a corpus, the ranks of this process, runs."""
+"""Fixtures of all rooms: a word tokenizer, a tiny model, a corpus, this process's ranks, runs."""
 
 import os
 

@@ -17,6 +17,9 @@ from rlp.model.policy import Policy
 WORDS = ["<pad>", "<eos>", "<think>", "</think>", "<unk>", ".", *(f"w{i}" for i in range(42))]
 """The vocabulary of the tests: 48 words, one token each."""
 
+MARKERS = Markers(open=(2,), close=(3,))
+"""<think> and </think>."""
+
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of `WORDS`."""
@@ -99,9 +102,7 @@ ARCHITECTURES = (
 of both."""
 
 
-def tiny_policy(
-    name: str = "qwen3", *, seed: int = 0, markers: Markers = Markers(open=(2,), close=(3,))
-) -> Policy:
+def tiny_policy(name: str = "qwen3", *, seed: int = 0, markers: Markers = MARKERS) -> Policy:
     """A random policy of an architecture."""
     torch.manual_seed(seed)
     return Policy(AutoModelForCausalLM.from_config(architecture(name)).float().eval(), markers)

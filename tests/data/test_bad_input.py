@@ -422,7 +422,7 @@ def test_the_first_tokens_of_a_long_text_are_those_of_the_whole(
 
 MEMORY = """
 import json, sys
-import numpy as np
+from tests.data.reading import after_the_first
 from tests.tiny_models import word_tokenizer
 from rlp.data import sources
 from rlp.config import DataConfig
@@ -430,18 +430,23 @@ from rlp.data.stream import DocumentStream
 from rlp.data.sources import open_rows
 
 def own_memory():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 sources.UNPACKED = sources.Path(sys.argv[1])
 config = DataConfig(train=sys.argv[2:], max_document_tokens=16)
 before = own_memory()
 rows = open_rows(config.train, config, "train", "data.train")
-stream = DocumentStream(rows, word_tokenizer(), config, seed=0, candidates=lambda tokens: np.arange(1, len(tokens)), warn=print)
+stream = DocumentStream(
+    rows, word_tokenizer(), config, seed=0, candidates=after_the_first, warn=print
+)
 largest = 0
 for _ in range(len(rows) // 100):
     stream.next_documents(100)
     largest = max(largest, own_memory())
-print(json.dumps({"rows": len(rows), "read_mb": len(rows) * len(rows.read(0)["text"]) / 1e6, "grown_mb": (largest - before) / 1024}))
+read_mb = len(rows) * len(rows.read(0)["text"]) / 1e6
+grown_mb = (largest - before) / 1024
+print(json.dumps({"rows": len(rows), "read_mb": read_mb, "grown_mb": grown_mb}))
 """
 
 

@@ -86,12 +86,16 @@ def _met(points: Iterable[str], first: bool) -> list[str]:
     return [name for name in points if not name.startswith("resume." if first else "folder.")]
 
 
+def _rank_that_passes(noise: random.Random, point: str, ranks: int) -> int:
+    """Any that comes to the point: of most points that is the first alone."""
+    return noise.randrange(ranks) if point in EVERY_RANK else 0
+
+
 def kill_at_a_point(noise: random.Random, ranks: int, first: bool) -> Attempt:
     """SIGKILL, of any rank that passes the point."""
     point = noise.choice(sorted(_met(FAULT_POINTS, first)))
-    return Attempt(
-        f"{point}:{noise.randint(1, PASSAGES.get(point, 1))}:kill@rank{noise.randrange(ranks) if point in EVERY_RANK else 0}"
-    )
+    passage = noise.randint(1, PASSAGES.get(point, 1))
+    return Attempt(f"{point}:{passage}:kill@rank{_rank_that_passes(noise, point, ranks)}")
 
 
 def kill_at_a_time(noise: random.Random, ranks: int, first: bool) -> Attempt:
@@ -104,10 +108,8 @@ def full_disk(noise: random.Random, ranks: int, first: bool) -> Attempt:
     says what it could not write."""
     point = noise.choice(_met(WRITING, first))
     passage, until = noise.randint(1, PASSAGES.get(point, 1)), noise.choice(["", "", "-"])
-    return Attempt(
-        f"{point}:{passage}{until}:enospc@rank{noise.randrange(ranks) if point in EVERY_RANK else 0}",
-        ends_with=(0, 2, 73, 74),
-    )
+    rank = _rank_that_passes(noise, point, ranks)
+    return Attempt(f"{point}:{passage}{until}:enospc@rank{rank}", ends_with=(0, 2, 73, 74))
 
 
 def asked_to_stop(noise: random.Random, ranks: int, first: bool, action: str) -> Attempt:

@@ -149,7 +149,7 @@ def test_the_newest_sound_checkpoint_stands_and_is_named(
         ),
     ):
         run.save()
-    assert [path for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [newest]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_refused_update_leaves_no_trace_at_any_stage(
             run.setup.stream.load_state(start)
             run.step = 0  # the same documents and the same noise each time
             run.begin_step()
-            run.engine.step = lambda rate, largest_norm: step(
+            run.engine.step = lambda rate, largest_norm, refused=refused: step(
                 rate, largest_norm=-1.0 if refused else largest_norm
             )
             program.train_step(run)

@@ -514,7 +514,7 @@ def test_libraries_speak_to_the_log_file_only(tmp_path, capfd, restored_logging)
         warnings.simplefilter("always")
         logging.captureWarnings(False)
         logging.captureWarnings(True)
-        warnings.warn("chatter of python")
+        warnings.warn("chatter of python", stacklevel=1)
     written = (folder.logs / "rank_1.log").read_text()
     assert all(
         written.count(f"chatter of {name}") >= 1

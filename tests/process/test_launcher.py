@@ -102,10 +102,13 @@ def test_who_must_have_launched_a_rank_and_is_not_there(
 
 LAUNCHED = """
 import ctypes, json, os, subprocess, sys
-ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a rank whose launcher dies becomes a child of this process, which waits for it
+# PR_SET_CHILD_SUBREAPER: a rank whose launcher dies becomes a child of this process,
+# which waits for it.
+ctypes.CDLL(None).prctl(36, 1)
 answers = []
 for number in map(int, sys.argv[2:]):
-    launcher = subprocess.Popen([sys.executable, os.path.join(sys.argv[1], "torchrun")], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, os.path.join(sys.argv[1], "torchrun")]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     rank = int(launcher.stdout.readline())
     launcher.send_signal(number)
     launcher.wait()

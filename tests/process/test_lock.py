@@ -133,22 +133,30 @@ def test_a_silent_job_elsewhere_is_followed_after_a_while(tmp_path, make, monkey
     assert len(said) == 2 and "waiting" in said[0] and "takes over" in said[1]
 
 
+def attempted_at_once(jobs: list, folder: Path) -> list:
+    """What each job is answered, all of them asking in threads of their own."""
+    answers: list = []
+    threads = [
+        threading.Thread(target=lambda job: answers.append(job._attempt(folder)), args=[job])
+        for job in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
 def test_of_many_jobs_one_gets_the_folder(tmp_path, make):
     """All see that its holder is dead at the same moment, again and again."""
     dead = make(pid=2**22 + 1, started="0")
-    for number in range(1, 6):
+    for _ in range(5):
         shutil.rmtree(tmp_path / "lock", ignore_errors=True)
         dead.write_first(tmp_path)
         jobs = [make(f"node{index}") for index in range(8)]
         for job in jobs:
             job._is_alive = lambda owner, moved: None if owner["pid"] == 1 else False
-        answers: list = []
-        threads = [
-            threading.Thread(target=lambda job=job: answers.append(job._attempt(tmp_path)))
-            for job in jobs
-        ]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
+        answers = attempted_at_once(jobs, tmp_path)
         held = [verdict for verdict, _ in answers if isinstance(verdict, tuple)]
         assert len(held) == 1 and held[0][0] == 2, answers
         assert {verdict for verdict, _ in answers if not isinstance(verdict, tuple)} <= {

@@ -559,11 +559,21 @@ def hold_the_lock():
 
 distributed_c10d.default_pg_nccl_timeout = datetime.timedelta(minutes=10)
 ranks = start_ranks(watchdog_s=2000)
-limits = [group._get_backend(ranks.device).options._timeout.total_seconds() for group in (dist.group.WORLD, dist.new_group([0]))]
+limits = [
+    group._get_backend(ranks.device).options._timeout.total_seconds()
+    for group in (dist.group.WORLD, dist.new_group([0]))
+]
 limits.append(distributed_c10d.default_pg_nccl_timeout.total_seconds())
 
+endings = {
+    "held": hold_the_lock,
+    "3": lambda: 3,
+    "2": lambda: sys.exit(2),
+    "no": lambda: sys.exit("no"),
+    "error": lambda: 1 / 0,
+}
 codes = {}
-for name, ending in {"held": hold_the_lock, "3": lambda: 3, "2": lambda: sys.exit(2), "no": lambda: sys.exit("no"), "error": lambda: 1 / 0}.items():
+for name, ending in endings.items():
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.path.join(sys.argv[1], name), os.O_WRONLY | os.O_CREAT), 2)

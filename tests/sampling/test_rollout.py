@@ -47,6 +47,7 @@ def places(
     )
 
 
+NOISE = NoiseKey(seed=0, step=1)
 POSITIONS = places((0, 2), (0, 9), (1, 5), (2, 1), (2, 15))
 
 
@@ -72,7 +73,7 @@ def think(
     *,
     documents: list[Document] = DOCUMENTS,
     positions: Positions = POSITIONS,
-    noise: NoiseKey = NoiseKey(seed=0, step=1),
+    noise: NoiseKey = NOISE,
     group_size: int = GROUP,
     budget: int = BUDGET,
     rows: int = 1000,
@@ -258,9 +259,7 @@ def test_a_thought_is_the_inverse_cdf_of_a_fresh_forward(name: str):
     for m, (d, t) in enumerate(zip(POSITIONS.document, POSITIONS.position)):
         for g in range(GROUP):
             text = [6, 7, *DOCUMENTS[d].tokens[:t].tolist(), 2, 11]
-            for u, uniform in enumerate(
-                NoiseKey(seed=0, step=1).uniforms(DOCUMENTS[d], int(t), g, 5)
-            ):
+            for u, uniform in enumerate(NOISE.uniforms(DOCUMENTS[d], int(t), g, 5)):
                 with torch.no_grad():
                     logits = policy.lm(input_ids=torch.tensor([text])).logits[0, -1].double()
                 logprobs = (logits / TEMPERATURE).log_softmax(dim=0)
@@ -292,7 +291,7 @@ def test_thoughts_differ_between_seeds_steps_documents_positions_siblings_and_pu
         )
 
     keys = [
-        NoiseKey(seed=0, step=1),
+        NOISE,
         NoiseKey(seed=0, step=2),
         NoiseKey(seed=1, step=1),
         NoiseKey(seed=0, step=1, purpose=PANEL_NOISE),

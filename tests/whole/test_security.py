@@ -51,11 +51,11 @@ from rlp.process.schemas import STATE, Fields
 from rlp.trainer import Run
 from tests import REPOSITORY
 from tests.data.reading import GOOD, Reader, write
+from tests.fuzzing.checkpoints import GOOD_SHARD, good_meta, resuming
 from tests.measure.run_folders import make_run, make_thought
 from tests.source_files import PROGRAM
 from tests.tiny_models import tiny_policy, word_tokenizer
 from tests.training import TINY
-from tests.whole.fuzz import GOOD_SHARD, good_meta, resuming
 
 pytestmark = pytest.mark.usefixtures("unpacked")
 

@@ -1,10 +1,10 @@
-"""Readers of files that a stranger may have made, on inputs that nobody meant: `tests/whole/fuzz.py` says
+"""Readers of files that a stranger may have made, on inputs that nobody meant; `tests/fuzzing` says
 how, and searches longer."""
 
 import pytest
 
 from rlp.data import sources
-from tests.whole.fuzz import READERS, search
+from tests.fuzzing.search import READERS, search
 
 INPUTS = {
     "config": 120,
