@@ -38,18 +38,19 @@ from rlp.measure.plan_memory import (
     PROCESS_BYTES,
     USABLE_FRACTION,
     MemoryPart,
-    _evaluation_parts,
-    _sampling_parts,
-    _state_parts,
-    _update_parts,
     activation_bytes,
     checkpoint_bytes,
+    evaluation_parts,
+    sampling_parts,
+    state_parts,
+    update_parts,
 )
 from rlp.measure.plan_work import (
+    QWEN3_TOKENS,
     FormatTokens,
-    _ceil_div,
-    _forward_tokens,
-    _StepSizes,
+    StepSizes,
+    ceil_div,
+    forward_tokens,
     step_flops,
 )
 from rlp.model.loading import choose_dtype
@@ -139,7 +140,7 @@ def plan_run(
     device_bytes: int | None = None,
     *,
     layout: str,
-    format_tokens: FormatTokens = FormatTokens(),
+    format_tokens: FormatTokens = QWEN3_TOKENS,
     dtype: tuple[torch.dtype, str] | None = None,
 ) -> Plan:
     """Add up a run.
@@ -215,20 +216,20 @@ def _add_up(
         config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width
     )
     number_bytes = dtype.itemsize
-    sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
+    sizes = StepSizes.of(config, ranks_world_size, format_tokens)
     activations = [
-        activation_bytes(shapes, _forward_tokens(sizes, layout), number_bytes, checkpointing)
+        activation_bytes(shapes, forward_tokens(sizes, layout), number_bytes, checkpointing)
         for checkpointing in (False, True)
     ]
     checkpointing = config.engine.activation_checkpointing
-    state, host_bytes = _state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
-    update = _update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])
+    state, host_bytes = state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
+    update = update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])
     moving = sum(
         part.num_bytes
         for part in (*state, *update)
         if part.name in ("gradients", "activations", "LM head and logits tile")
     )
-    second = _ceil_div(4 * shapes.parameters, ranks_world_size) if number_bytes == 2 else 0
+    second = ceil_div(4 * shapes.parameters, ranks_world_size) if number_bytes == 2 else 0
     process = (
         []
         if device_bytes is not None
@@ -256,8 +257,8 @@ def _add_up(
         memory=(
             *state,
             *process,
-            *_evaluation_parts(config, shapes, sizes, layout, number_bytes),
-            *_sampling_parts(config, shapes, sizes, layout, number_bytes),
+            *evaluation_parts(config, shapes, sizes, layout, number_bytes),
+            *sampling_parts(config, shapes, sizes, layout, number_bytes),
             *update,
         ),
         other_activation_bytes=activations[not checkpointing],

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from rlp.config import Config, keeps_ema, needs_copies
 from rlp.measure.plan_work import (
-    _ceil_div,
-    _forward_queries,
-    _StepSizes,
+    StepSizes,
+    ceil_div,
+    forward_queries,
     positions_per_document,
 )
 from rlp.model.shapes import NORM_COPIES, ModelShapes
@@ -55,7 +55,7 @@ class MemoryPart:
 
 def weight_bytes(parameters: int, number_bytes: int, stage: int, world_size: int) -> int:
     """Weights that forward and backward read: c n; only stage 3 shards them."""
-    return _ceil_div(parameters * number_bytes, world_size if stage == 3 else 1)
+    return ceil_div(parameters * number_bytes, world_size if stage == 3 else 1)
 
 
 def gradient_bytes(parameters: int, number_bytes: int, stage: int, world_size: int) -> int:
@@ -64,7 +64,7 @@ def gradient_bytes(parameters: int, number_bytes: int, stage: int, world_size: i
     at the step.
     """
     float32_copy = 4 if number_bytes == 2 else 0
-    return _ceil_div(parameters * (number_bytes + float32_copy), world_size if stage >= 2 else 1)
+    return ceil_div(parameters * (number_bytes + float32_copy), world_size if stage >= 2 else 1)
 
 
 def optimizer_bytes(parameters: int, stage: int, world_size: int, *, ema: bool) -> dict[str, int]:
@@ -78,7 +78,7 @@ def optimizer_bytes(parameters: int, stage: int, world_size: int, *, ema: bool) 
         "two moments": 8,
         "EMA of the weights": 4 if ema else 0,
     }
-    return {name: _ceil_div(parameters * size, shards) for name, size in copies.items()}
+    return {name: ceil_div(parameters * size, shards) for name, size in copies.items()}
 
 
 def activation_bytes(
@@ -125,7 +125,7 @@ def checkpoint_bytes(config: Config, parameters: int) -> int:
     return parameters * (16 if keeps_ema(config) else 12)
 
 
-def _state_parts(
+def state_parts(
     config: Config, parameters: int, world_size: int, number_bytes: int
 ) -> tuple[list[MemoryPart], int]:
     """(what stays on the device all the time, what is offloaded to the host)."""
@@ -149,8 +149,8 @@ def _gathered_bytes(config: Config, parameters: int, number_bytes: int) -> int:
     return min(parameters, LIVE_ELEMENTS) * number_bytes if config.engine.zero_stage == 3 else 0
 
 
-def _sampling_parts(
-    config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int
+def sampling_parts(
+    config: Config, shapes: ModelShapes, sizes: StepSizes, layout: str, number_bytes: int
 ) -> list[MemoryPart]:
     if not config.objective.thinks:
         return []
@@ -177,8 +177,8 @@ def _sampling_parts(
     ]
 
 
-def _evaluation_parts(
-    config: Config, shapes: ModelShapes, sizes: _StepSizes, layout: str, number_bytes: int
+def evaluation_parts(
+    config: Config, shapes: ModelShapes, sizes: StepSizes, layout: str, number_bytes: int
 ) -> list[MemoryPart]:
     """Of the held-out panel, document batch by document batch: keys while it thinks, or one layer
     of a forward without gradient."""
@@ -206,12 +206,12 @@ def _evaluation_parts(
     return [MemoryPart("held-out panel", max(sampling, scoring), "evaluation")]
 
 
-def _update_parts(
-    config: Config, shapes: ModelShapes, sizes: _StepSizes, number_bytes: int, activations: int
+def update_parts(
+    config: Config, shapes: ModelShapes, sizes: StepSizes, number_bytes: int, activations: int
 ) -> list[MemoryPart]:
     # Queried hidden states with their float32 gradient, the gradient of the head, and the tiles.
     head = (
-        _forward_queries(sizes) * shapes.width * (number_bytes + 4)
+        forward_queries(sizes) * shapes.width * (number_bytes + 4)
         + shapes.vocabulary * shapes.width * number_bytes
         + LOGITS_TILE_BYTES
     )

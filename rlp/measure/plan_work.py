@@ -9,7 +9,7 @@ from rlp.model.shapes import ModelShapes, Work, forward_flops, row_work
 
 @dataclass(frozen=True, slots=True)
 class FormatTokens:
-    """Tokens of the thought format; the values here are those of Qwen3 without an instruction."""
+    """Tokens of the thought format."""
 
     open: int = 1
     """O."""
@@ -19,8 +19,12 @@ class FormatTokens:
     """I."""
 
 
+QWEN3_TOKENS = FormatTokens()
+"""Without an instruction."""
+
+
 @dataclass(frozen=True, slots=True)
-class _StepSizes:
+class StepSizes:
     """How large the pieces of one step are, whatever the layout."""
 
     documents: int
@@ -48,9 +52,9 @@ class _StepSizes:
     """On one rank: how many documents each such block of positions belongs to."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, format_tokens: FormatTokens) -> "_StepSizes":
+    def of(cls, config: Config, world_size: int, format_tokens: FormatTokens) -> "StepSizes":
         group = config.thought.group_size
-        documents = _ceil_div(config.optim.batch_size, world_size)
+        documents = ceil_div(config.optim.batch_size, world_size)
         per_document = positions_per_document(config) if config.objective.thinks else 0
         at_once = min(max(1, config.thought.sampling_rows // group), documents * per_document)
         return cls(
@@ -110,7 +114,7 @@ class _StepSizes:
     @property
     def slices(self) -> int:
         """Forward passes that a group takes."""
-        return _ceil_div(self.group_size, self.thoughts_per_forward)
+        return ceil_div(self.group_size, self.thoughts_per_forward)
 
 
 def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple[int, ...]:
@@ -121,7 +125,7 @@ def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple
     )
 
 
-def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
+def forward_tokens(sizes: StepSizes, layout: str) -> int:
     """Token positions of the largest forward pass of the update on one rank, padding included, per
     document of the micro-batch:
 
@@ -140,14 +144,14 @@ def _forward_tokens(sizes: _StepSizes, layout: str) -> int:
     return sizes.micro_batch_documents * (trunks + branches * sizes.branch_tokens)
 
 
-def _context_trunks(sizes: _StepSizes, *, lm: bool) -> int:
+def _context_trunks(sizes: StepSizes, *, lm: bool) -> int:
     """Trunks of its own (1 or 0) that a document needs for its thoughts: without an instruction
     they share that of the LM loss."""
     shared = lm and sizes.format_tokens.instruction == 0
     return int(sizes.per_document > 0 and not shared)
 
 
-def _forward_queries(sizes: _StepSizes) -> int:
+def forward_queries(sizes: StepSizes) -> int:
     """Rows of the LM head in that pass: L + H per thought, and those of the LM loss."""
     thoughts = sizes.per_document * sizes.thoughts_per_forward
     return sizes.micro_batch_documents * (
@@ -175,7 +179,7 @@ def positions_per_document(config: Config) -> int:
     return config.position.per_document
 
 
-def _ceil_div(amount: int, parts: int) -> int:
+def ceil_div(amount: int, parts: int) -> int:
     return -(-amount // parts)
 
 
@@ -185,7 +189,7 @@ def step_flops(
     ranks_world_size: int,
     *,
     layout: str,
-    format_tokens: FormatTokens = FormatTokens(),
+    format_tokens: FormatTokens = QWEN3_TOKENS,
 ) -> dict[str, float]:
     """FLOPs of one step by ledger phase, over all ranks, as the ledger counts them.
 
@@ -198,49 +202,48 @@ def step_flops(
     pass of the starting checkpoint over all that the update runs. `train` and `lm` are a forward
     and a backward pass for each update with the same thoughts.
     """
-    sizes = _StepSizes.of(config, ranks_world_size, format_tokens)
+    sizes = StepSizes.of(config, ranks_world_size, format_tokens)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector in ("entropy", "surprisal")
-    document_pass, no_think = (
-        row_work(sizes.document_tokens, head_rows, count=sizes.documents)
-        for head_rows in (
-            sizes.documents * (sizes.document_tokens - 1),
-            sizes.positions * (sizes.horizon + 1),
-        )
+    score = _times_ahead(config, sizes, ranks_world_size) * forward_flops(
+        shapes, _thought_work(sizes, layout, lm=False)
     )
-    baseline = (
-        forward_flops(shapes, no_think) / config.baseline.every_n_steps
-        if thinks and config.baseline.kind != "none"
-        else 0.0
-    )
-    foreign, shuffled = (
-        thinks and config.reward.placebo == placebo
-        for placebo in ("foreign_thought", "shuffled_reward")
-    )
-    times_ahead = float(sizes.slices > 1 or foreign) + (
-        ranks_world_size / sizes.positions if shuffled else 0.0
-    )
-    ahead = (
-        times_ahead * forward_flops(shapes, _thought_work(sizes, layout, lm=False))
-        if times_ahead
-        else 0.0
-    )
+    if selects:
+        queries = sizes.documents * (sizes.document_tokens - 1)
+        document_pass = row_work(sizes.document_tokens, queries, count=sizes.documents)
+        score += forward_flops(shapes, document_pass)
+
     update = {
         "train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)),
         "lm": forward_flops(shapes, _document_work(sizes, layout)),
     }
+    teacher = 0.0
+    if thinks and config.baseline.kind != "none":
+        queries = sizes.positions * (sizes.horizon + 1)
+        no_think = row_work(sizes.document_tokens, queries, count=sizes.documents)
+        teacher += forward_flops(shapes, no_think) / config.baseline.every_n_steps
+    if config.objective.kl_weight > 0:
+        teacher += updates * sum(update.values())
+
     return {
         "prefill": forward_flops(shapes, _prefill_work(sizes, layout, ranks_world_size)),
         "decode": forward_flops(shapes, _decode_work(sizes)),
-        "score": (forward_flops(shapes, document_pass) if selects else 0.0) + ahead,
-        "teacher": (
-            baseline + (updates * sum(update.values()) if config.objective.kl_weight > 0 else 0.0)
-        ),
+        "score": score,
+        "teacher": teacher,
         **{phase: 3 * updates * flops for phase, flops in update.items()},
     }
 
 
-def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
+def _times_ahead(config: Config, sizes: StepSizes, world_size: int) -> float:
+    """Passes over the thoughts ahead of the update."""
+    placebo = config.reward.placebo if config.objective.thinks else "none"
+    times = float(sizes.slices > 1 or placebo == "foreign_thought")
+    if placebo == "shuffled_reward":
+        times += world_size / sizes.positions
+    return times
+
+
+def _prefill_work(sizes: StepSizes, layout: str, world_size: int) -> Work:
     """What runs before the first token of a thought is drawn:
 
     repeated    each position's prefix, context + O tokens
@@ -256,14 +259,14 @@ def _prefill_work(sizes: _StepSizes, layout: str, world_size: int) -> Work:
     )
 
 
-def _decode_work(sizes: _StepSizes) -> Work:
+def _decode_work(sizes: StepSizes) -> Work:
     """Each token of a thought but the last, behind its prefix."""
     run = sizes.thought_tokens - 1
     prefix = sizes.context_tokens + sizes.format_tokens.open
     return row_work(run, sizes.thoughts * run, before=prefix, count=sizes.thoughts)
 
 
-def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
+def _thought_work(sizes: StepSizes, layout: str, *, lm: bool) -> Work:
     """One forward over all thoughts.
 
     repeated    N rows of context + branch tokens
@@ -281,7 +284,7 @@ def _thought_work(sizes: _StepSizes, layout: str, *, lm: bool) -> Work:
     )
 
 
-def _document_work(sizes: _StepSizes, layout: str) -> Work:
+def _document_work(sizes: StepSizes, layout: str) -> Work:
     """One forward of the LM loss: the documents, where there is such a loss, and in a tree with an
     instruction their contexts.
 

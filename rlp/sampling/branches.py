@@ -143,11 +143,10 @@ class SharedBranches(Branches):
         self._keys = SharedKeys(
             on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position, most
         )
-        opening = group_size * len(self._open)
-        self.prefill_work = row_work(lengths, 0) + Work(
-            tokens=opening * len(prefix),
-            head_rows=opening * len(prefix),
-            pairs=opening * sum(prefix) + opening * (len(self._open) + 1) // 2 * len(prefix),
+        opening = np.full(len(prefix), len(self._open))
+        queries = group_size * int(opening.sum())
+        self.prefill_work = row_work(lengths, 0) + row_work(
+            opening, queries, before=np.array(prefix), count=group_size
         )
         super().__init__(policy, len(trunk_of))
 

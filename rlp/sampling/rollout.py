@@ -23,7 +23,7 @@ from rlp.data.documents import Document
 from rlp.data.noise import THOUGHT_NOISE, keyed_noise
 from rlp.data.positions import Positions
 from rlp.model.policy import Policy
-from rlp.model.shapes import Work
+from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.process.faults import fault, poisoned
 from rlp.sampling.branches import Branches, ForkedBranches, SharedBranches
@@ -205,5 +205,4 @@ def _decode_work(prefixes: list[np.ndarray], thoughts: Thoughts) -> Work:
     """Each sampled token but a thought's last is run once, and attends to all before it."""
     prefix = np.array([len(row) for row in prefixes], dtype=np.int64)
     run = thoughts.mask.sum(dim=2).cpu().numpy() - 1
-    pairs = run * prefix[:, None] + run * (run + 1) // 2
-    return Work(tokens=int(run.sum()), pairs=int(pairs.sum()), head_rows=int(run.sum()))
+    return row_work(run, int(run.sum()), before=prefix[:, None])
