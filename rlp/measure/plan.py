@@ -26,6 +26,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,14 +34,13 @@ import torch
 
 from rlp.config import Config
 from rlp.measure.plan_memory import (
-    ALLOCATOR_FRACTION,
     GB,
-    PROCESS_BYTES,
     USABLE_FRACTION,
     MemoryPart,
     activation_bytes,
     checkpoint_bytes,
     evaluation_parts,
+    process_parts,
     sampling_parts,
     state_parts,
     update_parts,
@@ -49,7 +49,6 @@ from rlp.measure.plan_work import (
     QWEN3_TOKENS,
     FormatTokens,
     StepSizes,
-    ceil_div,
     forward_tokens,
     step_flops,
 )
@@ -155,20 +154,17 @@ def plan_run(
     Raises:
         ConfigError: documents are too short for the positions asked for.
     """
-    plan = _add_up(config, shapes, ranks_world_size, device_bytes, layout, format_tokens, dtype)
-    return (
-        plan
-        if fits(plan)
-        else replace(
-            plan,
-            relief=_relief(
-                config,
-                lambda other: _add_up(
-                    other, shapes, ranks_world_size, device_bytes, layout, format_tokens, dtype
-                ),
-            ),
-        )
+    plan_of = partial(
+        _add_up,
+        shapes=shapes,
+        world_size=ranks_world_size,
+        device_bytes=device_bytes,
+        layout=layout,
+        format_tokens=format_tokens,
+        dtype=dtype,
     )
+    plan = plan_of(config)
+    return plan if fits(plan) else replace(plan, relief=_relief(config, plan_of))
 
 
 def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[str, int], ...]:
@@ -205,79 +201,62 @@ def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[st
 
 def _add_up(
     config: Config,
+    *,
     shapes: ModelShapes,
-    ranks_world_size: int,
+    world_size: int,
     device_bytes: int | None,
     layout: str,
     format_tokens: FormatTokens,
     dtype: tuple[torch.dtype, str] | None,
 ) -> Plan:
+    """The plan without its relief. Arguments as in `plan_run`."""
+    on_cpu = device_bytes is None
     dtype, why_dtype = dtype or choose_dtype(
-        config, torch.device("cpu" if device_bytes is None else "cuda"), shapes.width
+        config, torch.device("cpu" if on_cpu else "cuda"), shapes.width
     )
-    number_bytes = dtype.itemsize
-    sizes = StepSizes.of(config, ranks_world_size, format_tokens)
-    activations = [
-        activation_bytes(shapes, forward_tokens(sizes, layout), number_bytes, checkpointing)
-        for checkpointing in (False, True)
-    ]
+    sizes = StepSizes.of(config, world_size, format_tokens)
     checkpointing = config.engine.activation_checkpointing
-    state, host_bytes = state_parts(config, shapes.parameters, ranks_world_size, number_bytes)
-    update = update_parts(config, shapes, sizes, number_bytes, activations[checkpointing])
-    moving = sum(
-        part.num_bytes
-        for part in (*state, *update)
-        if part.name in ("gradients", "activations", "LM head and logits tile")
+    activations, other_activations = (
+        activation_bytes(shapes, forward_tokens(sizes, layout), dtype.itemsize, choice)
+        for choice in (checkpointing, not checkpointing)
     )
-    second = ceil_div(4 * shapes.parameters, ranks_world_size) if number_bytes == 2 else 0
-    process = (
-        []
-        if device_bytes is not None
-        else [
-            MemoryPart("Python and its libraries", PROCESS_BYTES, "always"),
-            MemoryPart(
-                "held by the allocator", round(ALLOCATOR_FRACTION * moving) + second, "update"
-            ),
-        ]
+    state, host_bytes = state_parts(config, shapes.parameters, world_size, dtype.itemsize)
+    update = update_parts(config, shapes, sizes, dtype.itemsize, activations)
+    memory = (
+        *state,
+        *(process_parts(shapes, [*state, *update], world_size, dtype.itemsize) if on_cpu else ()),
+        *evaluation_parts(config, shapes, sizes, layout, dtype.itemsize),
+        *sampling_parts(config, shapes, sizes, layout, dtype.itemsize),
+        *update,
     )
-    phase_flops = step_flops(
-        config, shapes, ranks_world_size, layout=layout, format_tokens=format_tokens
-    )
-    step_input = config.optim.batch_size * config.data.max_document_tokens
-    step_thoughts = sizes.thoughts * config.thought.max_thought_tokens
-    step_paper_flops = step_thoughts + step_input
+
+    phase_flops = step_flops(config, shapes, world_size, layout=layout, format_tokens=format_tokens)
+    input_tokens = config.optim.batch_size * config.data.max_document_tokens
+    thought_tokens = sizes.thoughts * config.thought.max_thought_tokens
+    spent = {
+        "tokens": input_tokens,
+        "flops": sum(phase_flops.values()),
+        "paper_flops": thought_tokens + input_tokens,
+    }
     one_checkpoint, export = checkpoint_bytes(config, shapes.parameters), 4 * shapes.parameters
     return Plan(
-        world_size=ranks_world_size,
+        world_size=world_size,
         zero_stage=config.engine.zero_stage,
         dtype=str(dtype).removeprefix("torch."),
         why_dtype=why_dtype,
         layout=layout,
         activation_checkpointing=checkpointing,
-        memory=(
-            *state,
-            *process,
-            *evaluation_parts(config, shapes, sizes, layout, number_bytes),
-            *sampling_parts(config, shapes, sizes, layout, number_bytes),
-            *update,
-        ),
-        other_activation_bytes=activations[not checkpointing],
+        memory=memory,
+        other_activation_bytes=other_activations,
         host_bytes=host_bytes,
         device_bytes=device_bytes,
-        available_bytes=_available_bytes() if device_bytes is None else None,
+        available_bytes=_available_bytes() if on_cpu else None,
         phase_flops=phase_flops,
-        input_tokens=step_input,
-        thought_tokens=step_thoughts,
+        input_tokens=input_tokens,
+        thought_tokens=thought_tokens,
         seconds=config.budget.seconds,
-        steps=_steps(
-            config,
-            {
-                "tokens": step_input,
-                "flops": sum(phase_flops.values()),
-                "paper_flops": step_paper_flops,
-            },
-        ),
-        step_paper_flops=step_paper_flops,
+        steps=_steps(config, spent),
+        step_paper_flops=spent["paper_flops"],
         checkpoint_bytes=one_checkpoint,
         export_bytes=export,
         disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export),
@@ -294,23 +273,20 @@ def _steps(config: Config, step: dict[str, float]) -> int | None:
         step: what a step spends, by the names of the budget's limits.
     """
     budget = asdict(config.budget)
-    limits = [
-        math.ceil(budget[name] / amount)
-        for name, amount in step.items()
-        if budget[name] is not None
-    ]
-    return min([*limits, *([config.budget.steps] if config.budget.steps else [])], default=None)
+    limits = [config.budget.steps] if config.budget.steps else []
+    for name, amount in step.items():
+        if budget[name] is not None:
+            limits.append(math.ceil(budget[name] / amount))
+    return min(limits, default=None)
 
 
 def _available_bytes() -> int | None:
     """Memory that one rank of this machine may fill, with what this process has filled of it
     already."""
     free = available_memory_bytes()
-    return (
-        None
-        if free is None
-        else free // ranks_of_this_machine() + psutil.Process().memory_info().rss
-    )
+    if free is None:
+        return None
+    return free // ranks_of_this_machine() + psutil.Process().memory_info().rss
 
 
 def _disk_free(run_dir: Path) -> int:
@@ -322,86 +298,73 @@ def _disk_free(run_dir: Path) -> int:
 def render_plan(plan: Plan) -> str:
     """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
     lines = [
-        (
-            f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout"
-            f" {plan.layout})"
-        ),
+        f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout"
+        f" {plan.layout})",
         f"  {plan.dtype}: {plan.why_dtype}",
-    ]
-    lines += [
-        _line(f"{part.name} [{part.when}]", f"{part.num_bytes / GB:.2f}")
-        for part in plan.memory
-        if part.num_bytes
-    ]
-    lines += [
-        _line(f"sum while {verb}", f"{plan.bytes_during(when) / GB:.2f}")
-        for when, verb in (
-            ("sampling", "sampling"),
-            ("update", "updating"),
-            ("evaluation", "evaluating"),
-        )
-        if any(part.when == when and part.num_bytes for part in plan.memory)
-    ]
-    lines.append(_line("peak", f"{plan.peak_bytes / GB:.2f}"))
-    other = "without" if plan.activation_checkpointing else "with"
-    lines.append(
-        _line(
-            f"activations {other} activation checkpointing",
-            f"{plan.other_activation_bytes / GB:.2f}",
-        )
-    )
-    if plan.host_bytes:
-        lines.append(
-            _line("host memory per rank (offloaded optimizer)", f"{plan.host_bytes / GB:.2f}")
-        )
-    lines += _fit_lines(plan)
-    lines += ["", "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)"]
-    lines += [_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops]
-    lines.append(_line("sum", f"{plan.step_flops:.3e}"))
-    lines += [f"  counted without {name}, whose cost is not known" for name in plan.counted_without]
-    lines += [
+        *_memory_lines(plan),
+        *_fit_lines(plan),
+        "",
+        "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)",
+        *(_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops),
+        _line("sum", f"{plan.step_flops:.3e}"),
+        *(f"  counted without {name}, whose cost is not known" for name in plan.counted_without),
         "",
         "Tokens and budget",
         _line("input tokens per step", f"{plan.input_tokens:,}"),
         _line("thought tokens per step", f"{plan.thought_tokens:,}"),
-    ]
-    lines += _run_lines(plan)
-    lines += ["", "Disk, GB", _line("one checkpoint", f"{plan.checkpoint_bytes / GB:.2f}")]
-    lines += [
-        _line("the export", f"{plan.export_bytes / GB:.2f}"),
-        _line("checkpoints kept and one being written", f"{plan.disk_bytes / GB:.2f}"),
-        _line("free", f"{plan.disk_free_bytes / GB:.2f}"),
+        *_run_lines(plan),
+        "",
+        "Disk, GB",
+        _gb_line("one checkpoint", plan.checkpoint_bytes),
+        _gb_line("the export", plan.export_bytes),
+        _gb_line("checkpoints kept and one being written", plan.disk_bytes),
+        _gb_line("free", plan.disk_free_bytes),
     ]
     if plan.disk_bytes > plan.disk_free_bytes:
         lines.append("  NOT ENOUGH DISK: lower checkpoint.keep or choose another run.dir")
     return "\n".join(lines)
 
 
+def _memory_lines(plan: Plan) -> list[str]:
+    """The parts, their sums over each time of a step, and the peak."""
+    lines = []
+    for part in plan.memory:
+        if part.num_bytes:
+            lines.append(_gb_line(f"{part.name} [{part.when}]", part.num_bytes))
+    for when, verb in (
+        ("sampling", "sampling"),
+        ("update", "updating"),
+        ("evaluation", "evaluating"),
+    ):
+        if any(part.when == when and part.num_bytes for part in plan.memory):
+            lines.append(_gb_line(f"sum while {verb}", plan.bytes_during(when)))
+    lines.append(_gb_line("peak", plan.peak_bytes))
+
+    other = "without" if plan.activation_checkpointing else "with"
+    lines.append(
+        _gb_line(f"activations {other} activation checkpointing", plan.other_activation_bytes)
+    )
+    if plan.host_bytes:
+        lines.append(_gb_line("host memory per rank (offloaded optimizer)", plan.host_bytes))
+    return lines
+
+
 def _fit_lines(plan: Plan) -> list[str]:
     """Whether the run fits, and what to write where it does not."""
-    where = (
-        f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable"
-        if plan.device_bytes is not None
-        else (
-            None
-            if plan.available_bytes is None
-            else f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank"
-        )
-    )
-    if where is None:
+    if plan.device_bytes is not None:
+        where = f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable"
+    elif plan.available_bytes is not None:
+        where = f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank"
+    else:
         return []
     if fits(plan):
         return [f"  fits in {where}"]
+
     told = [f"  DOES NOT FIT in {where}"]
-    told += (
-        [
-            "  write, in this order until it fits:",
-            *(_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief),
-        ]
-        if plan.relief
-        else []
-    )
-    return told + ["  else shorter documents or thoughts, or a smaller model"]
+    if plan.relief:
+        told.append("  write, in this order until it fits:")
+        told += [_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief]
+    return [*told, "  else shorter documents or thoughts, or a smaller model"]
 
 
 def _run_lines(plan: Plan) -> list[str]:
@@ -424,3 +387,7 @@ def _run_lines(plan: Plan) -> list[str]:
 
 def _line(name: str, value: str) -> str:
     return f"  {name:<46}{value:>22}"
+
+
+def _gb_line(name: str, num_bytes: int) -> str:
+    return _line(name, f"{num_bytes / GB:.2f}")

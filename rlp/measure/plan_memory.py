@@ -145,6 +145,24 @@ def state_parts(
     return [MemoryPart(name, num_bytes, "always") for name, num_bytes in parts.items()], host_bytes
 
 
+def process_parts(
+    shapes: ModelShapes, parts: list[MemoryPart], world_size: int, number_bytes: int
+) -> list[MemoryPart]:
+    """What a process on a CPU holds beside what it computes with (`ALLOCATOR_FRACTION`).
+
+    Args:
+        parts: those that stay, and those of the update.
+    """
+    come_and_go = ("gradients", "activations", "LM head and logits tile")
+    moving = sum(part.num_bytes for part in parts if part.name in come_and_go)
+    second_gradient = ceil_div(4 * shapes.parameters, world_size) if number_bytes == 2 else 0
+    held = round(ALLOCATOR_FRACTION * moving) + second_gradient
+    return [
+        MemoryPart("Python and its libraries", PROCESS_BYTES, "always"),
+        MemoryPart("held by the allocator", held, "update"),
+    ]
+
+
 def _gathered_bytes(config: Config, parameters: int, number_bytes: int) -> int:
     return min(parameters, LIVE_ELEMENTS) * number_bytes if config.engine.zero_stage == 3 else 0
 
