@@ -1,5 +1,5 @@
-"""How a program begins and ends: its streams take any text, and Ctrl-C, a closed pipe or a rank that
-is gone leave it an exit code of its own.
+"""How a program begins and ends: its streams take any text, and what ends it, such as Ctrl-C or a
+closed pipe, has an exit code of its own.
 
 Standard library only: it is there before anything that takes seconds to import.
 """

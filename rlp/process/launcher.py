@@ -14,17 +14,15 @@ seconds to import what they launch with.
 """
 
 import os
-import select
 import signal
-import socket
 import sys
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import psutil
 
 from rlp.process.command import INTERRUPTED
+from rlp.process.poller import Poller
 
 POLL_S = 0.5
 """How often a thread looks. `deepspeed` gives a rank 30 s after SIGTERM."""
@@ -154,24 +152,19 @@ def launchers() -> Launchers:
 def watch_from_the_start() -> None:
     """The first line of a program that may be a rank: from here on it ends where its launcher does,
     and at a Ctrl-C without a traceback, whatever its main thread is busy with."""
-    recorded = launchers()
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    launchers()  # as they are now
+    Poller("launcher", POLL_S, _watch).hear_signals()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda number, frame: None)  # the thread is told
-    threading.Thread(
-        target=_watch, args=(recorded, receiver, sender), name="launcher", daemon=True
-    ).start()
 
 
-def _watch(recorded: Launchers, receiver: socket.socket, sender: socket.socket) -> None:
-    while True:
-        if select.select([receiver], [], [], POLL_S)[0] and signal.SIGINT in receiver.recv(64):
+def _watch(polls: Iterator[bytes]) -> None:
+    for woken in polls:
+        if signal.SIGINT in woken:
             _end("interrupted", INTERRUPTED)
-        if not recorded.handed_over:
+        if not launchers().handed_over:
             try:
-                recorded.require()
+                launchers().require()
             except LauncherGone as error:
                 _end(f"error: {error}", LAUNCHER_GONE)
 

@@ -4,9 +4,9 @@
                            go
 
 The highest N counts. A claim is a folder that is renamed to the next number, which succeeds for one
-job only, and a number
-is not used twice: who was stopped while others took over finds a higher one. No lock of the system
-is used: not all disks that machines share have one, and none tells who holds it.
+job only, and a number is not used twice: who was stopped while others took over finds a higher one.
+No lock of the system is used: not all disks that machines share have one, and none tells who holds
+it.
 
     the last holder                                      the next job
     has let go                                           claims
@@ -107,15 +107,15 @@ class RunLock:
         """
         told = None
         while True:
-            verdict, words = self._ranks.broadcast(
-                self._attempt(folder) if self._ranks.is_first else None
-            )
+            mine = self._attempt(folder) if self._ranks.is_first else None
+            verdict, words = self._ranks.broadcast(mine)
             if verdict in _REFUSALS:
                 raise _REFUSALS[verdict](words)
             if words and words != told:
                 say(words)
             if isinstance(verdict, tuple):
                 break
+
             told = words
             tick()
             time.sleep(LOOK_S if verdict == "wait" else 0)
@@ -127,68 +127,67 @@ class RunLock:
         try:
             return self._look(folder)
         except FileNotFoundError:
-            return (
-                ("again", "")
-                if folder.is_dir()
-                else ("gone", f"run.dir {folder} was removed a moment ago.")
-            )
+            if folder.is_dir():
+                return "again", ""
+            return "gone", f"run.dir {folder} was removed a moment ago."
         except OSError as error:
-            return (
-                "not written",
-                (
-                    f"run.dir {folder} can not be written to: {error}. Nothing in it was changed. "
-                    "Make room, or mount the disk writable, and start the run again."
-                ),
+            return "not written", (
+                f"run.dir {folder} can not be written to: {error}. Nothing in it was changed. Make"
+                " room, or mount the disk writable, and start the run again."
             )
 
     def _look(self, folder: Path) -> tuple[tuple[int, str] | str, str]:
+        """Claim the folder where its last holder is none any more."""
         home = folder / "lock"
         newest = max(_numbers(home), default=0)
-        last, words = home / str(newest), ""
-        if newest and not (last / "released.json").exists():
-            owner, moved = _read_owner(last)
-            if owner.get("id") == self.owner["id"] or (
-                self._is_here(owner) and owner.get("pid") == os.getpid()
-            ):
-                return (newest, owner["id"]), ""
-            who = _who(owner)
-            alive = self._is_alive(owner, moved)
-            if alive:
-                return (
-                    "held",
-                    (
-                        f"run.dir {folder} is held by {who}, which is alive: two jobs in one folder"
-                        " would delete each other's checkpoints. Nothing in it was changed. Wait"
-                        " for its end, or end it; for another run write run.dir=OTHER. If the"
-                        f" folder is a copy of that job's, remove {home}."
-                    ),
-                )
-            if alive is None:
-                return (
-                    "wait",
-                    f"{folder} was held by {who}; waiting {STALE_S:.0f} s for a sign of life of it",
-                )
-            words = (
-                f"{folder} was held by {who}, which is dead or has given no sign of life: this job"
-                " takes over"
+        if newest == 0 or (home / str(newest) / "released.json").exists():
+            return self._take(home, newest), ""
+
+        owner, moved = _read_owner(home / str(newest))
+        if owner.get("id") == self.owner["id"] or (
+            self._is_here(owner) and owner.get("pid") == os.getpid()
+        ):
+            return (newest, owner["id"]), ""
+
+        who, alive = _who(owner), self._is_alive(owner, moved)
+        if alive:
+            return "held", (
+                f"run.dir {folder} is held by {who}, which is alive: two jobs in one folder would"
+                " delete each other's checkpoints. Nothing in it was changed. Wait for its end, or"
+                " end it; for another run write run.dir=OTHER. If the folder is a copy of that"
+                f" job's, remove {home}."
             )
+        if alive is None:
+            return "wait", (
+                f"{folder} was held by {who}; waiting {STALE_S:.0f} s for a sign of life of it"
+            )
+        taken = self._take(home, newest)
+        if taken == "again":
+            return taken, ""
+        return taken, (
+            f"{folder} was held by {who}, which is dead or has given no sign of life: this job"
+            " takes over"
+        )
+
+    def _take(self, home: Path, newest: int) -> tuple[int, str] | str:
+        """Claim the number after the newest: (number, id), or `again` where another job did."""
         try:
             with files.new_folder(home / str(newest + 1), point="lock.before_rename") as new:
                 files.write_new(new / "owner.json", self._content(), point="lock.torn_owner")
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                return "again", ""  # another job was faster
+                return "again"
             raise
-        if max(_numbers(home)) > newest + 1:
+
+        numbers = _numbers(home)
+        if max(numbers) > newest + 1:
+            # The number was an old one: its holder has been followed since by another.
             files.remove(home / str(newest + 1))
-            return (
-                "again",
-                "",
-            )  # the number was an old one: its holder has been followed since by another
-        for number in _numbers(home):
+            return "again"
+        for number in numbers:
             if number <= newest:
                 files.remove(home / str(number))
-        return (newest + 1, self.owner["id"]), words
+        return newest + 1, self.owner["id"]
 
     def _content(self) -> bytes:
         return (json.dumps(self.owner) + "\n").encode()
@@ -209,33 +208,41 @@ class RunLock:
 
     def _follow(self, folder: Path, number: int, identity: str) -> None:
         """Every rank's part: from now on its writes ask `check`."""
-        path, deadline = folder / "lock" / str(number) / "owner.json", time.monotonic() + STALE_S
+        path = folder / "lock" / str(number) / "owner.json"
+        deadline = time.monotonic() + STALE_S
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.1)  # other machines may see a new file late
+
         blind = [rank for rank, sees in enumerate(self._ranks.gather(path.exists())) if not sees]
         if blind:
             raise ConfigError(
                 f"run.dir {folder}: rank {blind[0]} does not see it; it must be on a disk that all"
                 " machines of the run share. Write run.dir=OTHER."
             )
+
         self.owner["id"] = identity
         self._folder, self._number = folder, number
         files.hold(folder, self.check)
 
     # Holding
 
+    @property
+    def _claim(self) -> Path:
+        return self._folder / "lock" / str(self._number)
+
     def check(self) -> None:
         """
         Raises:
             FolderLostError: this job no longer holds the folder, or the folder has gone.
         """
-        home, owner = self._folder / "lock", {}
+        owner = {}
         with suppress(FileNotFoundError, NotADirectoryError):
-            owner, _ = _read_owner(home / str(self._number))
-        newest = max(_numbers(home), default=0)
+            owner, _ = _read_owner(self._claim)
+
+        newest = max(_numbers(self._claim.parent), default=0)
         if newest > self._number:
             with suppress(FileNotFoundError):
-                owner, _ = _read_owner(home / str(newest))
+                owner, _ = _read_owner(self._claim.with_name(str(newest)))
             raise self._lost(
                 f"was taken over by {_who(owner)}, because this job had given no sign of life for"
                 f" more than {STALE_S:.0f} s"
@@ -245,9 +252,8 @@ class RunLock:
 
     def _lost(self, what: str) -> FolderLostError:
         return FolderLostError(
-            f"the run folder {self._folder} {what}. This job has written nothing "
-            "since, and ends. What it has saved is where that folder is now; continue there with "
-            "run.resume=auto."
+            f"the run folder {self._folder} {what}. This job has written nothing since, and ends."
+            " What it has saved is where that folder is now; continue there with run.resume=auto."
         )
 
     def beat(self) -> None:
@@ -259,27 +265,21 @@ class RunLock:
         if self._folder is None or time.monotonic() - self._beaten < BEAT_S:
             return
         self._beaten = time.monotonic()
-        with suppress(
-            OSError, ConfigError
-        ):  # a disk that fails fails the writes, too, and they say so
+        # A disk that fails fails the writes, too, and they say so.
+        with suppress(OSError, ConfigError):
             self.check()
             if self._ranks.is_first:
-                files.touch(
-                    self._folder / "lock" / str(self._number) / "owner.json", point="lock.beat"
-                )
+                files.touch(self._claim / "owner.json", point="lock.beat")
 
     def release(self) -> None:
         """Let go of the folder, where it is still held."""
         if self._folder is None:
             return
-        home = self._folder / "lock"
         with suppress(OSError, FolderLostError):
             if self._ranks.is_first:
                 self.check()
                 files.rename(
-                    home / str(self._number) / "owner.json",
-                    "released.json",
-                    point="lock.before_release",
+                    self._claim / "owner.json", "released.json", point="lock.before_release"
                 )
         files.let_go(self._folder)
         self._folder = None
@@ -317,6 +317,5 @@ def _read_owner(claim: Path) -> tuple[dict, int]:
 def _who(owner: dict) -> str:
     machine = owner.get("machine")
     host = str(machine[0]) if isinstance(machine, list) and machine else "an unknown machine"
-    return f"process {owner.get('pid', 'of an unknown number')} on {host} (since {owner.get('since', 'an unknown time')})"[
-        :200
-    ]
+    pid, since = owner.get("pid", "of an unknown number"), owner.get("since", "an unknown time")
+    return f"process {pid} on {host} (since {since})"[:200]

@@ -16,11 +16,8 @@ wait for the others there (`leaving_early`).
 """
 
 import os
-import select
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +27,7 @@ from rlp.config import ConfigError, parse_duration, parse_moment
 from rlp.process.command import INTERRUPTED
 from rlp.process.files import FolderLostError
 from rlp.process.launcher import POLL_S, launchers
+from rlp.process.poller import Poller
 from rlp.process.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -139,21 +137,14 @@ class Preemption:
         self._deadline = Deadline(self._save_by) if self._save_by is not None else None
         self._others = self._ranks.words("stop")
         self._launchers.handed_over = True
-        self._receiver, self._sender = socket.socketpair()
-        self._sender.setblocking(False)
-        # Python runs handlers between bytecodes of the main thread, which may be waiting in a
-        # collective; this tells the thread at once.
-        self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        asking = [
-            number
-            for number in SIGNALS
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        ]  # as nohup has it
-        self._handlers_before = {
-            number: signal.signal(number, self._on_signal) for number in asking
-        }
-        self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
-        self._thread.start()
+        self._poller = Poller("preemption", POLL_S, self._watch)
+        self._woken_before = self._poller.hear_signals()
+
+        self._handlers_before = {}
+        for number in SIGNALS:
+            # nohup has SIGHUP ignored
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers_before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -163,9 +154,8 @@ class Preemption:
             # A launcher signals its ranks when the first of them has ended: on its way out a
             # process needs no telling.
             signal.signal(number, signal.SIG_IGN if self.requested else handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        self._sender.close()
-        self._thread.join(timeout=2 * POLL_S)
+        signal.set_wakeup_fd(self._woken_before)
+        self._poller.close(2 * POLL_S)
         self._others.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -178,27 +168,22 @@ class Preemption:
             )
         self.request(name)
 
-    def _watch(self) -> None:
-        """The thread: until the other end of the socket is closed."""
+    def _watch(self, polls: Iterator[bytes]) -> None:
+        """The thread."""
         interrupted_at = None
-        while True:
-            if select.select([self._receiver], [], [], POLL_S)[0]:
-                received = self._receiver.recv(64)
-                if not received:
-                    self._receiver.close()
-                    return
-                if signal.SIGINT in received:
-                    if (
-                        interrupted_at is not None
-                        and time.monotonic() - interrupted_at > SAME_KEYPRESS_S
-                    ):
-                        self._end_at_once()
-                    interrupted_at = interrupted_at or time.monotonic()
+        for woken in polls:
+            if signal.SIGINT in woken:
+                now = time.monotonic()
+                interrupted_at = interrupted_at or now
+                if now - interrupted_at > SAME_KEYPRESS_S:
+                    self._end_at_once()
+
             if (gone := self._launchers.gone()) is not None:
                 self.request(f"the launcher ({gone}) is gone")
             if self._deadline is not None and self._deadline.has_come():
                 self.request(f"checkpoint.save_by {self._save_by} is reached")
             self._beat()
+
             if self.requested:
                 self._others.leave()
             elif self._others.heard:

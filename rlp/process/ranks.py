@@ -7,7 +7,7 @@ about models or DeepSpeed.
 import datetime
 import itertools
 import os
-import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from rlp.process.machine import usable_cores
+from rlp.process.poller import Poller
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +82,43 @@ class Words:
     """
 
     def __init__(self, store: dist.Store | None, word: str) -> None:
-        self._word = word
-        self._leaving = self._closed = self.heard = False
-        """`heard`: whether some rank has left word."""
-        self._wake = threading.Event()
-        self._thread = threading.Thread(
-            target=self._talk, args=(store,), name=f"words {word}", daemon=True
-        )
-        if store is not None:
-            self._thread.start()
+        self._store, self._word = store, word
+        self._leaving = False
+        self.heard = False
+        """Whether some rank has left word."""
+        self._poller = Poller(f"words {word}", LISTEN_S, self._talk) if store is not None else None
 
     def leave(self) -> None:
         """Leave word for every rank, as soon as the store takes it."""
-        self._leaving = True
-        self._wake.set()
+        if self._poller is not None and not self._leaving:
+            self._leaving = True
+            self._poller.wake()
 
     def close(self) -> None:
         """Neither tell nor listen any more."""
-        self._closed = True
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=LISTEN_S)
+        if self._poller is not None:
+            self._poller.close(LISTEN_S)
 
-    def _talk(self, store: dist.Store) -> None:
+    def _talk(self, polls: Iterator[bytes]) -> None:
         # RuntimeError: the rank that keeps the store is gone, and with it the run.
         with suppress(RuntimeError):
             # A connection of its own: that of the main thread is locked while it waits for
             # something.
-            store, told = store.clone(), False
-            while True:
-                closed = self._closed
+            store, told = self._store.clone(), False
+            for _ in polls:
                 if self._leaving and not told:
-                    told = store.set(self._word, "") is None
+                    store.set(self._word, "")
+                    told = True
                 self.heard = self.heard or store.check([self._word])
-                if closed:
-                    return
-                self._wake.wait(LISTEN_S)
-                self._wake.clear()
 
 
 class PeerLost(Exception):
     """Another rank ended, or did not come, and this one can not go on."""
+
+
+def short_cause(error: Exception) -> str:
+    """The beginning of what a collective says that has failed, on one line."""
+    return " ".join(str(error).split())[:160]
 
 
 COLLECTIVES_S = 300.0
@@ -138,14 +135,21 @@ def share_cores() -> None:
 
 def ranks_of_this_machine() -> int:
     """As torchrun says, or DeepSpeed's launcher; one without a launcher."""
-    return next(
-        (
-            int(os.environ[name])
-            for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-            if name in os.environ
-        ),
-        1,
-    )
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
+
+
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+"""What a launcher would say of a single process. DeepSpeed looks for it, and without it searches
+for MPI."""
 
 
 def start_ranks(watchdog_s: float = 0) -> Ranks:
@@ -160,41 +164,38 @@ def start_ranks(watchdog_s: float = 0) -> Ranks:
         PeerLost: they did not all come.
     """
     share_cores()
-    on_gpu = torch.cuda.is_available()
-    backend = "nccl" if on_gpu else "gloo"
-    # A single rank needs no port to meet at, which another run on the machine may have.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if alone:
-        # DeepSpeed looks for these, and without them searches for MPI.
-        for name, value in (
-            ("RANK", "0"),
-            ("LOCAL_RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", "29500"),
-        ):
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        for name, value in ALONE.items():
             os.environ.setdefault(name, value)
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ["WORLD_SIZE"])
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+
     store = None
     if not dist.is_initialized():
         try:
-            store = dist.HashStore() if alone else _meet(watchdog_s)
-            _wait_longer_than(watchdog_s)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            store = _join(rank, world_size, device, watchdog_s)
         except RuntimeError as error:
-            cause = " ".join(str(error).split())[:160]
             raise PeerLost(
                 f"rank {rank} of {world_size}: the ranks did not all come together at"
-                f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({cause}). One of them"
-                " has ended before, or can not reach that address. Nothing was written. Start the"
-                " run again."
+                f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({short_cause(error)})."
+                " One of them has ended before, or can not reach that address. Nothing was written."
+                " Start the run again."
             ) from error
-    return Ranks(rank=rank, world_size=world_size, device=device, store=None if alone else store)
+    return Ranks(rank, world_size, device, store if world_size > 1 else None)
+
+
+def _join(rank: int, world_size: int, device: torch.device, watchdog_s: float) -> dist.Store:
+    """Form the process group; the store where all ranks have met."""
+    # A single rank needs no port to meet at, which another run on the machine may have.
+    store = dist.HashStore() if world_size == 1 else _meet(watchdog_s)
+    _wait_longer_than(watchdog_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return store
 
 
 def _meet(limit_s: float) -> dist.Store:

@@ -17,7 +17,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -32,7 +31,8 @@ import torch.distributed as dist
 from rlp.config import ConfigError, RunConfig
 from rlp.process import watchdog_process
 from rlp.process.files import FolderLostError, open_log
-from rlp.process.ranks import LISTEN_S, PeerLost, Ranks
+from rlp.process.poller import Poller
+from rlp.process.ranks import LISTEN_S, PeerLost, Ranks, short_cause
 
 STALLED = 70
 """Exit code of a run whose watchdog has barked."""
@@ -74,12 +74,8 @@ class Watchdog:
         self._silent_s = self._stood_still_s = 0.0
         """Without a mark, so far; and the longest time in which the process did not run."""
         self._work_counts = False
-        self._looked, self._cpu_s, self._moved_bytes = (
-            time.monotonic(),
-            time.process_time(),
-            _moved_bytes(),
-        )
-        self._ended = threading.Event()
+        self._looked, self._cpu_s = time.monotonic(), time.process_time()
+        self._moved_bytes = _moved_bytes()
 
     def mark(self, phase: str | None = None) -> None:
         """Progress: something was done, and what is done next, where that is another thing."""
@@ -102,48 +98,44 @@ class Watchdog:
         self.mark()
         self._look()
         if self._limit_s > 0:
-            faulthandler.register(watchdog_process.SHOW, file=2, all_threads=True)
-            command = [
-                sys.executable,
-                "-I",
-                "-S",
-                watchdog_process.__file__,
-                str(os.getpid()),
-                str(self._limit_s),
-                str(self._poll_s),
-            ]
-            # In a session of its own: what a terminal sends to its processes is for the rank alone.
-            self._outside = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-            )
+            self._outside = self._start_outside()
             self._others = self._ranks.words("stalled")
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+            self._poller = Poller("watchdog", self._poll_s, self._watch)
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._limit_s > 0:
-            self._ended.set()
-            self._thread.join(timeout=2 * self._poll_s)
+            self._poller.close(2 * self._poll_s)
             self._look()
             self._others.close()
             self._dismiss()
-        if isinstance(error, RuntimeError) and (
-            isinstance(error, dist.DistError) or _LOST_PEER.search(str(error))
+
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
         ):
             self._write("".join(traceback.format_exception(error)), stderr=False)
-            cause = " ".join(str(error).split())[:160]
-            why = (
-                f"{self._woken()}: the others have waited for it so long, and ended."
-                if self._has_overslept()
-                else "The rank that ended first says why."
-            )
+            why = "The rank that ended first says why."
+            if self._has_overslept():
+                why = f"{self._woken()}: the others have waited for it so long, and ended."
             raise PeerLost(
                 f"rank {self._ranks.rank} of {self._ranks.world_size} lost another rank while in"
-                f" {self.phase} ({cause}). {why} Continue with run.resume=auto."
+                f" {self.phase} ({short_cause(error)}). {why} Continue with run.resume=auto."
             ) from error
+
+    def _start_outside(self) -> subprocess.Popen:
+        """The process that watches this one from outside."""
+        faulthandler.register(watchdog_process.SHOW, file=2, all_threads=True)
+        command = [sys.executable, "-I", "-S", watchdog_process.__file__]
+        numbers = [str(os.getpid()), str(self._limit_s), str(self._poll_s)]
+        # In a session of its own: what a terminal sends to its processes is for the rank alone.
+        return subprocess.Popen(
+            [*command, *numbers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _dismiss(self) -> None:
         """End the process outside."""
@@ -165,36 +157,37 @@ class Watchdog:
             f" time of a processor), longer than run.watchdog_s={self._limit_s:g}"
         )
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self._poll_s):
+    def _watch(self, polls: Iterator[bytes]) -> None:
+        """The thread: until there is something to bark at."""
+        for _ in polls:
             with suppress(OSError):  # somebody has killed the process outside; this one watches on
                 os.write(self._outside.stdin.fileno(), b".")
             self._look()
+
             if self._silent_s > self._limit_s:
                 self._bark(f"no progress for {self._silent_s:.0f} s in {self.phase}")
                 self._others.leave()
-                break
+                self._end()
+                return
             if self._others.heard:
                 # Whoever wakes up from being stopped meets the word that its peers left of it; the
                 # main thread meets that they are gone.
-                if self._has_overslept() and self._ended.wait(WAKE_S):
+                if self._has_overslept() and self._poller.closes_within(WAKE_S):
                     return
-                woken = f"{self._woken()}: the others have given it up; it is in {self.phase}"
-                self._bark(
-                    woken
-                    if self._has_overslept()
-                    else (
-                        f"another rank has stalled; this one is in {self.phase} for"
-                        f" {self._silent_s:.0f} s"
-                    )
-                )
-                break
-        else:
-            return
+                self._bark(self._heard())
+                self._end()
+                return
+
+    def _heard(self) -> str:
+        """What a rank that did not stall itself has to say."""
+        if self._has_overslept():
+            return f"{self._woken()}: the others have given it up; it is in {self.phase}"
+        return f"another rank has stalled; this one is in {self.phase} for {self._silent_s:.0f} s"
+
+    def _end(self) -> None:
+        """End the process, when the others have had the time to hear of it and to show theirs."""
         self._dismiss()
-        self._ended.wait(
-            3 * max(self._poll_s, LISTEN_S)
-        )  # for the others to hear, and to show theirs
+        self._poller.closes_within(3 * max(self._poll_s, LISTEN_S))
         os._exit(STALLED)
 
     def _look(self) -> None:
@@ -207,13 +200,19 @@ class Watchdog:
             # This thread, which sleeps for `_poll_s`, was not woken: nothing of the process ran.
             self._stood_still_s = max(self._stood_still_s, passed - self._poll_s)
             passed = self._poll_s
-        moved = _moved_bytes() if self._work_counts else self._moved_bytes
-        worked = self._work_counts and (
-            used > WORK_FRAC * passed or moved - self._moved_bytes > WORK_BYTES
-        )
-        self._moved_bytes = moved
-        marks, seen, self._marks_seen = self._marks, self._marks_seen, self._marks
-        self._silent_s = 0.0 if marks != seen or worked else self._silent_s + passed
+
+        worked = False
+        if self._work_counts:
+            moved, before = _moved_bytes(), self._moved_bytes
+            self._moved_bytes = moved
+            worked = used > WORK_FRAC * passed or moved - before > WORK_BYTES
+
+        marks, seen = self._marks, self._marks_seen
+        self._marks_seen = marks
+        if marks != seen or worked:
+            self._silent_s = 0.0
+        else:
+            self._silent_s += passed
 
     def _bark(self, what: str) -> None:
         self._write(
