@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rlp.compare.match import open_match
+from rlp.compare.budget import open_budget_match
 from rlp.config import BudgetConfig, Config, ConfigError, load_config
 from rlp.data.stream import share_of_rank
 from rlp.learn.checkpoint import (
@@ -75,7 +75,7 @@ class Opened:
         require_wandb(config.logging.wandb)
         if config.checkpoint.save_by is not None:
             Deadline(config.checkpoint.save_by)  # one that is past
-        self.match = open_match(config)
+        self.match = open_budget_match(config)
         self.setup = RunSetup(config, warn, record, progress)
         self.layout, self.why_layout = choose_layout(config, self.setup.architecture)
         begin_ledger(config, self.setup.shapes)

@@ -267,7 +267,8 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 
 def _add_match(commands: argparse._SubParsersAction) -> None:
-    from rlp.compare.match import AMOUNTS, ARMS
+    from rlp.compare.arms import ARMS
+    from rlp.compare.budget import AMOUNTS
 
     match = commands.add_parser(
         "match", help="write the config of a control arm that spends what a finished run has spent"
@@ -298,9 +299,9 @@ def _add_match(commands: argparse._SubParsersAction) -> None:
 
 
 def _match(arguments: argparse.Namespace) -> int:
-    from rlp.compare.match import write_match
+    from rlp.compare.arms import write_arm
 
-    config = write_match(
+    config = write_arm(
         open_run_folder(arguments.run),
         arguments.arm,
         arguments.by,

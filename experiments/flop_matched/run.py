@@ -139,7 +139,7 @@ def make_world_and_bases(num_seeds: int) -> list[int]:
 def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tuple[Path, dict]:
     """Run an arm, or go on with it; its exported folder and what it spent."""
     import train as program
-    from rlp.compare.match import write_match
+    from rlp.compare.arms import write_arm
     from rlp.compare.splice import splice
     from rlp.config import load_config
     from rlp.process.json_files import read_json
@@ -169,7 +169,7 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
                 )
         every = {"cpt_flops": 100, "mixed_sft": 40}.get(arm, 16)
         (folder / "match.yaml").unlink(missing_ok=True)
-        config = write_match(
+        config = write_arm(
             reference,
             kind,
             by,

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 
 import train as program
-from rlp.compare.match import ARMS, step_cost, write_match
+from rlp.compare.arms import ARMS, step_cost, write_arm
 from rlp.compare.splice import splice
 from rlp.config import ConfigError, load_config, to_yaml
 from rlp.data.positions import Positions
@@ -291,9 +291,9 @@ def test_a_budget_ends_at_the_nearest_step(trained):
 
 @pytest.mark.parametrize("by, steps", [("tokens", 3), ("flops", 8), ("paper_flops", 20)])
 def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, by, steps):
-    """Written by `write_match`, run by train.py, asserted by itself, with both ledgers shown."""
+    """Written by `write_arm`, run by train.py, asserted by itself, with both ledgers shown."""
     run = open_run_folder(trained("rlp", budget__steps=steps, logging__every_n_steps=1000))
-    config = write_match(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.micro_batch_size=4"])
+    config = write_arm(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.micro_batch_size=4"])
     assert to_yaml(load_config(tmp_path / "arm.yaml")) == to_yaml(config)
     assert program.train(config, ranks) == program.DONE
     said = capsys.readouterr().out
@@ -313,7 +313,7 @@ def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):
     """Documents of another number than the config was written for: the run ends, with its own exit
     code and the table."""
     run = open_run_folder(trained("rlp", budget__steps=1))
-    config = write_match(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config = write_arm(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
     config.optim.batch_size, config.optim.micro_batch_size = 6, 3
     assert program.train(config, ranks) == program.NOT_MATCHED
     assert "NOT MATCHED" in capsys.readouterr().out
@@ -332,10 +332,10 @@ def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(
             r" may be .*% off, where 1% is allowed. Write optim.batch_size="
         ),
     ) as refused:
-        write_match(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
+        write_arm(run, "cpt", "flops", tmp_path / "arm.yaml", None, [])
     assert not (tmp_path / "arm.yaml").exists()
     batch = int(re.search(r"Write optim.batch_size=(\d+)", str(refused.value))[1])
-    config = write_match(
+    config = write_arm(
         run,
         "cpt",
         "flops",
@@ -347,7 +347,7 @@ def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(
         config, ranks
     ) == program.DONE and capsys.readouterr().out.rstrip().endswith(": matched")
     with pytest.raises(ConfigError, match="Not even optim.batch_size=1"):
-        write_match(
+        write_arm(
             open_run_folder(trained("short", budget__steps=1)),
             "rpt",
             "flops",
@@ -402,14 +402,14 @@ def test_only_a_finished_run_is_matched(trained, tmp_path, change, words):
     folder = trained("rlp", budget__steps=1)
     change(folder)
     with pytest.raises(ConfigError, match=words):
-        write_match(open_run_folder(folder), "cpt", "flops", tmp_path / "arm.yaml", None, [])
+        write_arm(open_run_folder(folder), "cpt", "flops", tmp_path / "arm.yaml", None, [])
     assert not (tmp_path / "arm.yaml").exists()
 
 
 def test_another_budget_than_the_ledgers_is_refused(trained, tmp_path, ranks):
     """Who changes the budget of a matched config is told, before the run."""
     run = open_run_folder(trained("rlp", budget__steps=1))
-    config = write_match(run, "cpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config = write_arm(run, "cpt", "tokens", tmp_path / "arm.yaml", None, [])
     config.budget.tokens *= 2
     with pytest.raises(ConfigError, match="budget.tokens"):
         program.train(config, ranks)
@@ -421,7 +421,7 @@ def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):
     before = load_config(run.config_yaml)
     for arm in ARMS:
         if arm != "mixed_sft":
-            after = write_match(run, arm, "tokens", tmp_path / f"{arm}.yaml", None, [])
+            after = write_arm(run, arm, "tokens", tmp_path / f"{arm}.yaml", None, [])
             for section in (
                 "model",
                 "data",

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import strategies as st
 
 from rlp.cli import main as rlp_command
-from rlp.compare.match import open_match
+from rlp.compare.budget import open_budget_match
 from rlp.config import load_config
 from rlp.measure.figures import Curve, Interval, draw_curves, draw_intervals
 from rlp.measure.ledger import PHASES
@@ -209,7 +209,7 @@ def _match(run: Path, own: dict) -> int:
         }
     )
     try:
-        assert open_match(config).table(own)
+        assert open_budget_match(config).table(own)
     except OURS:
         return 3
     return 0

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 import train as program
-from rlp.compare.match import write_match
+from rlp.compare.arms import write_arm
 from rlp.config import Config, ConfigError
 from rlp.data.positions import Positions
 from rlp.model.admission import check_model, context_limit, why_unfit, why_unsound
@@ -435,8 +435,8 @@ def test_a_model_whose_flops_are_not_all_known_runs_and_is_not_matched_by_them(
     with pytest.raises(
         ConfigError, match=r"counted without transformer.*Write --by tokens or --by seconds"
     ):
-        write_match(run, "cpt", "flops", tmp_path / "flops.yaml", None, [])
-    write_match(run, "cpt", "tokens", tmp_path / "tokens.yaml", None, [])
+        write_arm(run, "cpt", "flops", tmp_path / "flops.yaml", None, [])
+    write_arm(run, "cpt", "tokens", tmp_path / "tokens.yaml", None, [])
 
 
 # --- Configs and folders that are none.
