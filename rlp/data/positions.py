@@ -27,14 +27,22 @@ class Positions:
     target: np.ndarray
     """[M, H] int64, `tokens[t : t + H]`."""
 
+    def __getitem__(self, chosen: slice) -> "Positions":
+        """Some of them."""
+        return Positions(self.document[chosen], self.position[chosen], self.target[chosen])
+
+    def places(self) -> list[tuple[int, int]]:
+        """(document, position) of each, as Python's numbers."""
+        return list(zip(self.document.tolist(), self.position.tolist()))
+
     def of_documents(self, start: int, stop: int) -> "Positions":
         """Those of documents start to stop - 1, with the documents renumbered from 0."""
-        chosen = self.slice_of_documents(start, stop)
-        return Positions(self.document[chosen] - start, self.position[chosen], self.target[chosen])
+        chosen = self[self.slice_of_documents(start, stop)]
+        return Positions(chosen.document - start, chosen.position, chosen.target)
 
     def last(self) -> "Positions":
         """The last position alone."""
-        return Positions(self.document[-1:], self.position[-1:], self.target[-1:])
+        return self[-1:]
 
     def last_of(self, document: int) -> int:
         """The last position of a document that has some."""

@@ -265,9 +265,7 @@ def held_out_panel(setup: PanelSetup) -> Panel:
         seed=PANEL_SEED,
         step=0,
     )
-    first = Positions(
-        positions.document[:wanted], positions.position[:wanted], positions.target[:wanted]
-    )
+    first = positions[:wanted]
     return Panel(documents[: int(first.document[-1]) + 1], first)
 
 

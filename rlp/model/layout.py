@@ -309,11 +309,10 @@ def _branches(
         part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
     )
     close = np.array(thought_format.markers.close, dtype=np.int64)
-    at = zip(positions.document.tolist(), positions.position.tolist(), positions.target)
-    for m, (d, t, target) in enumerate(at):
+    for m, (d, t) in enumerate(positions.places()):
         for g in range(tokens.shape[1]):
             forced = close if truncated[m, g] else close[:0]
-            yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, target)
+            yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, positions.target[m])
 
 
 def _thought_mask(thoughts: Thoughts | None) -> Tensor:
@@ -329,8 +328,8 @@ def _targets(
     """(position, target) of one document; none where they are not wanted."""
     if not wanted:
         return []
-    here = positions.slice_of_documents(document, document + 1)
-    return list(zip(positions.position[here].tolist(), positions.target[here]))
+    here = positions.of_documents(document, document + 1)
+    return list(zip(here.position.tolist(), here.target))
 
 
 class _Builder:

@@ -92,9 +92,14 @@ class Thoughts:
         Args:
             before: what the first one gets: the thoughts of one position, of any length L.
         """
-        shorter = before.tokens.shape[2] - self.tokens.shape[2]
-        mine, others = self[:-1].padded(max(shorter, 0)), before.padded(max(-shorter, 0))
-        return Thoughts(*(torch.cat(pair) for pair in zip(others.parts(), mine.parts())))
+        return Thoughts.joined([before, self[:-1]])
+
+    @classmethod
+    def joined(cls, several: "list[Thoughts]") -> "Thoughts":
+        """Those of some positions, then those of others, of different lengths L."""
+        longest = max(some.tokens.shape[2] for some in several)
+        padded = [some.padded(longest - some.tokens.shape[2]).parts() for some in several]
+        return cls(*(torch.cat(column) for column in zip(*padded)))
 
     def padded(self, count: int) -> "Thoughts":
         """With `count` places more on the right of each thought."""

@@ -1,30 +1,40 @@
-"""Rows of thoughts while they are sampled: how each architecture holds what it has read.
+"""Rows of thoughts while they are sampled: how a model holds what it has read.
 
-ForkedBranches   a cache per row, forked from that of its prefix: any causal model
-SharedBranches   keys of a document once, and of each thought beside them: attention-only models
+    ForkedBranches   a cache per row, forked from that of its prefix: any causal model
+    SharedBranches   keys of a document once, and of each thought beside them: attention-only models
+
+Which token is drawn, and when a thought has ended, is not known here.
+
+Dimensions
+    M  positions;  G  thoughts per position;  N = M * G  rows of thoughts;  V  vocabulary
+    T  prefix tokens, padded on the left
 """
 
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from einops import repeat
 from torch import Tensor
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model.attention import SharedKeys
-from rlp.model.layout import padded_places
+from rlp.model.layout import padded_places, padded_rows
 from rlp.model.policy import Policy
 from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat
 
 
 class Branches:
-    """Thoughts that grow side by side from shared prefixes. Those that have ended are dropped when
-    half have."""
+    """N thoughts that grow side by side behind the prefixes of their positions.
+
+    `first` once, then `next` with the rows that go on, all within `sampling`. Rows that `next` is
+    not given have ended; their memory is freed when half of those held have.
+    """
 
     prefill_work: Work
-    """Of the prefixes."""
+    """Of what `first` runs."""
 
     def __init__(self, policy: Policy, num_rows: int) -> None:
         self._policy = policy
@@ -34,14 +44,8 @@ class Branches:
         """As `Policy.sampling`."""
         return self._policy.sampling()
 
-    def idle(self, logits: Tensor) -> Tensor:
-        """A forward without use, in step with ranks that still sample; no row of the answer
-        counts."""
-        self._append(torch.zeros_like(self._held))
-        return logits[:0]
-
     def first(self) -> Tensor:
-        """[N, V] logits of the first thought token."""
+        """Run the prefixes; [N, V] float32 logits of the first thought token."""
         raise NotImplementedError
 
     def next(self, rows: Tensor, token: Tensor) -> Tensor:
@@ -58,10 +62,18 @@ class Branches:
         tokens[place] = token
         return self._append(tokens)[place]
 
+    def idle(self, logits: Tensor) -> Tensor:
+        """A forward without use, in step with ranks that still sample; no row of the answer
+        counts."""
+        self._append(torch.zeros_like(self._held))
+        return logits[:0]
+
     def _append(self, tokens: Tensor) -> Tensor:
+        """A token for every row that is held; logits after it."""
         raise NotImplementedError
 
     def _keep(self, index: Tensor) -> None:
+        """Hold these rows only, of those that are held."""
         raise NotImplementedError
 
 
@@ -77,12 +89,12 @@ class ForkedBranches(Branches):
         thought_format: ThoughtFormat,
         group_size: int,
     ) -> None:
-        prefixes = [
-            thought_format.prefix(documents[d].tokens, t)
-            for d, t in zip(positions.document, positions.position)
-        ]
-        self._tokens, self._mask = _pad_left(prefixes, policy.device)
-        self._fork = torch.arange(len(prefixes), device=policy.device).repeat_interleave(group_size)
+        prefixes = [thought_format.prefix(documents[d].tokens, t) for d, t in positions.places()]
+        self._tokens, self._mask = (
+            torch.from_numpy(part).to(policy.device) for part in padded_rows(prefixes, left=True)
+        )
+        index = torch.arange(len(prefixes), device=policy.device)
+        self._fork = repeat(index, "m -> (m g)", g=group_size)
         self._position = self._mask.sum(dim=1)[self._fork]
         self.prefill_work = row_work(np.array([len(prefix) for prefix in prefixes]), len(prefixes))
         super().__init__(policy, len(self._fork))
@@ -116,39 +128,36 @@ class SharedBranches(Branches):
         group_size: int,
         max_thought_tokens: int,
     ) -> None:
-        used = sorted({int(d) for d in positions.document})
+        used = sorted(set(positions.document.tolist()))
         trunks = [thought_format.context(documents[d].tokens, positions.last_of(d)) for d in used]
         lengths = np.array([len(trunk) for trunk in trunks])
-        places, inside = padded_places(np.cumsum([0, *lengths[:-1]]), lengths)
-        prefix = [
-            len(thought_format.context(documents[d].tokens, t))
-            for d, t in zip(positions.document, positions.position)
-        ]
+        prefix = np.array(
+            [len(thought_format.context(documents[d].tokens, t)) for d, t in positions.places()]
+        )
+        places, mask = padded_places(np.cumsum(lengths) - lengths, lengths)
 
         def on_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(policy.device)
+            return torch.from_numpy(values).to(policy.device)
 
         self._open = thought_format.markers.open
-        self._tokens, self._trunk_position = (
-            on_device(np.concatenate(trunks)),
-            on_device(np.concatenate([np.arange(length) for length in lengths])),
-        )
-        self._position = on_device(prefix).repeat_interleave(group_size)
-        trunk_of = on_device([used.index(int(d)) for d in positions.document]).repeat_interleave(
-            group_size
-        )
-        most = (
-            len(self._open) + max_thought_tokens - 1
-        )  # the last token of a thought is drawn and not run
+        self._tokens = on_device(np.concatenate(trunks))
+        self._trunk_position = on_device(np.concatenate([np.arange(length) for length in lengths]))
+        self._position = on_device(np.repeat(prefix, group_size))
         self._keys = SharedKeys(
-            on_device(places), on_device(np.flatnonzero(inside)), trunk_of, self._position, most
+            trunk=on_device(places),
+            place=on_device(np.flatnonzero(mask)),
+            trunk_of=on_device(np.repeat(np.searchsorted(used, positions.document), group_size)),
+            prefix=self._position,
+            # The last token of a thought is drawn and not run.
+            most=len(self._open) + max_thought_tokens - 1,
         )
-        opening = np.full(len(prefix), len(self._open))
-        queries = group_size * int(opening.sum())
-        self.prefill_work = row_work(lengths, 0) + row_work(
-            opening, queries, before=np.array(prefix), count=group_size
+
+        opening = np.full_like(prefix, len(self._open))
+        branch_work = row_work(
+            opening, group_size * int(opening.sum()), before=prefix, count=group_size
         )
-        super().__init__(policy, len(trunk_of))
+        self.prefill_work = row_work(lengths, 0) + branch_work
+        super().__init__(policy, len(self._position))
 
     def first(self) -> Tensor:
         self._policy.prefill_trunks(self._tokens[None], self._trunk_position[None], self._keys)
@@ -164,14 +173,3 @@ class SharedBranches(Branches):
     def _keep(self, index: Tensor) -> None:
         self._keys.keep(index)
         self._position = self._position[index]
-
-
-def _pad_left(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    tokens, mask = (
-        np.zeros((len(rows), width), dtype=np.int64),
-        np.zeros((len(rows), width), dtype=bool),
-    )
-    for r, row in enumerate(rows):
-        tokens[r, width - len(row) :], mask[r, width - len(row) :] = row, True
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)

@@ -1,18 +1,19 @@
-"""G thoughts per position, sampled from the policy: each prefix computed once, its cache forked.
+"""G thoughts per position, sampled from the policy.
 
 Each token is drawn by inverse CDF from one uniform number of a keyed counter-based generator, so
 thoughts depend on (seed, step, document and its occurrence in the step, position, thought, token
 index) and on nothing else: not on rank, order, micro-batches or resume. The whole distribution is
-sampled: no top-p, no top-k.
+sampled: no top-p, no top-k. How a model holds what it has read is not known here (`branches`), nor
+what a thought is for.
 
 Dimensions
-    M  positions;  G  thoughts per position;  L  thought tokens;  N = M * G
-    R  rows decoded side by side;  T  prefix tokens, padded on the left;  V  vocabulary
+    M  positions;  G  thoughts per position;  L  thought tokens
+    R  rows decoded side by side;  V  vocabulary
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +51,16 @@ class NoiseKey:
         )
         return noise.random(length)
 
+    def of_positions(
+        self, documents: list[Document], positions: Positions, group_size: int, length: int
+    ) -> Tensor:
+        """[M, G, length] float64, those of all thoughts."""
+        uniforms = [
+            [self.uniforms(documents[d], t, g, length) for g in range(group_size)]
+            for d, t in positions.places()
+        ]
+        return torch.from_numpy(np.array(uniforms))
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -78,8 +89,9 @@ def sample_thoughts(
 
     Args:
         rows: thoughts decoded side by side; whole groups, at least one.
-        shared: run each document once for all its positions and hold its keys once (`SharedKeys`),
-            for models that run trees; else run each prefix once and fork its cache.
+        shared: run each document once for all its positions and hold its keys once
+            (`SharedBranches`), for models that run trees; else run each prefix once and fork its
+            cache (`ForkedBranches`).
         agree: told "this rank still samples", answers "some rank does". Ranks that gather weights
             together during sampling must take the same number of decoding steps; alone, the answer
             is the question.
@@ -87,46 +99,26 @@ def sample_thoughts(
             decoding.
     """
     fault("rollout")
-    uniforms = torch.from_numpy(
-        np.stack(
-            [
-                noise.uniforms(documents[d], int(t), g, max_thought_tokens)
-                for d, t in zip(positions.document, positions.position)
-                for g in range(group_size)
-            ]
-        )
-    )
     size = max(1, rows // group_size)
-    parts, work = [], Work()
+    parts, prefill_work = [], Work()
     starts = iter(range(0, len(positions.position), size))
     while agree((start := next(starts, None)) is not None):
         # A rank without work keeps the others company, with its first positions.
-        idle = start is None
-        start = 0 if idle else start
-        here = slice(start, start + size)
-        some = Positions(positions.document[here], positions.position[here], positions.target[here])
+        some = positions[:size] if start is None else positions[start : start + size]
+
         given = (policy, documents, some, thought_format, group_size)
         branches = SharedBranches(*given, max_thought_tokens) if shared else ForkedBranches(*given)
-        numbers = uniforms[start * group_size : (start + size) * group_size].to(policy.device)
-        part = _decode(branches, numbers, thought_format, agree, prefill)
-        if not idle:
+        uniforms = noise.of_positions(documents, some, group_size, max_thought_tokens)
+        part = _decode(branches, uniforms.to(policy.device), thought_format, agree, prefill)
+        if start is not None:
             parts.append(part)
-            work += branches.prefill_work
-    tokens, mask, logprob, entropy, truncated = (_join(column) for column in zip(*parts))
-    logprob = poisoned("rollout.logprob", logprob)
-    group = {"g": group_size}
-    thoughts = Thoughts(
-        *(
-            rearrange(part, "(m g) l -> m g l", **group)
-            for part in (tokens, mask, logprob, entropy)
-        ),
-        rearrange(truncated, "(m g) -> m g", **group),
-    )
-    prefixes = [
-        thought_format.prefix(documents[d].tokens, t)
-        for d, t in zip(positions.document, positions.position)
-    ]
-    return Rollout(thoughts, work, _decode_work(prefixes, thoughts))
+            prefill_work += branches.prefill_work
+
+    thoughts = Thoughts.joined(parts)
+    logprob = poisoned("rollout.logprob", thoughts.behavior_logprob)
+    thoughts = replace(thoughts, behavior_logprob=logprob)
+    prefixes = [thought_format.prefix(documents[d].tokens, t) for d, t in positions.places()]
+    return Rollout(thoughts, prefill_work, _decode_work(prefixes, thoughts))
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,34 +148,39 @@ def _decode(
     thought_format: ThoughtFormat,
     agree: Callable[[bool], bool],
     prefill: Callable[[], AbstractContextManager],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sample until every thought has ended: tokens, mask, log-probabilities, entropies [N,
-    longest], and which the budget ended [N]."""
-    num_rows, budget = uniforms.shape
-    tokens = torch.zeros(num_rows, budget, dtype=torch.int64, device=uniforms.device)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
+) -> Thoughts:
+    """Sample until every thought has ended, with the numbers [M, G, budget] to draw by."""
+    group, budget = {"g": uniforms.shape[1]}, uniforms.shape[2]
+    uniforms = rearrange(uniforms, "m g l -> (m g) l")
+    tokens = torch.zeros_like(uniforms, dtype=torch.int64)
+    mask = torch.zeros_like(uniforms, dtype=torch.bool)
     close = torch.tensor(thought_format.markers.close, device=uniforms.device)
-    rows = torch.arange(num_rows, device=uniforms.device)
+    rows = torch.arange(len(uniforms), device=uniforms.device)
+
     with branches.sampling():
         with prefill():
             logits = branches.first()
         logprobs, entropies = logits.new_zeros(tokens.shape), logits.new_zeros(tokens.shape)
         for u in range(budget):
             token, logprob, entropy = draw(logits, uniforms[rows, u], thought_format.temperature)
-            tokens[rows, u], mask[rows, u], logprobs[rows, u], entropies[rows, u] = (
-                token,
-                True,
-                logprob,
-                entropy,
-            )
+            tokens[rows, u], mask[rows, u] = token, True
+            logprobs[rows, u], entropies[rows, u] = logprob, entropy
+
             going = ~_ends_with(tokens[rows, : u + 1], close)
             rows, token = rows[going], token[going]
             if u + 1 == budget or not agree(len(rows) > 0):
                 break
             logits = branches.next(rows, token) if len(rows) else branches.idle(logits)
-    truncated = torch.zeros(num_rows, dtype=torch.bool, device=uniforms.device)
+
+    truncated = torch.zeros_like(mask[:, 0])
     truncated[rows] = True
-    return *(part[:, : u + 1] for part in (tokens, mask, logprobs, entropies)), truncated
+    return Thoughts(
+        *(
+            rearrange(part[:, : u + 1], "(m g) l -> m g l", **group)
+            for part in (tokens, mask, logprobs, entropies)
+        ),
+        rearrange(truncated, "(m g) -> m g", **group),
+    )
 
 
 def _ends_with(tokens: Tensor, close: Tensor) -> Tensor:
@@ -191,14 +188,6 @@ def _ends_with(tokens: Tensor, close: Tensor) -> Tensor:
     if tokens.shape[1] < len(close):
         return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     return (tokens[:, -len(close) :] == close).all(dim=1)
-
-
-def _join(parts: tuple[Tensor, ...]) -> Tensor:
-    """Stack row blocks whose thoughts have different longest lengths."""
-    if parts[0].dim() == 1:
-        return torch.cat(parts)
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _decode_work(prefixes: list[np.ndarray], thoughts: Thoughts) -> Work:
