@@ -51,16 +51,6 @@ class NoiseKey:
         )
         return noise.random(length)
 
-    def of_positions(
-        self, documents: list[Document], positions: Positions, group_size: int, length: int
-    ) -> Tensor:
-        """[M, G, length] float64, those of all thoughts."""
-        uniforms = [
-            [self.uniforms(documents[d], t, g, length) for g in range(group_size)]
-            for d, t in positions.places()
-        ]
-        return torch.from_numpy(np.array(uniforms))
-
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -108,8 +98,12 @@ def sample_thoughts(
 
         given = (policy, documents, some, thought_format, group_size)
         branches = SharedBranches(*given, max_thought_tokens) if shared else ForkedBranches(*given)
-        uniforms = noise.of_positions(documents, some, group_size, max_thought_tokens)
-        part = _decode(branches, uniforms.to(policy.device), thought_format, agree, prefill)
+        uniforms = [
+            [noise.uniforms(documents[d], t, g, max_thought_tokens) for g in range(group_size)]
+            for d, t in some.places()
+        ]
+        numbers = torch.from_numpy(np.array(uniforms)).to(policy.device)
+        part = _decode(branches, numbers, thought_format, agree, prefill)
         if start is not None:
             parts.append(part)
             prefill_work += branches.prefill_work
