@@ -1,5 +1,6 @@
 """The files of the program, by name."""
 
+import ast
 from pathlib import Path
 
 from tests import REPOSITORY
@@ -40,3 +41,17 @@ PAGES = [
 def name_of(path: Path) -> str:
     """Below the repository."""
     return str(path.relative_to(REPOSITORY))
+
+
+def imports(source: str) -> set[str]:
+    """Full names of all that a source imports, at any depth: `from rlp.data.stream import Source`
+    gives rlp.data.stream and rlp.data.stream.Source. A relative import, which nobody writes here,
+    gives `.` and its name."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            home = "." * node.level + (node.module or "")
+            names |= {home} | {f"{home}.{alias.name}" for alias in node.names}
+    return names
