@@ -56,11 +56,11 @@ from rlp.learn.teacher import Teacher
 from rlp.measure.journal import Journal, weights_digest
 from rlp.measure.metrics_log import MetricsLog
 from rlp.measure.monitor import Watch, mismatch_of
-from rlp.measure.panel import no_think_logprob, probe_panel
+from rlp.measure.panel_scoring import measure_panel, no_think_logprob
 from rlp.measure.plan import Plan, plan_run, render_plan
 from rlp.measure.report import write_report
 from rlp.measure.thought_statistics import combine_parts, token_scripts
-from rlp.measure.told_thoughts import TopThoughts
+from rlp.measure.top_thoughts import TopThoughts
 from rlp.measure.verdict import verdict
 from rlp.model.admission import check_model
 from rlp.model.layout import LAYOUTS
@@ -684,7 +684,7 @@ class Run:
                 self.config,
                 self.ranks,
             )
-        values = probe_panel(
+        values = measure_panel(
             self.lay_out,
             self.panel,
             self.engine.policy,

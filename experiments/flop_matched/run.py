@@ -189,11 +189,11 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
 def probe(model: Path, base: Path, ranks: object) -> dict[str, float]:
     """Held-out numbers of a model, its gain measured against the base."""
     from rlp.config import load_config
-    from rlp.measure.panel import probe_model
+    from rlp.measure.frozen import measure_model
     from rlp.model.setup import PanelSetup
 
     config = load_config(QUICKSTART, [f"model.path={model}", "run.dir=unused", *PANEL])
-    return probe_model(PanelSetup(config, lambda text: None), ranks, start=str(base)).means
+    return measure_model(PanelSetup(config, lambda text: None), ranks, start=str(base)).means
 
 
 def curve(run: Path) -> list[dict]:

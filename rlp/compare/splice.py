@@ -28,7 +28,7 @@ from rlp.config import Config, ConfigError, to_yaml
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
 from rlp.measure.ledger import Ledger
-from rlp.measure.panel import load_frozen
+from rlp.measure.frozen import load_frozen
 from rlp.model.layout import Layout, tree_layout
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup

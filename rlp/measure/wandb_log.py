@@ -5,6 +5,7 @@ import importlib.util
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from rlp.config import Config, ConfigError
 from rlp.process.run_folder import RunFolder
@@ -75,15 +76,15 @@ class WandbAdapter:
             )
 
     def _work(self, folder: RunFolder, config: Config) -> None:
-        run = (
-            self._start(folder, config, "online", "continuing offline")
-            if config.logging.wandb == "online"
-            else None
-        )
+        run = None
+        if config.logging.wandb == "online":
+            run = self._start(folder, config, "online", "continuing offline")
         run = run or self._start(folder, config, "offline", "continuing without it")
         while (values := self._waiting.get()) is not None:
-            run = run and self._attempt("could not log", run, lambda: run.log(values))
-        run = run and self._attempt("could not finish", run, lambda: run.finish())
+            if run and not self._attempt("could not log", partial(run.log, values)):
+                run = None
+        if run:
+            self._attempt("could not finish", run.finish)
 
     def _start(self, folder: RunFolder, config: Config, mode: str, otherwise: str) -> object | None:
         try:
@@ -109,8 +110,8 @@ class WandbAdapter:
             return None
         return run
 
-    def _attempt(self, what: str, run: object, do: Callable[[], object]) -> object | None:
-        """The run, or None where it failed: from then on there is none."""
+    def _attempt(self, what: str, do: Callable[[], object]) -> bool:
+        """Whether it succeeded: after a failure there is no run."""
         try:
             do()
         except Exception as error:
@@ -118,8 +119,8 @@ class WandbAdapter:
                 f"Weights & Biases {what} ({_one_line(error)}); it is switched off. metrics.jsonl"
                 " is complete."
             )
-            return None
-        return run
+            return False
+        return True
 
 
 def _one_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from rlp.measure.thought_statistics import (
     watch_rewards,
     watch_thoughts,
 )
-from rlp.measure.told_thoughts import TopThoughts
+from rlp.measure.top_thoughts import TopThoughts
 from rlp.model.thoughts import Thoughts
 from rlp.process.ranks import start_ranks
 from rlp.process.tally import Tally

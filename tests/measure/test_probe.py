@@ -16,16 +16,12 @@ from rlp.cli import main
 from rlp.config import Config, PositionConfig, load_config
 from rlp.data.positions import choose_positions
 from rlp.learn.checkpoint import open_checkpoint
+from rlp.measure.decomposition import Decomposition, bootstrap_intervals
+from rlp.measure.frozen import measure_model
 from rlp.measure.metrics import EVALUATION
-from rlp.measure.panel import (
-    Panel,
-    PanelThoughts,
-    Probe,
-    bootstrap_intervals,
-    no_think_logprob,
-    probe_model,
-    probe_panel,
-)
+from rlp.measure.panel import Panel, PanelThoughts
+from rlp.measure.panel_scoring import measure_panel, no_think_logprob
+from rlp.measure.reward_signal import signal_in_words
 from rlp.model.attention import register
 from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
@@ -107,7 +103,7 @@ def probe(
     ranks=None,
     start=None,
     horizon: int = 1,
-) -> Probe:
+) -> Decomposition:
     thought_format = ThoughtFormat(
         markers=MARKERS,
         instruction=(),
@@ -116,7 +112,7 @@ def probe(
         target_temperature=1.0,
         horizon=horizon,
     )
-    return probe_panel(
+    return measure_panel(
         lay_out,
         given,
         policy or tiny_policy(),
@@ -268,7 +264,7 @@ def test_one_document_has_no_shuffled_thoughts_and_no_intervals():
     found = probe(panel((9,)))
     assert "gain_over_shuffled_nats" not in found.means and found.intervals == {}
     assert "gain_over_empty_nats" in found.means
-    assert rlp.measure.probe.verdict(found, settings())[0].startswith(
+    assert signal_in_words(found, settings())[0].startswith(
         "No verdict: the panel holds 1 document,"
     )
 
@@ -278,7 +274,7 @@ def test_one_thought_has_no_siblings():
     found = probe(panel(), config=settings("evaluation.thoughts_per_position=1"))
     assert not {"reward_group_std_nats", "reward_length_correlation"} & set(found.means)
     many = replace(found, panel=panel((9,) * 30))
-    assert rlp.measure.probe.verdict(many, settings())[0].startswith(
+    assert signal_in_words(many, settings())[0].startswith(
         "No verdict: one thought at each position"
     )
 
@@ -301,7 +297,7 @@ def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
         intervals=found.intervals
         | {name: (value[0], value[2]) for name, value in measured.items()},
     )
-    return rlp.measure.probe.verdict(found, settings())
+    return signal_in_words(found, settings())
 
 
 def test_below_thirty_documents_there_is_no_verdict():
@@ -384,7 +380,7 @@ def test_the_markers_are_blamed_where_an_empty_thought_explains_most():
     assert of_format((0.8, 1.0, 1.2), 1.3) == []
 
 
-def assert_same_probe(one: Probe, other: Probe, tolerance: float) -> None:
+def assert_same_probe(one: Decomposition, other: Decomposition, tolerance: float) -> None:
     assert [[thought.tolist() for thought in group] for group in one.thoughts.tokens] == [
         [thought.tolist() for thought in group] for group in other.thoughts.tokens
     ]
@@ -488,13 +484,13 @@ def test_every_evaluation_of_a_run_holds_the_whole_decomposition(trained, corpus
     for line in (lines[0], lines[-1]):
         assert all(line[f"{name}_low"] <= line[name] <= line[f"{name}_high"] for name in names)
     config = load_config(folder / "config.yaml")
-    from_step = probe_model(
+    from_step = measure_model(
         PanelSetup(config, print),
         ranks,
         checkpoint=open_checkpoint(folder / "checkpoints" / "step_1"),
     )
     start, config.model.path = config.model.path, str(folder / "export")
-    from_export = probe_model(PanelSetup(config, print), ranks, start=start)
+    from_export = measure_model(PanelSetup(config, print), ranks, start=start)
     for found in (from_step, from_export):
         assert {"step": 1} | found.numbers() == pytest.approx(
             {name: value for name, value in lines[-1].items() if "_ema_" not in f"_{name}"},
@@ -665,8 +661,8 @@ def test_an_instruction_without_a_file_is_thought_after(model_folder, corpus, ra
         f"model.path={model_folder}", f"data.held_out=[{corpus}]", "evaluation.panel_positions=4"
     )
     plain, instructed = (
-        probe_model(PanelSetup(config, print), ranks),
-        probe_model(PanelSetup(config, print), ranks, instruction=(8, 9, 10)),
+        measure_model(PanelSetup(config, print), ranks),
+        measure_model(PanelSetup(config, print), ranks, instruction=(8, 9, 10)),
     )
     np.testing.assert_allclose(
         plain.columns["no_think_logprob_nats"],

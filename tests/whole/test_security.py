@@ -39,7 +39,7 @@ from rlp.config import (
 from rlp.data.sources import DataError, open_rows
 from rlp.learn.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.learn.export import known_ids, model_card, read_thought_format
-from rlp.measure.panel import Probe
+from rlp.measure.decomposition import Decomposition
 from rlp.measure.probe import draw, find_subject
 from rlp.measure.report import write_report
 from rlp.measure.report_runs import without_seed
@@ -1059,7 +1059,7 @@ def test_a_model_card_holds_names_as_code(text: str):
 def test_names_in_a_figure_are_no_mathematics(tmp_path: Path, name: str):
     """matplotlib sets what stands between dollar signs."""
     gains = np.array([0.5, -0.5])
-    probe = Probe(
+    found = Decomposition(
         None,
         None,
         {"gain_over_no_think_nats": gains, "gain_over_shuffled_nats": gains},
@@ -1067,7 +1067,7 @@ def test_names_in_a_figure_are_no_mathematics(tmp_path: Path, name: str):
         {"gain_over_no_think_nats": 0.0, "gain_over_shuffled_nats": 0.0},
         {},
     )
-    draw(probe, True, tmp_path / "x.png", title=name)
+    draw(found, True, tmp_path / "x.png", title=name)
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
