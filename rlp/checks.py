@@ -25,8 +25,8 @@ from rlp.learn.checkpoint import (
     refuse_other_inputs,
     refuse_other_model,
 )
-from rlp.measure.ledger import Ledger
 from rlp.measure.frozen import load_frozen
+from rlp.measure.ledger import Ledger
 from rlp.measure.panel import held_out_panel
 from rlp.measure.plan import Plan, fits, plan_run
 from rlp.measure.plan_work import FormatTokens, positions_per_document

@@ -27,8 +27,8 @@ from einops import rearrange
 from rlp.config import Config, ConfigError, to_yaml
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
-from rlp.measure.ledger import Ledger
 from rlp.measure.frozen import load_frozen
+from rlp.measure.ledger import Ledger
 from rlp.model.layout import Layout, tree_layout
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
