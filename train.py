@@ -28,8 +28,8 @@ from torch import Tensor
 
 from rlp.config import Config, ConfigError, load_config
 from rlp.data.documents import Document
+from rlp.data.errors import DataError
 from rlp.data.positions import Positions
-from rlp.data.sources import DataError
 from rlp.learn.checkpoint import CheckpointError
 from rlp.learn.guard import NumericsError
 from rlp.measure.thought_statistics import (

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from rlp.compare.eval_options import add_eval
 from rlp.config import ConfigError, load_config
-from rlp.data.sources import DataError
+from rlp.data.errors import DataError
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import chosen_checkpoint, open_run_folder

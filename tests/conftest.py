@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import train as program
-from rlp.data import sources
 from rlp.process.ranks import Ranks, start_ranks
 from tests.faults.harness import Harness
 from tests.tiny_models import WORDS, tiny_policy, word_tokenizer
@@ -83,4 +82,4 @@ def trained(tmp_path, model_folder, corpus, ranks):
 @pytest.fixture
 def unpacked(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """What is unpacked goes to a folder of the test."""
-    monkeypatch.setattr(sources, "UNPACKED", tmp_path_factory.mktemp("unpacked"))
+    monkeypatch.setattr("rlp.data.unpacked.UNPACKED", tmp_path_factory.mktemp("unpacked"))

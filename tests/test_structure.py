@@ -33,7 +33,10 @@ file."""
 
 MUST_NOT_KNOW = {
     "config": {"torch", "transformers"},
-    "data.sources": {"torch", "transformers"},  # what a row must hold
+    "data.lines": {"torch", "transformers"},  # what a row must hold
+    "data.records": {"torch", "transformers"},
+    "data.sources": {"torch", "transformers"},
+    "data.unpacked": {"torch", "transformers"},
     "data": {"torch"},  # that thoughts exist
     "objective": {"rlp", "transformers", "deepspeed", "numpy"},
     "measure.metrics": {"rlp"},

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from rlp.config import DataConfig  # rlp before torch: see rlp/process/machine.py
-from rlp.data.sources import DataError, open_rows
+from rlp.data.errors import DataError
+from rlp.data.sources import open_rows
 
 # isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

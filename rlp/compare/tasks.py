@@ -27,8 +27,9 @@ from rlp.config import (
     require_one_of,
 )
 from rlp.data.documents import short
+from rlp.data.errors import BadDocument, DataError
 from rlp.data.hub import settle_hub
-from rlp.data.sources import BadDocument, DataError, Rows, open_rows
+from rlp.data.sources import Rows, open_rows
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlp.config import DataConfig
-from rlp.data.sources import BadDocument
+from rlp.data.errors import BadDocument
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlp.config import DataConfig, require
 from rlp.data.documents import Document, encode, ended, fill_template, given_ids, short
+from rlp.data.errors import BadDocument, DataError
 from rlp.data.noise import ORDER_NOISE, SOURCE_NOISE, keyed_noise
-from rlp.data.sources import BadDocument, DataError, Rows
+from rlp.data.sources import Rows
 
 LISTED_PER_REASON = 100
 """Bad rows told one by one for each reason; the counts go on."""

@@ -26,10 +26,13 @@ from transformers import PreTrainedTokenizerFast
 
 import train as program
 from rlp.config import ConfigError, DataConfig, ModelConfig
-from rlp.data import hub, sources
+from rlp.data import hub, unpacked
 from rlp.data.documents import first_ids
-from rlp.data.sources import EXPANSION_MARGIN_BYTES, DataError, open_rows
+from rlp.data.errors import DataError
+from rlp.data.records import QuoteScan
+from rlp.data.sources import identity, open_rows
 from rlp.data.stream import LISTED_PER_REASON, share_of_rank
+from rlp.data.unpacked import EXPANSION_MARGIN_BYTES
 from rlp.model.tokenizer import load_tokenizer
 from tests import REPOSITORY
 from tests.data.reading import GOOD, GOOD_TOKENS, Reader, numbered, write
@@ -89,7 +92,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_stopped(
 ):
     """A megabyte of zeros for a kilobyte of file, in either format; what was written of it is
     gone."""
-    monkeypatch.setattr(sources, "EXPANSION_MARGIN_BYTES", 2**20)
+    monkeypatch.setattr(unpacked, "EXPANSION_MARGIN_BYTES", 2**20)
     zeros = b"\0" * 2**24
     for name, content in (
         ("x.jsonl.gz", gzip.compress(zeros, mtime=0)),
@@ -102,7 +105,7 @@ def test_a_file_that_unpacks_to_gigabytes_is_stopped(
             ),
         ):
             Reader([write(tmp_path / name, content)])
-    assert not [path for path in sources.UNPACKED.iterdir() if path.suffix != ".lock"]
+    assert not [path for path in unpacked.UNPACKED.iterdir() if path.suffix != ".lock"]
     assert EXPANSION_MARGIN_BYTES >= 2**27, "small files that repeat themselves pass"
 
 
@@ -111,7 +114,7 @@ def test_what_is_unpacked_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD, mtime=0))
     Reader([path])
     monkeypatch.setattr(
-        sources, "_write_whole", lambda *arguments, **words: pytest.fail("unpacked twice")
+        unpacked, "write_whole", lambda *arguments, **words: pytest.fail("unpacked twice")
     )
     assert Reader([path]).tokens(1) == [GOOD_TOKENS]
     monkeypatch.undo()
@@ -125,14 +128,14 @@ def test_a_cache_that_can_not_be_written_is_named_with_what_moves_it(
 ):
     """Below a file, as good as read-only; and a disk that fills while a file is unpacked."""
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(GOOD, mtime=0))
-    monkeypatch.setattr(sources, "UNPACKED", path / "unpacked")
+    monkeypatch.setattr(unpacked, "UNPACKED", path / "unpacked")
     with pytest.raises(
         DataError, match=r"what is unpacked goes to .*x.jsonl.gz/unpacked \(HF_HOME moves it\)"
     ):
         Reader([path])
-    monkeypatch.setattr(sources, "UNPACKED", tmp_path / "unpacked")
+    monkeypatch.setattr(unpacked, "UNPACKED", tmp_path / "unpacked")
     monkeypatch.setattr(
-        sources._BoundedFile,
+        unpacked.BoundedFile,
         "write",
         lambda self, content: os.write(os.open("/dev/full", os.O_WRONLY), content),
     )
@@ -266,7 +269,7 @@ def test_records_are_found_whatever_pieces_a_file_is_read_in(piece: int):
     generator = np.random.default_rng(piece)
     for _ in range(2000):
         text = "".join(generator.choice(list('ab,,""\n')) for _ in range(generator.integers(0, 25)))
-        content, scan, ends = text.encode(), sources._QuoteScan(","), [0]
+        content, scan, ends = text.encode(), QuoteScan(","), [0]
         for start in range(0, len(content), piece):
             ends += scan.ends(content[start : start + piece])[0].tolist()
         if not scan.is_open:  # such a file is refused
@@ -424,7 +427,7 @@ MEMORY = """
 import json, sys
 from tests.data.reading import after_the_first
 from tests.tiny_models import word_tokenizer
-from rlp.data import sources
+from rlp.data import unpacked
 from rlp.config import DataConfig
 from rlp.data.stream import DocumentStream
 from rlp.data.sources import open_rows
@@ -433,7 +436,7 @@ def own_memory():
     lines = open("/proc/self/status")
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-sources.UNPACKED = sources.Path(sys.argv[1])
+unpacked.UNPACKED = unpacked.Path(sys.argv[1])
 config = DataConfig(train=sys.argv[2:], max_document_tokens=16)
 before = own_memory()
 rows = open_rows(config.train, config, "train", "data.train")
@@ -547,11 +550,11 @@ def test_a_run_continues_with_the_files_that_it_began_with(tmp_path: Path, chang
 def test_a_changed_megabyte_of_a_large_file_is_seen(tmp_path: Path):
     """Only a megabyte is looked at, in 16 places over the whole."""
     path = write(tmp_path / "x.jsonl", b"x" * 2**24)
-    whole = sources.identity(path)
+    whole = identity(path)
     for start in range(0, 2**24, 2**20):
         content = bytearray(b"x" * 2**24)
         content[start : start + 2**20 + 2**17] = b"y" * len(content[start : start + 2**20 + 2**17])
-        assert sources.identity(write(path, bytes(content))) != whole, start
+        assert identity(write(path, bytes(content))) != whole, start
 
 
 def test_another_number_of_files_is_refused_at_resume(tmp_path: Path):

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlp.config import ConfigError, PositionConfig
 from rlp.data.documents import Document
+from rlp.data.errors import DataError
 from rlp.data.noise import ORDER_NOISE, PANEL_NOISE, POSITION_NOISE, THOUGHT_NOISE, keyed_noise
 from rlp.data.positions import Positions, candidate_positions, choose_positions, marker_ids
-from rlp.data.sources import DataError, Rows, Table
+from rlp.data.sources import Rows, Table
 from rlp.data.stream import share_of_rank
 from tests.data.reading import GOOD, GOOD_TOKENS, Reader, numbered, write
 from tests.tiny_models import WORDS, random_documents, word_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from hypothesis import strategies as st
 
 from rlp.config import ConfigError
-from rlp.data.sources import DataError
+from rlp.data.errors import DataError
 from rlp.learn.checkpoint import CheckpointError
 from rlp.process.json_files import DamagedFileError
 from tests.tiny_models import word_tokenizer

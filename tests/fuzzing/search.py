@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
-from rlp.data import sources
+from rlp.data import unpacked
 from tests.fuzzing.checkpoints import checkpoint_cases, read_checkpoint, read_resume, resume_cases
 from tests.fuzzing.config_and_data import config_cases, data_cases, read_config, read_data
 from tests.fuzzing.ingredients import OURS
@@ -48,7 +48,7 @@ def search(name: str, inputs: int, key: int = 0) -> Counter:
     read, cases, _ = READERS[name]
     ends: Counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        sources.UNPACKED = Path(folder) / "unpacked"
+        unpacked.UNPACKED = Path(folder) / "unpacked"
 
         @seed(key)
         @settings(

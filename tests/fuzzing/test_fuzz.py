@@ -3,7 +3,7 @@ how, and searches longer."""
 
 import pytest
 
-from rlp.data import sources
+from rlp.data import unpacked
 from tests.fuzzing.search import READERS, search
 
 INPUTS = {
@@ -23,7 +23,7 @@ INPUTS = {
 def test_no_input_breaks_a_reader(name: str, monkeypatch: pytest.MonkeyPatch):
     """A value, an error of our own, or a counted skip: never another exception, never a change of
     the input. Each end is reached."""
-    monkeypatch.setattr(sources, "UNPACKED", None)  # put back afterwards; `search` has its own
+    monkeypatch.setattr(unpacked, "UNPACKED", None)  # put back afterwards; `search` has its own
     ends = search(name, INPUTS[name])
     assert (
         sum(ends.values()) >= INPUTS[name]

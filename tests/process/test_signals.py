@@ -23,7 +23,7 @@ import rlp.process.preemption
 import rlp.process.watchdog
 import train as program
 from rlp.config import ConfigError, RunConfig, parse_moment
-from rlp.data import sources
+from rlp.data import lines, unpacked
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.launcher import LAUNCHER_GONE
 from rlp.process.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption, steady_time
@@ -470,7 +470,7 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}\n' * 20))
     config = tiny_config(tmp_path / "run", model_folder, packed, run__watchdog_s=1)
-    monkeypatch.setattr(sources, "UNPACKED", tmp_path / "unpacked")
+    monkeypatch.setattr(unpacked, "UNPACKED", tmp_path / "unpacked")
     with Watchdog(ranks, config.run) as watchdog:
 
         def slowly(path, plain):
@@ -485,9 +485,9 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
                 looked(watchdog)
             return ends(file, found)
 
-        ends = sources._line_ends
-        monkeypatch.setitem(sources.UNPACKERS, ".gz", slowly)
-        monkeypatch.setattr(sources, "_line_ends", lines_slowly)
+        ends = lines.line_ends
+        monkeypatch.setitem(unpacked.UNPACKERS, ".gz", slowly)
+        monkeypatch.setattr(lines, "line_ends", lines_slowly)
         monkeypatch.setattr(
             watchdog, "working", lambda phase: nullcontext()
         )  # pieces alone are to count
@@ -499,8 +499,8 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
 
 def test_a_rank_that_waits_for_another_to_unpack_counts_what_that_one_writes(tmp_path, monkeypatch):
     """And goes on with the file when the other has it."""
-    monkeypatch.setattr(sources, "UNPACKED", tmp_path)
-    monkeypatch.setattr(sources, "LOOK_S", 0.02)
+    monkeypatch.setattr(unpacked, "UNPACKED", tmp_path)
+    monkeypatch.setattr(unpacked, "LOOK_S", 0.02)
     moved, name = [], "x"
     with FileLock(tmp_path / "x.lock") as held:
 
@@ -511,7 +511,7 @@ def test_a_rank_that_waits_for_another_to_unpack_counts_what_that_one_writes(tmp
                 held.release(force=True)
 
         (tmp_path / f"{name}.1.partial").write_bytes(b"." * 100)
-        with sources._waited_for(
+        with unpacked.waited_for(
             FileLock(tmp_path / "x.lock"),
             Path("corpus.gz"),
             "x.*.partial",

@@ -36,7 +36,8 @@ from rlp.config import (
     load_config,
     without_secrets,
 )
-from rlp.data.sources import DataError, open_rows
+from rlp.data.errors import DataError
+from rlp.data.sources import open_rows
 from rlp.learn.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.learn.export import known_ids, model_card, read_thought_format
 from rlp.measure.decomposition import Decomposition
