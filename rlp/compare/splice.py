@@ -1,5 +1,4 @@
-"""Documents with thoughts in them: the model's own best thoughts, spliced into plain text (mixed
-SFT).
+"""Documents with the model's own best thoughts spliced into them, for the arm mixed SFT.
 
 The control that costs no reinforcement: the starting checkpoint samples G thoughts at a position of
 a document, the one with the largest information gain over its own no-think prediction is kept, and
@@ -18,6 +17,7 @@ Dimensions
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
 from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
-from rlp.model.layout import Layout, tree_layout
+from rlp.model.layout import tree_layout
+from rlp.model.policy import Policy
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
 from rlp.model.thoughts import ThoughtFormat, Thoughts
@@ -38,7 +39,7 @@ from rlp.process.console import visible_text
 from rlp.process.files import new_folder, write_new
 from rlp.process.json_files import write_json
 from rlp.process.ranks import Ranks
-from rlp.sampling.rollout import NoiseKey, Rollout, sample_thoughts
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
 
 
 def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
@@ -68,9 +69,11 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         print(visible_text(note))
     lay_out, policy = load_frozen(setup, ranks)
     ledger = Ledger(setup.shapes)
-    rewards, rows, longest = [], [], 0
-    for step, start in enumerate(range(0, num_documents, config.optim.batch_size), start=1):
-        documents = setup.stream.next_documents(min(config.optim.batch_size, num_documents - start))
+
+    rows, longest = [], 0
+    batch_size = config.optim.batch_size
+    for step, start in enumerate(range(0, num_documents, batch_size), start=1):
+        documents = setup.stream.next_documents(min(batch_size, num_documents - start))
         positions = choose_positions(
             documents,
             setup.candidates,
@@ -79,65 +82,33 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
             seed=config.run.seed,
             step=step,
         )
-        with ledger.time("decode"), torch.no_grad():
-            rollout = sample_thoughts(
-                policy,
-                documents,
-                positions,
-                setup.thought_format,
-                NoiseKey(config.run.seed, step),
-                group_size=config.thought.group_size,
-                max_thought_tokens=config.thought.max_thought_tokens,
-                rows=config.thought.sampling_rows,
-                shared=lay_out is tree_layout,
-                prefill=lambda: ledger.time("prefill"),
-            )
-        with ledger.time("score"), torch.no_grad():
-            layout = lay_out(
-                documents,
-                positions,
-                rollout.thoughts,
-                setup.thought_format,
-                lm=False,
-                no_think=True,
-                device=policy.device,
-            )
-            scores = score(policy, layout)
-        _count(ledger, documents, rollout, layout, config, ranks)
-        reasoned_logprob = rearrange(
-            log_evidence(scores.target), "(m g) -> m g", g=config.thought.group_size
+        thoughts, reward = _rewarded_thoughts(
+            setup, lay_out, policy, documents, positions, NoiseKey(config.run.seed, step), ledger
         )
-        reward = information_gain(reasoned_logprob, log_evidence(scores.no_think)).cpu().numpy()
-        for m in range(len(reward)):
+        ledger.add_documents(sum(len(document.tokens) for document in documents))
+        ledger.close_step(ranks)
+
+        for m, d in enumerate(positions.document):
             tokens = _with_best_thought(
-                documents[positions.document[m]],
-                positions,
-                m,
-                rollout.thoughts,
+                documents[d].tokens,
+                int(positions.position[m]),
+                thoughts[m : m + 1],
                 reward[m],
                 setup.thought_format,
             )
-            longest = max(longest, len(tokens) - len(documents[positions.document[m]].tokens))
+            longest = max(longest, len(tokens) - len(documents[d].tokens))
             rows.append(
                 {
                     "tokens": tokens.tolist(),
                     "text": setup.tokenizer.decode(tokens),
-                    "document": documents[positions.document[m]].id,
+                    "document": documents[d].id,
                     "position": int(positions.position[m]),
                     "reward": float(reward[m].max()),
                     "group_rewards": reward[m].tolist(),
                 }
             )
-        rewards.append(reward)
-    reward = np.concatenate(rewards)
-    told = {
-        "documents": len(reward),
-        "with_thought_frac": float((reward.max(axis=1) > 0).mean()),
-        "best_reward_mean_nats": float(reward.max(axis=1).mean()),
-        "reward_mean_nats": float(reward.mean()),
-        "group_size": config.thought.group_size,
-        "longest_insert_tokens": longest,
-    }
+
+    told = _counts(rows, longest)
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     with new_folder(out, point="splice.before_rename") as new:
         write_new(new / "config.yaml", to_yaml(config).encode(), point="splice.torn_config")
@@ -147,49 +118,98 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     return told
 
 
-def _count(
-    ledger: Ledger,
+@torch.no_grad()
+def _rewarded_thoughts(
+    setup: RunSetup,
+    lay_out: Callable,
+    policy: Policy,
     documents: list[Document],
-    rollout: Rollout,
-    layout: Layout,
-    config: Config,
-    ranks: Ranks,
-) -> None:
+    positions: Positions,
+    noise: NoiseKey,
+    ledger: Ledger,
+) -> tuple[Thoughts, np.ndarray]:
+    """G thoughts at each position and their information gain over the policy's own no-think
+    prediction, [M, G] nats; what they cost is added to the ledger."""
+    thought = setup.config.thought
+    with ledger.time("decode"):
+        rollout = sample_thoughts(
+            policy,
+            documents,
+            positions,
+            setup.thought_format,
+            noise,
+            group_size=thought.group_size,
+            max_thought_tokens=thought.max_thought_tokens,
+            rows=thought.sampling_rows,
+            shared=lay_out is tree_layout,
+            prefill=lambda: ledger.time("prefill"),
+        )
+    with ledger.time("score"):
+        layout = lay_out(
+            documents,
+            positions,
+            rollout.thoughts,
+            setup.thought_format,
+            lm=False,
+            no_think=True,
+            device=policy.device,
+        )
+        scores = score(policy, layout)
+
     sampled = int(rollout.thoughts.mask.sum())
+    scoring = layout.thought_work + layout.document_work
     ledger.add("prefill", rollout.prefill_work, passes=1, tokens_in=rollout.prefill_work.tokens)
     ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
-    ledger.add(
-        "score",
-        layout.thought_work + layout.document_work,
-        passes=1,
-        tokens_in=layout.thought_work.tokens + layout.document_work.tokens,
-    )
+    ledger.add("score", scoring, passes=1, tokens_in=scoring.tokens)
     ledger.add_thoughts(
         rollout.thoughts.truncated.numel(),
-        max_thought_tokens=config.thought.max_thought_tokens,
+        max_thought_tokens=thought.max_thought_tokens,
         sampled_tokens=sampled,
     )
-    ledger.add_documents(sum(len(document.tokens) for document in documents))
-    ledger.close_step(ranks)
+
+    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=thought.group_size)
+    reward = information_gain(reasoned_logprob, log_evidence(scores.no_think))
+    return rollout.thoughts, reward.cpu().numpy()
 
 
 def _with_best_thought(
-    document: Document,
-    positions: Positions,
-    m: int,
+    document: np.ndarray,
+    position: int,
     thoughts: Thoughts,
     reward: np.ndarray,
     thought_format: ThoughtFormat,
 ) -> np.ndarray:
     """[P + thought] int64: the document with the best of a group's thoughts in it, if that one
-    helps."""
-    best, t = int(reward.argmax()), int(positions.position[m])
+    helps.
+
+    Args:
+        document: [P] int64.
+        thoughts: of this position alone.
+        reward: [G], of each of them.
+    """
+    best = int(reward.argmax())
     if not reward[best] > 0:
-        return document.tokens
-    close = (
-        thought_format.markers.close if bool(thoughts.truncated[m, best]) else ()
-    )  # a thought that ended by itself holds its own
-    thought = thoughts.tokens[m, best][thoughts.mask[m, best]].cpu().numpy()
+        return document
+    thought = thoughts.tokens[0, best][thoughts.mask[0, best]].cpu().numpy()
+    # A thought that ended by itself holds its close marker.
+    close = thought_format.markers.close if bool(thoughts.truncated[0, best]) else ()
     return np.concatenate(
-        [document.tokens[:t], thought_format.markers.open, thought, close, document.tokens[t:]]
+        [document[:position], thought_format.markers.open, thought, close, document[position:]]
     ).astype(np.int64)
+
+
+def _counts(rows: list[dict], longest: int) -> dict:
+    """What `splice.json` tells of the lines of documents.jsonl.
+
+    Args:
+        longest: of the inserts, in tokens.
+    """
+    reward = np.array([row["group_rewards"] for row in rows], dtype=np.float32)
+    return {
+        "documents": len(rows),
+        "with_thought_frac": float((reward.max(axis=1) > 0).mean()),
+        "best_reward_mean_nats": float(reward.max(axis=1).mean()),
+        "reward_mean_nats": float(reward.mean()),
+        "group_size": reward.shape[1],
+        "longest_insert_tokens": longest,
+    }

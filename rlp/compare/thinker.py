@@ -1,15 +1,21 @@
-"""Questions answered by a model that may think first, and answers scored, as benchmarks ask for
-it."""
+"""A model that may think first, asked as benchmarks ask: to answer a prompt, to score an answer.
+
+Thoughts are those of training: sampled by `rlp.sampling`, and scored over by a layout of
+`rlp.model`. What differs is that what follows a thought is written here, or given.
+
+Dimensions
+    N  sequences decoded side by side;  L  thought tokens;  T  tokens in a row
+"""
 
 import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlp.config import ConfigError
@@ -24,10 +30,6 @@ from rlp.model.thoughts import ThoughtFormat
 from rlp.process.progress import Progress
 from rlp.sampling.branches import ForkedBranches
 from rlp.sampling.rollout import NoiseKey, draw, sample_thoughts
-
-if TYPE_CHECKING:
-    pass
-
 
 GREEDY = 1e-6
 """The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never
@@ -58,10 +60,22 @@ class _Context:
     tokens: np.ndarray
     """[T] int64: prompt, and where the model thinks instruction, open marker, thought and close
     marker."""
-    thought: str
-    thought_tokens: int
-    thought_truncated: bool
     prompt_cut: bool
+    thought: str = ""
+    thought_tokens: int = 0
+    thought_truncated: bool = False
+
+    def reply(self, answer: str, answer_tokens: int, answer_truncated: bool) -> Reply:
+        """An answer, with what stands before it."""
+        return Reply(
+            self.thought,
+            self.thought_tokens,
+            self.thought_truncated,
+            answer,
+            answer_tokens,
+            answer_truncated,
+            self.prompt_cut,
+        )
 
 
 class Thinker:
@@ -84,27 +98,19 @@ class Thinker:
             thought_format: markers, instruction and the sampling temperature of thoughts.
             thought_tokens: budget of a thought, the close marker included.
             answer_temperature: of answer tokens, 0 is greedy.
-            rows: N, sequences decoded side by side; changes memory and speed, never an answer.
+            rows: N; changes memory and speed, never an answer.
         """
         self._policy, self._tokenizer, self._thought_format = policy, tokenizer, thought_format
-        self._thinks, self._thought_tokens, self._answer_temperature = (
-            thinks,
-            thought_tokens,
-            answer_temperature,
-        )
-        self._seed, self._rows = seed, rows
-        self._plain = replace(
-            thought_format,
-            markers=Markers(open=(), close=thought_format.markers.close),
-            instruction=(),
-        )
-        self._limit = (
-            getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        )
+        self._thinks, self._thought_tokens = thinks, thought_tokens
+        self._answer_temperature, self._seed, self._rows = answer_temperature, seed, rows
+        close = thought_format.markers.close
+        self._plain = replace(thought_format, markers=Markers(open=(), close=close), instruction=())
+
+        text_config = policy.lm.config.get_text_config()
+        self._limit = getattr(text_config, "max_position_embeddings", None) or math.inf
         ends = getattr(policy.lm.generation_config, "eos_token_id", None)
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {
-            None
-        }
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = {tokenizer.eos_token_id, *ends} - {None}
 
     @property
     def first_token(self) -> int:
@@ -144,29 +150,17 @@ class Thinker:
             until: texts that end an answer; they are left off. After a thought, white space in
                 front of the answer is not searched for them.
         """
-        encoded = {prompt: self.encode(prompt) for prompt in prompts}
-        texts, found = list(encoded), {}
-        for chunk in self._chunks(list(encoded.values()), samples):
-            here = [texts[index] for index in chunk]
-            groups = self._contexts([encoded[text] for text in here], samples, answer_tokens)
-            keys = [(_key(encoded[text]), sample) for text in here for sample in range(samples)]
+        texts = list(dict.fromkeys(prompts))
+        encoded = [self.encode(text) for text in texts]
+        found: dict[str, list[Reply]] = {}
+        for chunk in self._chunks(encoded, samples):
+            tokens = [encoded[index] for index in chunk]
+            groups = self._contexts(tokens, samples, answer_tokens)
             contexts = [context for group in groups for context in group]
-            replies = [
-                Reply(
-                    context.thought,
-                    context.thought_tokens,
-                    context.thought_truncated,
-                    *answer,
-                    context.prompt_cut,
-                )
-                for context, answer in zip(
-                    contexts, self._continue(contexts, keys, until, answer_tokens)
-                )
-            ]
-            found |= {
-                text: replies[place * samples : (place + 1) * samples]
-                for place, text in enumerate(here)
-            }
+            keys = [(_key(prompt), sample) for prompt in tokens for sample in range(samples)]
+            answers = iter(self._continue(contexts, keys, until, answer_tokens))
+            for index, group in zip(chunk, groups):
+                found[texts[index]] = [context.reply(*next(answers)) for context in group]
         return [found[prompt] for prompt in prompts]
 
     def scores(
@@ -181,30 +175,27 @@ class Thinker:
             pairs: (prompt, continuation), each [T] int64.
             samples: which thought of its prompt each pair is scored after.
         """
-        prompts = {prompt.tobytes(): prompt for prompt, _ in pairs}
-        longest = Counter()
-        for prompt, continuation in pairs:
-            longest[prompt.tobytes()] = max(longest[prompt.tobytes()], len(continuation))
-        count = max(samples, default=0) + 1
+        names = [prompt.tobytes() for prompt, _ in pairs]
+        prompts = {name: prompt for name, (prompt, _) in zip(names, pairs)}
+        longest: Counter[bytes] = Counter()
+        for name, (_, continuation) in zip(names, pairs):
+            longest[name] = max(longest[name], len(continuation))
+
         contexts: dict[bytes, list[_Context]] = {}
-        names = list(prompts)
+        distinct, count = list(prompts), max(samples, default=0) + 1
         for chunk in self._chunks(list(prompts.values()), count):
-            chosen = [names[index] for index in chunk]
-            contexts |= zip(
-                chosen,
-                self._contexts(
-                    [prompts[name] for name in chosen], count, max(longest[name] for name in chosen)
-                ),
-            )
+            chosen = [distinct[index] for index in chunk]
+            answer_tokens = max(longest[name] for name in chosen)
+            groups = self._contexts([prompts[name] for name in chosen], count, answer_tokens)
+            contexts |= zip(chosen, groups)
+
+        asked = [
+            (contexts[name][sample], continuation)
+            for name, sample, (_, continuation) in zip(names, samples, pairs)
+        ]
         found = []
-        for start in range(0, len(pairs), self._rows):
-            some = [
-                (contexts[prompt.tobytes()][sample], continuation)
-                for (prompt, continuation), sample in zip(
-                    pairs[start : start + self._rows], samples[start : start + self._rows]
-                )
-            ]
-            found += self._score(some)
+        for start in range(0, len(asked), self._rows):
+            found += self._score(asked[start : start + self._rows])
         return found
 
     def _chunks(self, prompts: list[np.ndarray], samples: int) -> Iterator[list[int]]:
@@ -212,24 +203,37 @@ class Thinker:
         told."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         size = max(1, self._rows // samples)
-        with Progress(
-            "thinking and answering" if self._thinks else "answering", len(order), "prompts"
-        ) as progress:
+        title = "thinking and answering" if self._thinks else "answering"
+        with Progress(title, len(order), "prompts") as progress:
             for start in range(0, len(order), size):
-                yield order[start : start + size]
-                progress.advance(len(order[start : start + size]))
+                chunk = order[start : start + size]
+                yield chunk
+                progress.advance(len(chunk))
 
     def _contexts(
         self, prompts: list[np.ndarray], samples: int, answer_tokens: int
     ) -> list[list[_Context]]:
         """What stands before each answer: the prompt, or the prompt and each of its thoughts."""
-        overhead = (
-            len(self._thought_format.prefix(np.array([], dtype=np.int64), 0))
-            + self._thought_tokens
-            + len(self._thought_format.markers.close)
-            if self._thinks
-            else 0
-        )
+        room = self._room(answer_tokens)
+        cut = [len(prompt) > room for prompt in prompts]
+        documents = [
+            Document(id=_key(prompt), tokens=prompt[-min(room, len(prompt)) :])
+            for prompt in prompts
+        ]
+        if self._thinks:
+            return self._think(documents, cut, samples)
+        return [
+            [_Context(document.tokens, shorter)] * samples
+            for document, shorter in zip(documents, cut)
+        ]
+
+    def _room(self, answer_tokens: int) -> float:
+        """Tokens of a prompt at most, so that thought and answer fit into the model's context."""
+        overhead = 0
+        if self._thinks:
+            nothing = np.array([], dtype=np.int64)
+            overhead = len(self._thought_format.prefix(nothing, 0)) + self._thought_tokens
+            overhead += len(self._thought_format.markers.close)
         room = self._limit - overhead - answer_tokens
         if room < 1:
             raise ConfigError(
@@ -237,53 +241,36 @@ class Thinker:
                 f" prompt in the model's {self._limit}. Write a smaller --thought-budget or"
                 " --answer-tokens."
             )
-        cut = [len(prompt) > room for prompt in prompts]
-        kept = [
-            prompt[-int(room) :] if shorter else prompt for prompt, shorter in zip(prompts, cut)
-        ]
-        if not self._thinks:
-            return [
-                [_Context(prompt, "", 0, False, shorter)] * samples
-                for prompt, shorter in zip(kept, cut)
-            ]
-        documents = [
-            Document(id=_key(prompt), tokens=tokens) for prompt, tokens in zip(prompts, kept)
-        ]
-        ends = Positions(
-            np.arange(len(kept)),
-            np.array([len(prompt) for prompt in kept]),
-            np.zeros((len(kept), 1), dtype=np.int64),
-        )
+        return room
+
+    def _think(
+        self, documents: list[Document], cut: list[bool], samples: int
+    ) -> list[list[_Context]]:
+        """Each prompt with each of its thoughts."""
         thoughts = sample_thoughts(
             self._policy,
             documents,
-            ends,
+            _ends_of(documents),
             self._thought_format,
             NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
             group_size=samples,
             max_thought_tokens=self._thought_tokens,
             rows=self._rows,
-        ).thoughts
-        tokens, mask, truncated = (
-            part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
-        )
+        ).thoughts.to("cpu")
+
         close = np.array(self._thought_format.markers.close, dtype=np.int64)
         groups = []
-        for m, prompt in enumerate(kept):
-            prefix = self._thought_format.prefix(prompt, len(prompt))
-            groups.append([])
+        for m, document in enumerate(documents):
+            prefix = self._thought_format.prefix(document.tokens, len(document.tokens))
+            group = []
             for g in range(samples):
-                thought = tokens[m, g][mask[m, g]]
-                inner = thought if truncated[m, g] else thought[: -len(close)]
-                groups[-1].append(
-                    _Context(
-                        np.concatenate([prefix, inner, close]),
-                        self._tokenizer.decode(inner),
-                        len(thought),
-                        bool(truncated[m, g]),
-                        cut[m],
-                    )
-                )
+                thought = thoughts.tokens[m, g][thoughts.mask[m, g]].numpy()
+                truncated = bool(thoughts.truncated[m, g])
+                inner = thought if truncated else thought[: -len(close)]
+                tokens = np.concatenate([prefix, inner, close])
+                text = self._tokenizer.decode(inner)
+                group.append(_Context(tokens, cut[m], text, len(thought), truncated))
+            groups.append(group)
         return groups
 
     def _continue(
@@ -298,54 +285,45 @@ class Thinker:
         documents = [
             Document(id=key, tokens=context.tokens) for context, (key, _) in zip(contexts, keys)
         ]
-        ends = Positions(
-            np.arange(len(contexts)),
-            np.array([len(context.tokens) for context in contexts]),
-            np.zeros((len(contexts), 1), dtype=np.int64),
-        )
-        uniforms = None
-        if self._answer_temperature > 0:
-            uniforms = torch.from_numpy(
-                np.stack(
-                    [
-                        keyed_noise(
-                            seed=self._seed,
-                            purpose=BENCHMARK_ANSWER_NOISE,
-                            document=key,
-                            thought=sample,
-                        ).random(budget)
-                        for key, sample in keys
-                    ]
-                )
-            ).to(device)
+        uniforms = self._uniforms(keys, budget) if self._answer_temperature > 0 else None
         written: list[list[int]] = [[] for _ in contexts]
         texts: list[str | None] = [None] * len(contexts)
         going = list(range(len(contexts)))
+
         with self._policy.sampling():
-            branches = ForkedBranches(self._policy, documents, ends, self._plain, 1)
+            branches = ForkedBranches(self._policy, documents, _ends_of(documents), self._plain, 1)
             logits = branches.first()
             for step in range(budget):
                 logits[:, self._thought_format.markers.excluded] = -torch.inf
-                rows = torch.tensor(going, device=device)
-                token = (
-                    logits.argmax(dim=1)
-                    if uniforms is None
-                    else draw(logits, uniforms[rows, step], self._answer_temperature)[0]
-                )
+                if uniforms is None:
+                    token = logits.argmax(dim=1)
+                else:
+                    uniform = uniforms[going, step].to(device)
+                    token = draw(logits, uniform, self._answer_temperature)[0]
                 for row, one in zip(going, token.tolist()):
                     written[row].append(one)
                     texts[row] = self._ended(written[row], until)
+
                 still = [place for place, row in enumerate(going) if texts[row] is None]
                 going = [going[place] for place in still]
                 if not going or step + 1 == budget:
                     break
-                logits = branches.next(
-                    torch.tensor(going, device=device), token[torch.tensor(still, device=device)]
-                )
+                logits = branches.next(torch.tensor(going, device=device), token[still])
+
         return [
             (self._text(tokens) if text is None else text, len(tokens), text is None)
             for tokens, text in zip(written, texts)
         ]
+
+    def _uniforms(self, keys: list[tuple[int, int]], length: int) -> Tensor:
+        """[N, length] float64 in [0, 1), one per answer token, by (prompt, sample)."""
+        rows = [
+            keyed_noise(
+                seed=self._seed, purpose=BENCHMARK_ANSWER_NOISE, document=key, thought=sample
+            ).random(length)
+            for key, sample in keys
+        ]
+        return torch.from_numpy(np.stack(rows))
 
     def _ended(self, tokens: list[int], until: list[str]) -> str | None:
         """The whole answer, where these tokens end it."""
@@ -353,7 +331,8 @@ class Thinker:
             return self._cut(self._text(tokens[:-1]), until)
         # No token of a vocabulary is an empty text, so a stop text lies within its number of bytes
         # of tokens; decoding all each time would be quadratic.
-        tail = self._text(tokens[-1 - max((len(stop.encode()) for stop in until), default=0) :])
+        longest = max((len(stop.encode()) for stop in until), default=0)
+        tail = self._text(tokens[-1 - longest :])
         if not any(stop in tail for stop in until):
             return None
         text = self._text(tokens)
@@ -383,18 +362,19 @@ class Thinker:
 
         found = []
         for n, (context, continuation) in enumerate(some):
-            here = slice(len(continuation))
-            reply = Reply(
-                context.thought,
-                context.thought_tokens,
-                context.thought_truncated,
-                self._text(continuation.tolist()),
-                len(continuation),
-                False,
-                context.prompt_cut,
-            )
-            found.append((float(logprob[n, here].sum()), bool(greedy[n, here].all()), reply))
+            length = len(continuation)
+            reply = context.reply(self._text(continuation.tolist()), length, False)
+            found.append((float(logprob[n, :length].sum()), bool(greedy[n, :length].all()), reply))
         return found
+
+
+def _ends_of(documents: list[Document]) -> Positions:
+    """The place after the last token of each, where nothing is predicted."""
+    return Positions(
+        np.arange(len(documents)),
+        np.array([len(document.tokens) for document in documents]),
+        np.zeros((len(documents), 1), dtype=np.int64),
+    )
 
 
 def _key(tokens: np.ndarray) -> int:
