@@ -1,9 +1,8 @@
 """Fast forms of the functions that RLP spends its time in, behind one checked entry each.
 
 The plain form (`reference.py`) is the definition; every other form is its twin, held to it by
-`tests/test_kernels.py` and `tests/test_triton.py`. A form is chosen by `choose_form` from shapes
-and device alone, or named by the caller; none is a silent fallback for another, and one that breaks
-raises.
+`tests/kernels/`. A form is chosen by `choose_form` from shapes and device alone, or named by the
+caller; none is a silent fallback for another, and one that breaks raises.
 
 Results are in nats, float32, or float64 for float64 inputs. Every function raises ValueError where
 a shape, dtype or value is not as its arguments say, naming the argument and the row, and
