@@ -17,7 +17,7 @@ from torch import Tensor
 def log_evidence(target_logprob: Tensor) -> Tensor:
     """Mean log-probability of the H target tokens.
 
-        S = 1/H sum_h log p(x_{t+h} | context, x_t .. x_{t+h-1})                 (eqs. 3 and 4; H = 1)
+        S = 1/H sum_h log p(x_{t+h} | context, x_t .. x_{t+h-1})               (eqs. 3 and 4; H = 1)
 
     Args:
         target_logprob: [..., H].

@@ -209,17 +209,17 @@ def _read_benchmark(where: str, content: object) -> Benchmark:
                 f" {_did_you_mean(str(key), known) or 'The keys are ' + ', '.join(known) + '.'}"
             )
     refuse_mappings_for_lists(Benchmark, content, f"{where}.")
+
+    fields = OmegaConf.structured(Benchmark(task="unset"))
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Benchmark(task="unset")), {"task": None} | content)
-        )
+        return OmegaConf.to_object(OmegaConf.merge(fields, {"task": None} | content))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{where}:"
-            f" {error.__cause__ if isinstance(error.__cause__, ConfigError) else f'{error.full_key}: {str(error).splitlines()[0]}'}"
-        ) from error
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{where}: {error.__cause__}") from error
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {error.full_key}: {first_line}") from error
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -181,25 +181,24 @@ class PanelSetup(ModelSetup):
 
     def _shorter(self, over: int, thinks: bool) -> str:
         """Which settings take that many tokens off the longest sequence."""
-        document, thought = (
-            self.config.data.max_document_tokens - over,
-            self.config.thought.max_thought_tokens - over,
-        )
-        fitting = (
-            [f"data.max_document_tokens={document}"]
-            if document >= self.config.position.min_prefix_tokens + self.config.target.horizon
-            else []
-        )
-        fitting += [f"thought.max_thought_tokens={thought}"] if thinks and thought > 0 else []
+        document = self.config.data.max_document_tokens - over
+        thought = self.config.thought.max_thought_tokens - over
+        least_document = self.config.position.min_prefix_tokens + self.config.target.horizon
+
+        fitting = []
+        if document >= least_document:
+            fitting.append(f"data.max_document_tokens={document}")
+        if thinks and thought > 0:
+            fitting.append(f"thought.max_thought_tokens={thought}")
         if not fitting:
             return (
                 "Write smaller values of data.max_document_tokens and thought.max_thought_tokens:"
                 f" together {over} less."
             )
-        return (
-            "Write"
-            f" {' or '.join(fitting)}{', or a shorter thought.instruction_file' if thinks and self.thought_format.instruction else ''}."
-        )
+
+        has_instruction = thinks and self.thought_format.instruction
+        shorter = ", or a shorter thought.instruction_file" if has_instruction else ""
+        return f"Write {' or '.join(fitting)}{shorter}."
 
     def notes(self) -> list[str]:
         """What is to be said of it before a run."""
@@ -362,15 +361,13 @@ class RunSetup(PanelSetup):
             ).position
         position = int(chosen[0])
         prefix = self.thought_format.prefix(document.tokens, position)
+        target = document.tokens[position : position + self.config.target.horizon]
         budget = self.config.thought.max_thought_tokens
-        return [
-            (
-                f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens"
-                f" of instruction, prefix and open marker, then up to {budget} sampled tokens, the"
-                " close marker, and the target"
-            ),
-            (
-                f"{self._pieces(prefix[-24:])} ... {self._pieces(np.array(self.markers.close))} ->"
-                f" {self._pieces(document.tokens[position : position + self.config.target.horizon])}"
-            ),
-        ]
+        tokens = (
+            f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens of"
+            f" instruction, prefix and open marker, then up to {budget} sampled tokens, the close"
+            " marker, and the target"
+        )
+        close = self._pieces(np.array(self.markers.close))
+        pieces = f"{self._pieces(prefix[-24:])} ... {close} -> {self._pieces(target)}"
+        return [tokens, pieces]
