@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from rlp.cli import main
-from rlp.config import (
-    ConfigError,
-)
+from rlp.config import ConfigError
 from rlp.measure.figures import GREY, Curve, draw_curves, neighbour_mean
 from rlp.measure.metrics import METRICS
 from rlp.measure.report import arm_curve, duration, write_report
