@@ -17,7 +17,7 @@ from rlp.process.schemas import CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """All that a run folder holds for a report. What the run has not written yet is empty or
     None."""
 
@@ -69,22 +69,15 @@ class Run:
 
     def along(self, axis: str) -> dict[int, float]:
         """Where each step stands on an axis; step 0 is before the first."""
-        steps = [line["step"] for line in self.metrics]
         if axis == "step":
-            return {step: step for step in [0, *steps]}
+            return {step: step for step in [0, *(line["step"] for line in self.metrics)]}
+        places = {0: 0.0}
         if axis == "seconds":
             lines = [line for line in self.timing if "perf/step_s" in line]
-            return {0: 0.0} | dict(
-                zip(
-                    (line["step"] for line in lines),
-                    np.cumsum([line["perf/step_s"] for line in lines]).tolist(),
-                )
-            )
-        return {0: 0.0} | {
-            line["step"]: line[f"budget/{axis}"]
-            for line in self.metrics
-            if f"budget/{axis}" in line
-        }
+            seconds = np.cumsum([line["perf/step_s"] for line in lines]).tolist()
+            return places | dict(zip((line["step"] for line in lines), seconds))
+        name = f"budget/{axis}"
+        return places | {line["step"]: line[name] for line in self.metrics if name in line}
 
     def values(self, name: str) -> dict[int, float]:
         """A metric by step, where it was measured."""
@@ -98,21 +91,17 @@ class Arm:
 
     label: str
     color: str
-    runs: list[Run]
+    runs: list[RunRecord]
 
 
-# Reading
-
-
-def _read_run(folder: RunFolder, label: str) -> Run:
+def read_run(folder: RunFolder, label: str) -> RunRecord:
     config_text = read_bytes(folder.config_yaml).decode(errors="replace")
     config = _parsed(config_text, folder.config_yaml)
-    return Run(
+    settings = config.get("run", {})
+    arm = settings.get("arm") or without_seed(folder.path.resolve(), settings.get("seed"))
+    return RunRecord(
         label=label,
-        arm=str(
-            config.get("run", {}).get("arm")
-            or without_seed(folder.path.resolve(), config.get("run", {}).get("seed"))
-        ),
+        arm=str(arm),
         config_text=config_text,
         config=config,
         environment=_json_if_any(folder.environment_json),
@@ -131,11 +120,9 @@ def _read_run(folder: RunFolder, label: str) -> Run:
 def without_seed(path: Path, seed: int | None) -> Path:
     """A run's path without the part at its end that names its seed: of `a/rlp_seed3`, `a/rlp-s3`
     and `a/rlp/3` it is `a/rlp`."""
-    name = (
-        re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", path.name)
-        if isinstance(seed, int)
-        else path.name
-    )
+    name = path.name
+    if isinstance(seed, int):
+        name = re.sub(rf"(?:(?:^|[-_.])(?:seed|s)[-_]?0*{seed}|^0*{seed})$", "", name)
     return path.with_name(name) if name else path.parent
 
 
@@ -159,16 +146,19 @@ def _lines_if_any(path: Path) -> list[dict]:
     return read_json_lines(path) if path.exists() else []
 
 
-def _arms(runs: list[Run]) -> list[Arm]:
+def arms_of(runs: list[RunRecord]) -> list[Arm]:
     """Runs by arm, in the order of their first run."""
     identities = list(dict.fromkeys(run.arm for run in runs))
-    labels = _distinct([Path(identity).name or identity for identity in identities], identities)
-    return [
-        Arm(label, COLORS[i % len(COLORS)], [run for run in runs if run.arm == identity])
-        for i, (identity, label) in enumerate(zip(identities, labels))
-    ]
+    labels = distinct_names(
+        [Path(identity).name or identity for identity in identities], identities
+    )
+    arms = []
+    for identity, label in zip(identities, labels):
+        color = COLORS[len(arms) % len(COLORS)]
+        arms.append(Arm(label, color, [run for run in runs if run.arm == identity]))
+    return arms
 
 
-def _distinct(names: list[str], longer: list[str]) -> list[str]:
+def distinct_names(names: list[str], longer: list[str]) -> list[str]:
     """The names, or the longer ones where two are the same."""
     return names if len(set(names)) == len(names) else longer

@@ -134,7 +134,7 @@ def _over_own_no_think(after: list[dict]) -> list[str]:
     return [f"{sentence} No self-harm seen: without a thought it predicts {than_start}."]
 
 
-def match_words(match: dict | None) -> str:
+def budget_in_words(match: dict | None) -> str:
     """Whether a run has spent what the run has that it is compared with; empty where it is compared
     with none.
 

@@ -164,8 +164,8 @@ def read_run_folder(folder: Path, case: tuple[int, list[tuple[str, bytes]]]) -> 
         for name, content in case:
             (run / name).write_bytes(content)
         drawn = {
-            "rlp.measure.report.draw_curves": lambda *values, **options: "data:,",
-            "rlp.measure.report.draw_intervals": lambda *values, **options: "data:,",
+            "rlp.measure.report_plots.draw_curves": lambda *values, **options: "data:,",
+            "rlp.measure.report_plots.draw_intervals": lambda *values, **options: "data:,",
         }
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), ExitStack() as patches:
             for what, instead in drawn.items():

@@ -12,8 +12,10 @@ from rlp.cli import main
 from rlp.config import ConfigError
 from rlp.measure.figures import GREY, Curve, draw_curves, neighbour_mean
 from rlp.measure.metrics import METRICS
-from rlp.measure.report import arm_curve, duration, write_report
-from rlp.measure.report_runs import _arms, _read_run, without_seed
+from rlp.measure.report import write_report
+from rlp.measure.report_plots import arm_curve
+from rlp.measure.report_runs import arms_of, read_run, without_seed
+from rlp.measure.report_tables import hours_and_minutes
 from rlp.measure.verdict import verdict
 from rlp.process.console import visible_text
 from rlp.process.json_files import read_json, write_json
@@ -37,7 +39,8 @@ def undrawn(monkeypatch):
     """Curves are not drawn, which takes most of the time of a page: for tests that read its
     words."""
     monkeypatch.setattr(
-        "rlp.measure.report.draw_curves", lambda *curves, **options: "data:image/svg+xml;base64,"
+        "rlp.measure.report_plots.draw_curves",
+        lambda *curves, **options: "data:image/svg+xml;base64,",
     )
 
 
@@ -158,8 +161,8 @@ def test_an_arm_is_the_path_without_the_seed(path, seed, arm):
     assert str(without_seed(Path(path), seed)) == arm
 
 
-def arms_of(*paths):
-    return _arms([_read_run(RunFolder(path), path.name) for path in paths])
+def arms_in(*paths):
+    return arms_of([read_run(RunFolder(path), path.name) for path in paths])
 
 
 def test_runs_are_grouped_by_arm(tmp_path):
@@ -171,7 +174,7 @@ def test_runs_are_grouped_by_arm(tmp_path):
         make_run(tmp_path / "rlp_seed2", 1, seed=2),
         make_run(tmp_path / "rlp_seed3", 1, seed=3, arm="cold start"),
     ]
-    assert [(arm.label, [run.label for run in arm.runs]) for arm in arms_of(*paths)] == [
+    assert [(arm.label, [run.label for run in arm.runs]) for arm in arms_in(*paths)] == [
         ("cpt", ["cpt"]),
         ("rlp", ["rlp_seed1", "rlp_seed2"]),
         ("cold start", ["other", "rlp_seed3"]),
@@ -206,7 +209,7 @@ def test_an_arm_is_shown_by_its_mean_and_its_spread(tmp_path, undrawn):
 def test_a_curve_of_an_arm_stands_where_its_runs_do_on_average(tmp_path):
     """One of the runs is shorter, and slower: the curve ends with it, and its seconds are the mean
     of both. A run without a clock has no place on that axis."""
-    arm = arms_of(make_run(tmp_path / "rlp_seed0", 4), make_run(tmp_path / "rlp_seed1", 3, seed=1))[
+    arm = arms_in(make_run(tmp_path / "rlp_seed0", 4), make_run(tmp_path / "rlp_seed1", 3, seed=1))[
         0
     ]
     for axis, places in (
@@ -218,7 +221,7 @@ def test_a_curve_of_an_arm_stands_where_its_runs_do_on_average(tmp_path):
         x, values = arm_curve(arm, "reward/mean", axis)
         assert x.tolist() == places and values.tolist() == [[0.1, 0.2, 0.3]] * 2
     (tmp_path / "rlp_seed1" / "timing.jsonl").unlink()
-    older = arms_of(tmp_path / "rlp_seed0", tmp_path / "rlp_seed1")[0]
+    older = arms_in(tmp_path / "rlp_seed0", tmp_path / "rlp_seed1")[0]
     assert (
         arm_curve(older, "reward/mean", "seconds")[0].size == 0
         and arm_curve(older, "reward/mean", "step")[0].size == 3
@@ -416,7 +419,7 @@ def test_what_two_arms_began_with_has_its_interval_on_every_row(tmp_path, monkey
         )
     drawn = []
     monkeypatch.setattr(
-        "rlp.measure.report.draw_intervals",
+        "rlp.measure.report_plots.draw_intervals",
         lambda rows, series, **options: drawn.append(dict(series)) or "data:,",
     )
     text = Tags(page_of(tmp_path / "first", tmp_path / "second", out=tmp_path / "page.html")).text
@@ -592,7 +595,7 @@ def test_the_thick_curve_is_the_mean_of_neighbours():
 
 
 def test_durations_read_as_people_say_them():
-    assert [duration(seconds) for seconds in (None, 3.24, 59.94, 61, 3599, 5400)] == [
+    assert [hours_and_minutes(seconds) for seconds in (None, 3.24, 59.94, 61, 3599, 5400)] == [
         "-",
         "3.2 s",
         "59.9 s",
