@@ -223,7 +223,8 @@ def _due(point: str) -> str | None:
 
 def _parse(text: str) -> _Fault:
     match = re.fullmatch(
-        r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)(@rank(?P<rank>\d+))?",
+        r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?"
+        r":(?P<action>[a-z]+)(@rank(?P<rank>\d+))?",
         text.strip(),
     )
     known = FAULT_POINTS.keys() | COMMAND_POINTS.keys() | TENSOR_POINTS.keys()
