@@ -6,22 +6,13 @@ most twice the plain form's own error. All of this is CPU arithmetic.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import rlp_kernels
 from rlp_kernels import (
-    CUDA_FORMS,
-    FORMS,
-    MAX_PLAIN_BYTES,
-    choose_form,
     chunked,
     paired_logprobs,
     reference,
@@ -30,53 +21,16 @@ from rlp_kernels import (
     token_logprobs,
     token_logprobs_with_grad,
 )
-from tests.kernels.rounding import assert_errs_like, token_logprob_bounds
-
-NONE = -1
-
-# Ten rows, 23 words: one word or row at a time, sizes that divide neither, and one tile for
-# everything.
-TILES = [(1, 1), (4, 5), (64, 64)]
-# 0 is no soft cap; 1.5 is low enough that most logits are well inside the bend of tanh.
-SOFTCAPS = [0.0, 1.5]
-
-
-def make_inputs(num_rows=10, vocabulary=23, width=6, dtype=torch.float64, seed=0):
-    """Random rows at temperatures 0.5 to 2; every other row excludes a token that is not its
-    target."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
-    head = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
-    target = torch.randint(vocabulary, (num_rows,), generator=generator)
-    excluded = (
-        target + torch.randint(1, vocabulary, (num_rows,), generator=generator)
-    ) % vocabulary
-    excluded[::2] = NONE
-    inverse_temperature = torch.linspace(0.5, 2.0, num_rows)
-    hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
-    return hidden, head, target, {"inverse_temperature": inverse_temperature, "excluded": excluded}
-
-
-def value_and_grads(function, hidden, head, target, **settings):
-    """Log-probabilities and the gradients of a fixed weighting of them, in hidden and head."""
-    logprob = function(hidden, head, target, **settings)
-    weights = torch.linspace(-1.0, 1.0, len(logprob)).to(logprob.dtype)
-    return logprob.detach(), *torch.autograd.grad((logprob * weights).sum(), (hidden, head))
-
-
-def bounds_of(hidden, head, target, rows, softcap=0.0):
-    """What rounding can do to the results of `value_and_grads`."""
-    return token_logprob_bounds(
-        hidden, head, target, torch.linspace(-1.0, 1.0, len(target)), **rows, softcap=softcap
-    )
-
-
-def rows_of(num_rows, inverse_temperature=1.0, excluded=NONE):
-    """The same temperature and excluded token in every row."""
-    return {
-        "inverse_temperature": torch.full((num_rows,), inverse_temperature),
-        "excluded": torch.full((num_rows,), excluded),
-    }
+from tests.kernels.rounding import assert_errs_like
+from tests.kernels.rows import (
+    NONE,
+    SOFTCAPS,
+    TILES,
+    bounds_of,
+    make_inputs,
+    rows_of,
+    value_and_grads,
+)
 
 
 @pytest.mark.parametrize("form", ["plain", "chunked"])
@@ -313,18 +267,6 @@ def test_no_rows_give_no_logprobs_and_zero_gradients():
         assert torch.equal(head_grad, torch.zeros_like(head))
 
 
-def test_auto_is_plain_while_the_logits_are_small_and_chunked_beyond():
-    """110 rows x 151,936 words x 4 bytes is the last that fits 64 MiB; a bf16 head's float32 copy
-    counts too."""
-    assert MAX_PLAIN_BYTES == 64 * 2**20
-    assert choose_form(110, 151_936, width=1024, dtype=torch.float32) == "plain"
-    assert choose_form(111, 151_936, width=1024, dtype=torch.float32) == "chunked"
-    assert choose_form(1, 151_936, width=1024, dtype=torch.bfloat16) == "chunked"
-    hidden, head, target, rows = make_inputs(dtype=torch.float32)
-    auto = token_logprobs(hidden, head, target, **rows)
-    assert torch.equal(auto, token_logprobs(hidden, head, target, **rows, form="plain"))
-
-
 @pytest.mark.parametrize("row_tile, vocabulary_tile", TILES)
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("wants_head", [True, False])
@@ -439,288 +381,3 @@ def test_a_coefficient_that_is_not_one_per_row_is_refused():
     for coefficient in (torch.ones(9), torch.ones(10, dtype=torch.float64), torch.ones(10, 1)):
         with pytest.raises(ValueError, match=r"coefficient must be \[10\] torch.float32"):
             token_logprobs_with_grad(hidden, head, target, coefficient, **rows)
-
-
-def test_on_a_gpu_auto_takes_the_table_and_on_a_cpu_never_triton(monkeypatch):
-    """Exact dtypes have no tensor cores to gain from, and stay chunked; so does everything while no
-    form is measured on a GPU."""
-    assert CUDA_FORMS == ((0, "chunked"),)
-    monkeypatch.setattr(rlp_kernels, "CUDA_FORMS", ((2048, "folded"), (0, "triton")))
-    assert set(FORMS) == {"plain", "chunked", "triton", "folded"}
-    shape = {"vocabulary": 151_936, "width": 2048}
-    for num_rows in (1, 2047, 2048, 65_536):
-        on_gpu = choose_form(num_rows, **shape, dtype=torch.bfloat16, device="cuda")
-        assert on_gpu == ("folded" if num_rows >= 2048 else "triton")
-        assert choose_form(num_rows, **shape, dtype=torch.bfloat16) == "chunked"
-    assert choose_form(65_536, **shape, dtype=torch.float32, device="cuda") == "chunked"
-    assert choose_form(4, 64, width=8, dtype=torch.bfloat16, device="cuda") == "plain"
-
-
-@pytest.mark.parametrize("form", ["triton", "folded"])
-def test_a_form_of_triton_without_triton_says_what_to_write(form, monkeypatch):
-    for module in ("rlp_kernels.triton_form", "rlp_kernels.folded"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    hidden, head, target, rows = make_inputs(dtype=torch.float32)
-    with pytest.raises(ImportError, match="pip install triton, or write form='chunked'"):
-        token_logprobs(hidden, head, target, **rows, form=form)
-
-
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets, and takes CPU tensors"
-)
-@pytest.mark.parametrize("form", ["triton", "folded"])
-def test_a_form_of_triton_refuses_cpu_tensors_unless_it_interprets(form):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    hidden, head, target, rows = make_inputs(dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match="runs on CUDA tensors, and hidden is on cpu: write form='chunked'"
-    ):
-        token_logprobs(hidden, head, target, **rows, form=form)
-
-
-def test_importing_the_package_imports_no_triton():
-    """It costs a second, and a CPU never takes its forms."""
-    code = "import sys, rlp_kernels; print('triton' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(rlp_kernels.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.strip() == "False", done.stderr
-
-
-def refused(match, **changes):
-    hidden, head, target, rows = make_inputs(dtype=torch.float32)
-    arguments = {"hidden": hidden, "head": head, "target": target} | rows | changes
-    with pytest.raises(ValueError, match=match):
-        token_logprobs(**arguments)
-
-
-def test_a_target_equal_to_the_excluded_token_is_refused_by_row():
-    _, _, target, rows = make_inputs()
-    excluded = rows["excluded"].clone()
-    excluded[6] = target[6]
-    refused("target is the excluded token.*Row 6 of 10", excluded=excluded)
-
-
-def test_tokens_outside_the_vocabulary_are_refused():
-    """A tile loop would never meet such a target, and would return a plausible number."""
-    refused(r"target must be in \[0, 23\).*Row 0 of 10 has target 23", target=torch.full((10,), 23))
-    refused(r"excluded must be -1 or in \[0, 23\)", excluded=torch.full((10,), -100))
-
-
-def test_temperatures_that_are_not_positive_and_finite_are_refused():
-    for value in (0.0, -1.0, math.inf, math.nan):
-        refused("positive and finite", inverse_temperature=torch.full((10,), value))
-    refused("gets no gradient", inverse_temperature=torch.ones(10, requires_grad=True))
-
-
-def test_wrong_shapes_and_dtypes_are_refused_by_name():
-    refused(r"head must be \[V, D\], got \[0\].*ZeRO-3", head=torch.empty(0))
-    refused(
-        r"hidden must be \[N, D\] with head's D = 6, got \[2, 5, 6\]", hidden=torch.zeros(2, 5, 6)
-    )
-    refused("share a floating dtype", hidden=torch.zeros(10, 6, dtype=torch.bfloat16))
-    refused(r"target must be \[10\] torch.int64", target=torch.zeros(9, dtype=torch.int64))
-    refused(
-        r"excluded must be \[10\] torch.int64", excluded=torch.full((10,), -1, dtype=torch.int32)
-    )
-    refused(
-        r"inverse_temperature must be \[10\] torch.float32",
-        inverse_temperature=torch.ones(10).bfloat16(),
-    )
-    refused("softcap must be positive", softcap=-30.0)
-    refused("form must be one of auto, plain, chunked, triton, folded, got 'fused'", form="fused")
-
-
-PEAK_MEMORY = """
-import torch
-from rlp_kernels import token_argmax, token_entropy, token_logprobs
-
-def peak_bytes():
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-def run(num_rows, vocabulary):
-    hidden = torch.randn(num_rows, 16, requires_grad=True)
-    head = torch.randn(vocabulary, 16, requires_grad=True)
-    target = torch.zeros(num_rows, dtype=torch.int64)
-    excluded = torch.full((num_rows,), -1)
-    inverse_temperature = torch.ones(num_rows)
-    rows = dict(inverse_temperature=inverse_temperature, excluded=excluded, softcap=30.0)
-    token_logprobs(hidden, head, target, **rows, form="auto").sum().backward()
-    token_entropy(hidden, head, **rows)
-    token_argmax(hidden, head, excluded=excluded)
-
-run(8, 64)  # libraries load their buffers here
-before = peak_bytes()
-run(512, 151_936)
-print(peak_bytes() - before)
-"""
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="reads the peak from /proc/self/status"
-)
-def test_the_logits_are_never_in_memory_whole():
-    """512 rows of 151,936 words are 311 MB of float32 logits; forward and backward stay under half
-    of that.
-
-    They take 84 MB, and 1,334 MB in the plain form: the head and its gradient are 20 MB, a tile is
-    8 MB. A fresh process is measured by its own high-water mark: ru_maxrss would begin at the
-    parent's.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(rlp_kernels.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK_MEMORY],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 150e6, f"peak grew by {int(done.stdout) / 1e6:.0f} MB"
-
-
-# A bias of the head.
-
-
-def with_bias(hidden, head, dtype=torch.float64, seed=1):
-    """A bias [V] of the size of the logits, and what it is: one more column of the head, read by a
-    column of ones."""
-    generator = torch.Generator().manual_seed(seed)
-    bias = (
-        torch.randn(head.shape[0], generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .requires_grad_()
-    )
-    wide_hidden = (
-        torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1).detach().requires_grad_()
-    )
-    return bias, wide_hidden, torch.cat([head, bias[:, None]], dim=1).detach().requires_grad_()
-
-
-def biased_value_and_grads(function, hidden, head, bias, target, **settings):
-    """As `value_and_grads`, with the gradient in the bias last."""
-    logprob = function(hidden, head, target, bias=bias, **settings)
-    weights = torch.linspace(-1.0, 1.0, len(logprob), dtype=logprob.dtype)
-    return logprob.detach(), *torch.autograd.grad((logprob * weights).sum(), (hidden, head, bias))
-
-
-@pytest.mark.parametrize(
-    "form, tiles",
-    [("plain", {}), *(("chunked", {"row_tile": r, "vocabulary_tile": v}) for r, v in TILES)],
-)
-@pytest.mark.parametrize("softcap", SOFTCAPS)
-def test_a_bias_is_one_more_column_of_the_head(form, tiles, softcap):
-    """In value and in all gradients; also of entropy and argmax."""
-    hidden, head, target, rows = make_inputs()
-    bias, wide_hidden, wide_head = with_bias(hidden, head)
-    module, settings = {"plain": reference, "chunked": chunked}[form], rows | {"softcap": softcap}
-    logprob, hidden_grad, head_grad = value_and_grads(
-        reference.token_logprobs, wide_hidden, wide_head, target, **settings
-    )
-    expected = (logprob, hidden_grad[:, :-1], head_grad[:, :-1], head_grad[:, -1])
-    assert_close(
-        biased_value_and_grads(
-            module.token_logprobs, hidden, head, bias, target, **settings, **tiles
-        ),
-        expected,
-    )
-    entropy = reference.token_entropy(wide_hidden, wide_head, **settings)
-    assert_close(
-        module.token_entropy(hidden, head, **settings, bias=bias, **tiles),
-        entropy,
-        check_device=False,
-    )
-    excluded = {"excluded": rows["excluded"], "softcap": softcap}
-    best = reference.token_argmax(wide_hidden, wide_head, **excluded)
-    assert torch.equal(module.token_argmax(hidden, head, **excluded, bias=bias, **tiles), best)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_chunked_with_a_bias_errs_at_most_twice_as_much_as_plain(dtype):
-    """In the mean over all entries, both against float64 on the same rounded inputs."""
-    hidden, head, target, rows = make_inputs(num_rows=65, vocabulary=3001, width=48, dtype=dtype)
-    bias, _, _ = with_bias(hidden, head, dtype)
-    inputs = (hidden, head, bias)
-    wide = (tensor.detach().double().requires_grad_() for tensor in inputs)
-    truth = biased_value_and_grads(reference.token_logprobs, *wide, target, **rows)
-    plain = biased_value_and_grads(reference.token_logprobs, *inputs, target, **rows)
-    tiles = {"row_tile": 32, "vocabulary_tile": 512}
-    tiled = biased_value_and_grads(chunked.token_logprobs, *inputs, target, **rows, **tiles)
-    for name, t, p, c in zip(
-        ("logprob", "hidden grad", "head grad", "bias grad"), truth, plain, tiled, strict=True
-    ):
-        assert c.dtype == p.dtype == (torch.float32 if name == "logprob" else dtype)
-        rms, plain_rms = ((x.double() - t).square().mean().sqrt() for x in (c, p))
-        assert rms <= 2 * plain_rms + torch.finfo(p.dtype).eps * t.square().mean().sqrt(), name
-
-
-def test_paired_rows_with_biases_are_those_of_each_model_alone():
-    """Another bias for the teacher than for the policy."""
-    policy_hidden, policy_head, _, _ = make_inputs(num_rows=6)
-    teacher_hidden, teacher_head, target, rows = make_inputs(num_rows=2, seed=2)
-    biases = [
-        with_bias(hidden, head, seed=seed)[0].detach()
-        for seed, hidden, head in (
-            (1, policy_hidden, policy_head),
-            (2, teacher_hidden, teacher_head),
-        )
-    ]
-    pair = (
-        policy_hidden.detach(),
-        policy_head.detach(),
-        teacher_hidden.detach(),
-        teacher_head.detach(),
-        target,
-    )
-    settings = {
-        "group_size": 3,
-        "excluded": rows["excluded"],
-        "policy_bias": biases[0],
-        "teacher_bias": biases[1],
-    }
-    expected_policy = token_logprobs(
-        pair[0],
-        pair[1],
-        target.repeat_interleave(3),
-        **rows_of(6) | {"excluded": rows["excluded"].repeat_interleave(3)},
-        bias=biases[0],
-    )
-    expected_teacher = token_logprobs(
-        pair[2], pair[3], target, **rows_of(2) | {"excluded": rows["excluded"]}, bias=biases[1]
-    )
-    for form in ("plain", "chunked"):
-        reasoned, baseline, reward = paired_logprobs(*pair, **settings, form=form)
-        assert_close(reasoned.flatten(), expected_policy)
-        assert_close(baseline, expected_teacher)
-        assert_close(reward, reasoned - baseline[:, None])
-
-
-def test_a_bias_that_is_not_the_heads_is_refused():
-    """One without an entry per word, one of another dtype, one for the policy alone, and one
-    released before the backward pass."""
-    hidden, head, target, rows = make_inputs()
-    for bias in (torch.zeros(22, dtype=torch.float64), torch.zeros(23)):
-        with pytest.raises(ValueError, match=r"bias must be \[23\] torch.float64"):
-            token_logprobs(hidden, head, target, **rows, bias=bias)
-    bias, _, _ = with_bias(hidden, head)
-    with pytest.raises(ValueError, match="both be given, or neither"):
-        paired_logprobs(
-            hidden,
-            head,
-            hidden,
-            head,
-            target,
-            group_size=1,
-            excluded=rows["excluded"],
-            policy_bias=bias,
-        )
-    logprob = chunked.token_logprobs(hidden, head, target, **rows, bias=bias.detach())
-    logprob.grad_fn.saved_tensors[2].data = torch.empty(0, dtype=head.dtype)
-    with pytest.raises(ValueError, match="gather the bias"):
-        logprob.sum().backward()

@@ -1,0 +1,117 @@
+"""A panel on a tiny policy, probed by one rank or by two that stand in for each other."""
+
+import threading
+
+import numpy as np
+import torch
+
+from rlp.config import Config, PositionConfig, load_config
+from rlp.data.positions import choose_positions
+from rlp.measure.decomposition import Decomposition
+from rlp.measure.panel import Panel
+from rlp.measure.panel_scoring import measure_panel
+from rlp.model.layout import repeated_layout
+from rlp.model.markers import Markers
+from rlp.model.thoughts import ThoughtFormat
+from tests import REPOSITORY
+from tests.tiny_models import random_documents, tiny_policy
+
+OPEN, CLOSE = 2, 3
+MARKERS = Markers(open=(OPEN,), close=(CLOSE,))
+WORLD = REPOSITORY / "experiments" / "world"
+
+
+class Alone:
+    """One process, without a process group."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def gather(self, value: object) -> list:
+        return [value]
+
+
+class Together:
+    """One of several ranks that are threads of this process."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, board: list) -> None:
+        self.rank, self.world_size, self._barrier, self._board = rank, world_size, barrier, board
+
+    def gather(self, value: object) -> list:
+        self._board[self.rank] = value
+        self._barrier.wait(timeout=60)
+        everyone = list(self._board)
+        self._barrier.wait(timeout=60)
+        return everyone
+
+
+def settings(*overrides: str) -> Config:
+    return load_config(
+        {
+            "model": {"path": "unused"},
+            "data": {"train": ["unused"]},
+            "budget": {"steps": 1},
+            "run": {"dir": "unused"},
+        },
+        [
+            "thought.max_thought_tokens=5",
+            "evaluation.thoughts_per_position=3",
+            "evaluation.batch_size=2",
+            *overrides,
+        ],
+    )
+
+
+def panel(
+    lengths: tuple[int, ...] = (9, 12, 7, 14, 10), *, per_document: int = 2, horizon: int = 1
+) -> Panel:
+    """Random documents with positions drawn in them."""
+    documents = random_documents(list(lengths), seed=3)
+    positions = choose_positions(
+        documents,
+        lambda tokens: np.arange(1, len(tokens) - horizon + 1),
+        PositionConfig(per_document=per_document),
+        horizon=horizon,
+        seed=0,
+        step=0,
+    )
+    return Panel(documents, positions)
+
+
+def probe(
+    given: Panel,
+    *,
+    policy=None,
+    lay_out=repeated_layout,
+    config: Config | None = None,
+    ranks=None,
+    start=None,
+    horizon: int = 1,
+) -> Decomposition:
+    thought_format = ThoughtFormat(
+        markers=MARKERS,
+        instruction=(),
+        begin=None,
+        temperature=0.7,
+        target_temperature=1.0,
+        horizon=horizon,
+    )
+    return measure_panel(
+        lay_out,
+        given,
+        policy or tiny_policy(),
+        None,
+        start,
+        thought_format,
+        config or settings(),
+        ranks or Alone(),
+    )
+
+
+@torch.no_grad()
+def target_logprob(policy, context: list[int], target: list[int]) -> float:
+    """Mean log-probability of a target by transformers alone, without the open marker."""
+    logits = policy.lm(torch.tensor([[*context, *target]])).logits[0, len(context) - 1 : -1]
+    logits[:, OPEN] = -torch.inf
+    return float(torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(target)[:, None]).mean())
