@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlp.compare.benchmarks import Result, open_evaluator, run_benchmarks, thought_gain
+from rlp.compare.asked_model import open_asked_model
+from rlp.compare.benchmarks import Result, run_benchmarks, thought_gain
 from rlp.compare.tasks import Benchmark, load_tasks, versions
 from rlp.config import ConfigError
 from rlp.process.console import visible_text
@@ -52,13 +53,13 @@ def evaluate_checkpoint(
     console.width = max(console.width, TABLE_COLUMNS)
 
     tasks = load_tasks(benchmarks)
-    evaluator = open_evaluator(checkpoint, device=chosen_device, dtype=dtype)
-    for note in evaluator.marker_notes():
+    model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
+    for note in model.marker_notes():
         console.print(visible_text(note))
 
     results, rows = [], {}
     asked = run_benchmarks(
-        benchmarks, tasks, evaluator, modes=modes, limit=limit, seed=seed, rows=batch_size
+        benchmarks, tasks, model, modes=modes, limit=limit, seed=seed, rows=batch_size
     )
     for result, said in asked:
         results.append(result)

@@ -1,14 +1,15 @@
-"""The thinking model as lm-evaluation-harness knows one."""
+"""A thinker as lm-evaluation-harness knows a model."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlp.compare.thinker import Reply, Thinker
+
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
-from rlp.compare.thinker import Reply, Thinker
 
 
 def thinking_lm(thinker: Thinker, *, answer_tokens: int | None = None) -> "LM":
@@ -23,7 +24,6 @@ def thinking_lm(thinker: Thinker, *, answer_tokens: int | None = None) -> "LM":
         answer_tokens: longest answer; None: as the request says, or 256 as in lm_eval.
     """
     from lm_eval.api.model import LM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class ThinkingLM(LM):
         """See `thinking_lm`."""
@@ -35,61 +35,65 @@ def thinking_lm(thinker: Thinker, *, answer_tokens: int | None = None) -> "LM":
         def generate_until(
             self, requests: list["Instance"], disable_tqdm: bool = True
         ) -> list[str]:
-            groups: dict[tuple, list[int]] = {}
-            for index, request in enumerate(requests):
-                settings = request.args[1]
-                until = settings.get("until") or []
-                longest = answer_tokens or settings.get("max_gen_toks") or 256
-                groups.setdefault(
-                    (longest, *([until] if isinstance(until, str) else until)), []
-                ).append(index)
-            sample = _sample_numbers(requests)
-            self.replies = [None] * len(requests)
-            for (longest, *until), members in groups.items():
-                count = max(sample[index] for index in members) + 1
-                answered = thinker.replies(
-                    [requests[index].args[0] for index in members],
-                    count,
-                    until=until,
-                    answer_tokens=longest,
-                )
-                for index, replies in zip(members, answered):
-                    self.replies[index] = replies[sample[index]]
+            self.replies = _answer(thinker, requests, answer_tokens)
             return [reply.answer for reply in self.replies]
 
         def loglikelihood(
             self, requests: list["Instance"], disable_tqdm: bool = True
         ) -> list[tuple[float, bool]]:
-            scored = thinker.scores(
-                [_split(thinker, *request.args) for request in requests], _sample_numbers(requests)
-            )
+            pairs = [_split(thinker, *request.args) for request in requests]
+            scored = thinker.scores(pairs, _sample_numbers(requests))
             self.replies = [reply for _, _, reply in scored]
             return [(logprob, greedy) for logprob, greedy, _ in scored]
 
         def loglikelihood_rolling(
             self, requests: list["Instance"], disable_tqdm: bool = True
         ) -> list[float]:
-            silent, totals = thinker.without_thoughts(), []
-            for request in requests:
-                windows = map(
-                    make_disjoint_window,
-                    get_rolling_token_windows(
-                        token_list=silent.encode(request.args[0]).tolist(),
-                        prefix_token=silent.first_token,
-                        max_seq_len=(silent.context_tokens or 2049) - 1,
-                        context_len=1,
-                    ),
-                )
-                pairs = [
-                    (np.array(context, dtype=np.int64), np.array(continuation, dtype=np.int64))
-                    for context, continuation in windows
-                ]
-                totals.append(
-                    sum(logprob for logprob, _, _ in silent.scores(pairs, [0] * len(pairs)))
-                )
-            return totals
+            silent = thinker.without_thoughts()
+            return [_text_logprob(silent, request.args[0]) for request in requests]
 
     return ThinkingLM()
+
+
+def _answer(thinker: Thinker, requests: list["Instance"], answer_tokens: int | None) -> list[Reply]:
+    """The reply to each request; those with the same settings are answered together."""
+    groups: dict[tuple, list[int]] = {}
+    for index, request in enumerate(requests):
+        settings = request.args[1]
+        until = settings.get("until") or []
+        until = (until,) if isinstance(until, str) else tuple(until)
+        longest = answer_tokens or settings.get("max_gen_toks") or 256
+        groups.setdefault((longest, until), []).append(index)
+
+    sample = _sample_numbers(requests)
+    replies: list[Reply | None] = [None] * len(requests)
+    for (longest, until), members in groups.items():
+        answered = thinker.replies(
+            [requests[index].args[0] for index in members],
+            max(sample[index] for index in members) + 1,
+            until=list(until),
+            answer_tokens=longest,
+        )
+        for index, of_prompt in zip(members, answered):
+            replies[index] = of_prompt[sample[index]]
+    return replies
+
+
+def _text_logprob(silent: Thinker, text: str) -> float:
+    """Nats of a whole text, in windows as lm_eval cuts them."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    windows = get_rolling_token_windows(
+        token_list=silent.encode(text).tolist(),
+        prefix_token=silent.first_token,
+        max_seq_len=(silent.context_tokens or 2049) - 1,
+        context_len=1,
+    )
+    pairs = []
+    for window in windows:
+        context, continuation = make_disjoint_window(window)
+        pairs.append((np.array(context, dtype=np.int64), np.array(continuation, dtype=np.int64)))
+    return sum(logprob for logprob, _, _ in silent.scores(pairs, [0] * len(pairs)))
 
 
 def _sample_numbers(requests: list["Instance"]) -> list[int]:
@@ -106,10 +110,10 @@ def _split(thinker: Thinker, context: str, continuation: str) -> tuple[np.ndarra
     """Tokens of both, split where the context's tokens end; white space between them belongs to the
     continuation, as in lm_eval."""
     kept = context.rstrip()
-    whole = thinker.encode(kept + context[len(kept) :] + continuation)
-    if not kept:
-        return np.array([thinker.first_token]), (
-            whole[1:] if whole[0] == thinker.first_token and len(whole) > 1 else whole
-        )
-    head = thinker.encode(kept)
-    return head, whole[len(head) :]
+    whole = thinker.encode(context + continuation)
+    if kept:
+        head = thinker.encode(kept)
+        return head, whole[len(head) :]
+    if whole[0] == thinker.first_token and len(whole) > 1:
+        whole = whole[1:]
+    return np.array([thinker.first_token]), whole

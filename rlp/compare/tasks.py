@@ -218,8 +218,8 @@ def _read_benchmark(where: str, content: object) -> Benchmark:
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise ConfigError(f"{where}: {error.__cause__}") from error
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {error.full_key}: {first_line}") from error
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {error.full_key}: {said}") from error
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

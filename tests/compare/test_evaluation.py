@@ -178,10 +178,10 @@ def test_white_space_after_a_thought_ends_no_answer(policy, tokenizer):
 
 def test_a_greedy_thought_is_the_models_own(policy, tokenizer):
     """Temperature 0 of a benchmark is the most probable thought."""
-    from rlp.compare.benchmarks import Evaluator
+    from rlp.compare.asked_model import AskedModel
 
     thought_format = thinker_of(policy, tokenizer, thinks=True)._thought_format
-    evaluator = Evaluator(policy, tokenizer, thought_format, ThoughtConfig(max_thought_tokens=5))
+    evaluator = AskedModel(policy, tokenizer, thought_format, ThoughtConfig(max_thought_tokens=5))
     greedy = Benchmark(task="t", thought_temperature=0.0)
     thinker = evaluator.thinker(greedy, thinks=True, seed=0, rows=4)
     reply = thinker.replies(PROMPTS[:1], 1, until=[], answer_tokens=1)[0][0]

@@ -168,16 +168,16 @@ def test_benchmarks_look_at_a_folder_before_they_ask_for_it(
     """A run folder stands for its export; a checkpoint, a run that has not ended and a path with
     nothing there are said as what they are."""
     asked = []
-    monkeypatch.setattr("rlp.compare.tasks.load_tasks", lambda benchmarks: {})
+    monkeypatch.setattr("rlp.compare.evaluate.load_tasks", lambda benchmarks: {})
     monkeypatch.setattr(
-        "rlp.compare.benchmarks.open_evaluator",
+        "rlp.compare.evaluate.open_asked_model",
         lambda checkpoint, **options: (
             asked.append(checkpoint) or SimpleNamespace(marker_notes=list)
         ),
     )
     command = ["eval", "--tasks", "gsm8k", "--device", "cpu"]
     monkeypatch.setattr(
-        "rlp.compare.benchmarks.run_benchmarks", lambda *arguments, **options: iter(())
+        "rlp.compare.evaluate.run_benchmarks", lambda *arguments, **options: iter(())
     )
     assert main([*command, "--think", str(run_with_steps)]) == 0 and asked == [
         str(run_with_steps / "export")
