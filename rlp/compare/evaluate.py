@@ -51,7 +51,6 @@ def evaluate_checkpoint(
     chosen_device = _device(device)
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, TABLE_COLUMNS)
-
     tasks = load_tasks(benchmarks)
     model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
     for note in model.marker_notes():
@@ -80,20 +79,28 @@ def evaluate_checkpoint(
         }
     console.print(_result_table(results, gains))
     if results_file is not None:
-        content = {
-            "checkpoint": checkpoint,
-            "seed": seed,
-            "limit": limit,
-            "versions": versions(),
-            "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
-            "results": [asdict(result) for result in results],
-            "thought_gain": {
-                name: {"accuracy": mean, "standard_error": error}
-                for name, (mean, error) in gains.items()
-            },
-        }
-        text = json.dumps(content, indent=2) + "\n"
-        write_new(results_file, text.encode(), point="eval.torn_json")
+        settings = {"checkpoint": checkpoint, "seed": seed, "limit": limit}
+        _write_results(results_file, settings, benchmarks, results, gains)
+
+
+def _write_results(
+    path: Path,
+    settings: dict[str, object],
+    benchmarks: dict[str, Benchmark],
+    results: list[Result],
+    gains: dict[str, tuple[float, float | None]],
+) -> None:
+    content = settings | {
+        "versions": versions(),
+        "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
+        "results": [asdict(result) for result in results],
+        "thought_gain": {
+            name: {"accuracy": mean, "standard_error": error}
+            for name, (mean, error) in gains.items()
+        },
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    write_new(path, text.encode(), point="eval.torn_json")
 
 
 def benchmarks_by_name(

@@ -160,10 +160,10 @@ def draw_intervals(
     with matplotlib.rc_context(_RC | {"axes.grid.axis": "x"}):
         figure, axes = _framed((5.6, len(rows) * height + 0.55), left=1.95)
         for index, (color, intervals) in enumerate(series):
-            for row, interval in (
-                (rows.index(name), interval) for name, interval in intervals.items() if name in rows
-            ):
-                y = row + ((index + 0.5) / len(series) - 0.5) * (1 - 0.14 / height)
+            for name, interval in intervals.items():
+                if name not in rows:
+                    continue
+                y = rows.index(name) + ((index + 0.5) / len(series) - 0.5) * (1 - 0.14 / height)
                 axes.plot(
                     [interval.low, interval.high],
                     [y, y],
@@ -186,11 +186,9 @@ def _label_y(axes: Axes) -> None:
     """Labels that each say the whole number: what matplotlib takes out of them, and writes above
     the axes, nobody sees there."""
     largest = max(map(abs, axes.get_ylim()))
-    axes.yaxis.set_major_formatter(
-        ScalarFormatter(useOffset=False)
-        if 1e-3 <= largest < 1e5
-        else FuncFormatter(lambda value, _: f"{value:.3g}")
-    )
+    plain = ScalarFormatter(useOffset=False)
+    powers = FuncFormatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_major_formatter(plain if 1e-3 <= largest < 1e5 else powers)
 
 
 def _make_room(figure: Figure, axes: Axes) -> None:

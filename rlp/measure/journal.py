@@ -17,6 +17,7 @@ No checksum depends on the number of ranks or on the ZeRO stage.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,14 +64,9 @@ class Journal:
         tokens, mask = thoughts.tokens.cpu().numpy(), thoughts.mask.cpu().numpy()
         for document in range(int(positions.document.max()) + 1):
             rows = positions.slice_of_documents(document, document + 1)
-            self._thoughts.append(
-                _checksum(
-                    [
-                        mask[rows].sum(axis=-1).astype(np.int64).tobytes(),
-                        tokens[rows][mask[rows]].astype(np.int64).tobytes(),
-                    ]
-                ).encode()
-            )
+            lengths, sampled = mask[rows].sum(axis=-1), tokens[rows][mask[rows]]
+            parts = [part.astype(np.int64).tobytes() for part in (lengths, sampled)]
+            self._thoughts.append(_checksum(parts).encode())
 
     def close_step(
         self,
@@ -121,10 +117,8 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
     sums = {}
     for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
         state = engine.state_of(fragment.flat)
-        for kind, flat in {
-            "master": fragment.flat,
-            **{name: state[name] for name in STATES if name in state},
-        }.items():
+        held = {"master": fragment.flat} | {name: state[name] for name in STATES if name in state}
+        for kind, flat in held.items():
             sums[f"{kind}/{fragment.name}"] = weighted_bits(fragment.view(flat), fragment.start)
     return _digest_of(sums, ranks)
 
@@ -132,10 +126,8 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
 def weights_digest(engine: Engine, module: nn.Module, ranks: Ranks) -> str:
     """Checksum of the weights of a frozen module, in the dtype that it computes in. A
     collective."""
-    return _digest_of(
-        {name: weighted_bits(values, start) for name, start, values in engine.held_weights(module)},
-        ranks,
-    )
+    held = engine.held_weights(module)
+    return _digest_of({name: weighted_bits(part, start) for name, start, part in held}, ranks)
 
 
 def _digest_of(sums: dict[str, int], ranks: Ranks) -> str:
@@ -174,24 +166,20 @@ def audit(run: Path, reference: Path, *, tolerance: float = 0.0) -> list[str]:
         ConfigError: no run folder, or one without a journal.
     """
     mine, expected = (read_json_lines(path) for path in [_path_in(run), _path_in(reference)])
-    steps = [line["step"] for line in mine]
-    found = [
-        f"step {step} is there {steps.count(step)} times"
-        for step in sorted(set(steps))
-        if steps.count(step) > 1
-    ]
-    found += ["steps are out of order"] if steps != sorted(steps) else []
-    by_step, wanted = (
-        {line["step"]: line for line in mine},
-        {line["step"]: line for line in expected},
-    )
+    steps, found = [line["step"] for line in mine], []
+    for step, times in sorted(Counter(steps).items()):
+        if times > 1:
+            found.append(f"step {step} is there {times} times")
+    if steps != sorted(steps):
+        found.append("steps are out of order")
+
+    by_step = {line["step"]: line for line in mine}
+    wanted = {line["step"]: line for line in expected}
     found += [f"step {step} is missing" for step in sorted(wanted.keys() - by_step.keys())]
     found += [f"step {step} is one too many" for step in sorted(by_step.keys() - wanted.keys())]
     for step in sorted(wanted.keys() & by_step.keys()):
-        found += [
-            f"step {step}: {difference}"
-            for difference in _differences(by_step[step], wanted[step], tolerance)
-        ]
+        differences = _differences(by_step[step], wanted[step], tolerance)
+        found += [f"step {step}: {difference}" for difference in differences]
     return found
 
 
@@ -206,23 +194,19 @@ def _path_in(run: Path) -> Path:
 
 
 def _differences(line: dict, wanted: dict, tolerance: float) -> list[str]:
-    exact = [
-        "applied",
-        "documents",
-        "thoughts",
-        "tokens",
-        "flops",
-        *([] if tolerance else ["state"]),
-    ]
-    found = [
-        f"{name} is {line.get(name)}, expected {wanted.get(name)}"
-        for name in exact
-        if line.get(name) != wanted.get(name)
-    ]
-    for name in sorted(line["numbers"].keys() | wanted["numbers"].keys()):
-        here, there = (float.fromhex(side["numbers"].get(name, "nan")) for side in (line, wanted))
-        if line["numbers"].get(name) != wanted["numbers"].get(name) and not abs(
-            here - there
-        ) <= tolerance * (1 + abs(there)):
+    exact = ["applied", "documents", "thoughts", "tokens", "flops"]
+    if not tolerance:
+        exact.append("state")
+    found = []
+    for name in exact:
+        if line.get(name) != wanted.get(name):
+            found.append(f"{name} is {line.get(name)}, expected {wanted.get(name)}")
+
+    mine, theirs = line["numbers"], wanted["numbers"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) == theirs.get(name):
+            continue
+        here, there = (float.fromhex(side.get(name, "nan")) for side in (mine, theirs))
+        if not abs(here - there) <= tolerance * (1 + abs(there)):
             found.append(f"{name} is {here!r}, expected {there!r}")
     return found

@@ -1,13 +1,8 @@
-"""The numbers of a run: what each one means, and where they are told.
+"""The numbers of a run: the name, unit and definition of each.
 
-`METRICS` (of a step) and `EVALUATION` (of the held-out panel) are where a number has its name, unit
-and definition; a name that is in neither can not be logged. `metrics.jsonl` is the record; the
-console and Weights & Biases are copies, and a copy that fails never fails the run. What the clock
-and the memory counter say (`perf/*`) goes to `timing.jsonl`, so that `metrics.jsonl` of a resumed
-run equals that of an unbroken one byte for byte.
-
-`Progress` tells how far one long piece of work is, in a run or without one (`rlp probe`, `rlp
-eval`, unpacking data).
+`METRICS` are those of a step, `EVALUATION` those of the held-out panel; a name that is in neither
+can not be logged. What is rewarded is what `reward/*` says, whatever the reward is; the information
+gain of the same thoughts is beside it as `gain/*`, in nats.
 
 Averages are over all ranks: means of a step are sums over all its thoughts (or positions, or
 tokens) divided by their number.
@@ -31,8 +26,9 @@ METRICS: dict[str, Metric] = {
         "nats",
         "Mean reward of the step's thoughts: what eq. 7 is fed. It is the information gain r(c) ="
         " S_pred(c) - S_ema (eq. 5), in nats; with reward.kind greedy_match 1 or 0, whether the"
-        " targets are the most probable tokens; with reward.placebo what the placebo gives the"
-        " thought, and not what it earned.",
+        " targets are the most probable tokens; with a reward of one's own (package.module:name)"
+        " what that gives, in a unit of its own; with reward.placebo what the placebo gives the"
+        " thought, and not what it earned. What the thoughts gained is gain/mean.",
     ),
     "reward/positive_frac": Metric("fraction", "Thoughts with a reward above 0."),
     "reward/positive_positions_frac": Metric(
@@ -258,15 +254,15 @@ EVALUATION: dict[str, Metric] = {
     "panel_positions": Metric("positions", "Size of the held-out panel."),
 }
 for _name, _metric in list(EVALUATION.items()):
-    if _name != "panel_positions":
-        EVALUATION[f"{_name}_low"] = Metric(
-            _metric.unit,
-            f"Lower end of the 95 % bootstrap interval of {_name}: documents drawn with"
-            " replacement.",
-        )
-        EVALUATION[f"{_name}_high"] = Metric(
-            _metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}."
-        )
+    if _name == "panel_positions":
+        continue
+    EVALUATION[f"{_name}_low"] = Metric(
+        _metric.unit,
+        f"Lower end of the 95 % bootstrap interval of {_name}: documents drawn with replacement.",
+    )
+    EVALUATION[f"{_name}_high"] = Metric(
+        _metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}."
+    )
 """What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and
 `after` of `summary.json`."""
 

@@ -1,4 +1,9 @@
-"""Where the numbers of a step are told: files, console, Weights & Biases."""
+"""Where the numbers of a run are told: files, console, Weights & Biases.
+
+`metrics.jsonl` is the record; the console and Weights & Biases are copies, and a copy that fails
+never fails the run. What the clock and the memory counter say (`perf/*`) goes to `timing.jsonl`, so
+that `metrics.jsonl` of a resumed run equals that of an unbroken one byte for byte.
+"""
 
 import sys
 import time
@@ -66,14 +71,10 @@ class MetricsLog:
         measured = in_table_order(values, METRICS)
         if not self._first_rank:
             return
-        timing = {name: value for name, value in measured.items() if name.startswith(TIMING_PREFIX)}
-        append_json_line(
-            self._folder.metrics_jsonl,
-            {
-                "step": step,
-                **{name: value for name, value in measured.items() if name not in timing},
-            },
-        )
+        numbers, timing = {"step": step}, {}
+        for name, value in measured.items():
+            (timing if name.startswith(TIMING_PREFIX) else numbers)[name] = value
+        append_json_line(self._folder.metrics_jsonl, numbers)
         if timing:
             append_json_line(self._folder.timing_jsonl, {"step": step, **timing})
         self._wandb.log(step, measured)
@@ -87,12 +88,8 @@ class MetricsLog:
             phase: what it is doing.
             seconds: since the step began.
         """
-        if (
-            self._first_rank
-            and not sys.stderr.isatty()
-            and seconds >= LINE_EVERY_S
-            and time.monotonic() - (self._said_at or 0.0) >= LINE_EVERY_S
-        ):
+        watched = not self._first_rank or sys.stderr.isatty()
+        if not watched and seconds >= LINE_EVERY_S and self._is_silent():
             self.say(f"step {step}: in {phase}, {format_duration(seconds)} so far")
             self._said_at = time.monotonic()
 
@@ -127,29 +124,23 @@ class MetricsLog:
             self._wandb.close()
 
     def _show(self, step: int, measured: dict[str, float]) -> None:
-        in_words = measured | {
-            name: words(measured[name]) for name, words in _WORDS.items() if name in measured
-        }
-        words = {
-            word: form.format(in_words[name]) for name, word, form in _CONSOLE if name in measured
-        }
+        told = {}
+        for name, word, template in _CONSOLE:
+            if name in measured:
+                in_words = _WORDS.get(name, lambda value: value)
+                told[word] = template.format(in_words(measured[name]))
+
         if sys.stderr.isatty():
-            self._move_bar(step, words)
-        elif (
-            step % self._every_n_steps == 0
-            or self._said_at is None
-            or time.monotonic() - self._said_at >= LINE_EVERY_S
-        ):
+            self._move_bar(step, told)
+        elif step % self._every_n_steps == 0 or self._is_silent():
             of_total = f"/{self._total}" if self._total else ""
-            self.say(
-                "  ".join(
-                    [
-                        f"step {step}{of_total}",
-                        *(f"{word} {value}" for word, value in words.items()),
-                    ]
-                )
-            )
+            numbers = (f"{word} {value}" for word, value in told.items())
+            self.say("  ".join([f"step {step}{of_total}", *numbers]))
             self._said_at = time.monotonic()
+
+    def _is_silent(self) -> bool:
+        """Whether no step was told of yet, or none for `LINE_EVERY_S`."""
+        return self._said_at is None or time.monotonic() - self._said_at >= LINE_EVERY_S
 
     def _move_bar(self, step: int, words: dict[str, str]) -> None:
         if self._bar is None:
@@ -157,8 +148,6 @@ class MetricsLog:
         # The bar times the steps itself, and where it knows how many there are it says what is
         # left.
         own = ("took", "left") if self._total else ("took",)
-        self._bar.set_postfix_str(
-            ", ".join(f"{word} {value}" for word, value in words.items() if word not in own),
-            refresh=False,
-        )
+        shown = (f"{word} {value}" for word, value in words.items() if word not in own)
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)

@@ -25,14 +25,14 @@ Letters
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
-from rlp.config import Config
+from rlp.config import BudgetConfig, Config
 from rlp.measure.plan_memory import (
     GB,
     USABLE_FRACTION,
@@ -89,8 +89,6 @@ class Plan:
     """Steps until the first limit of the budget; None where its only limit is one of seconds."""
     seconds: float | None
     """The limit of seconds, if there is one: what a step takes is not known before the run."""
-    step_paper_flops: int
-    """The paper's T_flop of a step: n l bs + T_inp, in tokens."""
     checkpoint_bytes: int
     """One checkpoint, over all ranks."""
     export_bytes: int
@@ -112,6 +110,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """The largest that the run comes to."""
         return max(self.bytes_during(when) for when in ("sampling", "update", "evaluation"))
+
+    @property
+    def step_paper_flops(self) -> int:
+        """The paper's T_flop of a step: n l bs + T_inp, in tokens."""
+        return self.thought_tokens + self.input_tokens
 
     @property
     def step_flops(self) -> float:
@@ -231,15 +234,8 @@ def _add_up(
     )
 
     phase_flops = step_flops(config, shapes, world_size, layout=layout, format_tokens=format_tokens)
-    input_tokens = config.optim.batch_size * config.data.max_document_tokens
-    thought_tokens = sizes.thoughts * config.thought.max_thought_tokens
-    spent = {
-        "tokens": input_tokens,
-        "flops": sum(phase_flops.values()),
-        "paper_flops": thought_tokens + input_tokens,
-    }
     one_checkpoint, export = checkpoint_bytes(config, shapes.parameters), 4 * shapes.parameters
-    return Plan(
+    plan = Plan(
         world_size=world_size,
         zero_stage=config.engine.zero_stage,
         dtype=str(dtype).removeprefix("torch."),
@@ -252,32 +248,31 @@ def _add_up(
         device_bytes=device_bytes,
         available_bytes=_available_bytes() if on_cpu else None,
         phase_flops=phase_flops,
-        input_tokens=input_tokens,
-        thought_tokens=thought_tokens,
+        input_tokens=config.optim.batch_size * config.data.max_document_tokens,
+        thought_tokens=sizes.thoughts * config.thought.max_thought_tokens,
+        steps=None,
         seconds=config.budget.seconds,
-        steps=_steps(config, spent),
-        step_paper_flops=spent["paper_flops"],
         checkpoint_bytes=one_checkpoint,
         export_bytes=export,
         disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export),
         disk_free_bytes=_disk_free(Path(config.run.dir)),
         counted_without=shapes.uncounted,
     )
+    return replace(plan, steps=_steps(config.budget, plan))
 
 
-def _steps(config: Config, step: dict[str, float]) -> int | None:
+def _steps(budget: BudgetConfig, plan: Plan) -> int | None:
     """Steps until the first limit; documents shorter than the longest take more steps to read as
-    many tokens.
-
-    Args:
-        step: what a step spends, by the names of the budget's limits.
-    """
-    budget = asdict(config.budget)
-    limits = [config.budget.steps] if config.budget.steps else []
-    for name, amount in step.items():
-        if budget[name] is not None:
-            limits.append(math.ceil(budget[name] / amount))
-    return min(limits, default=None)
+    many tokens."""
+    steps = [budget.steps] if budget.steps else []
+    for limit, of_a_step in (
+        (budget.tokens, plan.input_tokens),
+        (budget.flops, plan.step_flops),
+        (budget.paper_flops, plan.step_paper_flops),
+    ):
+        if limit is not None:
+            steps.append(math.ceil(limit / of_a_step))
+    return min(steps, default=None)
 
 
 def _available_bytes() -> int | None:

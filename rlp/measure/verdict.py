@@ -1,5 +1,5 @@
 """What a run's numbers say in words: whether thoughts gain, whether the gain is self-harm, whether
-the run is matched.
+the run has spent what it was to spend.
 
 An effect is claimed only where a 95 % interval leaves 0 out, and none at all below
 `LEAST_DOCUMENTS` held-out documents. Of several runs (one arm, several seeds) the mean is told,
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 TOLERANCE = 0.01
 """Largest relative difference of what two matched runs have spent."""
-
 
 LEAST_DOCUMENTS = 30
 """A bootstrap over fewer documents gives intervals that are too short."""
@@ -56,22 +55,13 @@ def verdict(before: list[dict], after: list[dict]) -> list[str]:
         return ["No verdict: the gain over the start has no interval here."]
     words = {
         1: "A thought predicts held-out tokens better than the starting model did without one",
-        -1: (
-            "With a thought the held-out tokens are predicted worse than by the starting model"
-            " without one"
-        ),
-        0: (
-            "No effect: a prediction with a thought can not be told from the starting model's"
-            " without one"
-        ),
+        -1: "With a thought the held-out tokens are predicted worse than by the starting model"
+        " without one",
+        0: "No effect: a prediction with a thought can not be told from the starting model's"
+        " without one",
     }
-    return [
-        (
-            f"{words[gain.sign]}:"
-            f" {gain}{_by_training(_measured(before, 'gain_over_start_nats'), gain)}."
-        ),
-        *_over_own_no_think(after),
-    ]
+    change = _by_training(_measured(before, "gain_over_start_nats"), gain)
+    return [f"{words[gain.sign]}: {gain}{change}.", *_over_own_no_think(after)]
 
 
 def _documents(line: dict) -> int:
@@ -96,15 +86,11 @@ def _by_training(before: Measured | None, after: Measured) -> str:
     """What training did to the gain. A change is clear where the two intervals do not overlap."""
     if before is None:
         return ""
-    change = (
-        "training raised it"
-        if after.low > before.high
-        else (
-            "training lowered it"
-            if after.high < before.low
-            else "training did not clearly change it"
-        )
-    )
+    change = "training did not clearly change it"
+    if after.low > before.high:
+        change = "training raised it"
+    elif after.high < before.low:
+        change = "training lowered it"
     return f"; before training it was {before.mean:+.3f}, so {change}"
 
 
@@ -126,11 +112,9 @@ def _over_own_no_think(after: list[dict]) -> list[str]:
             f"{sentence} SELF-HARM: without a thought it predicts {-moved:.3f} nats worse than the"
             " start did, and that much of this gain is none."
         ]
-    than_start = (
-        f"{moved:.3f} nats better than the start did"
-        if own.low > start.high
-        else f"about as the start did ({moved:+.3f} nats)"
-    )
+    than_start = f"about as the start did ({moved:+.3f} nats)"
+    if own.low > start.high:
+        than_start = f"{moved:.3f} nats better than the start did"
     return [f"{sentence} No self-harm seen: without a thought it predicts {than_start}."]
 
 
@@ -143,9 +127,8 @@ def budget_in_words(match: dict | None) -> str:
     """
     if not match:
         return ""
-    matched = abs(match["ratio"] - 1) <= TOLERANCE
-    return (
-        f"{'matched' if matched else 'NOT MATCHED'}: {match['by']} {match['ratio']:.3f} of the"
-        " other run's"
-        + ("" if matched else f", allowed {1 - TOLERANCE:g} to {1 + TOLERANCE:g}: no comparison")
-    )
+    spent = f"{match['by']} {match['ratio']:.3f} of the other run's"
+    if abs(match["ratio"] - 1) <= TOLERANCE:
+        return f"matched: {spent}"
+    allowed = f"allowed {1 - TOLERANCE:g} to {1 + TOLERANCE:g}"
+    return f"NOT MATCHED: {spent}, {allowed}: no comparison"
