@@ -85,6 +85,16 @@ def is_moment(text: str) -> bool:
         return False
 
 
+def require_part(key: str, name: str, ours: tuple[str, ...]) -> None:
+    """Refuse the name of a part that is neither one of ours nor `package.module:name`."""
+    require(
+        name in ours or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.<>]*", name) is not None,
+        key,
+        name,
+        f"must be one of {', '.join(ours)}, or one of yours as package.module:name",
+    )
+
+
 @dataclass
 class RunConfig:
     """Where a run lives, and what makes it repeatable."""
@@ -263,9 +273,9 @@ class PositionConfig:
     selector: str = "uniform"
     """uniform at random (paper); `marker`: right after `marker`; `entropy` or `surprisal`: the K
     positions with the largest no-think entropy, or the largest -log p of the target, under the
-    policy."""
+    policy; `package.module:name`: a selector of yours (docs/extending.md)."""
     marker: str | None = None
-    """Text whose end is a position, for the selector `marker`."""
+    """Text whose end is a position, for the selector `marker`, or one of yours."""
     min_prefix_tokens: int = 1
     """Tokens of context that a position must have before it."""
 
@@ -277,11 +287,11 @@ class PositionConfig:
             self.per_document,
             "must be a whole number of at least 1, or all",
         )
-        require_one_of(
+        require_part(
             "position.selector", self.selector, ("uniform", "marker", "entropy", "surprisal")
         )
         require(
-            (self.selector == "marker") == bool(self.marker),
+            (self.selector == "marker") == bool(self.marker) or ":" in self.selector,
             "position.marker",
             self.marker,
             f"goes with position.selector: marker and only with it (selector is {self.selector})",
@@ -383,7 +393,8 @@ class RewardConfig:
 
     kind: str = "information_gain"
     """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token
-    after the thought, else 0 (the next-token reward of RPT, arXiv 2506.08007)."""
+    after the thought, else 0 (the next-token reward of RPT, arXiv 2506.08007).
+    `package.module:name`: a reward of yours (docs/extending.md)."""
     placebo: str = "none"
     """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the
     step, whatever the micro-batches and ranks. `foreign_thought`: the reward of each thought is
@@ -391,7 +402,7 @@ class RewardConfig:
     thought."""
 
     def __post_init__(self) -> None:
-        require_one_of("reward.kind", self.kind, ("information_gain", "greedy_match"))
+        require_part("reward.kind", self.kind, ("information_gain", "greedy_match"))
         require_one_of(
             "reward.placebo", self.placebo, ("none", "shuffled_reward", "foreign_thought")
         )
@@ -402,6 +413,9 @@ class ObjectiveConfig:
     """Weights of the loss. With `policy_weight`, `predictor_weight` and `kl_weight` 0 no thought is
     sampled: that is continued pretraining (CPT)."""
 
+    kind: str = "rlp"
+    """`rlp`: the sum of the terms below, each with its weight. `package.module:name`: a loss of
+    yours (docs/extending.md), which is given these weights and uses those it wants."""
     policy_weight: float = 1.0
     """Weight of the clipped surrogate, eq. 8."""
     lm_weight: float = 0.1
@@ -418,6 +432,7 @@ class ObjectiveConfig:
     """epsilon_h of eq. 8. The paper gives no value; 0.2 is PPO's."""
 
     def __post_init__(self) -> None:
+        require_part("objective.kind", self.kind, ("rlp",))
         weights = ("policy_weight", "lm_weight", "predictor_weight", "kl_weight")
         for name in weights:
             require(
@@ -455,7 +470,8 @@ class BaselineConfig:
     """
 
     kind: str = "ema"
-    """ema (paper), frozen (the starting checkpoint), self (the policy, no thought) or none (0)."""
+    """ema (paper), frozen (the starting checkpoint), self (the policy, no thought), none (0), or
+    `package.module:name`: a baseline of yours (docs/extending.md)."""
     ema_decay: float = 0.999
     """Weight of the old average per optimizer step (the paper's tau, 0.999)."""
     every_n_steps: int = 1
@@ -464,7 +480,7 @@ class BaselineConfig:
     how it goes with length."""
 
     def __post_init__(self) -> None:
-        require_one_of("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
+        require_part("baseline.kind", self.kind, ("ema", "frozen", "self", "none"))
         require(
             0 <= self.ema_decay < 1,
             "baseline.ema_decay",
@@ -590,8 +606,13 @@ class EngineConfig:
     generation: str = "gathered"
     """Sampling under stage 3: `gathered` holds all weights on each rank while it samples; `synced`
     gathers layer by layer and keeps the ranks in step, slower and with less memory."""
+    networks: list[str] = field(default_factory=list)
+    """Copies of the policy that a baseline or a loss of yours needs, `ema` or `start`: filled in
+    when the run starts, so that the run folder says what was held in memory."""
 
     def __post_init__(self) -> None:
+        for network in self.networks:
+            require_one_of("engine.networks", network, ("ema", "start"))
         require(
             self.zero_stage in (0, 1, 2, 3),
             "engine.zero_stage",
@@ -818,17 +839,17 @@ def _refuse_beyond_machines(key: str, value: object) -> None:
 
 def keeps_ema(config: Config) -> bool:
     """Whether a run needs the EMA: it thinks, and measures its thoughts against it."""
-    return config.objective.thinks and config.baseline.kind == "ema"
+    wanted = config.baseline.kind == "ema" or "ema" in config.engine.networks
+    return config.objective.thinks and wanted
 
 
 def needs_copies(config: Config) -> tuple[bool, bool]:
-    """Whether a run needs a second copy of the starting checkpoint for the teacher, and a third for
-    the KL."""
+    """Whether a run needs a second copy of the starting checkpoint for the teacher, and a third
+    that stays as it is, for the KL or a part from outside."""
     thinks = config.objective.thinks
-    return (
-        thinks and config.baseline.kind in ("ema", "frozen"),
-        thinks and config.objective.kl_weight > 0,
-    )
+    teacher = keeps_ema(config) or config.baseline.kind == "frozen"
+    start = config.objective.kl_weight > 0 or "start" in config.engine.networks
+    return thinks and teacher, thinks and start
 
 
 # Reading and writing

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import train as program
+from rlp.process.exit_codes import DONE
 from rlp.process.ranks import Ranks, start_ranks
 from tests.faults.harness import Harness
 from tests.tiny_models import WORDS, tiny_policy, word_tokenizer
-from tests.training import tiny_config, write_corpus
+from tests.training import tiny_config, train, write_corpus
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -70,10 +70,7 @@ def trained(tmp_path, model_folder, corpus, ranks):
     """Trains a tiny run with overrides and returns its folder."""
 
     def run(name: str = "run", **overrides: object) -> Path:
-        assert (
-            program.train(tiny_config(tmp_path / name, model_folder, corpus, **overrides), ranks)
-            == program.DONE
-        )
+        assert train(tiny_config(tmp_path / name, model_folder, corpus, **overrides), ranks) == DONE
         return tmp_path / name
 
     return run

@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlp.config import Config, load_config
-from rlp.trainer import Run
+from rlp.process.lock import RunLock
+from rlp.process.preemption import Preemption
+from rlp.process.ranks import Ranks
+from rlp.process.watchdog import Watchdog
+from rlp.run.state import Host, OpenRun
+from rlp.trainer import Trainer
 from tests import REPOSITORY
 
 TINY = {
@@ -53,6 +58,18 @@ def tiny_config(folder: Path, model: Path, corpus: Path, **overrides: object) ->
     )
 
 
+def train(config: Config, ranks: Ranks) -> int:
+    """Train to the end; the exit code."""
+    return Trainer(config, ranks=ranks).fit().code
+
+
+def open_run(config: Config, ranks: Ranks, watchdog: Watchdog | None = None) -> OpenRun:
+    """A run that is open, in a process that nobody watches, for tests that make its steps."""
+    watchdog = watchdog or Watchdog(ranks, config.run)
+    host = Host(ranks, Preemption(ranks), watchdog, RunLock(ranks))
+    return Trainer(config, ranks=ranks).open_on(host)
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -82,10 +99,11 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
     )
 
 
-def masters(run: Run) -> dict[str, torch.Tensor]:
+def masters(run: OpenRun) -> dict[str, torch.Tensor]:
     """Copies of the float32 master weights; one rank owns them all."""
     return {
-        fragment.name: fragment.view(fragment.flat).clone() for fragment in run.engine.fragments()
+        fragment.name: fragment.view(fragment.flat).clone()
+        for fragment in run.parts.engine.fragments()
     }
 
 

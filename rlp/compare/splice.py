@@ -59,7 +59,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     """
     if out.exists():
         raise ConfigError(f"--out: {out} exists and is never written over. Write another folder.")
-    if config.position.selector in ("entropy", "surprisal"):
+    if config.position.selector not in ("uniform", "marker"):
         raise ConfigError(
             "position.selector: documents are spliced at positions that do not depend on the"
             f" policy, got {config.position.selector}. Write position.selector=uniform or marker."

@@ -5,7 +5,7 @@ Dimensions
        horizon)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from rlp.config import PositionConfig, require
 from rlp.data.documents import Document
 from rlp.data.noise import POSITION_NOISE, keyed_noise
+from rlp.data.selectors import Choice, chosen_by, open_selector
+from rlp.process.outside import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,52 +92,37 @@ def choose_positions(
     horizon: int,
     seed: int,
     step: int,
-    scores: list[np.ndarray] | None = None,
+    selector: Part | None = None,
+    statistics: Mapping[str, list[np.ndarray]] | None = None,
 ) -> Positions:
     """K positions of each document (fewer where it has fewer candidates).
 
     Args:
-        scores: for the selectors `entropy` and `surprisal`, one [P] array per document, the score
-            of position t at index t; the K largest are taken, the earlier one of equals.
+        selector: chooses among more than K candidates; None: uniformly at random.
+        statistics: what the selector needs, by name: one [P] array per document.
     """
-    chosen = [
-        _choose(
-            document,
-            candidates(document.tokens),
-            config,
-            seed,
-            step,
-            None if scores is None else scores[index],
-        )
-        for index, document in enumerate(documents)
-    ]
+    selector = selector or open_selector("uniform")
+    chosen = []
+    for index, document in enumerate(documents):
+        may_be = candidates(document.tokens)
+        if config.per_document != "all" and len(may_be) > config.per_document:
+            known = {name: of_all[index] for name, of_all in (statistics or {}).items()}
+            noise = keyed_noise(
+                seed=seed,
+                purpose=POSITION_NOISE,
+                step=step,
+                document=document.id,
+                occurrence=document.occurrence,
+            )
+            may_be = chosen_by(
+                selector, Choice(document, may_be, config.per_document, noise, **known)
+            )
+        chosen.append(may_be)
+
     position = np.concatenate(chosen)
     document = np.repeat(np.arange(len(documents)), [len(part) for part in chosen])
     target = np.stack([documents[d].tokens[t : t + horizon] for d, t in zip(document, position)])
     return Positions(document=document, position=position, target=target)
-
-
-def _choose(
-    document: Document,
-    candidates: np.ndarray,
-    config: PositionConfig,
-    seed: int,
-    step: int,
-    score: np.ndarray | None,
-) -> np.ndarray:
-    if config.per_document == "all" or len(candidates) <= config.per_document:
-        return candidates
-    if score is not None:
-        ranked = candidates[np.argsort(-score[candidates], kind="stable")]
-        return np.sort(ranked[: config.per_document])
-    noise = keyed_noise(
-        seed=seed,
-        purpose=POSITION_NOISE,
-        step=step,
-        document=document.id,
-        occurrence=document.occurrence,
-    )
-    return np.sort(noise.choice(candidates, size=config.per_document, replace=False))
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase, config: PositionConfig) -> tuple[int, ...]:

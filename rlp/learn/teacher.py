@@ -1,13 +1,14 @@
-"""The teacher: the no-think predictor that the reward is measured against (eq. 4).
+"""The teacher: networks that predict without a thought, for the baseline (eq. 4).
 
-It never thinks and never has a gradient. Which weights it holds is `baseline.kind`: the EMA of the
-policy, the starting checkpoint, the policy itself, or none.
+None of them thinks or has a gradient here: the EMA of the policy, the starting checkpoint, or the
+policy itself. Which of them a run holds is what its baseline needs.
 
 Dimensions
     M  positions;  H  target tokens
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,42 +23,40 @@ from rlp.process.ranks import Ranks
 
 
 class Teacher:
-    """S_ema for the positions of a layout."""
+    """No-think log-evidence for the positions of a layout."""
 
-    def __init__(self, kind: str, twin: Policy | None, engine: Engine, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        networks: Mapping[str, Policy],
+        ema: Policy | None,
+        engine: Engine,
+        ranks: Ranks,
+    ) -> None:
         """
         Args:
-            kind: `baseline.kind`.
-            twin: a second copy of the starting checkpoint, for the kinds `ema` and `frozen`.
+            networks: by the statistic that each of them scores: `ema_logprob`, `start_logprob`,
+                `policy_logprob`.
+            ema: the one that is to be kept at the EMA of the policy, if any.
         """
-        self.kind = kind
-        self._twin = twin
+        self.networks = dict(networks)
+        self._ema = ema
         self._engine = engine
         self._ranks = ranks
-
-    @property
-    def model(self) -> Policy | None:
-        """The network that predicts; None for the kind `none`."""
-        return {"ema": self._twin, "frozen": self._twin, "self": self._engine.policy, "none": None}[
-            self.kind
-        ]
 
     def refresh(self) -> None:
         """After an optimizer step: bring the EMA's forward copy up to date."""
         fault("teacher.refresh")
-        if self.kind == "ema":
-            self._engine.refresh_average(self._twin)
+        if self._ema is not None:
+            self._engine.refresh_average(self._ema)
 
     @torch.no_grad()
-    def baseline_logprob(self, layout: Layout, num_positions: int) -> Tensor:
-        """[M] S_ema in nats; zero for the kind `none`.
+    def logprob(self, statistic: str, layout: Layout) -> Tensor:
+        """[M] log-evidence in nats, under the network of a statistic.
 
         Args:
             layout: document rows that ask for no-think targets.
         """
-        if self.kind == "none":
-            return torch.zeros(num_positions, device=layout.tokens.device)
-        return log_evidence(score(self.model, layout).no_think)
+        return log_evidence(score(self.networks[statistic], layout).no_think)
 
     def distance(self) -> float | None:
         """Relative distance of the EMA to the policy, ||phi - theta|| / ||theta||; 0 before the
@@ -65,7 +64,7 @@ class Teacher:
 
         Returns None where there is no EMA. A collective: call it on every rank.
         """
-        if self.kind != "ema":
+        if self._ema is None:
             return None
         squares = [0.0, 0.0]
         for fragment in self._engine.fragments():

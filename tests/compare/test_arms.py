@@ -10,7 +10,7 @@ import pytest
 import torch
 from einops import rearrange
 
-import train as program
+from rlp.algorithm import predict, think
 from rlp.compare.arms import ARMS, step_cost, write_arm
 from rlp.compare.splice import splice
 from rlp.config import ConfigError, load_config, to_yaml
@@ -21,11 +21,12 @@ from rlp.model.markers import Markers
 from rlp.model.scoring import greedy_targets, score
 from rlp.model.thoughts import ThoughtFormat
 from rlp.objective import group_relative_advantage
+from rlp.process.exit_codes import DONE, NOT_MATCHED
 from rlp.process.run_folder import open_run_folder
 from rlp.sampling.rollout import NoiseKey, sample_thoughts
-from rlp.trainer import Run
+from rlp.trainer import begin_step
 from tests.tiny_models import random_documents, tiny_policy
-from tests.training import assert_same_run, read_lines, tiny_config, write_corpus
+from tests.training import assert_same_run, open_run, read_lines, tiny_config, train, write_corpus
 
 FORM = ThoughtFormat(
     markers=Markers(open=(2,), close=(3,)),
@@ -204,29 +205,28 @@ def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(
         position__per_document=1,
         **ALL_TOLD,
     )
-    run = Run(config, ranks)
-    run.begin_step()
-    tally = program.Tally()
-    documents = run.next_documents()
-    positions, thoughts = program.think(run, documents, tally)
-    batch = program.compare(run, documents, positions, thoughts, 0)
-    (got,), before = program.controls(run, [batch], thoughts)
+    run = open_run(config, ranks)
+    step, parts = begin_step(run, 0.0), run.parts
+    (batch,) = [predict(parts, step, batch) for batch in think(parts, step)]
+    documents, positions, thoughts = batch.documents, batch.positions, batch.thoughts
+    run.judge.begin(parts, step.number, [batch])
+    got = run.judge.ahead(0)
     exchanged = repeated_layout(
         documents,
         positions,
         thoughts.exchanged(thoughts[-1:]),
-        run.setup.thought_format,
+        run.opened.setup.thought_format,
         lm=False,
         no_think=False,
         device=run.ranks.device,
     )
     reasoned = rearrange(
-        score(run.engine.policy, exchanged).target.mean(dim=1), "(m g) -> m g", g=4
+        score(parts.engine.policy, exchanged).target.mean(dim=1), "(m g) -> m g", g=4
     ).detach()
     torch.testing.assert_close(
         got, reasoned - batch.baseline_logprob[:, None], atol=1e-5, rtol=1e-4
     )
-    assert before is None
+    assert torch.equal(run.judge.fed(0, got), got)
 
 
 @pytest.mark.parametrize("placebo", ["shuffled_reward", "foreign_thought"])
@@ -269,7 +269,7 @@ def test_a_placebo_needs_two_positions_in_a_step(tmp_path, model_folder, ranks):
         optim__batch_size=1,
     )
     with pytest.raises(ConfigError, match="single one"):
-        program.train(config, ranks)
+        train(config, ranks)
 
 
 def test_a_budget_ends_at_the_nearest_step(trained):
@@ -295,7 +295,7 @@ def test_an_arm_spends_what_the_run_has_spent(trained, tmp_path, ranks, capsys, 
     run = open_run_folder(trained("rlp", budget__steps=steps, logging__every_n_steps=1000))
     config = write_arm(run, "cpt", by, tmp_path / "arm.yaml", None, ["optim.micro_batch_size=4"])
     assert to_yaml(load_config(tmp_path / "arm.yaml")) == to_yaml(config)
-    assert program.train(config, ranks) == program.DONE
+    assert train(config, ranks) == DONE
     said = capsys.readouterr().out
     assert "matched run" in said and "this run" in said and said.rstrip().endswith(": matched")
     own, other = (
@@ -315,7 +315,7 @@ def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):
     run = open_run_folder(trained("rlp", budget__steps=1))
     config = write_arm(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
     config.optim.batch_size, config.optim.micro_batch_size = 6, 3
-    assert program.train(config, ranks) == program.NOT_MATCHED
+    assert train(config, ranks) == NOT_MATCHED
     assert "NOT MATCHED" in capsys.readouterr().out
 
 
@@ -343,9 +343,7 @@ def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(
         None,
         [f"optim.batch_size={batch}", "optim.micro_batch_size=1"],
     )
-    assert program.train(
-        config, ranks
-    ) == program.DONE and capsys.readouterr().out.rstrip().endswith(": matched")
+    assert train(config, ranks) == DONE and capsys.readouterr().out.rstrip().endswith(": matched")
     with pytest.raises(ConfigError, match="Not even optim.batch_size=1"):
         write_arm(
             open_run_folder(trained("short", budget__steps=1)),
@@ -412,7 +410,7 @@ def test_another_budget_than_the_ledgers_is_refused(trained, tmp_path, ranks):
     config = write_arm(run, "cpt", "tokens", tmp_path / "arm.yaml", None, [])
     config.budget.tokens *= 2
     with pytest.raises(ConfigError, match="budget.tokens"):
-        program.train(config, ranks)
+        train(config, ranks)
 
 
 def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):
@@ -505,7 +503,7 @@ def test_data_that_has_spent_the_budget_is_refused(spliced, tmp_path, model_fold
         (folder / "none.json", 1e30, "data.ledger"),
     ):
         with pytest.raises(ConfigError, match=words):
-            program.train(
+            train(
                 tiny_config(
                     tmp_path / "run",
                     model_folder,

@@ -14,14 +14,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-import train as program
 from rlp.data import unpacked
 from rlp.data.errors import DataError
 from rlp.data.sources import identity
 from rlp.data.stream import LISTED_PER_REASON
 from rlp.data.unpacked import EXPANSION_MARGIN_BYTES
+from rlp.process.exit_codes import DONE
 from tests.data.reading import GOOD, GOOD_TOKENS, Reader, numbered, write
-from tests.training import read_lines, tiny_config
+from tests.training import read_lines, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("unpacked")
 
@@ -335,10 +335,8 @@ def test_skipped_documents_are_in_the_run_folder(tmp_path, model_folder, ranks):
 
     def run(name: str, **more: object) -> Path:
         assert (
-            program.train(
-                tiny_config(tmp_path / name, model_folder, path, **settings | more), ranks
-            )
-            == program.DONE
+            train(tiny_config(tmp_path / name, model_folder, path, **settings | more), ranks)
+            == DONE
         )
         return tmp_path / name
 

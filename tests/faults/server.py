@@ -298,7 +298,7 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     for name in PRELOADED:
         importlib.import_module(name)
-    importlib.import_module("rlp.trainer").write_report = lambda runs, path: (
+    importlib.import_module("rlp.run.ending").write_report = lambda runs, path: (
         importlib.import_module("rlp.process.files").write_atomically(
             path, b"", point="report.torn_page"
         )

@@ -17,11 +17,14 @@ from safetensors.torch import save
 from rlp.config import load_config
 from rlp.learn.checkpoint import FORMAT, open_checkpoint
 from rlp.process.ranks import start_ranks
-from rlp.trainer import Run
+from rlp.run.budget import fraction_spent, is_spent
+from rlp.run.saved import load
+from rlp.run.saved import save as save_run
+from rlp.run.state import OpenRun
+from rlp.trainer import begin_step, take_step
 from tests.fuzzing.ingredients import TOKENIZER, damaged, mutated, raw_json
 from tests.tiny_models import tiny_policy
-from tests.training import tiny_config, write_corpus
-from train import train_step
+from tests.training import open_run, tiny_config, write_corpus
 
 
 def good_meta(shard: bytes) -> dict:
@@ -101,7 +104,7 @@ checkpoint_cases = st.tuples(
 
 
 @functools.cache
-def resuming() -> tuple[Run, dict, bytes]:
+def resuming() -> tuple[OpenRun, dict, bytes]:
     """A tiny run that has made a step, and its checkpoint: the meta, and its shard."""
     home = Path(tempfile.mkdtemp(prefix="rlp_fuzz_"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -112,10 +115,9 @@ def resuming() -> tuple[Run, dict, bytes]:
         [" ".join(f"w{(7 * i + j) % 40}" for j in range(8)) for i in range(12)],
     )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        run = Run(tiny_config(home / "run", home / "model", corpus), start_ranks())
-        run.begin_step()
-        train_step(run)
-        assert run.save()
+        run = open_run(tiny_config(home / "run", home / "model", corpus), start_ranks())
+        take_step(run)
+        assert save_run(run)
     path = home / "run" / "checkpoints" / "step_1"
     return (
         run,
@@ -130,30 +132,31 @@ def read_resume(folder: Path, case: tuple[bytes, object]) -> None:
     path = forge(folder, raw_json(signed(meta, shard)), shard)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         checkpoint = open_checkpoint(path)
-        run._load(checkpoint)
+        load(run, checkpoint)
         load_config(checkpoint.config)
-        run.begin_step()
+        step, parts, stream = run.state.step, run.parts, run.opened.setup.stream
+        spent = fraction_spent(run.config.budget, step, parts.ledger)
         assert (
-            run.progress_before >= 0
-            and run.learning_rate() >= 0
-            and run.is_spent() in (True, False)
+            spent >= 0
+            and begin_step(run, spent).learning_rate >= 0
+            and is_spent(run.config.budget, step, parts.ledger) in (True, False)
         )
-        run.setup.stream.next_documents(2)
+        stream.next_documents(2)
         (
-            run.guard.largest_norm(),
+            parts.guard.largest_norm(),
             run.watch.see(
                 {"thought/tokens_mean": 3.0, "thought/truncated_frac": 1.0, "reward/mean": -1.0},
                 has_baseline=True,
             ),
-            run.ledger.mean_step(),
+            parts.ledger.mean_step(),
         )
         json.dumps(
             [
-                run.ledger.state(),
-                run.guard.state(),
+                parts.ledger.state(),
+                parts.guard.state(),
                 run.watch.state(),
-                run.setup.stream.state(),
-                run.ledger.to_json(),
+                stream.state(),
+                parts.ledger.to_json(),
             ],
             allow_nan=False,
         )

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import rlp.sampling.rollout
-import train as program
+import rlp.step.loss
 from rlp.config import OptimConfig
 from rlp.learn.guard import Guard, NumericsError
+from rlp.process.exit_codes import BAD_NUMERICS, DONE
 from rlp.process.faults import VARIABLE, forget_passages
-from rlp.trainer import Run
-from tests.training import masters, read_lines, tiny_config
+from rlp.run.saved import save
+from rlp.trainer import loop, take_step
+from tests.training import masters, open_run, read_lines, tiny_config
 
 POISON = {
     2: ("score.target", 2, "nan", "reward/mean"),
@@ -48,7 +50,7 @@ def test_nothing_that_is_not_finite_on_one_rank_moves_a_weight_on_any(harness):
     answer = harness.start(
         harness.folder / "poisoned", ranks=2, fault=faults(rank=1), settings=settings
     )
-    assert answer["codes"] == [program.DONE] * 2, answer["text"]
+    assert answer["codes"] == [DONE] * 2, answer["text"]
     journal = read_lines(harness.folder / "poisoned" / "journal.jsonl")
     for before, line in zip(journal, journal[1:]):
         assert line["applied"] == (line["step"] not in POISON), line
@@ -73,15 +75,13 @@ def test_three_steps_in_a_row_without_an_update_stop_the_run_with_a_sound_checkp
     answer = harness.start(
         harness.folder / "in_a_row", ranks=2, fault="loss:5-:nan@rank1", settings=settings
     )
-    assert answer["codes"] == [program.BAD_NUMERICS] * 2, answer["text"]
+    assert answer["codes"] == [BAD_NUMERICS] * 2, answer["text"]
     states = [line["state"] for line in read_lines(harness.folder / "in_a_row" / "journal.jsonl")]
     assert len(states) == 5 and len(set(states[1:])) == 1 and states[0] != states[1]
     assert "3 steps in a row made no update (the last is step 5)" in answer["text"]
     assert re.search(r"The newest sound checkpoint is \S*/step_5\.", answer["text"])
     answer = harness.start(harness.folder / "in_a_row", ranks=2, settings=settings)
-    assert answer["codes"] == [program.DONE] * 2 and "step_5 at step 5" in answer["text"], answer[
-        "text"
-    ]
+    assert answer["codes"] == [DONE] * 2 and "step_5 at step 5" in answer["text"], answer["text"]
 
 
 def test_a_bad_step_counts_once_however_many_updates_it_makes(harness):
@@ -98,7 +98,7 @@ def test_a_bad_step_counts_once_however_many_updates_it_makes(harness):
         fault="score.target:1:nan,score.target:17:nan",
         settings=settings,
     )
-    assert answer["codes"] == [program.DONE], answer["text"]
+    assert answer["codes"] == [DONE], answer["text"]
     assert [answer["text"].count(f"step {step}: update refused") for step in (1, 2)] == [4, 4]
     saved = json.loads(
         (harness.folder / "two_bad_steps" / "checkpoints" / "step_2" / "meta.json").read_text()
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_never_saved(harness):
         "engine.zero_stage": 1,
     }
     answer = harness.start(harness.folder / "overflow", ranks=2, settings=settings)
-    assert answer["codes"] == [program.BAD_NUMERICS] * 2, answer["text"]
+    assert answer["codes"] == [BAD_NUMERICS] * 2, answer["text"]
     assert re.search(
         r"not finite: \S+, \S+, \S+ and \d+ more\. No checkpoint is made of them; step 2 is not"
         r" saved\. There is no checkpoint in ",
@@ -133,12 +133,13 @@ def test_the_newest_sound_checkpoint_stands_and_is_named(
 ):
     """One value of the weights, a moment or the EMA is infinite: no save, and the message says
     which parameter, and where to go on."""
-    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, engine__zero_stage=stage), ranks)
-    run.begin_step()
-    program.train_step(run)
-    assert run.save()
-    fragment = run.engine.fragments()[3]
-    values = fragment.flat if kind == "master" else run.engine.state_of(fragment.flat)[kind]
+    run = open_run(
+        tiny_config(tmp_path / "run", model_folder, corpus, engine__zero_stage=stage), ranks
+    )
+    take_step(run)
+    assert save(run)
+    fragment = run.parts.engine.fragments()[3]
+    values = fragment.flat if kind == "master" else run.parts.engine.state_of(fragment.flat)[kind]
     fragment.view(values)[-1] = float("-inf")
     newest = tmp_path / "run" / "checkpoints" / "step_1"
     with pytest.raises(
@@ -148,7 +149,7 @@ def test_the_newest_sound_checkpoint_stands_and_is_named(
             f" {newest}"
         ),
     ):
-        run.save()
+        save(run)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [newest]
 
 
@@ -163,32 +164,31 @@ def test_a_refused_update_leaves_no_trace_at_any_stage(
     next two are those of a run without it."""
 
     def made(name: str, refuse: bool) -> list[torch.Tensor]:
-        run = Run(
+        run = open_run(
             tiny_config(
                 tmp_path / name, model_folder, corpus, engine__zero_stage=stage, engine__dtype=dtype
             ),
             ranks,
         )
-        before, start, step = masters(run), run.setup.stream.state(), run.engine.step
+        before, start, step = masters(run), run.opened.setup.stream.state(), run.parts.engine.step
         for refused in [True, False, False] if refuse else [False, False]:
-            run.setup.stream.load_state(start)
-            run.step = 0  # the same documents and the same noise each time
-            run.begin_step()
-            run.engine.step = lambda rate, largest_norm, refused=refused: step(
+            run.opened.setup.stream.load_state(start)
+            run.state.step = 0  # the same documents and the same noise each time
+            run.parts.engine.step = lambda rate, largest_norm, refused=refused: step(
                 rate, largest_norm=-1.0 if refused else largest_norm
             )
-            program.train_step(run)
-            assert run.guard.in_a_row == refused
+            take_step(run)
+            assert run.parts.guard.in_a_row == refused
             assert not refused or all(
                 torch.equal(value, before[name]) for name, value in masters(run).items()
             )
         return [
             fragment.view(values).clone()
-            for fragment in run.engine.fragments()
+            for fragment in run.parts.engine.fragments()
             for values in (
                 fragment.flat,
                 *(
-                    run.engine.state_of(fragment.flat)[name]
+                    run.parts.engine.state_of(fragment.flat)[name]
                     for name in ("exp_avg", "exp_avg_sq", "lag")
                 ),
             )
@@ -208,16 +208,16 @@ def test_a_spike_is_refused_and_said(tmp_path, model_folder, corpus, ranks, monk
         "checkpoint__every_n_steps": 5,
         "checkpoint__keep": 3,
     }
-    surrogate = program.clipped_surrogate
-    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, **settings), ranks)
+    surrogate = rlp.step.loss.clipped_surrogate
+    run = open_run(tiny_config(tmp_path / "run", model_folder, corpus, **settings), ranks)
     monkeypatch.setattr(
-        program,
+        rlp.step.loss,
         "clipped_surrogate",
         lambda *arguments, **options: (
-            surrogate(*arguments, **options) * (100 if run.step == 6 else 1)
+            surrogate(*arguments, **options) * (100 if run.state.step == 5 else 1)
         ),
     )
-    assert program.loop(run) == program.DONE
+    assert loop(run).code == DONE
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["optim/spikes"] for line in lines] == [0, 0, 0, 0, 0, 1, 1] and lines[-1][
         "optim/skipped"
@@ -227,7 +227,7 @@ def test_a_spike_is_refused_and_said(tmp_path, model_folder, corpus, ranks, monk
         and "optim.spike_factor" in said
         and "documents of rank 0" in said
     )
-    run = Run(
+    run = open_run(
         tiny_config(
             tmp_path / "resumed",
             model_folder,
@@ -237,7 +237,7 @@ def test_a_spike_is_refused_and_said(tmp_path, model_folder, corpus, ranks, monk
         ),
         ranks,
     )
-    assert program.loop(run) == program.DONE
+    assert loop(run).code == DONE
     assert (tmp_path / "resumed" / "metrics.jsonl").read_text() == "".join(
         json.dumps(line) + "\n" for line in lines[5:]
     )
@@ -310,9 +310,9 @@ def test_thoughts_of_the_whole_budget_are_thoughts(trained, monkeypatch):
 def test_a_ratio_that_the_clip_hides_is_found(trained, monkeypatch, capsys):
     """An infinite ratio with a positive advantage leaves loss and gradient finite: only a look at
     the ratio itself finds it."""
-    surrogate = program.clipped_surrogate
+    surrogate = rlp.step.loss.clipped_surrogate
     monkeypatch.setattr(
-        program,
+        rlp.step.loss,
         "clipped_surrogate",
         lambda logprob, *rest, **options: surrogate(
             torch.nan_to_num(logprob, posinf=0.0), *rest, **options

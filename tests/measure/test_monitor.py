@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import train as program
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure import monitor, thought_statistics
@@ -27,10 +26,11 @@ from rlp.measure.thought_statistics import (
 )
 from rlp.measure.top_thoughts import TopThoughts
 from rlp.model.thoughts import Thoughts
+from rlp.process.exit_codes import DONE
 from rlp.process.ranks import start_ranks
 from rlp.process.tally import Tally
 from tests.tiny_models import WORDS
-from tests.training import read_lines, tiny_config, write_corpus
+from tests.training import read_lines, tiny_config, train, write_corpus
 
 CLOSE = 3
 BUDGET = 6
@@ -492,17 +492,14 @@ def test_a_resumed_run_keeps_its_alarms_and_its_metrics(
     alarm is said again and kept once."""
     monkeypatch.setattr(monitor, "COLLAPSE_STEPS", 2)
     monkeypatch.setattr(monitor, "COLLAPSE_FRACTION", 10)
-    monkeypatch.setattr("rlp.trainer.write_report", lambda *paths: None)
+    monkeypatch.setattr("rlp.run.ending.write_report", lambda *paths: None)
     generator, ranks = np.random.default_rng(0), start_ranks()
     corpus = write_corpus(
         tmp_path / "train.jsonl",
         [" ".join(WORDS[i] for i in generator.integers(5, len(WORDS), size=9)) for _ in range(12)],
     )
     settings = {"checkpoint__every_n_steps": 2, "checkpoint__keep": 9, "budget__steps": 5}
-    assert (
-        program.train(tiny_config(tmp_path / "run", model_folder, corpus, **settings), ranks)
-        == program.DONE
-    )
+    assert train(tiny_config(tmp_path / "run", model_folder, corpus, **settings), ranks) == DONE
     written = {
         name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "alarms.jsonl")
     }
@@ -512,11 +509,11 @@ def test_a_resumed_run_keeps_its_alarms_and_its_metrics(
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
     (tmp_path / "run" / "summary.json").unlink()
     assert (
-        program.train(
+        train(
             tiny_config(tmp_path / "run", model_folder, corpus, run__resume="auto", **settings),
             ranks,
         )
-        == program.DONE
+        == DONE
     )
     said.append(capsys.readouterr().out.count("ALARM step 3"))
     assert {name: (tmp_path / "run" / name).read_bytes() for name in written} == written

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-import train as program
 from rlp.compare.arms import write_arm
 from rlp.config import Config, ConfigError
 from rlp.data.positions import Positions
@@ -21,10 +20,11 @@ from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.setup import PanelSetup, RunSetup
 from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.process.exit_codes import DONE
 from rlp.process.run_folder import open_run_folder
-from rlp.trainer import dry_run
+from rlp.trainer import Trainer
 from tests.tiny_models import ARCHITECTURES, WORDS, architecture, random_documents, tiny_policy
-from tests.training import tiny_config
+from tests.training import tiny_config, train
 
 MARKERS = Markers(open=(2,), close=(3,))
 WIDTHS = {
@@ -311,7 +311,7 @@ def test_settings_beyond_what_the_model_reads_are_refused_with_settings_that_fit
         r" thought.max_thought_tokens=1. Its positions are rotary"
     )
     with pytest.raises(ConfigError, match=words):
-        dry_run(beyond, "", ranks)
+        Trainer(beyond, ranks=ranks).plan()
     with pytest.raises(ConfigError, match=words):
         PanelSetup(beyond, warn=print)
     for fitting in (
@@ -427,8 +427,10 @@ def test_a_model_whose_flops_are_not_all_known_runs_and_is_not_matched_by_them(
     not by FLOPs."""
     model = written(tmp_path / "model", config_of("dbrx", **DBRX), tokenizer)
     config = tiny_config(tmp_path / "run", model, corpus, model__init="random", budget__steps=1)
-    assert f"counted without {EXPERTS}, whose cost is not known" in dry_run(config, "", ranks)
-    assert program.train(config, ranks) == program.DONE
+    assert (
+        f"counted without {EXPERTS}, whose cost is not known" in Trainer(config, ranks=ranks).plan()
+    )
+    assert train(config, ranks) == DONE
     for name in ("ledger.json", "summary.json"):
         assert EXPERTS in json.loads((tmp_path / "run" / name).read_text())["counted_without"]
     run = open_run_folder(tmp_path / "run")
@@ -544,7 +546,7 @@ def test_a_head_with_a_bias_trains_alike_whole_and_sharded(
             engine__zero_stage=stage,
             engine__logprob_form="chunked",
         )
-        assert program.train(run, ranks) == program.DONE
+        assert train(run, ranks) == DONE
         biases.append(
             AutoModelForCausalLM.from_pretrained(tmp_path / f"run{stage}" / "export")
             .get_output_embeddings()

@@ -11,10 +11,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import train as program
 from rlp.config import ConfigError
+from rlp.process.exit_codes import DONE
 from tests.tiny_models import WORDS
-from tests.training import tiny_config
+from tests.training import tiny_config, train
 
 WIDTH, LAYERS, HEADS, EXPERTS = 32, 2, 4, 4
 TINY_FIELDS = {
@@ -112,7 +112,7 @@ def test_a_causal_language_model_makes_a_step_or_is_refused_with_a_sentence(
         data__max_document_tokens=32,
     )
     try:
-        assert program.train(run, ranks) == program.DONE
+        assert train(run, ranks) == DONE
     except ConfigError as refusal:
         print(name, refusal)
         assert "\n" not in str(refusal) and str(refusal).startswith(

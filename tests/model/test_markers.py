@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 
 import rlp.measure.probe
-import train as program
+from rlp import train as program
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
 from rlp.data.documents import Document
@@ -26,10 +26,11 @@ from rlp.model.markers import Markers, embed_markers, find_markers, marker_notes
 from rlp.model.scoring import score
 from rlp.model.setup import ModelSetup, PanelSetup, RunSetup
 from rlp.model.thoughts import ThoughtFormat
-from rlp.trainer import dry_run
+from rlp.process.exit_codes import DONE
+from rlp.trainer import Trainer
 from tests import REPOSITORY
 from tests.tiny_models import ARCHITECTURES, architecture, tiny_policy, word_tokenizer
-from tests.training import assert_same_run, exported, read_lines, tiny_config
+from tests.training import assert_same_run, exported, read_lines, tiny_config, train
 
 TWO_WORDS = {"open_marker": "<pad> w1", "close_marker": "<pad> w2"}
 """Markers that the tokenizer of the tests writes with two tokens each, 0 and 7, 0 and 8; no
@@ -269,7 +270,7 @@ def test_a_run_with_added_markers_resumes_and_only_with_them(
     assert exported(continued)[table].equal(exported(whole)[table])
     texts = {f"thought__{key}": f"'{text}'" for key, text in TWO_WORDS.items()}
     with pytest.raises(ConfigError, match="thought.add_markers was True, is False"):
-        program.train(
+        train(
             tiny_config(
                 tmp_path / "without",
                 model_folder,
@@ -333,11 +334,13 @@ def test_start_and_dry_run_say_it(trained, tmp_path, model_folder, corpus, ranks
     texts = {f"thought__{key}": f"'{text}'" for key, text in TWO_WORDS.items()}
     trained("several", **texts, budget__steps=1)
     assert "WARNING: thought.open_marker" in capsys.readouterr().out
-    assert "WARNING: thought.open_marker" in dry_run(
-        tiny_config(tmp_path / "x", model_folder, corpus, **texts), "", ranks
+    assert (
+        "WARNING: thought.open_marker"
+        in Trainer(tiny_config(tmp_path / "x", model_folder, corpus, **texts), ranks=ranks).plan()
     )
-    assert "thought.add_markers: added" in dry_run(
-        tiny_config(tmp_path / "x", model_folder, corpus, **ADDED), "", ranks
+    assert (
+        "thought.add_markers: added"
+        in Trainer(tiny_config(tmp_path / "x", model_folder, corpus, **ADDED), ranks=ranks).plan()
     )
 
 
@@ -425,7 +428,7 @@ def test_the_commands_of_the_warm_start_work(tmp_path, monkeypatch, capsys, rank
         if words[0] in ("mkdir", "sed"):
             subprocess.run(command, shell=True, check=True)
         elif words[:2] == ["python", "train.py"]:
-            assert program.main([*words[2:], *run]) == program.DONE, command
+            assert program.main([*words[2:], *run]) == DONE, command
         else:
             assert words[:2] == ["rlp", "probe"] and main([*words[1:], *small]) == 0, command
     said = capsys.readouterr().out

@@ -3,7 +3,7 @@
 import threading
 import time
 
-import train as program
+from rlp.process.exit_codes import DONE, PREEMPTED
 from rlp.process.preemption import steady_time
 from tests.faults.harness import LIMIT_S, SAME_BYTES
 
@@ -11,7 +11,7 @@ from tests.faults.harness import LIMIT_S, SAME_BYTES
 def stops(harness, name: str, fault: str, *, ranks: int = 1, settings: dict | None = None) -> dict:
     """The answer of a run that ends with exit code 75 on every rank."""
     answer = harness.start(harness.folder / name, ranks=ranks, fault=fault, settings=settings)
-    assert answer["codes"] == [program.PREEMPTED] * ranks, answer["text"]
+    assert answer["codes"] == [PREEMPTED] * ranks, answer["text"]
     assert "run.resume=auto" in answer["text"]
     return answer
 
@@ -19,7 +19,7 @@ def stops(harness, name: str, fault: str, *, ranks: int = 1, settings: dict | No
 def assert_continues_as_if_nothing_had_been(harness, name: str, *, ranks: int = 1) -> None:
     """Continued, the run leaves what an uninterrupted one leaves, byte for byte."""
     answer = harness.start(harness.folder / name, ranks=ranks)
-    assert answer["codes"] == [program.DONE] * ranks, answer["text"]
+    assert answer["codes"] == [DONE] * ranks, answer["text"]
     for file in SAME_BYTES:
         assert (harness.folder / name / file).read_bytes() == (
             harness.reference(ranks, {}) / file

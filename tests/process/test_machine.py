@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.optim.adamw import adamw
 
-import train
-from rlp import checks as start
+from rlp import train
 from rlp.config import ConfigError, load_config
 from rlp.learn import optimizer as optimizer_module
 from rlp.measure import plan as plan_module
@@ -20,10 +19,12 @@ from rlp.model.shapes import model_shapes
 from rlp.process import machine
 from rlp.process import ranks as distributed
 from rlp.process.ranks import start_ranks
-from rlp.trainer import Run
+from rlp.run import checks
+from rlp.run.saved import save
+from rlp.trainer import take_step
 from tests import REPOSITORY
 from tests.tiny_models import architecture, tiny_policy
-from tests.training import tiny_config, write_corpus
+from tests.training import open_run, tiny_config, write_corpus
 
 PROGRAMS = [
     path
@@ -276,9 +277,9 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(trained_in, began, monkeypa
     """Though `auto` would choose the other one on the machine that it comes to."""
     first = trained_in(began, steps=1)
     other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[began]
-    monkeypatch.setattr(start, "choose_dtype", lambda *ignored: (other, "another machine"))
+    monkeypatch.setattr(checks, "choose_dtype", lambda *ignored: (other, "another machine"))
     run = trained_in(None, steps=2, resume="auto")
-    assert (first.dtype, run.dtype, run.step) == (began, began, 1)
+    assert (first.dtype, run.dtype, run.state.step) == (began, began, 1)
     assert f"{str(began).removeprefix('torch.')}: so the run began" in capsys.readouterr().out
 
 
@@ -302,7 +303,7 @@ def trained_in(tmp_path, model_folder, corpus, ranks, monkeypatch):
 
     def begin(dtype, *, steps, resume="never"):
         if dtype is not None:
-            monkeypatch.setattr(start, "choose_dtype", lambda *ignored: (dtype, "first machine"))
+            monkeypatch.setattr(checks, "choose_dtype", lambda *ignored: (dtype, "first machine"))
         config = tiny_config(
             tmp_path / "run",
             model_folder,
@@ -312,12 +313,11 @@ def trained_in(tmp_path, model_folder, corpus, ranks, monkeypatch):
             budget__steps=steps,
             run__resume=resume,
         )
-        run = Run(config, ranks)
-        while run.step < steps and resume == "never":
-            run.begin_step()
-            train.train_step(run)
+        run = open_run(config, ranks)
+        while run.state.step < steps and resume == "never":
+            take_step(run)
         if resume == "never":
-            run.save()
+            save(run)
         run.log.close()
         return run
 
@@ -375,8 +375,8 @@ def test_a_step_that_no_memory_holds_is_refused_in_a_sentence(tmp_path, override
     with pytest.raises(
         ConfigError, match=f"{what}.*for their tokens alone, and this machine has .*Write a smaller"
     ):
-        start.refuse_sizes(small_config(tmp_path, *overrides), 1)
-    start.refuse_sizes(small_config(tmp_path), 1)
+        checks.refuse_sizes(small_config(tmp_path, *overrides), 1)
+    checks.refuse_sizes(small_config(tmp_path), 1)
 
 
 def test_a_number_that_counts_nothing_on_earth_is_refused(tmp_path):
@@ -406,7 +406,7 @@ def test_a_cpu_plan_says_what_to_write_where_memory_is_short(tmp_path, monkeypat
     )
     assert any(
         line.startswith("WARNING: that may be more memory")
-        for line in start.announce(plan, tmp_path / "run")
+        for line in checks.announce(plan, tmp_path / "run")
     )
 
     monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 10**14)
@@ -434,9 +434,9 @@ def test_disk_is_planned_and_a_run_that_could_leave_nothing_is_refused(tmp_path)
             " export"
         ),
     ):
-        start.announce(replace(plan, disk_free_bytes=19_000_000), tmp_path / "run")
-    tight = start.announce(replace(plan, disk_free_bytes=47_000_000), tmp_path / "run")
+        checks.announce(replace(plan, disk_free_bytes=19_000_000), tmp_path / "run")
+    tight = checks.announce(replace(plan, disk_free_bytes=47_000_000), tmp_path / "run")
     assert (
         "48 MB of disk, where 47 MB are free" in tight[0] and "more disk than there is" in tight[-1]
     )
-    assert len(start.announce(replace(plan, disk_free_bytes=48_000_000), tmp_path / "run")) == 1
+    assert len(checks.announce(replace(plan, disk_free_bytes=48_000_000), tmp_path / "run")) == 1

@@ -12,17 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-import rlp.checks
 import rlp.process.preemption
 import rlp.process.watchdog
-import train as program
+import rlp.trainer
 from rlp.config import ConfigError, parse_moment
+from rlp.process.exit_codes import PREEMPTED
 from rlp.process.launcher import LAUNCHER_GONE
 from rlp.process.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption
 from tests import REPOSITORY
 from tests.faults.harness import LIMIT_S, Attempt
 from tests.process.stopping import Looks, assert_continues_as_if_nothing_had_been, stops, wait_for
-from tests.training import TINY, read_lines, tiny_config
+from tests.training import TINY, read_lines, tiny_config, train
 
 
 def test_sigterm_loses_no_step_wherever_it_comes(harness):
@@ -118,15 +118,15 @@ def test_the_run_stops_when_its_time_is_over(
     tmp_path, model_folder, corpus, ranks, monkeypatch, capsys
 ):
     """`checkpoint.save_by` is reached in step 3: it is given up, and step 2 is saved."""
-    step, steady = program.train_step, rlp.process.preemption.steady_time
+    step, steady = rlp.trainer.take_step, rlp.process.preemption.steady_time
 
     def until_time_is_over(run):
-        if run.step == 3:
+        if run.state.step == 2:
             monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: steady() + 360_000)
-            wait_for(lambda: run.preemption.requested)
+            wait_for(lambda: run.host.preemption.requested)
         step(run)
 
-    monkeypatch.setattr(program, "train_step", until_time_is_over)
+    monkeypatch.setattr(rlp.trainer, "take_step", until_time_is_over)
     config = tiny_config(
         tmp_path / "run",
         model_folder,
@@ -135,7 +135,7 @@ def test_the_run_stops_when_its_time_is_over(
         checkpoint__save_by=360_000,
         checkpoint__every_n_steps=0,
     )
-    assert program.train(config, ranks) == program.PREEMPTED
+    assert train(config, ranks) == PREEMPTED
     assert (
         "asked to stop (checkpoint.save_by 360000 is reached): step 2 is saved"
         in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_what_is_no_time_is_refused(tmp_path, model_folder, corpus, text):
 def test_a_time_that_is_past_is_refused(tmp_path, model_folder, corpus, ranks):
     """A run that would stop at once, and again each time it is queued."""
     with pytest.raises(ConfigError, match="save_by 2020-01-01T00:00 is past"):
-        program.train(
+        train(
             tiny_config(
                 tmp_path / "run", model_folder, corpus, checkpoint__save_by="2020-01-01T00:00"
             ),
@@ -268,12 +268,12 @@ def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corp
     )
     assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "COMPLETE").exists()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
-    assert f"exits with return code = {program.PREEMPTED}" in text
+    assert f"exits with return code = {PREEMPTED}" in text
 
 
 @pytest.mark.parametrize(
     "after_s, ends",
-    [(0.0, {LAUNCHER_GONE, program.PREEMPTED}), (0.6, {LAUNCHER_GONE, program.PREEMPTED})],
+    [(0.0, {LAUNCHER_GONE, PREEMPTED}), (0.6, {LAUNCHER_GONE, PREEMPTED})],
 )
 def test_ranks_whose_launcher_dies_early_end_alike_or_save(harness, after_s, ends):
     """As soon as they know it, and while the run is put together; it would last for hours. Nothing

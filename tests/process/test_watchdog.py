@@ -13,21 +13,20 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-import rlp.checks
 import rlp.process.preemption
 import rlp.process.watchdog
-import train as program
+import rlp.run.checks
 from rlp.config import RunConfig
 from rlp.data import lines, unpacked
+from rlp.process.exit_codes import DONE, PEER_LOST
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.progress import Progress
 from rlp.process.ranks import COLLECTIVES_S
 from rlp.process.watchdog import STALLED, Watchdog
-from rlp.trainer import Run
 from tests import REPOSITORY
 from tests.faults.harness import LIMIT_S, SETTINGS
 from tests.process.stopping import wait_for
-from tests.training import tiny_config
+from tests.training import open_run, tiny_config, train
 
 
 def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
@@ -62,9 +61,9 @@ def test_a_rank_that_was_stopped_for_too_long_says_so_when_it_wakes(harness, sto
         settings={"run.watchdog_s": 10},
     )
     said = [(harness.folder / f"{name}.log.rank{rank}").read_text() for rank in (0, 1)]
-    assert (
-        answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == program.PEER_LOST
-    ), answer["text"]
+    assert answer["codes"][1 - stopped] == STALLED and answer["codes"][stopped] == PEER_LOST, (
+        answer["text"]
+    )
     assert re.search(
         rf"rank {1 - stopped} of 2: no progress for \d+ s in train .*its threads:",
         said[1 - stopped],
@@ -85,7 +84,7 @@ def test_a_run_of_one_process_that_is_stopped_and_continued_goes_on(harness):
         settings={"run.watchdog_s": 5},
         wake_s=12,
     )
-    assert answer["codes"] == [program.DONE], answer["text"]
+    assert answer["codes"] == [DONE], answer["text"]
     assert (harness.folder / "continued" / "journal.jsonl").read_bytes() == (
         harness.reference(1, {}) / "journal.jsonl"
     ).read_bytes()
@@ -163,9 +162,9 @@ def test_unpacking_and_finding_lines_for_longer_than_the_watchdog_waits_is_no_st
         monkeypatch.setattr(
             watchdog, "working", lambda phase: nullcontext()
         )  # pieces alone are to count
-        monkeypatch.setattr(rlp.checks, "choose_layout", stop_here)  # what comes after the data
+        monkeypatch.setattr(rlp.run.checks, "choose_layout", stop_here)  # what comes after the data
         with pytest.raises(StopHere):
-            Run(config, ranks, watchdog=watchdog)
+            open_run(config, ranks, watchdog=watchdog)
     assert not bark
 
 
@@ -294,8 +293,7 @@ def test_a_rank_that_loses_another_says_so_in_one_line(harness):
     log."""
     answer = harness.start(harness.folder / "lost", ranks=2, fault="backward:3:exit@rank1")
     assert (
-        answer["codes"] == [program.PEER_LOST, 9]
-        and answer["survivor_s"] < SETTINGS["run.watchdog_s"]
+        answer["codes"] == [PEER_LOST, 9] and answer["survivor_s"] < SETTINGS["run.watchdog_s"]
     ), answer["text"]
     said = (harness.folder / "lost.log.rank0").read_text()
     assert "error: rank 0 of 2 lost another rank while in " in said and "run.resume=auto" in said
@@ -316,4 +314,4 @@ def test_an_error_that_is_no_lost_peer_is_not_called_one(
     monkeypatch.setenv(VARIABLE, "backward:1:raise")
     forget_passages()
     with pytest.raises(RuntimeError, match="fault at backward"):
-        program.train(tiny_config(tmp_path / "run", model_folder, corpus), ranks)
+        train(tiny_config(tmp_path / "run", model_folder, corpus), ranks)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train as program
 from rlp.config import ConfigError
 from rlp.measure.report import write_report
+from rlp.process.exit_codes import DONE
 from tests.tiny_models import WORDS
-from tests.training import read_lines, tiny_config, write_corpus
+from tests.training import open_run, read_lines, tiny_config, train, write_corpus
 
 SMALL = {
     "budget__steps": 2,
@@ -106,16 +106,13 @@ def test_inputs_that_changed_between_two_lives_are_refused_by_name(
     """The config says the same, and what it names does not: no number after the resume would belong
     to those before."""
     mine = shutil.copytree(inputs, tmp_path / "inputs")
-    assert (
-        program.train(life(tmp_path / "run", mine, budget__steps=1, **settings), ranks)
-        == program.DONE
-    )
+    assert train(life(tmp_path / "run", mine, budget__steps=1, **settings), ranks) == DONE
     resume = {"run__resume": tmp_path / "run" / "checkpoints" / "step_1"} | settings
     change(mine)
     with pytest.raises(
         ConfigError, match=f"other inputs than those that the config names: {named}.* changed"
     ):
-        program.train(life(tmp_path / "next", mine, **resume), ranks)
+        train(life(tmp_path / "next", mine, **resume), ranks)
     assert not (tmp_path / "next").exists()
 
 
@@ -123,10 +120,10 @@ def test_inputs_that_changed_between_two_lives_are_refused_by_name(
 def test_weights_that_are_not_read_again_may_change(tmp_path, inputs, ranks):
     """With the EMA all weights of a resumed run come from its checkpoint."""
     mine = shutil.copytree(inputs, tmp_path / "inputs")
-    assert program.train(life(tmp_path / "straight", mine), ranks) == program.DONE
+    assert train(life(tmp_path / "straight", mine), ranks) == DONE
     other_weights(mine)
     assert (
-        program.train(
+        train(
             life(
                 tmp_path / "resumed",
                 mine,
@@ -134,7 +131,7 @@ def test_weights_that_are_not_read_again_may_change(tmp_path, inputs, ranks):
             ),
             ranks,
         )
-        == program.DONE
+        == DONE
     )
     assert (
         read_lines(tmp_path / "resumed" / "metrics.jsonl")
@@ -149,7 +146,7 @@ def test_a_resume_with_other_settings_of_what_is_to_come_says_what_changed(
     evaluation. Each change is kept with its first step, through a further resume, and the report
     shows it."""
     run = tmp_path / "run"
-    assert program.train(life(run, inputs), ranks) == program.DONE
+    assert train(life(run, inputs), ranks) == DONE
     (run / "summary.json").unlink()
     changed = {
         "optim__learning_rate": 0.5e-2,
@@ -158,7 +155,7 @@ def test_a_resume_with_other_settings_of_what_is_to_come_says_what_changed(
         "data__held_out": "[]",
         "budget__steps": 3,
     }
-    assert program.train(life(run, inputs, run__resume="auto", **changed), ranks) == program.DONE
+    assert train(life(run, inputs, run__resume="auto", **changed), ranks) == DONE
 
     told = {
         "data.held_out": ([str(inputs / "held_out.jsonl")], []),
@@ -188,7 +185,7 @@ def test_a_resume_with_other_settings_of_what_is_to_come_says_what_changed(
         "budget__steps": 4,
         "run__resume": run / "checkpoints" / "step_3",
     }
-    assert program.train(life(tmp_path / "further", inputs, **further), ranks) == program.DONE
+    assert train(life(tmp_path / "further", inputs, **further), ranks) == DONE
     kept = read_lines(tmp_path / "further" / "config_changes.jsonl")
     assert kept[: len(lines)] == lines and {
         line["key"]: line["step"] for line in kept[len(lines) :]
@@ -200,17 +197,17 @@ def test_a_change_that_no_step_was_made_with_is_not_kept(tmp_path, inputs, ranks
     """Continued with another rate, stopped before its first step was saved, continued with the old
     one again."""
     run = tmp_path / "run"
-    assert program.train(life(run, inputs), ranks) == program.DONE
+    assert train(life(run, inputs), ranks) == DONE
     for name in ("summary.json", "checkpoints/step_2"):
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = (run / "metrics.jsonl").read_bytes()
-    other = program.Run(life(run, inputs, run__resume="auto", optim__learning_rate=1.0), ranks)
+    other = open_run(life(run, inputs, run__resume="auto", optim__learning_rate=1.0), ranks)
     assert [line["key"] for line in read_lines(run / "config_changes.jsonl")] == [
         "optim.learning_rate"
     ]
     del other
-    assert program.train(life(run, inputs, run__resume="auto"), ranks) == program.DONE
+    assert train(life(run, inputs, run__resume="auto"), ranks) == DONE
     assert read_lines(run / "config_changes.jsonl") == []
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -218,13 +215,12 @@ def test_a_change_that_no_step_was_made_with_is_not_kept(tmp_path, inputs, ranks
 def test_a_panel_that_comes_later_is_refused(tmp_path, inputs, ranks):
     """Its yardstick is the starting checkpoint, which is not there any more."""
     assert (
-        program.train(life(tmp_path / "run", inputs, data__held_out="[]", budget__steps=1), ranks)
-        == program.DONE
+        train(life(tmp_path / "run", inputs, data__held_out="[]", budget__steps=1), ranks) == DONE
     )
     with pytest.raises(
         ConfigError, match="the files of data.held_out changed since, or came later"
     ):
-        program.train(
+        train(
             life(
                 tmp_path / "next", inputs, run__resume=tmp_path / "run" / "checkpoints" / "step_1"
             ),

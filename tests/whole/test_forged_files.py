@@ -22,7 +22,8 @@ from rlp.measure.report import write_report
 from rlp.measure.report_runs import without_seed
 from rlp.process.environment import environment
 from rlp.process.schemas import STATE, Fields
-from rlp.trainer import Run
+from rlp.run.saved import load
+from rlp.run.state import OpenRun
 from tests.fuzzing.checkpoints import GOOD_SHARD, good_meta, resuming
 from tests.measure.run_folders import make_run
 from tests.tiny_models import word_tokenizer
@@ -71,7 +72,7 @@ def test_a_checkpoint_names_no_file_but_its_own_shards(tmp_path: Path, name: str
         open_checkpoint(forged(tmp_path, meta))
 
 
-def changed(place: str, value: object) -> tuple[Run, dict, bytes]:
+def changed(place: str, value: object) -> tuple[OpenRun, dict, bytes]:
     """The run of the fuzzers, and its checkpoint's meta with one place changed."""
     run, meta, shard = resuming()
     meta = json.loads(json.dumps(meta))
@@ -134,7 +135,7 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, place: str
     for value in FORGERIES[place]:
         run, meta, shard = changed(place, value)
         with pytest.raises((CheckpointError, ConfigError, DataError)) as refused:
-            run._load(open_checkpoint(forged(tmp_path, meta, shard)))
+            load(run, open_checkpoint(forged(tmp_path, meta, shard)))
         assert 20 < len(str(refused.value)) < 1000 and "'." not in str(refused.value), (
             place,
             value,
@@ -143,8 +144,8 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, place: str
 
 def test_the_forger_can_write_a_checkpoint_that_resumes(tmp_path: Path):
     run, meta, shard = resuming()
-    run._load(open_checkpoint(forged(tmp_path, meta, shard)))
-    assert run.step == 1
+    load(run, open_checkpoint(forged(tmp_path, meta, shard)))
+    assert run.state.step == 1
 
 
 def test_every_part_of_a_checkpoint_has_a_schema(tmp_path: Path):

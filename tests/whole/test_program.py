@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import train as program
+from rlp import train as program
+from rlp.process.exit_codes import BAD_CONFIG, BAD_DATA, DONE
 from tests import REPOSITORY
 from tests.tiny_models import architecture, word_tokenizer
 from tests.training import TINY, rank_environment
@@ -24,7 +25,7 @@ GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 def keep_the_process_group(monkeypatch, ranks) -> None:
     """The tests of a session share one process group; a program of its own would leave it at the
     end."""
-    monkeypatch.setattr(program, "stop_ranks", lambda: None)
+    monkeypatch.setattr("rlp.process.ranks.stop_ranks", lambda: None)
 
 
 @pytest.fixture
@@ -70,39 +71,39 @@ def test_the_deepspeed_launcher_runs_two_ranks_under_zero_3(arguments, tmp_path)
 MISTAKES = {
     "an unknown key": (
         ["thought.group_sise=8"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "Did you mean thought.group_size?",
     ),
     "an impossible value": (
         ["thought.group_size=1"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "thought.group_size must be at least 2",
     ),
     "bfloat16 at stage 0": (
         ["engine.dtype=bfloat16", "engine.zero_stage=0"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "write engine.zero_stage=1",
     ),
-    "top-p": (["thought.top_p=0.9"], program.BAD_CONFIG, "write thought.top_p=1.0"),
-    "no such model": (["model.path=/nowhere/model"], program.BAD_CONFIG, "/nowhere/model"),
+    "top-p": (["thought.top_p=0.9"], BAD_CONFIG, "write thought.top_p=1.0"),
+    "no such model": (["model.path=/nowhere/model"], BAD_CONFIG, "/nowhere/model"),
     "no such data": (
         ["data.train=[/nowhere/*.jsonl]"],
-        program.BAD_DATA,
+        BAD_DATA,
         "no file at '/nowhere/*.jsonl'",
     ),
     "a field that no document has": (
         ["data.template='{body}'"],
-        program.BAD_DATA,
+        BAD_DATA,
         "no field 'body'; the row has text",
     ),
     "a marker that the tokenizer can not write": (
         ["thought.open_marker=think-here"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "thought.open_marker: the tokenizer can not write",
     ),
     "a position marker that is in no document": (
         ["position.selector=marker", "position.marker=w41 w41 w41 w41"],
-        program.BAD_DATA,
+        BAD_DATA,
         (
             "position.marker 'w41 w41 w41 w41' does not "
             "occur; searched: token ids [47, 47, 47, 47], "
@@ -137,58 +138,58 @@ def without_a_weight(folder: Path, model: Path) -> Path:
 REFUSED_AT_START = {
     "a folder that exists": (
         ["run.dir=TMP/old"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "exists and is never written over",
     ),
     "a folder below a file": (
         ["run.dir=TMP/tiny.yaml/run"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "can not be created: [Errno 20] Not a directory",
     ),
     "a model that lacks a weight": (
         ["model.path=LACKING"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "lacks 1 weights that the architecture has, such as model.norm.weight",
     ),
     "a layout that the attention can not run": (
         ["engine.layout=tree", "model.attention=flash_attention_2"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "engine.layout",
     ),
     "no run to match": (
         ["match.ledger=TMP/none.json", "budget.flops=1e9"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "match.ledger: TMP/none.json can not be read",
     ),
     "no ledger of the data": (
         ["data.ledger=TMP/none.json"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "data.ledger: TMP/none.json can not be read",
     ),
     "held-out documents without a position": (
         ["data.held_out=[TMP/short.jsonl]"],
-        program.BAD_DATA,
+        BAD_DATA,
         "short.jsonl",
     ),
     "a time to save by that is past": (
         ["checkpoint.save_by=2001-01-01T00:00"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "checkpoint.save_by 2001-01-01T00:00 is past",
     ),
-    "no checkpoint": (["run.resume=TMP/none"], program.BAD_CONFIG, "is no complete checkpoint"),
+    "no checkpoint": (["run.resume=TMP/none"], BAD_CONFIG, "is no complete checkpoint"),
     "a run of other settings": (
         ["run.dir=TMP/old", "run.resume=auto", "optim.beta2=0.5"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "optim.beta2 was 0.95, is 0.5",
     ),
     "a checkpoint of another dtype": (
         ["run.resume=TMP/old/checkpoints/step_1", "engine.dtype=bfloat16", "engine.zero_stage=1"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "engine.dtype",
     ),
     "a checkpoint of another model": (
         ["run.resume=TMP/old/checkpoints/step_1", "model.path=LARGER"],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "model.path",
     ),
     "markers added to a run without": (
@@ -198,7 +199,7 @@ REFUSED_AT_START = {
             "thought.open_marker='<pad> w1'",
             "thought.add_markers=true",
         ],
-        program.BAD_CONFIG,
+        BAD_CONFIG,
         "thought.add_markers was False, is True",
     ),
 }
@@ -210,9 +211,7 @@ def test_the_dry_run_refuses_what_the_run_refuses(arguments, tmp_path, model_fol
     AutoModelForCausalLM.from_config(architecture("llama")).save_pretrained(larger)
     word_tokenizer().save_pretrained(larger)
     (tmp_path / "short.jsonl").write_text('{"text": "w1"}\n' * 4)
-    assert (
-        program.main([*arguments, f"run.dir={tmp_path / 'old'}", "budget.steps=1"]) == program.DONE
-    )
+    assert program.main([*arguments, f"run.dir={tmp_path / 'old'}", "budget.steps=1"]) == DONE
     shutil.rmtree(tmp_path / "old" / "export")
     (tmp_path / "old" / "summary.json").unlink()
     capsys.readouterr()
@@ -247,11 +246,11 @@ def test_the_dry_run_says_what_a_resumed_run_would_do(arguments, tmp_path, capsy
     run = [*arguments, "run.resume=auto", "budget.steps=2", "checkpoint.every_n_steps=1"]
 
     def dry() -> str:
-        assert program.main([*run, "--dry-run"]) == program.DONE
+        assert program.main([*run, "--dry-run"]) == DONE
         return capsys.readouterr().out
 
     assert "weights: loaded and checked" in dry() and not (tmp_path / "run").exists()
-    assert program.main(run) == program.DONE
+    assert program.main(run) == DONE
     assert "is complete: the run would do nothing" in dry()
     (tmp_path / "run" / "summary.json").unlink()
     assert f"the run continues from {tmp_path}/run/checkpoints/step_2 at step 2" in dry()
@@ -267,8 +266,8 @@ def test_the_dry_run_says_what_a_resumed_run_would_do(arguments, tmp_path, capsy
 
 def test_the_dry_run_says_that_large_weights_are_left_out(arguments, capsys, monkeypatch):
     """What only they show is then seen when the run starts."""
-    monkeypatch.setattr("rlp.checks.CHECKED_PARAMETERS", 1000)
-    assert program.main([*arguments, "--dry-run"]) == program.DONE
+    monkeypatch.setattr("rlp.run.checks.CHECKED_PARAMETERS", 1000)
+    assert program.main([*arguments, "--dry-run"]) == DONE
     assert "weights: not loaded" in capsys.readouterr().out
 
 
@@ -281,9 +280,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(
     larger = AutoTokenizer.from_pretrained(model_folder)
     larger.add_tokens(["w99"])
     larger.save_pretrained(tmp_path / "larger")
-    assert (
-        program.main([*arguments, f"model.tokenizer={tmp_path / 'larger'}"]) == program.BAD_CONFIG
-    )
+    assert program.main([*arguments, f"model.tokenizer={tmp_path / 'larger'}"]) == BAD_CONFIG
     assert "49 tokens, but the embedding" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -291,8 +288,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(
 def test_the_dry_run_shows_an_example_and_the_costs_and_writes_nothing(arguments, tmp_path, capsys):
     """Config, one rendered document with its token boundaries, memory, FLOPs, tokens and disk."""
     assert (
-        program.main([*arguments, "--dry-run", "--machine", "8x80", "optim.batch_size=8"])
-        == program.DONE
+        program.main([*arguments, "--dry-run", "--machine", "8x80", "optim.batch_size=8"]) == DONE
     )
     output = capsys.readouterr().out
     for part in (
@@ -336,7 +332,7 @@ def test_real_text_trains(tmp_path, capsys):
             "logging.every_n_steps=1",
         ]
     )
-    assert code == program.DONE
+    assert code == DONE
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -347,9 +343,9 @@ def test_real_text_trains(tmp_path, capsys):
 
 def test_a_run_without_held_out_documents_says_so(arguments, tmp_path, capsys):
     """In the plan, as it starts, at its end, in its summary and on its page."""
-    assert program.main([*arguments, "--dry-run"]) == program.DONE
+    assert program.main([*arguments, "--dry-run"]) == DONE
     assert "no held-out panel: data.held_out names no file" in capsys.readouterr().out
-    assert program.main([*arguments, "budget.steps=1"]) == program.DONE
+    assert program.main([*arguments, "budget.steps=1"]) == DONE
     start, _, end = capsys.readouterr().out.partition("step 1")
     assert (
         "no held-out panel" in start

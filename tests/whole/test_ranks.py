@@ -21,12 +21,12 @@ SETTINGS = {
 def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:
     """Every job of `two_ranks.py`, run once on two ranks; `one_rank` is a run on one, for it to
     continue."""
-    import train as program
-    from tests.training import tiny_config
+    from rlp.process.exit_codes import DONE
+    from tests.training import tiny_config, train
 
     folder = tmp_path_factory.mktemp("two_ranks")
     assert (
-        program.train(
+        train(
             tiny_config(
                 folder / "one_rank",
                 model_folder,
@@ -37,7 +37,7 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:
             ),
             ranks,
         )
-        == program.DONE
+        == DONE
     )
     launch(
         [

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import train as program
+from rlp import train as program
 from rlp.cli import main as rlp_command
 from rlp.compare.answers import same_answer
 from rlp.compare.tasks import Benchmark, load_benchmarks, load_tasks
@@ -34,6 +34,7 @@ from rlp.data.sources import open_rows
 from rlp.model.loading import load_policy
 from rlp.model.tokenizer import open_tokenizer
 from rlp.process.environment import environment
+from rlp.process.exit_codes import DONE
 from tests import REPOSITORY
 from tests.data.reading import GOOD, Reader, write
 from tests.measure.run_folders import make_run
@@ -516,7 +517,7 @@ def test_no_secret_reaches_the_run_folder_or_the_console(
                 "evaluation.panel_positions=2",
             ]
         )
-        == program.DONE
+        == DONE
     )
     printed = "".join(capfd.readouterr())
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]

@@ -8,23 +8,21 @@ from torch.testing import assert_close
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.model.layout import repeated_layout
 from rlp.model.policy import Policy
 from rlp.model.thoughts import Thoughts
 from rlp.objective import group_relative_advantage
 from rlp.sampling.rollout import NoiseKey, sample_thoughts
 from tests.whole.toy import (
-    CPU,
     FIRST_WORD,
     all_thoughts,
     as_thoughts,
+    baseline_logprob_of,
     evidence,
     expected_step,
     flat_gradient,
     one_position_each,
     reasoned,
     step_loss,
-    teacher_of,
     toy_format,
     toy_policy,
 )
@@ -143,11 +141,8 @@ def test_update_is_the_same_with_any_baseline():
     policy = toy_policy()
     thought_format = toy_format(policy)
     documents, positions, thoughts = sampled_step(policy)
-    layout = repeated_layout(
-        documents, positions, None, thought_format, lm=False, no_think=True, device=CPU
-    )
     kinds = [
-        teacher_of(kind, policy, toy_policy(seed=1)).baseline_logprob(layout, 3)
+        baseline_logprob_of(kind, policy, documents, positions, toy_policy(seed=1))
         for kind in ("ema", "self", "none")
     ]
     assert (kinds[0] - kinds[1]).abs().min() > 0.01 and (kinds[1] - kinds[2]).abs().min() > 0.01

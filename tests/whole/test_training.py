@@ -8,13 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import train as program
+import rlp.step.loss
+import rlp.step.parts
 from rlp.config import ConfigError
 from rlp.data.documents import Document
 from rlp.learn.guard import NumericsError
-from rlp.trainer import Run
+from rlp.process.exit_codes import DONE
+from rlp.trainer import loop, take_step
 from tests.tiny_models import ARCHITECTURES, tiny_policy
-from tests.training import CURVE, assert_same_run, curve, exported, masters, read_lines, tiny_config
+from tests.training import (
+    CURVE,
+    assert_same_run,
+    curve,
+    exported,
+    masters,
+    open_run,
+    read_lines,
+    tiny_config,
+    train,
+)
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 
@@ -106,7 +118,7 @@ def test_the_ratio_is_one_on_policy(trained):
 @pytest.fixture
 def mistaken(monkeypatch):
     """Makes a sampler that reports log-probabilities `nats` below its own."""
-    sample = program.sample_thoughts
+    sample = rlp.step.parts.sample_thoughts
 
     def plant(nats: float) -> None:
         def mistaken(*arguments, **options):
@@ -118,7 +130,7 @@ def mistaken(monkeypatch):
                 ),
             )
 
-        monkeypatch.setattr(program, "sample_thoughts", mistaken)
+        monkeypatch.setattr(rlp.step.parts, "sample_thoughts", mistaken)
 
     return plant
 
@@ -158,9 +170,7 @@ def test_a_run_whose_sampler_is_another_policy_ends(
     with pytest.raises(
         NumericsError, match="step 1: sampler and trainer hold the same weights.* a KL of 0.0"
     ):
-        program.train(
-            tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="bfloat16"), ranks
-        )
+        train(tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="bfloat16"), ranks)
 
 
 def test_rewards_without_a_scored_baseline_are_not_reported(trained):
@@ -193,7 +203,7 @@ def test_the_ema_is_the_float32_average_at_every_stage(
     kept in float32 stands still.
     """
     settings = {"baseline__ema_decay": 0.999, "optim__learning_rate": 1e-6, "optim__epsilon": 1e-12}
-    run = Run(
+    run = open_run(
         tiny_config(
             tmp_path / "run",
             model_folder,
@@ -206,8 +216,7 @@ def test_the_ema_is_the_float32_average_at_every_stage(
     )
     oracle = {name: theta.double() for name, theta in masters(run).items()}
     for _ in range(3):
-        run.begin_step()
-        program.train_step(run)
+        take_step(run)
         oracle = {
             name: phi.lerp(masters(run)[name].double(), 1 - 0.999) for name, phi in oracle.items()
         }
@@ -216,19 +225,20 @@ def test_the_ema_is_the_float32_average_at_every_stage(
     rounding = 3 * 4 * 2**-24 * 3e-6
     held = {
         name: (p.ds_tensor if stage == 3 else p).detach().flatten()
-        for name, p in run.teacher.model.lm.named_parameters()
+        for name, p in run.parts.teacher.networks["ema_logprob"].lm.named_parameters()
     }
-    for fragment in run.engine.fragments():
-        phi, exact = run.engine.average(fragment), oracle[fragment.name]
+    for fragment in run.parts.engine.fragments():
+        phi, exact = run.parts.engine.average(fragment), oracle[fragment.name]
         assert ((phi - exact).abs() <= 2**-24 * exact.abs() + rounding).all(), fragment.name
         torch.testing.assert_close(
             held[fragment.name][: phi.numel()], phi.to(held[fragment.name].dtype), rtol=0, atol=0
         )
 
         assert (
-            (run.engine.lag(fragment) - (masters(run)[fragment.name] - exact)).abs() <= rounding
+            (run.parts.engine.lag(fragment) - (masters(run)[fragment.name] - exact)).abs()
+            <= rounding
         ).all()
-    assert run.teacher.distance() > 0
+    assert run.parts.teacher.distance() > 0
 
 
 def test_a_continued_pretraining_step_equals_a_plain_loop(
@@ -244,7 +254,7 @@ def test_a_continued_pretraining_step_equals_a_plain_loop(
         "optim__grad_clip": 0.5,
     }
     folder = trained("cpt", **settings)
-    run = Run(tiny_config(tmp_path / "again", model_folder, corpus, **settings), ranks)
+    run = open_run(tiny_config(tmp_path / "again", model_folder, corpus, **settings), ranks)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -252,7 +262,7 @@ def test_a_continued_pretraining_step_equals_a_plain_loop(
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-2)
     for step, line in enumerate(read_lines(folder / "metrics.jsonl"), start=1):
-        documents = run.setup.stream.next_documents(4)
+        documents = run.opened.setup.stream.next_documents(4)
         total = sum(next_token_loss(model, document) for document in documents)
         loss = total / sum(len(document.tokens) - 1 for document in documents)
         optimizer.zero_grad()
@@ -372,7 +382,7 @@ def test_resuming_with_another_algorithm_is_refused(trained, tmp_path, model_fol
     """A checkpoint continues the run it was made by: other settings are named."""
     folder = trained("run")
     with pytest.raises(ConfigError, match="thought.group_size was 4, is 2"):
-        program.train(
+        train(
             tiny_config(
                 tmp_path / "other",
                 model_folder,
@@ -391,12 +401,9 @@ def test_a_run_folder_is_never_written_over(trained, tmp_path, model_folder, cor
     folder = trained("run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="never written over"):
-        program.train(tiny_config(folder, model_folder, corpus), ranks)
+        train(tiny_config(folder, model_folder, corpus), ranks)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert (
-        program.train(tiny_config(folder, model_folder, corpus, run__resume="auto"), ranks)
-        == program.DONE
-    )
+    assert train(tiny_config(folder, model_folder, corpus, run__resume="auto"), ranks) == DONE
 
 
 def test_gradients_that_are_not_finite_skip_the_step_and_stop_the_run(
@@ -404,15 +411,15 @@ def test_gradients_that_are_not_finite_skip_the_step_and_stop_the_run(
 ):
     """The update is skipped, the weights stay finite, and the third in a row ends the run with a
     checkpoint."""
-    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
+    run = open_run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
     monkeypatch.setattr(
-        program,
+        rlp.step.loss,
         "clipped_surrogate",
         lambda *arguments, **options: torch.full((1,), float("nan")) * arguments[0].sum(),
     )
     before = masters(run)
     with pytest.raises(NumericsError, match="3 steps in a row made no update"):
-        program.loop(run)
+        loop(run)
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert (tmp_path / "run" / "checkpoints" / "step_3" / "COMPLETE").exists()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["optim/skipped"] == 3
@@ -423,13 +430,15 @@ def test_a_reward_that_is_not_finite_skips_the_step(
 ):
     """Found where it arises, on a step that also logs thoughts: named, not applied, and three in a
     row end the run."""
-    run = Run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
+    run = open_run(tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=9), ranks)
     monkeypatch.setattr(
-        program, "log_evidence", lambda target_logprob: target_logprob.mean(dim=-1) * float("nan")
+        rlp.step.parts,
+        "log_evidence",
+        lambda target_logprob: target_logprob.mean(dim=-1) * float("nan"),
     )
     before = masters(run)
     with pytest.raises(NumericsError, match="3 steps in a row made no update"):
-        program.loop(run)
+        loop(run)
     assert all(torch.equal(value, before[name]) for name, value in masters(run).items())
     assert "not finite: " in capsys.readouterr().out
 
@@ -480,7 +489,7 @@ def test_every_architecture_trains(tmp_path, corpus, ranks, tokenizer, name, sta
     config = tiny_config(
         tmp_path / "run", tmp_path / "model", corpus, budget__steps=2, engine__zero_stage=stage
     )
-    assert program.train(config, ranks) == program.DONE
+    assert train(config, ranks) == DONE
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert max(line["policy/ratio_max_deviation"] for line in lines) < 1e-3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").num_parameters() > 0

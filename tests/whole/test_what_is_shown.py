@@ -8,7 +8,7 @@ import markdown_it
 import numpy as np
 import pytest
 
-import train as program
+from rlp import train as program
 from rlp.cli import main as rlp_command
 from rlp.config import load_config
 from rlp.learn.export import model_card
@@ -17,6 +17,7 @@ from rlp.measure.probe import draw
 from rlp.measure.report import write_report
 from rlp.process.console import visible_text
 from rlp.process.environment import environment
+from rlp.process.exit_codes import BAD_DATA, DONE
 from tests.data.reading import GOOD, write
 from tests.measure.run_folders import make_run, make_thought
 from tests.training import TINY
@@ -49,9 +50,9 @@ def test_what_data_holds_does_nothing_to_the_terminal(
         *(f"{key}={value}" for key, value in TINY.items()),
         "data.shuffle=false",
     ]
-    assert program.main([*arguments, "data.max_bad_fraction=0"]) == program.BAD_DATA
-    assert program.main([*arguments, "data.max_bad_fraction=1", "--dry-run"]) == program.DONE
-    assert program.main([*arguments, "data.max_bad_fraction=1", "budget.steps=1"]) == program.DONE
+    assert program.main([*arguments, "data.max_bad_fraction=0"]) == BAD_DATA
+    assert program.main([*arguments, "data.max_bad_fraction=1", "--dry-run"]) == DONE
+    assert program.main([*arguments, "data.max_bad_fraction=1", "budget.steps=1"]) == DONE
     printed = "".join(capfd.readouterr())
     assert (
         harmless(printed)

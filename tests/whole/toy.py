@@ -10,6 +10,7 @@ layouts, caches, kernels or masks.
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-import train
+from rlp.algorithm import learn
 from rlp.config import ObjectiveConfig, RewardConfig
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
+from rlp.data.selectors import open_selector
 from rlp.learn.teacher import Teacher
 from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
@@ -29,7 +31,14 @@ from rlp.model.policy import Policy
 from rlp.model.scoring import score
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import information_gain, log_evidence
-from rlp.process.tally import Tally
+from rlp.process.outside import Part
+from rlp.step.baseline import open_baseline
+from rlp.step.judge import Judge
+from rlp.step.loss import open_loss
+from rlp.step.micro_batch import MicroBatch
+from rlp.step.parts import StepParts
+from rlp.step.record import StepRecord
+from rlp.step.reward import open_reward
 
 OPEN, CLOSE, FIRST_WORD = 0, 1, 2
 TEMPERATURE = 0.5
@@ -197,9 +206,67 @@ def one_position_each(
     )
 
 
-def teacher_of(kind: str, policy: Policy, twin: Policy | None = None) -> Teacher:
-    """The teacher of a policy that an engine holds."""
-    return Teacher(kind, twin, SimpleNamespace(policy=policy), None)
+def baseline_logprob_of(
+    kind: str,
+    policy: Policy,
+    documents: list[Document],
+    positions: Positions,
+    twin: Policy | None = None,
+) -> Tensor:
+    """[M] S_ema of a kind of baseline."""
+    networks = {"ema_logprob": twin, "start_logprob": twin, "policy_logprob": policy}
+    thought_format = toy_format(policy, horizon=positions.target.shape[1])
+    parts = toy_parts(policy, thought_format, baseline=open_baseline(kind), networks=networks)
+    return parts.no_think_logprob(MicroBatch(documents, positions))
+
+
+class Uncounted:
+    """A ledger that keeps nothing."""
+
+    def add(self, *work: object, **passes: object) -> None:
+        """Nothing."""
+
+    def time(self, *phases: str) -> nullcontext:
+        """Nothing."""
+        return nullcontext()
+
+
+def toy_parts(
+    model: Callable,
+    thought_format: ThoughtFormat,
+    *,
+    weights: ObjectiveConfig | None = None,
+    baseline: Part | None = None,
+    networks: dict[str, Policy] | None = None,
+) -> StepParts:
+    """What a step works with, of a run that is one micro-batch on one rank."""
+    weights = weights or ObjectiveConfig(lm_weight=0.0)
+    config = SimpleNamespace(
+        objective=weights,
+        optim=SimpleNamespace(thoughts_per_forward=None),
+        reward=RewardConfig(),
+        baseline=SimpleNamespace(every_n_steps=1),
+    )
+    engine = Backward(model)
+    return StepParts(
+        config=config,
+        ranks=SimpleNamespace(device=CPU),
+        setup=SimpleNamespace(thought_format=thought_format, markers=thought_format.markers),
+        share=slice(None),
+        engine=engine,
+        teacher=Teacher(networks or {}, None, engine, None),
+        start=None,
+        guard=None,
+        ledger=Uncounted(),
+        pulse=None,
+        lay_out=repeated_layout,
+        shares_prefixes=False,
+        scripts=None,
+        selector=open_selector("uniform"),
+        baseline=baseline,
+        reward=open_reward("information_gain"),
+        loss=open_loss(weights),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +307,8 @@ def evidence(
             device=CPU,
         ),
     )
-    layout = repeated_layout(
-        documents, positions, None, thought_format, lm=False, no_think=True, device=CPU
-    )
     shape = (len(groups), len(groups[0]))
-    baseline_logprob = teacher_of("self", teacher).baseline_logprob(layout, len(groups))
+    baseline_logprob = baseline_logprob_of("self", teacher, documents, positions)
     return Evidence(
         scores.thought.sum(dim=1).reshape(shape),
         log_evidence(scores.target).reshape(shape),
@@ -274,28 +338,20 @@ def step_loss(
     baseline_logprob: Tensor | None = None,
     **weights: float,
 ) -> Tensor:
-    """What `train.learn` hands to the engine for one micro-batch that is the whole step: the run is
-    cut down to what that function reads."""
-    config = SimpleNamespace(
-        objective=ObjectiveConfig(**{"lm_weight": 0.0} | weights),
-        optim=SimpleNamespace(thoughts_per_forward=None),
-        reward=RewardConfig(),
+    """What `learn` hands to the engine for one micro-batch that is the whole step."""
+    run = toy_parts(model, thought_format, weights=ObjectiveConfig(**{"lm_weight": 0.0} | weights))
+    step = StepRecord(
+        number=1,
+        learning_rate=0.0,
+        say=print,
+        journal=None,
+        close_tokens=len(thought_format.markers.close),
+        max_thought_tokens=thoughts.tokens.shape[2],
     )
-    engine = Backward(model)
-    run = SimpleNamespace(
-        config=config,
-        asks_for_matches=False,
-        engine=engine,
-        lay_out=repeated_layout,
-        ranks=SimpleNamespace(device=CPU),
-        setup=SimpleNamespace(thought_format=thought_format, markers=thought_format.markers),
-        count=lambda *work, **passes: None,
-        offer_thoughts=lambda *told: None,
-    )
-    batch = train.MicroBatch(documents, positions, thoughts, baseline_logprob)
-    divisors = [thoughts.truncated.numel(), 1]
-    train.learn(run, batch, None, None, divisors, Tally(), first=True)
-    return engine.loss
+    batch, judge = MicroBatch(documents, positions, thoughts, baseline_logprob), Judge()
+    judge.begin(run, 1, [batch])
+    learn(run, step, judge, 0, batch, [thoughts.truncated.numel(), 1], first=True)
+    return run.engine.loss
 
 
 def expected_step(

@@ -8,9 +8,9 @@ rank.
 import sys
 from pathlib import Path
 
-import train as program
+from rlp.process.exit_codes import DONE
 from rlp.process.ranks import start_ranks, stop_ranks
-from tests.training import tiny_config
+from tests.training import tiny_config, train
 
 JOBS = {
     "stage0": {"engine__zero_stage": 0},
@@ -65,7 +65,7 @@ def main(folder: Path, model: Path, corpus: Path) -> None:
         (folder / f"rank{ranks.rank}").mkdir(exist_ok=True)
         config = tiny_config(folder / f"rank{ranks.rank}" / name, model, corpus, **settings)
         config.run.dir = str(folder / name)
-        assert program.train(config, ranks) == program.DONE, name
+        assert train(config, ranks) == DONE, name
     resumed = tiny_config(
         folder / f"rank{ranks.rank}" / "resumed",
         model,
@@ -75,7 +75,7 @@ def main(folder: Path, model: Path, corpus: Path) -> None:
         budget__steps=4,
     )
     resumed.run.dir = str(folder / "resumed")
-    assert program.train(resumed, ranks) == program.DONE
+    assert train(resumed, ranks) == DONE
     stop_ranks()
 
 

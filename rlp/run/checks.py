@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rlp.compare.budget import open_budget_match
-from rlp.config import BudgetConfig, Config, ConfigError, load_config
+from rlp.config import Config, ConfigError, load_config
 from rlp.data.stream import share_of_rank
 from rlp.learn.checkpoint import (
     Checkpoint,
@@ -45,6 +45,7 @@ from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import json_lines
 from rlp.process.schemas import STATE, WHOLE_LEDGER
+from rlp.run.budget import fraction_spent
 
 CHECKED_PARAMETERS = 400_000_000
 """Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some
@@ -107,19 +108,13 @@ def begin_ledger(
             f"data.ledger: {path} can not be read: {error}. Write the ledger.json "
             "that lies beside the data."
         ) from error
-    if budget_spent(config.budget, 0, ledger) >= 1:
+    if fraction_spent(config.budget, 0, ledger) >= 1:
         raise ConfigError(
             f"budget: making the data has spent it already ({path}): "
             f"{ledger.spent()} of {asdict(config.budget)}. Make fewer documents, or "
             "write a larger budget."
         )
     return ledger
-
-
-def budget_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
-    """Largest fraction spent of any limit of the budget."""
-    spent = {"steps": step, **ledger.spent()}
-    return max(spent[name] / limit for name, limit in asdict(budget).items() if limit is not None)
 
 
 def run_dtype(config: Config, width: int, ranks: Ranks) -> tuple[torch.dtype, str]:
@@ -167,33 +162,28 @@ def refuse_sizes(config: Config, world_size: int) -> None:
         if config.data.held_out
         else 0
     )
-    for what, thoughts, documents, settings in (
+    for what, num_thoughts, num_documents, settings in (
         (
             "a step",
             thoughts,
             documents,
-            (
-                "optim.batch_size, position.per_document, thought.group_size or"
-                " thought.max_thought_tokens"
-            ),
+            "optim.batch_size, position.per_document, thought.group_size or"
+            " thought.max_thought_tokens",
         ),
         (
             "the held-out panel",
             panel,
             0,
-            (
-                "evaluation.panel_positions, evaluation.thoughts_per_position or"
-                " thought.max_thought_tokens"
-            ),
+            "evaluation.panel_positions, evaluation.thoughts_per_position or"
+            " thought.max_thought_tokens",
         ),
     ):
-        held = (
-            thoughts * config.thought.max_thought_tokens * BYTES_OF_A_THOUGHT_TOKEN
-            + documents * config.data.max_document_tokens * BYTES_OF_A_DOCUMENT_TOKEN
-        )
+        tokens = config.thought.max_thought_tokens
+        held = num_thoughts * tokens * BYTES_OF_A_THOUGHT_TOKEN
+        held += num_documents * config.data.max_document_tokens * BYTES_OF_A_DOCUMENT_TOKEN
         if available is not None and held > available:
             raise ConfigError(
-                f"{what} has {thoughts:,} thoughts of {config.thought.max_thought_tokens:,} tokens"
+                f"{what} has {num_thoughts:,} thoughts of {tokens:,} tokens"
                 f" on each rank: {format_bytes(held)} for their tokens alone, and this machine has"
                 f" {format_bytes(available)}. Write a smaller {settings}."
             )

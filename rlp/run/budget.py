@@ -1,0 +1,59 @@
+"""When a run ends, and what its learning rate is until then."""
+
+import math
+from dataclasses import asdict
+
+from rlp.config import BudgetConfig, OptimConfig
+from rlp.measure.ledger import Ledger
+
+
+def fraction_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
+    """Largest fraction spent of any limit of the budget.
+
+    Args:
+        step: steps that are made.
+    """
+    spent = {"steps": step, **ledger.spent()}
+    return max(spent[name] / limit for name, limit in limits(budget).items())
+
+
+def is_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> bool:
+    """Whether the run ends: its steps are made, or the next step would leave another limit farther
+    behind than this one is before it."""
+    spent = {"steps": step, **ledger.spent()}
+    costs = {"steps": 0.0, **ledger.mean_step()}
+    return any(spent[name] + costs[name] / 2 >= limit for name, limit in limits(budget).items())
+
+
+def known_steps(budget: BudgetConfig) -> int | None:
+    """Steps of the whole run, where nothing else limits it."""
+    others = any(limit for name, limit in asdict(budget).items() if name != "steps")
+    return None if others else budget.steps
+
+
+def limits(budget: BudgetConfig) -> dict[str, float]:
+    """Those that are set, by name."""
+    return {name: limit for name, limit in asdict(budget).items() if limit is not None}
+
+
+def is_due(every_n_steps: int, step: int) -> bool:
+    """Whether something done every n steps is done at this step; never for 0."""
+    return every_n_steps > 0 and step % every_n_steps == 0
+
+
+def learning_rate_at(config: OptimConfig, step: int, progress: float) -> float:
+    """Learning rate of a step: linear warm-up, then the schedule over the budget.
+
+    Args:
+        step: 1 for the first.
+        progress: fraction of the budget that is spent before the step.
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "constant":
+        return config.learning_rate * warmup
+    shape = {
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * min(progress, 1.0))) / 2,
+    }[config.schedule]
+    final = config.final_fraction
+    return config.learning_rate * warmup * (final + (1 - final) * shape)

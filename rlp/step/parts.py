@@ -1,0 +1,273 @@
+"""The parts that a step works with, put together once and whole, and passes made with them.
+
+Dimensions
+    B  documents of this rank;  M  positions;  G  thoughts per position;  N = M * G
+    L  thought tokens;  H  target tokens
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from rlp.config import Config
+from rlp.data.documents import Document
+from rlp.data.positions import Positions, choose_positions
+from rlp.learn.engine import Engine, StepResult
+from rlp.learn.guard import Guard
+from rlp.learn.teacher import Teacher
+from rlp.measure.ledger import Ledger
+from rlp.measure.thought_statistics import TokenScripts
+from rlp.model.layout import Layout
+from rlp.model.policy import Policy
+from rlp.model.scoring import Scores, difficulty, score
+from rlp.model.setup import RunSetup
+from rlp.model.shapes import Work
+from rlp.model.thoughts import Thoughts
+from rlp.objective import log_evidence
+from rlp.process.outside import Part
+from rlp.process.ranks import Ranks
+from rlp.sampling.rollout import NoiseKey, Rollout, sample_thoughts
+from rlp.step.baseline import NoThink, baseline_of
+from rlp.step.loss import Scored
+from rlp.step.micro_batch import MicroBatch
+from rlp.step.pulse import Pulse
+from rlp.step.record import StepRecord, rows
+from rlp.step.reward import Evidence, rewards_of
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """Everything that Algorithm 1 is given."""
+
+    config: Config
+    ranks: Ranks
+    setup: RunSetup
+    share: slice
+    """Of a batch: this rank's documents."""
+    engine: Engine
+    teacher: Teacher
+    start: Policy | None
+    """The starting checkpoint, where something needs it."""
+    guard: Guard
+    ledger: Ledger
+    pulse: Pulse
+    lay_out: Callable[..., Layout]
+    """Of `rlp.model.layout.LAYOUTS`."""
+    shares_prefixes: bool
+    """Whether sampling runs each document once for all its thoughts."""
+    scripts: TokenScripts | None
+    selector: Part
+    baseline: Part
+    reward: Part
+    loss: Part
+
+    # What a step reads and samples
+
+    def next_documents(self) -> list[Document]:
+        """This rank's share of the next batch."""
+        documents = self.setup.stream.next_documents(self.config.optim.batch_size)[self.share]
+        self.ledger.add_documents(sum(len(document.tokens) for document in documents))
+        return documents
+
+    def choose_positions(self, step: int, documents: list[Document]) -> Positions:
+        """[M] the positions of a step."""
+        statistics = {name: self._difficulty(documents, name) for name in self.selector.needs}
+        return choose_positions(
+            documents,
+            self.setup.candidates,
+            self.config.position,
+            horizon=self.config.target.horizon,
+            seed=self.config.run.seed,
+            step=step,
+            selector=self.selector,
+            statistics=statistics,
+        )
+
+    def _difficulty(self, documents: list[Document], statistic: str) -> list[np.ndarray]:
+        scores, size = [], self.config.optim.micro_batch_size
+        with self.ledger.time("score"):
+            for start in range(0, len(documents), size):
+                some = MicroBatch(documents[start : start + size])
+                layout = self._rows_of(some, lm=True, no_think=False)
+                scores += difficulty(self.engine.policy, layout, statistic)
+                self.count("score", layout.document_work, passes=1)
+        return scores
+
+    def sample_thoughts(
+        self, step: int, documents: list[Document], positions: Positions
+    ) -> Thoughts:
+        """[M, G, L] a group of thoughts at each position, from the policy (eq. 2)."""
+        thought = self.config.thought
+        with self.ledger.time("decode"), self.engine.generation():
+            rollout = sample_thoughts(
+                self.engine.policy,
+                documents,
+                positions,
+                self.setup.thought_format,
+                NoiseKey(self.config.run.seed, step),
+                group_size=thought.group_size,
+                max_thought_tokens=thought.max_thought_tokens,
+                rows=thought.sampling_rows,
+                shared=self.shares_prefixes,
+                agree=self.pulse.agree,
+                prefill=lambda: self.ledger.time("prefill"),
+            )
+        self._count_rollout(rollout)
+        return rollout.thoughts
+
+    def _count_rollout(self, rollout: Rollout) -> None:
+        sampled = int(rollout.thoughts.mask.sum())
+        self.count("prefill", rollout.prefill_work, passes=1)
+        self.ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
+        self.ledger.add_thoughts(
+            rollout.thoughts.truncated.numel(),
+            max_thought_tokens=self.config.thought.max_thought_tokens,
+            sampled_tokens=sampled,
+        )
+
+    # Passes
+
+    def no_think_logprob(self, batch: MicroBatch) -> Tensor:
+        """[M] log-evidence of the targets without a thought, under the baseline (eq. 4)."""
+        layout = self._rows_of(batch, lm=False, no_think=True, thoughts=False)
+        scored = {}
+        with self.ledger.time("teacher"):
+            for statistic in self.baseline.needs:
+                scored[statistic] = self.teacher.logprob(statistic, layout)
+                self.count("teacher", layout.document_work, passes=1)
+        no_think = NoThink(batch.documents, batch.positions, **scored)
+        return baseline_of(self.baseline, no_think, self.ranks.device)
+
+    def forward(self, batch: MicroBatch, *, matched: bool = False) -> tuple[Layout, Scores]:
+        """One pass of the policy, with gradient: over the thoughts, and in the first slice over the
+        documents too, where the loss has a weight for them.
+
+        Args:
+            matched: ask whether the targets are the most probable tokens, if the reward needs it.
+        """
+        lm = batch.is_first_slice and self.config.objective.lm_weight > 0
+        layout = self._rows_of(batch, lm=lm, no_think=lm and batch.thoughts is not None)
+        trained = int(layout.thought_mask.sum())
+        self.count("train", layout.thought_work, passes=3, tokens_trained=trained)
+        trained = int(layout.document_mask.sum()) if lm else 0
+        self.count("lm", layout.document_work, passes=3, tokens_trained=trained)
+        return layout, score(self.engine, layout, matched=matched and self.asks_for_matches)
+
+    def evidence(
+        self, batch: MicroBatch, scores: Scores, phase: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """[M, G] S_pred (eq. 3), and [M, G] whether the targets are the most probable tokens, where
+        the pass was asked for it, which costs `phase` the head once more."""
+        group_size = batch.thoughts.tokens.shape[1]
+        reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=group_size)
+        if scores.matched is None:
+            return reasoned_logprob, None
+        self.count(phase, Work(head_rows=scores.target.numel()), passes=1)
+        return reasoned_logprob, rearrange(scores.matched, "(m g) -> m g", g=group_size)
+
+    @torch.no_grad()
+    def evidence_ahead(self, batch: MicroBatch) -> Evidence:
+        """The evidence about whole groups, scored without gradient and by itself."""
+        reasoned_logprob, matched = [], []
+        with self.ledger.time("score"):
+            for part in batch.slices(self.config.optim.thoughts_per_forward):
+                layout = self._rows_of(part, lm=False, no_think=False)
+                self.count("score", layout.thought_work, passes=1)
+                scores = score(self.engine.policy, layout, matched=self.asks_for_matches)
+                of_part = self.evidence(part, scores, "score")
+                reasoned_logprob.append(of_part[0])
+                matched.append(of_part[1])
+
+        known = torch.cat(matched, dim=1) if self.asks_for_matches else None
+        return batch.evidence(torch.cat(reasoned_logprob, dim=1), known)
+
+    def rewards_ahead(self, batch: MicroBatch) -> Tensor:
+        """[M, G] rewards of a micro-batch before the pass with gradient."""
+        return rewards_of(self.reward, self.evidence_ahead(batch))
+
+    @property
+    def panel_teacher(self) -> Policy | None:
+        """The network whose no-think prediction is the baseline; None where it is none, or a part
+        from outside makes it of something else."""
+        if self.baseline.is_outside or not self.teacher.networks:
+            return None
+        return next(iter(self.teacher.networks.values()))
+
+    @property
+    def asks_for_matches(self) -> bool:
+        """Whether the reward needs to know that the targets are the most probable tokens."""
+        return "matched" in self.reward.needs
+
+    def scored(
+        self,
+        batch: MicroBatch,
+        layout: Layout,
+        scores: Scores,
+        divisors: list[float],
+        reasoned_logprob: Tensor | None = None,
+        advantage: Tensor | None = None,
+    ) -> Scored:
+        """What the loss is given of a pass.
+
+        Args:
+            divisors: thoughts and document tokens of the whole step.
+            reasoned_logprob, advantage: [M, G] of the thoughts in this pass; None without thoughts.
+        """
+        thoughts, none = batch.thoughts, scores.thought[:, :0].sum(dim=1)
+        needs_start = thoughts and "start_logprob" in self.loss.needs
+        return Scored(
+            thought_logprob=scores.thought,
+            behavior_logprob=rows(thoughts.behavior_logprob) if thoughts else scores.thought,
+            mask=layout.thought_mask,
+            advantage=rows(advantage) if thoughts else none,
+            reasoned_logprob=rows(reasoned_logprob) if thoughts else none,
+            start_logprob=self._start_logprob(layout) if needs_start else None,
+            document_logprob=scores.document,
+            document_mask=layout.document_mask,
+            num_thoughts=divisors[0],
+            num_tokens=divisors[1],
+            weights=self.config.objective,
+        )
+
+    @torch.no_grad()
+    def _start_logprob(self, layout: Layout) -> Tensor:
+        """[N, L] log-probabilities of the thoughts' tokens under the starting checkpoint."""
+        self.count("teacher", layout.thought_work + layout.document_work, passes=1)
+        with self.ledger.time("teacher"):
+            return score(self.start, layout).thought
+
+    def _rows_of(
+        self, batch: MicroBatch, *, lm: bool, no_think: bool, thoughts: bool = True
+    ) -> Layout:
+        return self.lay_out(
+            batch.documents,
+            batch.positions,
+            batch.thoughts if thoughts else None,
+            self.setup.thought_format,
+            lm=lm,
+            no_think=no_think,
+            device=self.ranks.device,
+        )
+
+    # The update
+
+    def update(self, step: StepRecord) -> StepResult:
+        """Make the update from the gradient that the engine holds, unless it is refused (`Guard`):
+        theta and phi, or neither."""
+        self.pulse.weights_move()
+        result = self.guard.update(
+            self.engine, step.learning_rate, step.tally, step.documents, step.say
+        )
+        self.teacher.refresh()
+        return result
+
+    def count(self, phase: str, work: Work, *, passes: int, tokens_trained: int = 0) -> None:
+        """Count a pass over given tokens; `tokens_trained` of them have a gradient through their
+        log-probability."""
+        self.ledger.add(
+            phase, work, passes=passes, tokens_in=work.tokens, tokens_trained=tokens_trained
+        )

@@ -1,0 +1,111 @@
+"""From a command line to a trainer to an exit code.
+
+    rlp train CONFIG [section.key=value ...]
+    deepspeed --module rlp.train CONFIG [section.key=value ...]
+    torchrun --nproc_per_node 2 -m rlp.train CONFIG [section.key=value ...]
+
+are the same program as `train.py`.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from rlp.process.launcher import LauncherGone, launchers, watch_from_the_start
+
+
+def start() -> NoReturn:
+    """Run the program of this process, and end the process with its exit code."""
+    watch_from_the_start()  # what is imported after this line takes seconds
+    from rlp.process.command import run_as_process
+
+    run_as_process(main)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run, and turn errors into one clear message and an exit code."""
+    options = parse(arguments)
+    from rlp.config import ConfigError, load_config
+    from rlp.data.sources import DataError
+    from rlp.learn.checkpoint import CheckpointError
+    from rlp.learn.guard import NumericsError
+    from rlp.process import exit_codes
+    from rlp.process.console import visible_text
+    from rlp.process.files import FolderLostError, NotWrittenError
+    from rlp.process.json_files import DamagedFileError
+    from rlp.process.outside import PartError
+    from rlp.process.ranks import PeerLost, start_ranks, stop_ranks
+    from rlp.trainer import Trainer
+
+    ranks = None
+
+    def fail(error: Exception, code: int, *, everywhere: bool = False) -> int:
+        """Say an error once, on the first rank, or on every rank."""
+        if everywhere or ranks is None or ranks.is_first:
+            print(visible_text(f"error: {error}"), file=sys.stderr)
+        return code
+
+    try:
+        launchers().require()
+        config = load_config(options.config, options.overrides)
+        ranks = start_ranks(config.run.watchdog_s)
+        trainer = Trainer(config, ranks=ranks)
+        if options.dry_run:
+            print(visible_text(trainer.plan(options.machine)))
+            return exit_codes.DONE
+        code = trainer.fit().code
+        stop_ranks()
+        return code
+    except PartError as error:  # what a part does may differ from rank to rank
+        return fail(error, exit_codes.BAD_CONFIG, everywhere=True)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error, exit_codes.BAD_CONFIG)
+    except (DataError, DamagedFileError) as error:
+        return fail(error, exit_codes.BAD_DATA)
+    except NotWrittenError as error:
+        return fail(error, exit_codes.NOT_WRITTEN)
+    except FolderLostError as error:
+        return fail(error, exit_codes.FOLDER_LOST)
+    except NumericsError as error:
+        return fail(error, exit_codes.BAD_NUMERICS)
+    except (PeerLost, LauncherGone) as error:
+        return fail(error, exit_codes.PEER_LOST, everywhere=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain a causal language model with RLP.",
+        epilog="Overrides: section.key=value, as in thought.group_size=8.",
+    )
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    if options.machine and not options.dry_run:
+        parser.error(
+            f"--machine {options.machine} plans for a machine, and without --dry-run this would"
+            f" start a real run on this one. Write --dry-run --machine {options.machine}, or leave"
+            " --machine out."
+        )
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a run is started with."""
+    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved config, one example, memory, FLOPs and disk, and exit",
+    )
+    parser.add_argument(
+        "--machine",
+        default="",
+        metavar="8x80",
+        help="with --dry-run: plan for 8 devices of 80 GB instead of this machine",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+
+
+if __name__ == "__main__":
+    start()
