@@ -131,6 +131,17 @@ def counted_flops(model: torch.nn.Module, tokens: torch.Tensor, *, backward: boo
     return counter.get_flop_counts()["Global"]
 
 
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_each_test_begins_with_torchs_own_linear(turn: str):
+    """Whatever the one before has put in its place, as ZeRO-3 does: the counter would see another
+    operation."""
+    hidden, head, bias = torch.ones(1, 2), torch.ones(3, 2), torch.ones(3)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.linear(hidden, head, bias)
+    assert counter.get_flop_counts()["Global"] == {torch.ops.aten.addmm: 2 * 1 * 2 * 3}
+    torch.nn.functional.linear = lambda hidden, head, bias: hidden @ head.T + bias
+
+
 def full_square(tokens: torch.Tensor) -> Work:
     """The counter sees the whole T x T square of query-key pairs, and the head on every row."""
     rows, length = tokens.shape
