@@ -123,9 +123,8 @@ class Ledger:
         """
         try:
             phases = {phase: PhaseCount(**made["phases"][phase]) for phase in PHASES}
-            self._carried = Account(
-                phases, **{name: made[name] for name in _TOTALS if name != "steps"}
-            )
+            totals = {name: made[name] for name in _TOTALS if name != "steps"}
+            self._carried = Account(phases, **totals)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no ledger of a run: {error}") from error
         _add_to(self._total, self._carried)
@@ -219,11 +218,8 @@ class Ledger:
         expected, counts = (
             {item.name for item in dataclasses.fields(kind)} for kind in (Account, PhaseCount)
         )
-        if (
-            set(state) != expected
-            or set(state["phases"]) != set(PHASES)
-            or any(set(phase) != counts for phase in state["phases"].values())
-        ):
+        whole = set(state) == expected and set(state["phases"]) == set(PHASES)
+        if not whole or any(set(phase) != counts for phase in state["phases"].values()):
             raise ValueError(
                 f"Ledger.load_state: expected the keys {sorted(expected)} with phases"
                 f" {list(PHASES)}, got {sorted(state)[:20]}. The checkpoint was written by another"
@@ -271,10 +267,9 @@ def _over_ranks(step: Account, ranks: Ranks) -> Account:
     counts = [getattr(step.phases[phase], name) for phase in PHASES for name in _COUNTS]
     totals = [step.input_tokens, step.paper_flops, step.paper_flops_sampled]
     summed = iter(ranks.sum(counts + totals))
-    slowest = [
-        max(column)
-        for column in zip(*ranks.gather([step.phases[phase].seconds for phase in PHASES]))
-    ]
+    seconds_of_ranks = ranks.gather([step.phases[phase].seconds for phase in PHASES])
+    slowest = [max(of_phase) for of_phase in zip(*seconds_of_ranks)]
+
     over_ranks = Account(steps=step.steps)
     for phase, seconds in zip(PHASES, slowest, strict=True):
         tokens_in, generated, trained, flops = (next(summed) for _ in _COUNTS)
@@ -288,12 +283,9 @@ def _over_ranks(step: Account, ranks: Ranks) -> Account:
 
 def _add_to(total: Account, step: Account) -> None:
     for phase in PHASES:
+        count, added = total.phases[phase], step.phases[phase]
         for name in (*_COUNTS, "seconds"):
-            setattr(
-                total.phases[phase],
-                name,
-                getattr(total.phases[phase], name) + getattr(step.phases[phase], name),
-            )
+            setattr(count, name, getattr(count, name) + getattr(added, name))
     for name in _TOTALS:
         setattr(total, name, getattr(total, name) + getattr(step, name))
 

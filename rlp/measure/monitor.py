@@ -1,14 +1,5 @@
-"""What a step is watched by: statistics of thoughts and rewards, added up over micro-batches and
-ranks.
-
-Means are sums over global counts, so neither micro-batches nor ranks change a number. Every thought
-is looked
-at, none is sampled: token work is vectorized, and done for so many positions at once as fit
-`TOKENS_AT_ONCE`.
-
-Dimensions
-    M  positions;  G  thoughts per position;  N = M * G;  L  thought tokens
-    P  prefix tokens;  H  target tokens;  V  vocabulary;  S  scripts
+"""What is wrong with a run, told from the numbers of its steps: thoughts that collapse, are never
+closed or harm, and a sampler that is not the policy that is trained.
 """
 
 import math
@@ -49,19 +40,17 @@ STREAKS = {
         "thought/truncated_frac",
         0.95,
         True,
-        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model "
-        "does not know how a thought ends. "
-        "Warm it on text with thoughts in it (docs/warm_start.md), or raise "
-        "thought.max_thought_tokens if its thoughts are long.",
+        "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model does not know"
+        " how a thought ends. Warm it on text with thoughts in it (docs/warm_start.md), or raise"
+        " thought.max_thought_tokens if its thoughts are long.",
     ),
     "harm": Streak(
         "gain/mean",
         -1.0,
         False,
-        "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on "
-        "average, so siblings are compared by how little harm they do. "
-        "Ask `rlp probe` whether the markers alone do it, and warm the model on text "
-        "with thoughts in it (docs/warm_start.md).",
+        "thinking harms: over the last {1} steps a thought cost {0:.2f} nats on average, so"
+        " siblings are compared by how little harm they do. Ask `rlp probe` whether the markers"
+        " alone do it, and warm the model on text with thoughts in it (docs/warm_start.md).",
     ),
 }
 """By name in a checkpoint. The limits are ours."""
@@ -115,11 +104,13 @@ def mismatch_of(
     """
     at_one = MISMATCH[dtype]
     limit = Mismatch(at_one.largest / temperature, at_one.kl / temperature**2)
-    kl, largest = (means.get(f"policy/behavior_mismatch_{name}", 0.0) for name in ("kl", "max"))
-    if not (
-        math.isfinite(kl) and math.isfinite(largest) and (kl > limit.kl or largest > limit.largest)
-    ):
+    kl = means.get("policy/behavior_mismatch_kl", 0.0)
+    largest = means.get("policy/behavior_mismatch_max", 0.0)
+    if not (math.isfinite(kl) and math.isfinite(largest)):
         return None
+    if kl <= limit.kl and largest <= limit.largest:
+        return None
+
     words = (
         "sampler and trainer hold the same weights, and their log-probabilities of thought tokens"
         f" differ by up to {largest:.3g} nats (expected at most {limit.largest:.3g} in"

@@ -1,4 +1,8 @@
-"""Statistics of the thoughts and rewards of a step, vectorized over all of them.
+"""Statistics of the thoughts and rewards of a step, added up over micro-batches and ranks.
+
+Means are sums over global counts, so neither micro-batches nor ranks change a number. Every thought
+is looked at, none is sampled: token work is vectorized, and done for so many positions at once as
+fit `TOKENS_AT_ONCE`.
 
 Dimensions
     M  positions;  G  thoughts per position;  N = M * G;  L  thought tokens
@@ -76,14 +80,12 @@ def token_scripts(
     names = ("", *sorted(set(words) - {""}))
     number = np.array([names.index(word) for word in words], dtype=np.int64)[which]
     pairs, counts = np.unique((of_token * len(names) + number)[number > 0], return_counts=True)
+
     script, letters = np.zeros(vocabulary, dtype=np.int64), np.zeros(vocabulary, dtype=np.int64)
-    order = counts.argsort(
-        kind="stable"
-    )  # of several scripts in a token the last assignment stands: the most letters
-    script[pairs[order] // len(names)], letters[pairs[order] // len(names)] = (
-        pairs[order] % len(names),
-        counts[order],
-    )
+    # Of several scripts in a token the last assignment stands: the most letters.
+    order = counts.argsort(kind="stable")
+    token, number = np.divmod(pairs[order], len(names))
+    script[token], letters[token] = number, counts[order]
     return TokenScripts(
         torch.from_numpy(script).to(device), torch.from_numpy(letters).to(device), names
     )
@@ -120,6 +122,7 @@ def watch_thoughts(
     tally.add("thought/max_length_frac", thoughts.mask.sum(dim=2) == max_thought_tokens)
     tally.add("thought/empty_frac", lengths == 0)
     tally.add("policy/entropy", thoughts.entropy[thoughts.mask])
+
     per_position = thoughts.tokens[0].numel() + int(positions.position.max())
     size = max(1, TOKENS_AT_ONCE // per_position)
     for start in range(0, len(positions.position), size):
@@ -142,43 +145,40 @@ def _watch_tokens(
 ) -> None:
     """Of some positions: prefixes [M] of tokens, thoughts [M, G, L] of lengths [M, G], target [M,
     H]."""
-    num_prefix = np.array([len(prefix) for prefix in prefixes])
-    padded = np.zeros((len(prefixes), num_prefix.max()), dtype=np.int64)
-    padded[np.arange(padded.shape[1]) < num_prefix[:, None]] = np.concatenate(prefixes)
-    prefix, num_prefix = (
-        torch.from_numpy(padded).to(tokens.device),
-        torch.from_numpy(num_prefix).to(tokens.device),
-    )
+    prefix, num_prefix = _padded(prefixes, tokens.device)
     # A number of its own for each position: only its own prefix and siblings count.
     position = torch.arange(len(prefixes), device=tokens.device)[:, None]
 
     pairs, inside = _runs(tokens, lengths, 2, position[..., None])
-    tally.add(
-        "thought/distinct_bigrams_frac",
-        _distinct_fraction(
-            rearrange(pairs, "m g w -> m (g w)"), rearrange(inside, "m g w -> m (g w)")
-        ),
-    )
+    pairs, inside = (rearrange(part, "m g w -> m (g w)") for part in (pairs, inside))
+    tally.add("thought/distinct_bigrams_frac", _distinct_fraction(pairs, inside))
+
     runs, inside = _runs(tokens, lengths, COPY_TOKENS, position[..., None])
     prefix_runs, prefix_inside = _runs(prefix, num_prefix, COPY_TOKENS, position)
     tally.add("thought/copied_frac", torch.isin(runs[inside], prefix_runs[prefix_inside]))
+
     horizon = target.shape[1]
     runs, inside = _runs(tokens, lengths, horizon, position[..., None])
     wanted, _ = _runs(target, torch.full_like(target[:, 0], horizon), horizon, position)
     tally.add("thought/holds_target_frac", ((runs == wanted[..., None]) & inside).any(dim=2))
 
-    of_thought, thought_has_letters = scripts.dominant(
-        tokens, _columns(tokens) < lengths[..., None]
-    )
-    of_prefix, prefix_has_letters = scripts.dominant(prefix, _columns(prefix) < num_prefix[:, None])
-    tally.add(
-        "thought/script_switch_frac",
-        (of_thought != of_prefix[:, None])[thought_has_letters & prefix_has_letters[:, None]],
-    )
+    of_thought, has_letters = scripts.dominant(tokens, _inside(tokens, lengths))
+    of_prefix, prefix_has_letters = scripts.dominant(prefix, _inside(prefix, num_prefix))
+    both = has_letters & prefix_has_letters[:, None]
+    tally.add("thought/script_switch_frac", (of_thought != of_prefix[:, None])[both])
 
 
-def _columns(tokens: Tensor) -> Tensor:
-    return torch.arange(tokens.shape[-1], device=tokens.device)
+def _padded(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows as one tensor, padded on the right, and their lengths."""
+    lengths = np.array([len(row) for row in rows])
+    padded = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return torch.from_numpy(padded).to(device), torch.from_numpy(lengths).to(device)
+
+
+def _inside(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """[..., X] bool, which tokens of each row count."""
+    return torch.arange(tokens.shape[-1], device=tokens.device) < lengths[..., None]
 
 
 def _runs(tokens: Tensor, lengths: Tensor, n: int, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,9 +195,8 @@ def _runs(tokens: Tensor, lengths: Tensor, n: int, position: Tensor) -> tuple[Te
     width = max(tokens.shape[-1] - n + 1, 0)
     number = position
     for u in range(n):
-        number = (
-            number * 6364136223846793005 + tokens[..., u : u + width]
-        )  # Knuth's multiplier; int64 wraps around
+        # Knuth's multiplier; int64 wraps around.
+        number = number * 6364136223846793005 + tokens[..., u : u + width]
     return number, torch.arange(width, device=tokens.device) + n <= lengths[..., None]
 
 
@@ -205,12 +204,11 @@ def _distinct_fraction(numbers: Tensor, inside: Tensor) -> Tensor:
     """Different numbers over numbers in each row [M, X]; rows without any are left out."""
     outside = torch.iinfo(numbers.dtype).min
     ordered = numbers.masked_fill(~inside, outside).sort(dim=1).values
-    first = torch.cat(
-        [torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]],
-        dim=1,
-    )
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    different = (is_first & (ordered != outside)).sum(dim=1)
     count = inside.sum(dim=1)
-    return ((first & (ordered != outside)).sum(dim=1).double() / count)[count > 0]
+    return (different.double() / count)[count > 0]
 
 
 def thought_lengths(thoughts: Thoughts, close_tokens: int) -> Tensor:
@@ -279,12 +277,10 @@ def combine_parts(means: dict[str, float]) -> None:
     `reward/length_correlation`, left out where one of the two does not vary at all.
     """
     if "length_square" in means:
-        means["thought/tokens_std"] = math.sqrt(
-            max(0.0, means.pop("length_square") - means["thought/tokens_mean"] ** 2)
-        )
+        variance = means.pop("length_square") - means["thought/tokens_mean"] ** 2
+        means["thought/tokens_std"] = math.sqrt(max(0.0, variance))
     if "length_covariance" in means:
-        covariance, reward, length = (
-            means.pop(name) for name in ("length_covariance", "reward_variance", "length_variance")
-        )
+        covariance = means.pop("length_covariance")
+        reward, length = means.pop("reward_variance"), means.pop("length_variance")
         if reward > 0 and length > 0:
             means["reward/length_correlation"] = covariance / math.sqrt(reward * length)

@@ -44,49 +44,37 @@ class TopThoughts:
         helpful = values.get("reward", values["advantage"]).flatten()
         order = helpful.argsort(descending=True, stable=True).tolist()
         lengths = thought_lengths(thoughts, close_tokens)
-        for index in dict.fromkeys(
-            [*order[: self._half], *order[len(order) - min(self._half, len(order)) :]]
-        ):
+        worst = order[len(order) - min(self._half, len(order)) :]
+        for index in dict.fromkeys([*order[: self._half], *worst]):
             m, g = divmod(index, thoughts.tokens.shape[1])
             document, position = documents[positions.document[m]], int(positions.position[m])
-            self._held.append(
-                (
-                    -float(helpful[index]),
-                    self._offered + index,
-                    {
-                        "document": document.id,
-                        "position": position,
-                        "prefix_tail": (
-                            document.tokens[
-                                max(0, position - PREFIX_TAIL_TOKENS) : position
-                            ].tolist()
-                        ),
-                        "thought": thoughts.tokens[m, g, : int(lengths[m, g])].tolist(),
-                        "target": positions.target[m].tolist(),
-                        **{name: float(value[m, g]) for name, value in values.items()},
-                        "thought_tokens": int(lengths[m, g]),
-                        "truncated": bool(thoughts.truncated[m, g]),
-                    },
-                )
-            )
+            prefix_tail = document.tokens[max(0, position - PREFIX_TAIL_TOKENS) : position]
+            told = {
+                "document": document.id,
+                "position": position,
+                "prefix_tail": prefix_tail.tolist(),
+                "thought": thoughts.tokens[m, g, : int(lengths[m, g])].tolist(),
+                "target": positions.target[m].tolist(),
+                **{name: float(value[m, g]) for name, value in values.items()},
+                "thought_tokens": int(lengths[m, g]),
+                "truncated": bool(thoughts.truncated[m, g]),
+            }
+            self._held.append((-float(helpful[index]), self._offered + index, told))
         self._offered += len(order)
         self._held = self._ends(self._held, self._half)
 
     def gather(self, ranks: Ranks) -> list[dict]:
         """The thoughts of all ranks, the most helpful first; text as token ids. A collective."""
-        parts = ranks.gather((self._held, self._offered))
-        held = [
-            (key, (rank, place), told)
-            for rank, (mine, _) in enumerate(parts)
-            for key, place, told in mine
-        ]
-        offered = sum(offered for _, offered in parts)
+        held, offered = [], 0
+        for rank, (of_rank, offered_there) in enumerate(ranks.gather((self._held, self._offered))):
+            held += [(key, (rank, place), told) for key, place, told in of_rank]
+            offered += offered_there
         return [told for _, _, told in self._ends(held, min(self._half, offered // 2))]
 
     @staticmethod
     def _ends(held: list[tuple], half: int) -> list[tuple]:
         """The first and the last of them, in order, none of them twice."""
         ordered = sorted(held, key=lambda entry: entry[:2])
-        return (
-            ordered if len(ordered) <= 2 * half else ordered[:half] + ordered[len(ordered) - half :]
-        )
+        if len(ordered) <= 2 * half:
+            return ordered
+        return ordered[:half] + ordered[len(ordered) - half :]
