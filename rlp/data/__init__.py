@@ -1,2 +1,1 @@
-"""Documents and positions in them: from files to token ids, in an order that a few integers
-resume."""
+"""From files to token ids in an order that a few integers resume, and positions in documents."""

@@ -1,14 +1,11 @@
-"""Documents: from rows to token ids, in a seeded order that a few integers resume; and positions in
-them.
+"""What a document is, and how a row becomes one.
 
-A row (`rlp/data/sources.py`) becomes text by `data.template` and then token ids, once: ids are
-never decoded and encoded again. A row that can not become a document is skipped and counted by
-reason, up to `data.max_bad_fraction`. What a position is used for is not known here.
+A row (`sources`) becomes text by `data.template` and then token ids, once: ids are never decoded
+and encoded again. A row that can not become a document raises BadDocument; what follows from that,
+and in which order rows come, is not known here (`stream`).
 
 Dimensions
-    B  documents;  K  positions per document;  M  positions of all documents together (B * K where
-       each gives K)
-    H  target tokens (the horizon)
+    P  document tokens
 """
 
 import string
@@ -80,18 +77,20 @@ def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 
 def given_ids(row: dict, field: str, vocabulary: int) -> list[int]:
     """Token ids that a row holds under `data.tokens_field`."""
-    ids = row.get(field)
     if field not in row:
         raise BadDocument(
             "missing field",
             f"no field {field!r}; the row has {', '.join(row) or 'none'}; write data.tokens_field"
             " with one that it has",
         )
+
+    ids = row[field]
     if not (isinstance(ids, list) and all(type(token) is int for token in ids)):
         raise BadDocument(
             "field is not token ids",
             f"field {field!r} is {type(ids).__name__}; expected a list of whole numbers",
         )
+
     beyond = [token for token in ids if not 0 <= token < vocabulary]
     if beyond:
         raise BadDocument(

@@ -40,6 +40,7 @@ def settle_hub() -> None:
 
 
 def _answers() -> bool:
+    """Whether the Hub answers at all."""
     try:
         address = httpx.URL(constants.ENDPOINT)
     except httpx.InvalidURL as error:
@@ -52,20 +53,15 @@ def _answers() -> bool:
             f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address. Write one such as"
             " https://huggingface.co, or unset it."
         )
+
     try:
         httpx.head(constants.ENDPOINT, timeout=PATIENCE_S)
     except httpx.HTTPError:
         return False
-    except (
-        ValueError,
-        ImportError,
-        httpx.InvalidURL,
-    ) as error:  # before it asks, it reads what proxies the environment names
-        named = [
-            name
-            for name in os.environ
-            if name.lower().endswith("_proxy") and name.lower() != "no_proxy"
-        ]
+    # Before it asks, it reads what proxies the environment names.
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
+        named = [name for name in proxies if name.lower() != "no_proxy"]
         raise ConfigError(
             f"the proxy that {' or '.join(named)} names can not be used: {first_line(error)}. Write"
             " http://HOST:PORT, or unset it."

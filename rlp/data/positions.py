@@ -1,8 +1,8 @@
-"""Which tokens of a document are predicted.
+"""Which tokens of a document are predicted. What happens at a position is not known here.
 
 Dimensions
-    M  positions of all documents together;  K  positions per document;  H  target tokens (the
-       horizon)
+    P  document tokens;  K  positions per document;  M  positions of all documents together
+    H  target tokens (the horizon)
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,8 @@
-"""The documents of a run: endless, in a seeded order that a few integers resume."""
+"""The documents of a run: endless, in a seeded order that a few integers resume.
+
+A row that can not become a document is skipped and counted by reason, up to
+`data.max_bad_fraction`. What a document is used for is not known here.
+"""
 
 import math
 from collections import Counter
@@ -104,12 +108,14 @@ class DocumentStream:
         self._warn = warn
         self._record = record
         self._tokens_field, self._vocabulary = tokens_field, vocabulary
+
         sizes = rows.source_sizes if weights else [len(rows)]
         self._sources = [
             Source(sum(sizes[:index]), size, shuffle=config.shuffle, seed=seed, index=index)
             for index, size in enumerate(sizes)
         ]
-        self._up_to = np.cumsum(weights or [1.0]) / sum(weights or [1.0])
+        weights = weights or [1.0]
+        self._up_to = np.cumsum(weights) / sum(weights)
         self._given = 0
         self._files = [[table.name, table.identity] for table in rows.tables]
         self.bad: dict[str, int] = {}
@@ -126,7 +132,6 @@ class DocumentStream:
             document = self._next_document()
             documents.append(replace(document, occurrence=seen[document.id]))
             seen[document.id] += 1
-
         return documents
 
     @property
@@ -194,15 +199,15 @@ class DocumentStream:
         return self._sources[int(np.searchsorted(self._up_to[:-1], draw, side="right"))]
 
     def _tokens(self, index: int) -> np.ndarray:
+        """Token ids of a row, or BadDocument."""
         row = self._rows.read(index)
         if self._tokens_field is None:
-            tokens = encode(
-                fill_template(self._config.template, row), self._tokenizer, self._config
-            )
+            text = fill_template(self._config.template, row)
+            tokens = encode(text, self._tokenizer, self._config)
         else:
-            tokens = ended(
-                given_ids(row, self._tokens_field, self._vocabulary), self._tokenizer, self._config
-            )
+            ids = given_ids(row, self._tokens_field, self._vocabulary)
+            tokens = ended(ids, self._tokenizer, self._config)
+
         if len(self._candidates(tokens)) == 0:
             raise BadDocument("no position", f"{len(tokens)} tokens, and {self._why_none(tokens)}")
         return tokens
@@ -212,19 +217,19 @@ class DocumentStream:
         where, detail = self._rows.where(index), short(detail)
         if count <= LISTED_PER_REASON:
             self._record({"reason": reason, "count": count, "where": where, "detail": detail})
+
         # A blank line between documents is no fault of the data.
-        num_bad, num_rows = (
-            sum(self.bad.values()) - self.bad.get("empty line", 0),
-            self._rows_to_judge_by(),
-        )
+        num_bad = sum(self.bad.values()) - self.bad.get("empty line", 0)
+        num_rows = self._rows_to_judge_by()
         if num_bad > self._config.max_bad_fraction * num_rows:
+            enough = min(1.0, math.ceil(200 * num_bad / num_rows) / 100)
             raise DataError(
                 f"{where}: {reason} ({detail}). {num_bad} of {self.cursor} rows read are bad"
                 f" ({self._counts()}), more than data.max_bad_fraction ="
                 f" {self._config.max_bad_fraction:g} allows. Mend the data, or raise"
-                f" data.max_bad_fraction to {min(1.0, math.ceil(200 * num_bad / num_rows) / 100):g}"
-                " or more to skip such rows."
+                f" data.max_bad_fraction to {enough:g} or more to skip such rows."
             )
+
         if count == 1:
             self._warn(
                 f"skipped {where}: {reason} ({detail}); further such rows are counted silently"
@@ -234,11 +239,9 @@ class DocumentStream:
         """Rows that a fraction of bad ones is taken of: those read, but at least `FEWEST_JUDGED`,
         and of a smaller corpus whole epochs, as a few rows are met again and again."""
         size = len(self._rows)
-        return (
-            max(self.cursor, FEWEST_JUDGED)
-            if size >= FEWEST_JUDGED
-            else math.ceil(self.cursor / size) * size
-        )
+        if size < FEWEST_JUDGED:
+            return math.ceil(self.cursor / size) * size
+        return max(self.cursor, FEWEST_JUDGED)
 
     def _counts(self) -> str:
         return ", ".join(f"{reason}: {count}" for reason, count in self.bad.items())

@@ -31,6 +31,9 @@ from rlp.model.policy import Policy
 CACHES = ("past_key_values", "cache_params")
 """What transformers calls a cache that every model of it can take and give back."""
 
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
+"""What a config calls the longest sequence, the first that it has."""
+
 NUM_TOKENS = 8
 """Tokens that a model is tried on."""
 
@@ -63,16 +66,10 @@ class ContextLimit:
 def context_limit(architecture: PretrainedConfig) -> ContextLimit | None:
     """The limit of an architecture; None where it names none, as state-space models do."""
     text = architecture.get_text_config()
-    name = next(
-        (
-            name
-            for name in ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
-            if isinstance(getattr(text, name, None), int)
-        ),
-        None,
-    )
-    if name is None:
+    names = [name for name in LENGTH_KEYS if isinstance(getattr(text, name, None), int)]
+    if not names:
         return None
+    name = names[0]
     tokens, rope = getattr(text, name), getattr(text, "rope_parameters", None) or {}
     if rope.get("factor") and rope.get("original_max_position_embeddings"):
         tokens = max(tokens, int(rope["factor"] * rope["original_max_position_embeddings"]))
@@ -93,15 +90,12 @@ def why_unfit(architecture: PretrainedConfig) -> str | None:
                 trust_remote_code=False,
                 experts_implementation="batched_mm",
             ).eval()
-        except (
-            Exception
-        ):  # of any type: `model_shapes` builds it once more, and says why it can not
+        except Exception:  # any: `model_shapes` builds it once more, and says why it can not
             return None
+
         takes = inspect.signature(lm.base_model.forward).parameters
-        head, cache = (
-            lm.get_output_embeddings(),
-            next((name for name in CACHES if name in takes), None),
-        )
+        cache = next((name for name in CACHES if name in takes), None)
+        head = lm.get_output_embeddings()
         if head is None:
             return "it has no LM head (no output embedding)"
         if lm.base_model is lm:
@@ -121,6 +115,7 @@ def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | Non
         output = body(input_ids=_no_numbers(2, NUM_TOKENS), use_cache=True)
     except Exception:  # of any type: tensors without numbers are refused in many ways
         return None
+
     hidden, kept = getattr(output, "last_hidden_state", None), getattr(output, cache, None)
     if hidden is None:
         return "its body gives no last hidden state"
@@ -136,6 +131,7 @@ def _missing_when_run(body: nn.Module, cache: str, head: nn.Module) -> str | Non
         )
     if not hasattr(kept, "reorder_cache"):
         return f"its cache ({type(kept).__name__}) can not be forked: it has no reorder_cache"
+
     try:
         body(input_ids=_no_numbers(2, 1), use_cache=True, **{cache: kept})
     except Exception:  # as above
@@ -195,9 +191,7 @@ def why_unsound(policy: Policy) -> str | None:
             return _wrong_logits(policy, tokens) or _noise(policy, tokens, states)
     except torch.distributed.DistError:
         raise
-    except (
-        Exception
-    ) as error:  # a model of any make, run in ways that its makers need not have tried
+    except Exception as error:  # any: it is run in ways that its makers need not have tried
         return (
             f"it can not be run as this program runs it: {type(error).__name__}:"
             f" {first_line(error)}. Choose another model."
@@ -212,7 +206,7 @@ def _wrong_logits(policy: Policy, tokens: Tensor) -> str | None:
         return (
             f"its logits differ from softcap(scale * hidden @ head.T + bias) by {error:.3g}. It"
             " transforms its logits in a way that is not known here; add it to `_logit_transform`"
-            " in rlp/model/loading.py."
+            " in rlp/model/policy.py."
         )
     if not (error := _decoding_error(policy, tokens, own)) <= MANY_LAYERS * unit:
         return (
@@ -226,9 +220,8 @@ def _wrong_logits(policy: Policy, tokens: Tensor) -> str | None:
 def _rounding(policy: Policy, logits: Tensor) -> float:
     """What rounding may make of logits: in bfloat16, which carries 8 bits, 2 ** -7 of the
     largest."""
-    return max(logits.abs().max().item(), 1.0) * (
-        2**-7 if policy.head.dtype == torch.bfloat16 else 2**-13
-    )
+    unit = 2**-7 if policy.head.dtype == torch.bfloat16 else 2**-13
+    return max(logits.abs().max().item(), 1.0) * unit
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
@@ -243,6 +236,7 @@ def _decoding_error(policy: Policy, tokens: Tensor, own: Tensor) -> float:
     column = torch.arange(long, device=tokens.device)
     place = column - (long - lengths)[:, None]
     prefixes, mask = tokens[0][place.clamp(min=0)], place >= 0
+
     _, cache = policy.prefill(prefixes, mask)
     index = torch.tensor([1, 0, 1], device=tokens.device)
     policy.fork(cache, index)
@@ -259,15 +253,15 @@ def _noise(policy: Policy, tokens: Tensor, states: Callable[[], list[np.ndarray]
     policy.train()
     first, second = (policy("check", tokens)[0] for _ in range(2))
     policy.eval()
+
     remedy = "Turn its noise off in its config.json, or choose another model."
     if any(not np.array_equal(one, other) for one, other in zip(before, states(), strict=True)):
         return (
             "a forward pass in training mode draws random numbers, so sampler and trainer would be"
             f" two policies. {remedy}"
         )
-    if not (error := max(_apart(first, second), _apart(first, expected))) <= _rounding(
-        policy, expected
-    ):
+    error = max(_apart(first, second), _apart(first, expected))
+    if not error <= _rounding(policy, expected):
         return (
             "forward passes in training mode differ from each other, or from evaluation mode, by"
             f" {error:.3g}. {remedy}"
@@ -281,17 +275,17 @@ def _kept_random_states(device: torch.device) -> Iterator[Callable[[], list[np.n
     the end."""
     python, numpy = random.getstate(), np.random.get_state()
 
+    devices = [device] if device.type == "cuda" else []
+
     def states() -> list[np.ndarray]:
-        ours = [torch.get_rng_state()] + (
-            [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        )
         return [
             np.array(random.getstate()[1]),
             np.append(*np.random.get_state()[1:3]),
-            *(state.numpy() for state in ours),
+            torch.get_rng_state().numpy(),
+            *(torch.cuda.get_rng_state(one).numpy() for one in devices),
         ]
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices):
         try:
             yield states
         finally:

@@ -70,7 +70,7 @@ def read_model_config(config: ModelConfig) -> PretrainedConfig:
     settle_source(config.path, "model.path")
     try:
         values, _ = PretrainedConfig.get_config_dict(config.path)
-    except Exception as error:  # as above
+    except Exception as error:  # what is wrong in a file comes as any type
         raise ConfigError(
             f"model.path: no model config at {config.path!r}: {in_one_line(error)}."
             f" {WHERE_MODELS_LIVE}"
@@ -78,6 +78,7 @@ def read_model_config(config: ModelConfig) -> PretrainedConfig:
     if not values:
         raise ConfigError(f"model.path: no config.json in {config.path!r}. {WHERE_MODELS_LIVE}")
     _refuse_impossible_sizes(config.path, values)
+
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # as above
@@ -85,6 +86,7 @@ def read_model_config(config: ModelConfig) -> PretrainedConfig:
             f"model.path: the config.json of {config.path!r} describes no model:"
             f" {type(error).__name__}: {in_one_line(error)}"
         ) from error
+
     for name, value in list(vars(architecture).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(architecture, name, 0.0)
@@ -116,18 +118,17 @@ architectures."""
 def _refuse_impossible_sizes(source: str, values: dict) -> None:
     """Refuse what no model has before transformers divides by it."""
     for part in (values, values.get("text_config")):
-        sizes = (
-            {name: part[name] for name in _SIZES if part.get(name) is not None}
-            if isinstance(part, dict)
-            else {}
-        )
-        for name, value in sizes.items():
+        if not isinstance(part, dict):
+            continue
+        for name in _SIZES:
+            value = part.get(name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(
                     f"model.path: the config.json of {source!r} has {name}={value}; expected at"
                     " least 1. Write the config of the model."
                 )
-        heads, shared = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+
+        heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
             raise ConfigError(
                 f"model.path: the config.json of {source!r} has num_attention_heads={heads} and"
@@ -144,9 +145,8 @@ def choose_layout(config: Config, architecture: PretrainedConfig) -> tuple[str, 
     """
     if config.engine.layout == "repeated":
         return "repeated", "as engine.layout says"
-    obstacle = why_no_tree(
-        architecture, "sdpa" if config.model.attention == "auto" else config.model.attention
-    )
+    attention = "sdpa" if config.model.attention == "auto" else config.model.attention
+    obstacle = why_no_tree(architecture, attention)
     if obstacle is None:
         return "tree", "each document is run once for all its thoughts"
     if config.engine.layout == "tree":
@@ -166,12 +166,9 @@ def _choose_attention(
         return register("sdpa")
     if config.attention != "auto":
         return config.attention
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    return (
-        "flash_attention_2"
-        if has_flash and device.type == "cuda" and dtype == torch.bfloat16
-        else None
-    )
+    if device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return None
 
 
 def load_policy(
@@ -198,6 +195,7 @@ def load_policy(
     layout, _ = choose_layout(config, architecture)
     lm = _load(config, architecture, _choose_attention(config.model, layout, dtype, device), dtype)
     embed_markers(lm, markers, whole)
+
     # Some makers freeze a parameter that only training recipes of their own move: without a
     # gradient it stays as it is here too.
     for parameter in lm.parameters():
@@ -205,6 +203,7 @@ def load_policy(
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
     if config.engine.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(lm, markers, config.engine.logprob_form)
@@ -222,6 +221,20 @@ def load_with_markers(
     return lm
 
 
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    SafetensorError,
+)
+"""What files that are damaged, or of another model, make transformers raise."""
+
+
 def _load(
     config: Config, architecture: PretrainedConfig, attention: str | None, dtype: torch.dtype | str
 ) -> PreTrainedModel:
@@ -230,20 +243,10 @@ def _load(
         return _build(config, architecture, attention, dtype)
     except ConfigError:
         raise
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-        SafetensorError,
-    ) as error:
+    except UNLOADABLE as error:
         raise ConfigError(
-            f"model.path: {config.model.path!r} could not be loaded: "
-            f"{first_line(error)}. {WHERE_MODELS_LIVE}"
+            f"model.path: {config.model.path!r} could not be loaded: {first_line(error)}."
+            f" {WHERE_MODELS_LIVE}"
         ) from error
 
 
@@ -255,6 +258,7 @@ def _build(
         return AutoModelForCausalLM.from_config(
             architecture, attn_implementation=attention, dtype=dtype, trust_remote_code=False
         )
+
     _refuse_pickles(config.model.path)
     lm, loading = AutoModelForCausalLM.from_pretrained(
         config.model.path,
@@ -265,6 +269,7 @@ def _build(
         trust_remote_code=False,
         output_loading_info=True,
     )
+
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(
@@ -282,16 +287,11 @@ def _refuse_pickles(source: str) -> None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if index is not None:
-        files = json.loads(Path(index).read_bytes())["weight_map"].values()
-        odd = [
-            name
-            for name in files
-            if not (
-                isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
-            )
-        ]
-        if odd:
+    if index is None:
+        return
+    for name in json.loads(Path(index).read_bytes())["weight_map"].values():
+        is_text = isinstance(name, str)
+        if not (is_text and name.endswith(".safetensors") and Path(name).name == name):
             raise ValueError(
-                f"{index} names {odd[0]!r}; expected safetensors files in the same folder"
+                f"{index} names {name!r}; expected safetensors files in the same folder"
             )

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import (
-    AddedToken,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlp.config import ConfigError, ThoughtConfig
 
@@ -51,15 +47,14 @@ def find_markers(tokenizer: PreTrainedTokenizerBase, config: ThoughtConfig) -> M
             tokenizer.add_tokens([AddedToken(text, normalized=False, special=False)])
             added = _marker_ids(tokenizer, key, text)
             pieces[added[0]], written[key] = written[key], added
+
     open_ids, close_ids = written.values()
     if _stands_in(open_ids, close_ids) or _stands_in(close_ids, open_ids):
         raise ConfigError(
-            f"thought.open_marker {config.open_marker!r} (token ids "
-            f"{list(open_ids)}) and thought.close_marker "
-            f"{config.close_marker!r} ({list(close_ids)}): one stands inside the "
-            "other, so a text with a thought in it "
-            "does not say where the thought ends. Write two markers that share no "
-            "such part."
+            f"thought.open_marker {config.open_marker!r} (token ids {list(open_ids)}) and"
+            f" thought.close_marker {config.close_marker!r} ({list(close_ids)}): one stands inside"
+            " the other, so a text with a thought in it does not say where the thought ends."
+            " Write two markers that share no such part."
         )
     return Markers(open=open_ids, close=close_ids, pieces=pieces)
 
@@ -86,20 +81,20 @@ def marker_notes(
 ) -> list[str]:
     """What a user has to know of the markers before a run: what was added, or which ordinary token
     can be no target."""
+
+    def texts(tokens: tuple[int, ...]) -> list[str]:
+        return [tokenizer.decode([token]) for token in tokens]
+
     written = (
-        f"{config.open_marker!r} (token ids {list(markers.open)}) and "
-        f"{config.close_marker!r} ({list(markers.close)})"
+        f"{config.open_marker!r} (token ids {list(markers.open)}) and"
+        f" {config.close_marker!r} ({list(markers.close)})"
     )
     if markers.pieces:
-        means = "; ".join(
-            f"{token} from {[tokenizer.decode([piece]) for piece in pieces]}"
-            for token, pieces in markers.pieces.items()
-        )
+        means = "; ".join(f"{token} from {texts(was)}" for token, was in markers.pieces.items())
         return [
-            "thought.add_markers: added to tokenizer and model, each as the mean of the "
-            f"tokens that wrote it: {means}. "
-            f"The markers are {written}; they mean nothing to the model before it has seen "
-            "thoughts between them (docs/warm_start.md)."
+            "thought.add_markers: added to tokenizer and model, each as the mean of the tokens that"
+            f" wrote it: {means}. The markers are {written}; they mean nothing to the model before"
+            " it has seen thoughts between them (docs/warm_start.md)."
         ]
     if config.add_markers:
         return [
@@ -107,16 +102,13 @@ def marker_notes(
         ]
     if len(markers.open) == 1:
         return []
-    first = tokenizer.decode([markers.excluded])
+    pieces = texts(markers.open)
     return [
-        f"WARNING: thought.open_marker {config.open_marker!r} is {len(markers.open)} tokens to "
-        "this tokenizer, "
-        f"{[tokenizer.decode([token]) for token in markers.open]}. The first one, {first!r} "
-        f"(token id {markers.excluded}), "
-        "is therefore left out of every target softmax, and no target may be one. Write "
-        "thought.add_markers=true, which makes "
-        "each marker one new token, or make such a model once: rlp add-markers MODEL --out "
-        "FOLDER."
+        f"WARNING: thought.open_marker {config.open_marker!r} is {len(pieces)} tokens to this"
+        f" tokenizer, {pieces}. The first one, {pieces[0]!r} (token id {markers.excluded}), is"
+        " therefore left out of every target softmax, and no target may be one. Write"
+        " thought.add_markers=true, which makes each marker one new token, or make such a model"
+        " once: rlp add-markers MODEL --out FOLDER."
     ]
 
 
@@ -145,13 +137,12 @@ def embed_markers(lm: PreTrainedModel, markers: Markers, whole: Whole) -> None:
     text = lm.config.get_text_config()
     if (rows := vocabulary_with(markers, text.vocab_size)) > text.vocab_size:
         lm.resize_token_embeddings(rows, mean_resizing=False)
-    tables = [lm.get_input_embeddings().weight]
-    head = lm.get_output_embeddings()
-    tables += [
-        table
-        for table in (head.weight, getattr(head, "bias", None))
-        if table is not None and table is not tables[0]
-    ]
+
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
+    tables = [embedding]
+    for table in (head.weight, getattr(head, "bias", None)):
+        if table is not None and table is not embedding:
+            tables.append(table)
     with whole(tables):
         for table in tables:
             for token, pieces in markers.pieces.items():

@@ -18,9 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlp.model.attention import SharedKeys, Tree
@@ -69,9 +67,9 @@ class Policy(nn.Module):
 
         What training mode adds in a language model is noise: dropout, router jitter, dropped
         layers, experts drawn by lot. Sampler and trainer would be two policies, and the ratio of
-        eq. 8 not 1 on-policy. One thing else hangs
-        on the mode: a layer recomputes its activations (`engine.activation_checkpointing`) in
-        training mode only. Such a layer, not what is in it, is in the mode asked for.
+        eq. 8 not 1 on-policy. One thing else hangs on the mode: a layer recomputes its activations
+        (`engine.activation_checkpointing`) in training mode only. Such a layer, not what is in it,
+        is in the mode asked for.
         """
         super().train(mode)
         self.lm.eval()
@@ -115,8 +113,8 @@ class Policy(nn.Module):
         inverse_temperature: Tensor,
         excluded: Tensor,
     ) -> Tensor:
-        """One pass over rows, and a number for each query: log p(target | tokens[row, : column +
-        1]).
+        """One pass over rows, and a number for each query: of its `target` after
+        `tokens[row, : column + 1]`.
 
         A causal model never looks to the right, so padding on the right needs no mask: it is not
         queried.
@@ -137,18 +135,10 @@ class Policy(nn.Module):
             no token is excluded (thought tokens and documents, whose most probable token nobody
             asks for).
         """
-        # A mask of four dimensions is passed through unread: the tree says who attends to whom.
-        packed = (
-            {}
-            if tree is None
-            else {
-                "tree": tree,
-                "position_ids": position,
-                "attention_mask": tokens.new_zeros(1, 1, 1, 1),
-            }
-        )
+        packed = {} if tree is None else self._packed(tokens, position, tree)
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
+
         transform = {"softcap": self.softcap, "bias": self.head_bias}
         if statistic == "greedy":
             return token_argmax(queried, self.head, excluded=excluded, **transform) == target
@@ -158,10 +148,17 @@ class Policy(nn.Module):
         logprobs = token_logprobs(queried, self.head, target, **tempered, form=self.logprob_form)
         if statistic == "logprob":
             return logprobs
+
         asked = excluded >= 0
         with torch.no_grad():
             best = token_argmax(queried[asked], self.head, excluded=excluded[asked], **transform)
         return logprobs, torch.zeros_like(asked).masked_scatter(asked, best == target[asked])
+
+    def _packed(self, tokens: Tensor, position: Tensor, tree: Tree | SharedKeys) -> dict:
+        """What a forward of a packed row is given besides. A mask of four dimensions is passed
+        through unread: the tree says who attends to whom."""
+        mask = tokens.new_zeros(1, 1, 1, 1)
+        return {"tree": tree, "position_ids": position, "attention_mask": mask}
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -234,15 +231,10 @@ class Policy(nn.Module):
     def _shared_logits(
         self, tokens: Tensor, position: Tensor, keys: SharedKeys, wanted: bool
     ) -> Tensor | None:
-        # A mask of four dimensions is passed through unread: the keys say who attends to whom.
-        hidden = self.lm.base_model(
-            input_ids=tokens,
-            position_ids=position,
-            use_cache=False,
-            tree=keys,
-            attention_mask=tokens.new_zeros(1, 1, 1, 1),
-        ).last_hidden_state[0]
-        return self._logits(hidden) if wanted else None
+        """Logits of packed tokens [1, T] if wanted; their keys and values are kept in any case."""
+        packed = self._packed(tokens, position, keys)
+        output = self.lm.base_model(input_ids=tokens, use_cache=False, **packed)
+        return self._logits(output.last_hidden_state[0]) if wanted else None
 
     def _head_in(self, wide: torch.dtype) -> Tensor:
         """The head in another dtype; while sampling it is converted once, and not for each
@@ -255,6 +247,7 @@ class Policy(nn.Module):
         return head
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] float32 at least, of hidden states [..., D]."""
         hidden = hidden * self.logit_scale
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         if hidden.is_cuda and hidden.dtype != wide:
@@ -280,8 +273,8 @@ def _logit_transform(config: PretrainedConfig) -> tuple[float, float]:
 
 
 def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
-    """Clamp the time steps of state-space scans as the config says, which is not at all in
-    published models.
+    """Clamp the time steps of state-space scans as the config says: not at all, in published
+    models.
 
     transformers clamps Nemotron-H and Zamba2 at `time_step_min`, a bound of the initializer, in the
     scan (prefill, scoring) and not in decoding (huggingface/transformers, pull request 48989):
@@ -293,8 +286,7 @@ def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
     limit, stock = tuple(getattr(lm.config, "time_step_limit", None) or (0.0, math.inf)), None
     for module in lm.modules():
         if hasattr(module, "time_step_limit"):
-            stock = (
-                tuple(module.time_step_limit) if tuple(module.time_step_limit) != limit else stock
-            )
+            if tuple(module.time_step_limit) != limit:
+                stock = tuple(module.time_step_limit)
             module.time_step_limit = limit
     return stock

@@ -1,8 +1,10 @@
 """One forward of a layout, and from it every log-probability that the objective needs.
 
+Which model is asked, and what its answers are for, is not known here.
+
 Dimensions
-    B  documents;  M  positions;  N  rows of thoughts;  P  document tokens;  L  thought tokens;  H
-       target tokens
+    B  documents;  P  document tokens;  M  positions;  H  target tokens
+    N  rows of thoughts;  L  thought tokens;  Q  queries
 """
 
 from collections.abc import Callable
@@ -45,15 +47,16 @@ def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
         matched: ask for `Scores.matched` too.
     """
     fault("score")
-    logprob, greedy = (
-        ask(model, "logprob_and_greedy", layout)
-        if matched
-        else (ask(model, "logprob", layout), None)
-    )
+    if matched:
+        logprob, greedy = ask(model, "logprob_and_greedy", layout)
+        found = unpack(layout, greedy).target.all(dim=1)
+    else:
+        logprob, found = ask(model, "logprob", layout), None
+
     scores = unpack(layout, logprob)
     return replace(
         scores,
-        matched=unpack(layout, greedy).target.all(dim=1) if matched else None,
+        matched=found,
         thought=poisoned("score.thought", scores.thought),
         target=poisoned("score.target", scores.target),
         no_think=poisoned("score.no_think", scores.no_think),
@@ -79,14 +82,13 @@ def ask(model: Callable, statistic: str, layout: Layout) -> Tensor:
 def unpack(layout: Layout, answers: Tensor) -> Scores:
     """Per-query answers [Q] as the blocks of a layout."""
     blocks = answers.split(layout.sizes)
+    document = blocks[DOCUMENT]
+    if layout.sizes[DOCUMENT]:
+        document = _spread(layout.document_mask, document)
     return Scores(
         thought=_spread(layout.thought_mask, blocks[THOUGHT]),
         target=rearrange(blocks[TARGET], "(n h) -> n h", h=layout.horizon),
-        document=(
-            _spread(layout.document_mask, blocks[DOCUMENT])
-            if layout.sizes[DOCUMENT]
-            else blocks[DOCUMENT]
-        ),
+        document=document,
         no_think=rearrange(blocks[NO_THINK], "(m h) -> m h", h=layout.horizon),
         open_marker=blocks[OPEN_MARKER],
     )

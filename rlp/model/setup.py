@@ -23,11 +23,7 @@ from rlp.model.loading import read_model_config
 from rlp.model.markers import marker_notes, vocabulary_with
 from rlp.model.shapes import model_shapes
 from rlp.model.thoughts import ThoughtFormat
-from rlp.model.tokenizer import (
-    open_tokenizer,
-    quiet_transformers,
-    refuse_other_tokenizer,
-)
+from rlp.model.tokenizer import open_tokenizer, quiet_transformers, refuse_other_tokenizer
 from rlp.process.progress import Progress, Tell
 
 NOT_COMPUTED = (
@@ -61,38 +57,32 @@ class ModelSetup:
     def checksums(self) -> dict[str, str]:
         """By what they are of: all that the config names and does not hold, and that numbers of a
         run depend on."""
-        thought_format = self.thought_format
-        return {
-            "the tokenizer (model.tokenizer, else model.path)": _checksum(
-                _tokenizer_state(self.tokenizer)
-            ),
-            "the token ids of the markers": _checksum(
-                [
-                    thought_format.markers.open,
-                    thought_format.markers.close,
-                    thought_format.markers.excluded,
-                    thought_format.begin,
-                ]
-            ),
-            "the text of thought.instruction_file": _checksum(thought_format.instruction),
+        markers, thought_format = self.markers, self.thought_format
+        values = {
+            "the tokenizer (model.tokenizer, else model.path)": _tokenizer_state(self.tokenizer),
+            "the token ids of the markers": [
+                markers.open,
+                markers.close,
+                markers.excluded,
+                thought_format.begin,
+            ],
+            "the text of thought.instruction_file": thought_format.instruction,
         }
+        return {name: _checksum(value) for name, value in values.items()}
 
     def _instruction(self) -> tuple[int, ...]:
+        """Token ids of `thought.instruction_file`, empty where there is none."""
         path = self.config.thought.instruction_file
         if path is None:
             return ()
         try:
             if not Path(path).is_file():
+                what = ", which is a folder" if Path(path).is_dir() else ""
                 raise ConfigError(
-                    "thought.instruction_file: no file at"
-                    f" {path!r}{', which is a folder' if Path(path).is_dir() else ''}. Write the"
-                    " path of a text file, or leave it out."
+                    f"thought.instruction_file: no file at {path!r}{what}. Write the path of a"
+                    " text file, or leave it out."
                 )
-            return tuple(
-                self.tokenizer.encode(
-                    Path(path).read_text(encoding="utf-8"), add_special_tokens=False
-                )
-            )
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"thought.instruction_file: {path!r} can not be read: {error.strerror}. Write the"
@@ -103,6 +93,7 @@ class ModelSetup:
                 f"thought.instruction_file: {path!r} is not UTF-8: {error}. Write the path of a"
                 " text file."
             ) from error
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list:
@@ -145,33 +136,28 @@ class PanelSetup(ModelSetup):
         self._refuse_long_sequences()
         self._warn = warn
         self._position_marker = marker_ids(self.tokenizer, config.position)
-        self.held_out = (
-            open_rows(
-                config.data.held_out,
-                config.data,
-                config.data.held_out_split,
-                "data.held_out",
-                progress,
+
+        data = config.data
+        self.held_out: Rows | None = None
+        if data.held_out:
+            self.held_out = open_rows(
+                data.held_out, data, data.held_out_split, "data.held_out", progress
             )
-            if config.data.held_out
-            else None
-        )
 
     def _refuse_long_sequences(self) -> None:
         """Refuse settings whose longest sequence is beyond what the model reads, naming values that
         fit."""
-        limit, thinks = (
-            context_limit(self.architecture),
-            self.config.objective.thinks or bool(self.config.data.held_out),
-        )
+        config, limit = self.config, context_limit(self.architecture)
+        thinks = config.objective.thinks or bool(config.data.held_out)
         parts = sequence_parts(
             self.thought_format,
-            self.config.data.max_document_tokens,
-            self.config.thought.max_thought_tokens if thinks else None,
+            config.data.max_document_tokens,
+            config.thought.max_thought_tokens if thinks else None,
         )
         longest = sum(parts.values())
         if limit is None or longest <= limit.tokens:
             return
+
         words = " + ".join(f"{name} {tokens}" for name, tokens in parts.items() if tokens)
         raise ConfigError(
             f"model.path: the longest sequence has {longest} tokens ({words}), and the model reads"
@@ -181,33 +167,33 @@ class PanelSetup(ModelSetup):
 
     def _shorter(self, over: int, thinks: bool) -> str:
         """Which settings take that many tokens off the longest sequence."""
-        document = self.config.data.max_document_tokens - over
-        thought = self.config.thought.max_thought_tokens - over
-        least_document = self.config.position.min_prefix_tokens + self.config.target.horizon
-
-        fitting = []
-        if document >= least_document:
+        config, fitting = self.config, []
+        document = config.data.max_document_tokens - over
+        if document >= config.position.min_prefix_tokens + config.target.horizon:
             fitting.append(f"data.max_document_tokens={document}")
+        thought = config.thought.max_thought_tokens - over
         if thinks and thought > 0:
             fitting.append(f"thought.max_thought_tokens={thought}")
+
         if not fitting:
             return (
                 "Write smaller values of data.max_document_tokens and thought.max_thought_tokens:"
                 f" together {over} less."
             )
-
-        has_instruction = thinks and self.thought_format.instruction
-        shorter = ", or a shorter thought.instruction_file" if has_instruction else ""
+        instructed = thinks and self.thought_format.instruction
+        shorter = ", or a shorter thought.instruction_file" if instructed else ""
         return f"Write {' or '.join(fitting)}{shorter}."
 
     def notes(self) -> list[str]:
         """What is to be said of it before a run."""
-        unmeasured = (
+        if self.held_out is not None:
+            return self.marker_notes()
+        return [
+            *self.marker_notes(),
             "no held-out panel: data.held_out names no file, so nothing is measured before and"
             " after, and neither the run nor its report can say whether thoughts gain. Write"
-            " data.held_out=[FILE] to have it measured."
-        )
-        return self.marker_notes() + ([unmeasured] if self.held_out is None else [])
+            " data.held_out=[FILE] to have it measured.",
+        ]
 
     def checksums(self) -> dict[str, str]:
         described = {
@@ -215,13 +201,11 @@ class PanelSetup(ModelSetup):
             for name, value in self.architecture.to_dict().items()
             if name not in NOT_COMPUTED
         }
-        found = super().checksums() | {
-            "the config of the model in model.path": _checksum(described)
-        }
+        found = super().checksums()
+        found["the config of the model in model.path"] = _checksum(described)
         if self.held_out is not None:
-            found["the files of data.held_out"] = _checksum(
-                [table.identity for table in self.held_out.tables]
-            )
+            files = [table.identity for table in self.held_out.tables]
+            found["the files of data.held_out"] = _checksum(files)
         return found
 
     def panel_stream(self, seed: int) -> DocumentStream:
@@ -247,11 +231,9 @@ class PanelSetup(ModelSetup):
         )
 
     def _pieces(self, tokens: np.ndarray) -> str:
-        return (
-            "|"
-            + "|".join(self.tokenizer.decode([int(token)]).replace("\n", "\\n") for token in tokens)
-            + "|"
-        )
+        """Tokens as text, one by one."""
+        texts = [self.tokenizer.decode([token]) for token in tokens.tolist()]
+        return "|" + "|".join(texts).replace("\n", "\\n") + "|"
 
     def why_no_position(self, tokens: np.ndarray) -> str:
         """Why a document has no position that may be chosen: above all, a `position.marker` that is
@@ -259,29 +241,30 @@ class PanelSetup(ModelSetup):
         marker, position = self._position_marker, self.config.position
         if not marker:
             return (
-                f"a position needs {position.min_prefix_tokens} tokens before it "
-                f"(position.min_prefix_tokens), {self.config.target.horizon} from it on "
-                "(target.horizon), and no open marker among those"
+                f"a position needs {position.min_prefix_tokens} tokens before it"
+                f" (position.min_prefix_tokens), {self.config.target.horizon} from it on"
+                " (target.horizon), and no open marker among those"
             )
+
         stands = any(
             np.array_equal(tokens[start : start + len(marker)], marker)
             for start in range(len(tokens) - len(marker) + 1)
         )
         if stands:
             said = (
-                "stands only where no position may be: too early (position.min_prefix_tokens), "
-                "too late (target.horizon) or before an open marker"
+                "stands only where no position may be: too early (position.min_prefix_tokens),"
+                " too late (target.horizon) or before an open marker"
             )
         elif position.marker in self.tokenizer.decode(tokens):
             said = (
-                "is in the text, written with other tokens; write it as it stands there, such "
-                f"as with the space before it ({' ' + position.marker.strip()!r})"
+                "is in the text, written with other tokens; write it as it stands there, such as"
+                f" with the space before it ({' ' + position.marker.strip()!r})"
             )
         else:
             said = "does not occur"
         return (
-            f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)}, "
-            f"{self._pieces(np.array(marker))}"
+            f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)},"
+            f" {self._pieces(np.array(marker))}"
         )
 
 
@@ -310,19 +293,20 @@ class RunSetup(PanelSetup):
             raise ConfigError(f"model.path: {config.model.path!r}: {first_line(error)}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
         self.stream = self._train_stream(rows, warn, record)
-        self._train_stream(rows, lambda text: None, lambda entry: None).next_documents(
-            1
-        )  # data that is all bad is refused here
+
+        # Data that is all bad is refused here.
+        tried = self._train_stream(rows, warn=lambda text: None, record=lambda entry: None)
+        tried.next_documents(1)
 
     def _train_stream(
         self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]
     ) -> DocumentStream:
         """Training documents; without thoughts any document of two tokens is good."""
-        candidates = (
-            self.candidates
-            if self.config.objective.thinks
-            else lambda tokens: np.arange(1, len(tokens))
-        )
+
+        def all_but_the_first(tokens: np.ndarray) -> np.ndarray:
+            return np.arange(1, len(tokens))
+
+        candidates = self.candidates if self.config.objective.thinks else all_but_the_first
         return DocumentStream(
             rows,
             self.tokenizer,
@@ -344,11 +328,13 @@ class RunSetup(PanelSetup):
             f"document {document.id}: {len(document.tokens)} tokens",
             self._pieces(document.tokens),
         ]
-        return "\n".join(
-            lines + (self._show_thought(document) if self.config.objective.thinks else [])
-        )
+        if self.config.objective.thinks:
+            lines += self._show_thought(document)
+        return "\n".join(lines)
 
     def _show_thought(self, document: Document) -> list[str]:
+        """Where a thought would stand in a document; a position that only a model can choose is
+        the first one that may be."""
         chosen = candidates = self.candidates(document.tokens)
         if self.config.position.selector in ("uniform", "marker"):
             chosen = choose_positions(
@@ -359,15 +345,15 @@ class RunSetup(PanelSetup):
                 seed=self.config.run.seed,
                 step=1,
             ).position
+
         position = int(chosen[0])
         prefix = self.thought_format.prefix(document.tokens, position)
+        close = np.array(self.markers.close)
         target = document.tokens[position : position + self.config.target.horizon]
-        budget = self.config.thought.max_thought_tokens
-        tokens = (
+        return [
             f"position {position} of {len(candidates)} that may be chosen: {len(prefix)} tokens of"
-            f" instruction, prefix and open marker, then up to {budget} sampled tokens, the close"
-            " marker, and the target"
-        )
-        close = self._pieces(np.array(self.markers.close))
-        pieces = f"{self._pieces(prefix[-24:])} ... {close} -> {self._pieces(target)}"
-        return [tokens, pieces]
+            " instruction, prefix and open marker, then up to"
+            f" {self.config.thought.max_thought_tokens} sampled tokens, the close marker, and the"
+            " target",
+            f"{self._pieces(prefix[-24:])} ... {self._pieces(close)} -> {self._pieces(target)}",
+        ]

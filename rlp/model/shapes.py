@@ -1,4 +1,8 @@
-"""What a pass through a model costs, in closed form from the shapes of its weights."""
+"""What a pass through a model costs, in closed form from the shapes of its weights.
+
+`Work` is how much is run, `ModelShapes` what a model is made of, and `forward_flops` the product of
+both. What is run in a step, and when, is not known here.
+"""
 
 import copy
 import math
@@ -128,34 +132,34 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
     config, unknown = model.config.get_text_config(), set()
     head = _head_weight(model)
     blocks = _blocks(model, config, unknown)
-    attention = [
-        (path, module)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if _is_attention(module)
-    ]
+
+    modules = model.named_modules(remove_duplicate=False)
+    attention = [(path, module) for path, module in modules if _is_attention(module)]
     query_key_width, value_width, key_value_width = (
         _attention_widths(config) if attention else _NO_WIDTHS
     )
-    known = [
-        path
-        for path, module in attention
-        if is_as_its_config_says(module, query_key_width, value_width)
-    ]
-    unknown |= {_pattern(path) for path, _ in attention if path not in known}
-    scans = [
-        _scan_elements(path, module, unknown)
-        for path, module in model.named_modules()
-        if _is_scan(module)
-    ]
-    windows = sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv1d)
-    )
+    num_known = 0
+    for path, module in attention:
+        if is_as_its_config_says(module, query_key_width, value_width):
+            num_known += 1
+        else:
+            unknown.add(_pattern(path))
+
+    scans, windows, embeddings = [], 0, []
+    for path, module in model.named_modules():
+        if _is_scan(module):
+            scans.append(_scan_elements(path, module, unknown))
+        if isinstance(module, nn.Conv1d):
+            windows += module.weight.numel()
+        if isinstance(module, nn.Embedding):
+            embeddings.append(module.weight)
     per_block = [_activation_elements(block, config, query_key_width) for block in blocks]
+
     return ModelShapes(
         parameters=sum(weight.numel() for weight in model.parameters()),
         matmul_parameters=_matmul_parameters(model, config, head, unknown),
         scan_multiply_adds=2 * sum(scans),
-        attention_layers=len(known) * _attentions(config),
+        attention_layers=num_known * _attentions(config),
         query_key_width=query_key_width,
         value_width=value_width,
         key_value_elements=len(attention) * key_value_width,
@@ -165,14 +169,13 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         layer_activation_elements=max(per_block),
         width=head.shape[1],
         vocabulary=head.shape[0],
-        tied=any(
-            head is module.weight for module in model.modules() if isinstance(module, nn.Embedding)
-        ),
+        tied=any(head is weight for weight in embeddings),
         uncounted=tuple(sorted(unknown)),
     )
 
 
 def _on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
@@ -220,20 +223,21 @@ def _matmul_parameters(
     model: nn.Module, config: PretrainedConfig, head: nn.Parameter, unknown: set[str]
 ) -> int:
     """Weights of the body times the number of products that each takes part in per token position.
-    One that stands in several
-    places is counted in the first alone: which of them a token goes through is not told by the
-    model.
+
+    One that stands in several places is counted in the first alone: which of them a token goes
+    through is not told by the model.
     """
     total, seen = 0, set()
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding):
+            continue
         for name, weight in module.named_parameters(recurse=False):
-            if weight is head or weight.dim() < 2 or isinstance(module, nn.Embedding):
+            if weight is head or weight.dim() < 2:
                 continue
-            products = (
-                None if weight in seen else _products(module, f"{path}.{name}", weight, config)
-            )
+            place = f"{path}.{name}"
+            products = None if weight in seen else _products(module, place, weight, config)
             if products is None:
-                unknown.add(_pattern(f"{path}.{name}"))
+                unknown.add(_pattern(place))
             seen.add(weight)
             total += products or 0
     return total
@@ -263,18 +267,12 @@ def _expert_counts(config: PretrainedConfig) -> tuple[int, int] | None:
     """(experts per layer, experts that one token visits), or None for a dense model, or one whose
     config names them otherwise."""
     values = config.to_dict()
-    experts = next(
-        (
-            values[name]
-            for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-            if values.get(name)
-        ),
-        None,
-    )
-    visited = next(
-        (values[name] for name in ("num_experts_per_tok", "moe_topk", "moe_k") if values.get(name)),
-        None,
-    )
+
+    def first(*names: str) -> object:
+        return next((values[name] for name in names if values.get(name)), None)
+
+    experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    visited = first("num_experts_per_tok", "moe_topk", "moe_k")
     return (experts, visited) if isinstance(experts, int) and isinstance(visited, int) else None
 
 

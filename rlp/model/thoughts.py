@@ -1,4 +1,5 @@
-"""What a thought is: its tokens, and the format that it stands in.
+"""What a thought is: its tokens, and the format that it stands in. How thoughts are sampled, and
+what they are worth, is not known here.
 
 Dimensions
     M  positions;  G  thoughts per position;  L  thought tokens
@@ -45,20 +46,15 @@ class ThoughtFormat:
 
     def context(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction and document before the position."""
-        lead = (
-            [self.begin]
-            if len(self.instruction) and len(document) and document[0] == self.begin
-            else []
-        )
-        return np.concatenate([lead, self.instruction, document[len(lead) : position]]).astype(
-            np.int64
-        )
+        begins = len(self.instruction) > 0 and document[:1].tolist() == [self.begin]
+        lead = document[:1] if begins else document[:0]
+        instruction = np.array(self.instruction, dtype=np.int64)
+        return np.concatenate([lead, instruction, document[len(lead) : position]])
 
     def prefix(self, document: np.ndarray, position: int) -> np.ndarray:
         """Instruction, document before the position, open marker: what a thought continues."""
-        return np.concatenate([self.context(document, position), self.markers.open]).astype(
-            np.int64
-        )
+        opening = np.array(self.markers.open, dtype=np.int64)
+        return np.concatenate([self.context(document, position), opening])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,7 @@ import os
 from pathlib import Path
 
 import transformers
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from rlp.config import Config, ConfigError, ModelConfig
 from rlp.data.hub import settle_hub
@@ -17,11 +13,8 @@ from rlp.model.markers import Markers, find_markers
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, from `model.tokenizer` or `model.path`."""
-    source, key = (
-        config.tokenizer or config.path,
-        ("model.tokenizer" if config.tokenizer else "model.path"),
-    )
-    settle_source(source, key)
+    source = config.tokenizer or config.path
+    settle_source(source, "model.tokenizer" if config.tokenizer else "model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what is wrong in a file comes as any type
@@ -29,18 +22,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.tokenizer: no tokenizer at {source!r}: {in_one_line(error)}."
             f" {WHERE_MODELS_LIVE}"
         ) from error
+
     # transformers makes an empty tokenizer of the kind that config.json names where there is
     # nothing to read.
-    names = (
-        {*tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES}
-        if tokenizer.vocab_files_names
-        else set()
-    )
-    if (
-        names
-        and Path(source).is_dir()
-        and not any(match for name in names for match in Path(source).glob(name))
-    ):
+    names = {*tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES}
+    reads_files = tokenizer.vocab_files_names and Path(source).is_dir()
+    if reads_files and not any(any(Path(source).glob(name)) for name in names):
         raise ConfigError(
             f"model.tokenizer: {source!r} holds a model's config and no tokenizer (none of"
             f" {', '.join(sorted(names))}). Write model.tokenizer=FOLDER_OR_HUB_NAME of the one"
@@ -95,10 +82,9 @@ def refuse_other_tokenizer(
     num_tokens = max(tokenizer.get_vocab().values()) + 1 - len(markers.pieces)
     if num_tokens > vocabulary:
         raise ConfigError(
-            f"model.tokenizer: {num_tokens} tokens, but the embedding of "
-            f"{config.model.path} has {vocabulary} rows. "
-            "Write the tokenizer that belongs to the model, or resize the model's "
-            "embedding first."
+            f"model.tokenizer: {num_tokens} tokens, but the embedding of {config.model.path} has"
+            f" {vocabulary} rows. Write the tokenizer that belongs to the model, or resize the"
+            " model's embedding first."
         )
 
 

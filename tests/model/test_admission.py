@@ -184,7 +184,7 @@ def test_logits_that_are_transformed_otherwise_are_found():
     """By a factor that the config does not name."""
     scaled = tiny_policy()
     scaled.logit_scale = 1.1
-    assert "`_logit_transform` in rlp/model/loading.py" in why_unsound(scaled)
+    assert "`_logit_transform` in rlp/model/policy.py" in why_unsound(scaled)
 
 
 def test_a_cache_whose_fork_mixes_rows_is_found(monkeypatch: pytest.MonkeyPatch):
