@@ -156,16 +156,9 @@ def _rewarded_thoughts(
         )
         scores = score(policy, layout)
 
-    sampled = int(rollout.thoughts.mask.sum())
     scoring = layout.thought_work + layout.document_work
-    ledger.add("prefill", rollout.prefill_work, passes=1, tokens_in=rollout.prefill_work.tokens)
-    ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
+    ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
     ledger.add("score", scoring, passes=1, tokens_in=scoring.tokens)
-    ledger.add_thoughts(
-        rollout.thoughts.truncated.numel(),
-        max_thought_tokens=thought.max_thought_tokens,
-        sampled_tokens=sampled,
-    )
 
     reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=thought.group_size)
     reward = information_gain(reasoned_logprob, log_evidence(scores.no_think))

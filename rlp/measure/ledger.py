@@ -22,6 +22,7 @@ import torch
 
 from rlp.model.shapes import ModelShapes, Work, forward_flops
 from rlp.process.ranks import Ranks
+from rlp.sampling.rollout import Rollout
 
 PHASES = ("prefill", "decode", "score", "teacher", "train", "lm")
 """What a step spends its work on: the prefix of each thought; sampling; the target after each
@@ -154,6 +155,19 @@ class Ledger:
         count.tokens_in += tokens_in
         count.tokens_generated += tokens_generated
         count.tokens_trained += tokens_trained
+
+    def add_rollout(self, rollout: Rollout, *, max_thought_tokens: int) -> None:
+        """Count the thoughts that this rank sampled: their prefixes, their tokens, and what the
+        paper charges for them."""
+        sampled = int(rollout.thoughts.mask.sum())
+        prefill = rollout.prefill_work
+        self.add("prefill", prefill, passes=1, tokens_in=prefill.tokens)
+        self.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
+        self.add_thoughts(
+            rollout.thoughts.truncated.numel(),
+            max_thought_tokens=max_thought_tokens,
+            sampled_tokens=sampled,
+        )
 
     def add_documents(self, input_tokens: int) -> None:
         """Count document tokens that this rank read, once per document whatever is done with

@@ -30,7 +30,7 @@ from rlp.model.thoughts import Thoughts
 from rlp.objective import log_evidence
 from rlp.process.outside import Part
 from rlp.process.ranks import Ranks
-from rlp.sampling.rollout import NoiseKey, Rollout, sample_thoughts
+from rlp.sampling.rollout import NoiseKey, sample_thoughts
 from rlp.step.baseline import NoThink, baseline_of
 from rlp.step.loss import Scored
 from rlp.step.micro_batch import MicroBatch
@@ -116,18 +116,8 @@ class StepParts:
                 agree=self.pulse.agree,
                 prefill=lambda: self.ledger.time("prefill"),
             )
-        self._count_rollout(rollout)
+        self.ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
         return rollout.thoughts
-
-    def _count_rollout(self, rollout: Rollout) -> None:
-        sampled = int(rollout.thoughts.mask.sum())
-        self.count("prefill", rollout.prefill_work, passes=1)
-        self.ledger.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)
-        self.ledger.add_thoughts(
-            rollout.thoughts.truncated.numel(),
-            max_thought_tokens=self.config.thought.max_thought_tokens,
-            sampled_tokens=sampled,
-        )
 
     # Passes
 
