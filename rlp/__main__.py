@@ -13,6 +13,10 @@ def main() -> int:
 
         return main()
 
+    if sys.argv[1:2] in (["train"], ["plan"]):  # a rank among others, which ends as one
+        from rlp.train import start
+
+        start(command)
     return run_command(command)
 
 

@@ -1,5 +1,7 @@
-"""The console script `rlp`: look at runs that exist. Runs are started by `train.py`.
+"""The console script `rlp`: plan, run, and look at runs.
 
+    rlp train CONFIG    run a config, as `train.py` does
+    rlp plan CONFIG     what that run would read, hold and cost; nothing is written
     rlp view RUN        its logged thoughts, in the terminal
     rlp report RUN...   one HTML page about one or several runs
     rlp export STEP     a checkpoint as a Hugging Face folder
@@ -31,9 +33,18 @@ from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import chosen_checkpoint, open_run_folder
 
+PROGRAMS = {"train": [], "plan": ["--dry-run"]}
+"""Commands that are the program of a run (`rlp.train`), with what they add to its arguments. Their
+exit codes are those of a run (`rlp.process.exit_codes`)."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in PROGRAMS:
+        from rlp.train import main as program
+
+        return program([*argv[1:], *PROGRAMS[argv[0]]], name=f"rlp {argv[0]}")
     parser = _parser()
     arguments, late = parser.parse_known_args(argv)
     if late and ("overrides" not in arguments or any(word.startswith("-") for word in late)):
@@ -67,9 +78,12 @@ def _refusal(error: OSError) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rlp", description="Look at runs of RLP, reinforcement as a pretraining objective."
+        prog="rlp",
+        description="RLP, reinforcement as a pretraining objective: run it, look at runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, what in (("train", "run a config"), ("plan", "say what a run would hold and cost")):
+        commands.add_parser(name, help=what)  # `main` hands both on
     for add_command in COMMANDS:
         add_command(commands)
     return parser

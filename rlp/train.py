@@ -9,22 +9,31 @@ are the same program as `train.py`.
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from rlp.process.launcher import LauncherGone, launchers, watch_from_the_start
 
 
-def start() -> NoReturn:
-    """Run the program of this process, and end the process with its exit code."""
+def start(program: Callable[[], int] | None = None) -> NoReturn:
+    """Run the program of this process, and end the process with its exit code.
+
+    Args:
+        program: by default `main`, with the arguments of the process.
+    """
     watch_from_the_start()  # what is imported after this line takes seconds
     from rlp.process.command import run_as_process
 
-    run_as_process(main)
+    run_as_process(program or main)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, run, and turn errors into one clear message and an exit code."""
-    options = parse(arguments)
+def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
+    """Parse the command line, run, and turn errors into one clear message and an exit code.
+
+    Args:
+        name: of the program in its messages; by default that of the process.
+    """
+    options = parse(arguments, name)
     from rlp.config import ConfigError, load_config
     from rlp.data.sources import DataError
     from rlp.learn.checkpoint import CheckpointError
@@ -72,9 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, exit_codes.PEER_LOST, everywhere=True)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None, name: str | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog=name,
         description="Pretrain a causal language model with RLP.",
         epilog="Overrides: section.key=value, as in thought.group_size=8.",
     )

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from rlp.config import Config, load_config
-from rlp.process.lock import RunLock
-from rlp.process.preemption import Preemption
 from rlp.process.ranks import Ranks
 from rlp.process.watchdog import Watchdog
 from rlp.run.state import Host, OpenRun
@@ -65,9 +63,7 @@ def train(config: Config, ranks: Ranks) -> int:
 
 def open_run(config: Config, ranks: Ranks, watchdog: Watchdog | None = None) -> OpenRun:
     """A run that is open, in a process that nobody watches, for tests that make its steps."""
-    watchdog = watchdog or Watchdog(ranks, config.run)
-    host = Host(ranks, Preemption(ranks), watchdog, RunLock(ranks))
-    return Trainer(config, ranks=ranks).open_on(host)
+    return Trainer(config, ranks=ranks).open_on(Host.unwatched(config, ranks, watchdog))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -138,10 +138,11 @@ def make_world_and_bases(num_seeds: int) -> list[int]:
 
 def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tuple[Path, dict]:
     """Run an arm, or go on with it; its exported folder and what it spent."""
-    import train as program
+    from rlp import Trainer
     from rlp.compare.arms import write_arm
     from rlp.compare.splice import splice
     from rlp.config import load_config
+    from rlp.process.exit_codes import DONE
     from rlp.process.json_files import read_json
     from rlp.process.run_folder import open_run_folder
 
@@ -177,9 +178,9 @@ def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tup
             data,
             [*overrides, f"evaluation.every_n_steps={every}"],
         )
-    code = program.train(config, ranks)
-    if code != program.DONE:
-        raise RuntimeError(f"{arm}, seed {seed}: train.py ended with {code}; see {run}")
+    code = Trainer(config, ranks=ranks).fit().code
+    if code != DONE:
+        raise RuntimeError(f"{arm}, seed {seed}: the run ended with {code}; see {run}")
     ledger = read_json(run / "ledger.json")
     return run / "export", {
         name: ledger[name] for name in ("input_tokens", "flops", "paper_flops", "seconds")

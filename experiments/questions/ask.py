@@ -256,14 +256,15 @@ def one_run(
 ) -> dict:
     """Train one setting from the base of a seed; its line of results.jsonl. The exported model
     stays under runs/questions."""
-    import train
+    from rlp import Trainer
+    from rlp.process.exit_codes import DONE
 
     base, run = BASES / f"seed_{seed}", RUNS / f"{question}_{setting}_seed_{seed}"
     shutil.rmtree(run, ignore_errors=True)  # left by an interrupted call
-    code = train.train(quickstart(base, run, seed, *overrides), ranks)
-    if code != train.DONE:
+    code = Trainer(quickstart(base, run, seed, *overrides), ranks=ranks).fit().code
+    if code != DONE:
         raise RuntimeError(
-            f"{run}: the run ended with code {code}, expected {train.DONE}. Run the same command"
+            f"{run}: the run ended with code {code}, expected {DONE}. Run the same command"
             " again; finished runs are kept."
         )
     summary, environment, ledger = (
@@ -328,10 +329,14 @@ def quickstart(model: Path, run: Path, seed: int, *overrides: str) -> object:
 def evaluate_answers(model: Path, run: Path, ranks: object) -> dict:
     """The default's held-out panel (the answers, 16 thought tokens) for a model trained on other
     positions or with another budget."""
-    from rlp.trainer import Run
+    from rlp import Trainer
+    from rlp.run.held_out import HeldOut
+    from rlp.run.state import Host
 
     shutil.rmtree(run, ignore_errors=True)
-    values = Run(quickstart(model, run, 0), ranks).evaluate()
+    config = quickstart(model, run, 0)
+    opened = Trainer(config, ranks=ranks).open_on(Host.unwatched(config, ranks))
+    values = HeldOut(opened).evaluate()
     shutil.rmtree(run)
     return values
 

@@ -1,5 +1,6 @@
 """What a run is made of once it is open, and how far it has come."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -54,6 +55,12 @@ class Host:
     watchdog: Watchdog
     lock: RunLock
 
+    @classmethod
+    def unwatched(cls, config: Config, ranks: Ranks, watchdog: Watchdog | None = None) -> "Host":
+        """A process that nobody stops or watches: for who makes the steps of a run by hand."""
+        watchdog = watchdog or Watchdog(ranks, config.run)
+        return cls(ranks, Preemption(ranks), watchdog, RunLock(ranks))
+
     def say(self, text: str) -> None:
         """A line from the first rank, also before there is a log."""
         if self.ranks.is_first:
@@ -70,7 +77,7 @@ class Host:
             on_advance=self.watchdog.mark,
         )
 
-    def on_first_rank(self, folder: RunFolder, act, words: str):
+    def on_first_rank(self, folder: RunFolder, act: Callable[[], T], words: str) -> T:
         """What the first rank reads or changes in the run folder, on every rank. A collective.
 
         Raises:

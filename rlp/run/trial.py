@@ -15,12 +15,12 @@ from torch import Tensor
 from rlp.config import Config
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.data.selectors import Choice, chosen_by, open_selector
+from rlp.data.selectors import Choice, Selector, chosen_by, open_selector
 from rlp.model.thoughts import Thoughts
 from rlp.process.outside import Part, PartError, name_of
-from rlp.step.baseline import NETWORKS, NoThink, baseline_of, open_baseline
-from rlp.step.loss import Scored, loss_of, open_loss
-from rlp.step.reward import Evidence, open_reward, rewards_of
+from rlp.step.baseline import NETWORKS, Baseline, NoThink, baseline_of, open_baseline
+from rlp.step.loss import Loss, Scored, loss_of, open_loss
+from rlp.step.reward import Evidence, Reward, open_reward, rewards_of
 
 M, L, P = 2, 3, 6
 """Sizes of what is made up."""
@@ -43,7 +43,12 @@ class ReplaceableParts:
 
 
 def open_parts(
-    config: Config, *, selector=None, baseline=None, reward=None, loss=None
+    config: Config,
+    *,
+    selector: Selector | None = None,
+    baseline: Baseline | None = None,
+    reward: Reward | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Config, ReplaceableParts]:
     """The parts that a config names, or that are handed over, and the config that says so.
 
