@@ -6,6 +6,7 @@ it hangs; the pool starts another worker and the answer counts as wrong. Nothing
 so workers start fast.
 """
 
+import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rlp.config import ConfigError
@@ -50,7 +52,9 @@ def same_answer(answer: str, reference: str) -> bool | None:
     if answer == reference:
         return True
     given = parse(answer, parsing_timeout=None)
-    return bool(verify(_read_reference(reference), given, timeout_seconds=None)) if given else None
+    if not given:
+        return None
+    return bool(verify(_read_reference(reference), given, timeout_seconds=None))
 
 
 def _read_reference(text: str) -> list:
@@ -59,24 +63,19 @@ def _read_reference(text: str) -> list:
     import sympy
     from math_verify import parse
 
-    try:
-        return (
-            [sympy.Float(text)]
-            if "e" in text.lower() and float(text)
-            else parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-        )
-    except ValueError:
-        return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    if "e" in text.lower():
+        with suppress(ValueError):
+            if float(text):
+                return [sympy.Float(text)]
+    return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
 
 
 def _prepare_worker(memory_bytes: int) -> None:
     """Import what checks need, so that no answer's time pays for it, and bound memory: a power
     tower is soon gigabytes."""
-    import math_verify  # noqa: F401
-
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the command, which ends its workers
+    importlib.import_module("math_verify")
+    # Ctrl-C is for the command, which ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
@@ -117,6 +116,7 @@ class AnswerPool:
                 " 'rlp-pretraining[eval]'."
             )
         self._timeout_s, self._memory_bytes, self._check = timeout_s, memory_bytes, check
+
         # Each lane is a pool of one process, so that a death names its answer.
         self._lanes: queue.Queue[ProcessPoolExecutor | None] = queue.Queue()
         self._num_lanes = workers or min(8, os.cpu_count() or 1)
@@ -148,12 +148,10 @@ class AnswerPool:
         except BrokenProcessPool:
             lane.shutdown()
             lane = None
-            return Verdict(
-                False, "timeout" if time.monotonic() - start >= self._timeout_s else "crash"
-            )
-        except (
-            Exception
-        ) as error:  # what a symbolic library raises on a model's text can not be listed
+            late = time.monotonic() - start >= self._timeout_s
+            return Verdict(False, "timeout" if late else "crash")
+        # What a symbolic library raises on a model's text can not be listed.
+        except Exception as error:
             logging.getLogger(__name__).debug("a check raised %r", error)
             return Verdict(False, "crash")
         finally:

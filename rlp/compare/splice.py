@@ -33,7 +33,7 @@ from rlp.model.layout import tree_layout
 from rlp.model.policy import Policy
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
-from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, log_evidence
 from rlp.process.console import visible_text
 from rlp.process.files import new_folder, write_new
@@ -89,24 +89,10 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         ledger.close_step(ranks)
 
         for m, d in enumerate(positions.document):
-            tokens = _with_best_thought(
-                documents[d].tokens,
-                int(positions.position[m]),
-                thoughts[m : m + 1],
-                reward[m],
-                setup.thought_format,
-            )
-            longest = max(longest, len(tokens) - len(documents[d].tokens))
-            rows.append(
-                {
-                    "tokens": tokens.tolist(),
-                    "text": setup.tokenizer.decode(tokens),
-                    "document": documents[d].id,
-                    "position": int(positions.position[m]),
-                    "reward": float(reward[m].max()),
-                    "group_rewards": reward[m].tolist(),
-                }
-            )
+            position, group = int(positions.position[m]), thoughts[m : m + 1]
+            row = _spliced(setup, documents[d], position, group, reward[m])
+            longest = max(longest, len(row["tokens"]) - len(documents[d].tokens))
+            rows.append(row)
 
     told = _counts(rows, longest)
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
@@ -165,30 +151,32 @@ def _rewarded_thoughts(
     return rollout.thoughts, reward.cpu().numpy()
 
 
-def _with_best_thought(
-    document: np.ndarray,
-    position: int,
-    thoughts: Thoughts,
-    reward: np.ndarray,
-    thought_format: ThoughtFormat,
-) -> np.ndarray:
-    """[P + thought] int64: the document with the best of a group's thoughts in it, if that one
-    helps.
+def _spliced(
+    setup: RunSetup, document: Document, position: int, thoughts: Thoughts, reward: np.ndarray
+) -> dict:
+    """A line of documents.jsonl: the document with the best of a group's thoughts in it, if that
+    one helps.
 
     Args:
-        document: [P] int64.
         thoughts: of this position alone.
         reward: [G], of each of them.
     """
-    best = int(reward.argmax())
-    if not reward[best] > 0:
-        return document
-    thought = thoughts.tokens[0, best][thoughts.mask[0, best]].cpu().numpy()
-    # A thought that ended by itself holds its close marker.
-    close = thought_format.markers.close if bool(thoughts.truncated[0, best]) else ()
-    return np.concatenate(
-        [document[:position], thought_format.markers.open, thought, close, document[position:]]
-    ).astype(np.int64)
+    tokens, best = document.tokens, int(reward.argmax())
+    if reward[best] > 0:
+        markers = setup.thought_format.markers
+        thought = thoughts.tokens[0, best][thoughts.mask[0, best]].cpu().numpy()
+        # A thought that ended by itself holds its close marker.
+        close = markers.close if bool(thoughts.truncated[0, best]) else ()
+        parts = [tokens[:position], markers.open, thought, close, tokens[position:]]
+        tokens = np.concatenate(parts).astype(np.int64)
+    return {
+        "tokens": tokens.tolist(),
+        "text": setup.tokenizer.decode(tokens),
+        "document": document.id,
+        "position": position,
+        "reward": float(reward[best]),
+        "group_rewards": reward.tolist(),
+    }
 
 
 def _counts(rows: list[dict], longest: int) -> dict:
