@@ -51,6 +51,7 @@ def evaluate_checkpoint(
     chosen_device = _device(device)
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, TABLE_COLUMNS)
+
     tasks = load_tasks(benchmarks)
     model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
     for note in model.marker_notes():
@@ -69,8 +70,7 @@ def evaluate_checkpoint(
             style="dim",
         )
         if rows_file is not None:
-            lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in said)
-            append(rows_file, lines.encode(), point="eval.torn_rows")
+            _append_rows(rows_file, said)
 
     gains = {}
     if len(modes) == 2:
@@ -81,6 +81,11 @@ def evaluate_checkpoint(
     if results_file is not None:
         settings = {"checkpoint": checkpoint, "seed": seed, "limit": limit}
         _write_results(results_file, settings, benchmarks, results, gains)
+
+
+def _append_rows(path: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    append(path, "".join(lines).encode(), point="eval.torn_rows")
 
 
 def _write_results(
