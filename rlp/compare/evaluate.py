@@ -47,11 +47,7 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, DataError: something that is named is not there or can not be used.
     """
-    checkpoint = _model_of(checkpoint)
-    chosen_device = _device(device)
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, TABLE_COLUMNS)
-
+    checkpoint, chosen_device, console = _model_of(checkpoint), _device(device), _wide_console()
     tasks = load_tasks(benchmarks)
     model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
     for note in model.marker_notes():
@@ -74,13 +70,18 @@ def evaluate_checkpoint(
 
     gains = {}
     if len(modes) == 2:
-        gains = {
-            name: thought_gain(rows[name, "think"], rows[name, "no_think"]) for name in benchmarks
-        }
+        for name in benchmarks:
+            gains[name] = thought_gain(rows[name, "think"], rows[name, "no_think"])
     console.print(_result_table(results, gains))
     if results_file is not None:
         settings = {"checkpoint": checkpoint, "seed": seed, "limit": limit}
         _write_results(results_file, settings, benchmarks, results, gains)
+
+
+def _wide_console() -> Console:
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, TABLE_COLUMNS)
+    return console
 
 
 def _append_rows(path: Path, rows: list[dict]) -> None:
