@@ -9,8 +9,10 @@ WORLD := experiments/world/data
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kernels kernels/test_triton model/test_layout \
-	model/test_scoring model/test_tree sampling/test_rollout learn/test_numerics measure/test_probe whole/test_training whole/test_ranks))
+NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kernels \
+	kernels/test_kernel_bias kernels/test_kernel_choice kernels/test_triton model/test_layout \
+	model/test_scoring model/test_tree sampling/test_draw sampling/test_rollout learn/test_numerics \
+	measure/test_probe measure/test_probe_command whole/test_training whole/test_ranks))
 
 .PHONY: quickstart docs lint test test-all test-avx2 gpu setup clean
 
@@ -36,11 +38,13 @@ test-all: $(VENV)/test.ok
 
 # The numerical tests as on another processor: other vector instructions, other sums, two threads.
 test-avx2: $(VENV)/test.ok
-	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest --numprocesses 1 $(NUMERICAL)
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} \
+		$(BIN)/python -m pytest --numprocesses 1 $(NUMERICAL)
 
 # On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
 gpu:
-	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/kernels/test_triton.py tests/model/test_tree.py
+	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/kernels/test_triton.py \
+		tests/model/test_tree.py
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_logprobs.py --json bench_logprobs.json
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_step.py --quick --json bench_step.json
 

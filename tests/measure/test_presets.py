@@ -61,15 +61,27 @@ def test_presets_fit_eight_devices_of_80_gb(preset: str) -> None:
     assert config.optim.batch_size % (8 * config.optim.micro_batch_size) == 0
 
 
+def lines_by_key(text: str) -> dict[str, str]:
+    """Each line that sets a key, with the comment behind it, which may go on below its beginning."""
+    lines: dict[str, str] = {}
+    comment_column, key = -1, ""
+    for line in text.splitlines():
+        column = line.find("#")
+        if line.strip().startswith("#"):
+            lines[key] = lines.get(key, "") + (
+                line[column + 1 :] if column == comment_column else ""
+            )
+        else:
+            comment_column, key = column, line.split(":")[0].strip()
+            lines[key] = line
+    return lines
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_quote_the_plan(preset: str) -> None:
     """Gigabytes and tokens in the comments."""
     config, plan = preset_plan(preset)
-    lines = {
-        line.split(":")[0].strip(): line
-        for line in (REPOSITORY / "configs" / f"{preset}.yaml").read_text().splitlines()
-        if not line.strip().startswith("#")
-    }
+    lines = lines_by_key((REPOSITORY / "configs" / f"{preset}.yaml").read_text())
     memory = {part.name: part.num_bytes for part in plan.memory}
     assert f" {memory['activations'] / 1e9:.0f} GB" in lines["micro_batch_size"]
     without = (
