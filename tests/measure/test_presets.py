@@ -62,7 +62,7 @@ def test_presets_fit_eight_devices_of_80_gb(preset: str) -> None:
 
 
 def lines_by_key(text: str) -> dict[str, str]:
-    """Each line that sets a key, with the comment behind it, which may go on below its beginning."""
+    """Each line that sets a key, with the comment behind it, which may go on below itself."""
     lines: dict[str, str] = {}
     comment_column, key = -1, ""
     for line in text.splitlines():
