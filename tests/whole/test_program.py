@@ -38,10 +38,28 @@ def arguments(tmp_path, model_folder, corpus) -> list[str]:
     return [str(tmp_path / "tiny.yaml"), *(f"{key}={value}" for key, value in TINY.items())]
 
 
-def test_the_deepspeed_launcher_runs_two_ranks_under_zero_3(arguments, tmp_path):
-    """`deepspeed train.py CONFIG a.b=c`: the launcher's own argument is accepted, and both ranks
-    finish."""
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
+ALONE = ["--master_port", "29581"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["deepspeed", "--num_accelerators", "2", *ALONE, "train.py"],
+        pytest.param(
+            ["deepspeed", "--num_accelerators", "2", *ALONE, "--module", "rlp.train"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["torchrun", "--nproc_per_node", "2", *ALONE, "-m", "rlp.train"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["train.py", "module", "torchrun"],
+)
+def test_a_launcher_runs_two_ranks_under_zero_3(arguments, tmp_path, command):
+    """`deepspeed train.py CONFIG a.b=c`, and the same program as a module of the package: the
+    launcher's own argument is accepted, and both ranks finish."""
+    launcher = str(Path(sys.executable).with_name(command[0]))
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -50,11 +68,7 @@ def test_the_deepspeed_launcher_runs_two_ranks_under_zero_3(arguments, tmp_path)
     result = subprocess.run(
         [
             launcher,
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            "29581",
-            "train.py",
+            *command[1:],
             *arguments,
             "engine.zero_stage=3",
         ],
