@@ -11,7 +11,7 @@ from pathlib import Path
 from rlp.compare.budget import AMOUNTS, amount_spent
 from rlp.config import Config, ConfigError, load_config, to_yaml
 from rlp.measure.verdict import TOLERANCE
-from rlp.process.files import write_atomically
+from rlp.process.files import refuse_existing, write_atomically
 from rlp.process.json_files import read_json
 from rlp.process.run_folder import RunFolder
 from rlp.process.schemas import WHOLE_LEDGER
@@ -61,8 +61,7 @@ def write_arm(
         ConfigError: the run is not finished, the arm and the data do not go together, or its steps
             are so large that the nearest number of them may spend more than 1 % more or less.
     """
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists and is never written over. Write another file.")
+    refuse_existing(out)
     if not run.summary_json.exists() or not run.ledger_json.exists():
         raise ConfigError(
             f"{run.path} is not finished: it has no summary.json and ledger.json, so what it spends"

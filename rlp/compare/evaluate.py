@@ -13,7 +13,7 @@ from rlp.compare.benchmarks import Result, run_benchmarks, thought_gain
 from rlp.compare.tasks import Benchmark, load_tasks, versions
 from rlp.config import ConfigError
 from rlp.process.console import visible_text
-from rlp.process.files import append, write_new
+from rlp.process.files import append, refuse_existing, write_new
 from rlp.process.run_folder import open_run_folder
 
 TABLE_COLUMNS = 110
@@ -151,8 +151,7 @@ def refuse_output(flag: str, path: Path | None) -> None:
     """Before any work: a file that can not be written at the end, or that would be written over."""
     if path is None:
         return
-    if path.exists():
-        raise ConfigError(f"{flag}: {path} exists and is never written over. Write another path.")
+    refuse_existing(path, flag)
     if not path.absolute().parent.is_dir():
         raise ConfigError(
             f"{flag} {path}: there is no folder {path.parent}. Make it, or write another path."

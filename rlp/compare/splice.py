@@ -36,7 +36,7 @@ from rlp.model.setup import RunSetup
 from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, log_evidence
 from rlp.process.console import visible_text
-from rlp.process.files import new_folder, write_new
+from rlp.process.files import new_folder, refuse_existing, write_new
 from rlp.process.json_files import write_json
 from rlp.process.ranks import Ranks
 from rlp.sampling.rollout import NoiseKey, sample_thoughts
@@ -57,8 +57,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
         ConfigError: the folder exists, or the config chooses positions by the policy's own
             difficulty.
     """
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists and is never written over. Write another folder.")
+    refuse_existing(out)
     if config.position.selector not in ("uniform", "marker"):
         raise ConfigError(
             "position.selector: documents are spliced at positions that do not depend on the"

@@ -80,38 +80,25 @@ def save_checkpoint(
 
     Returns:
         The folder, or None where some rank could not write: training may go on, the older
-            checkpoints stand.
+        checkpoints stand.
     """
     final = parent / f"step_{step}"
     temporary = ranks.broadcast(temporary_of(final) if ranks.is_first else None)
-    failure, parts = None, {}
-    try:
-        fault("save.before_folder")
-        make_folder(temporary, exist_ok=True)
-        parts = _write_shard(temporary, engine, ranks)
-        fault("save.after_shard")
-    except (OSError, SafetensorError) as error:
-        failure = f"rank {ranks.rank}: {error}"
-    answers = ranks.gather((parts, failure))
-    failures = [failure for _, failure in answers if failure]
+    shards, failures = _write_shards(temporary, engine, ranks)
     if ranks.is_first and not failures:
-        shards = {name: entry for parts, _ in answers for name, entry in parts.items()}
-        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "shards": shards,
+            "shapes": engine.shapes(),
+            "state": state,
+        }
         try:
             settle()
-            _complete(
-                temporary,
-                final,
-                {
-                    "format": FORMAT,
-                    "step": step,
-                    "shards": shards,
-                    "shapes": shapes,
-                    "state": state,
-                },
-            )
+            _complete(temporary, final, meta)
         except OSError as error:
             failures = [f"rank 0: {error}"]
+
     failures = ranks.broadcast(failures)
     if failures:
         say(
@@ -127,6 +114,26 @@ def save_checkpoint(
                 " good; removal is tried again after the next."
             )
     return None if failures else final
+
+
+def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict, list[str]]:
+    """Write all shards; on every rank what meta.json says of them, and why some rank could not
+    write its own. A collective."""
+    failure, mine = None, {}
+    try:
+        fault("save.before_folder")
+        make_folder(folder, exist_ok=True)
+        mine = _write_shard(folder, engine, ranks)
+        fault("save.after_shard")
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {ranks.rank}: {error}"
+
+    shards, failures = {}, []
+    for written, failed in ranks.gather((mine, failure)):
+        shards |= written
+        if failed:
+            failures.append(failed)
+    return shards, failures
 
 
 def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
@@ -153,26 +160,25 @@ def _write_shard(folder: Path, engine: Engine, ranks: Ranks) -> dict:
 def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, dict[str, Tensor]]]:
     """This rank's tensors, at most `PART_BYTES` at a time: where each parameter's piece starts in
     the flattened parameter, the optimizer's step, and copies of the pieces. Where nothing is
-    sharded the first rank has them all.
-    """
+    sharded the first rank has them all."""
     starts, tensors, adam_step, room = {}, {}, 0, PART_BYTES
     for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
         state = engine.state_of(fragment.flat)
         kinds = {"master": fragment.flat} | {name: state[name] for name in STATES if name in state}
         adam_step = int(state["step"]) if state else 0
-        bytes_each = 4 * len(kinds)
-        done = 0
+        bytes_each, done = 4 * len(kinds), 0
+
         while done < fragment.numel:
             if room < bytes_each:
                 yield starts, adam_step, tensors
                 starts, tensors, room = {}, {}, PART_BYTES
+
             count = min(fragment.numel - done, room // bytes_each)
             starts[fragment.name] = fragment.start + done
             for kind, flat in kinds.items():
+                piece = fragment.view(flat)[done : done + count]
                 # A copy each: safetensors refuses views that share storage.
-                tensors[f"{kind}/{fragment.name}"] = fragment.view(flat)[done : done + count].to(
-                    "cpu", copy=True
-                )
+                tensors[f"{kind}/{fragment.name}"] = piece.to("cpu", copy=True)
             done, room = done + count, room - count * bytes_each
     if tensors:
         yield starts, adam_step, tensors
@@ -183,12 +189,11 @@ def _complete(temporary: Path, final: Path, meta: dict) -> None:
     fault("save.before_meta")
     content = json.dumps(meta, indent=1, allow_nan=False).encode()
     write_new(temporary / "meta.json", content, point="save.torn_meta")
+
     fault("save.before_complete")
-    write_new(
-        temporary / "COMPLETE",
-        hashlib.sha256(content).hexdigest().encode(),
-        point="save.torn_complete",
-    )
+    checksum = hashlib.sha256(content).hexdigest()
+    write_new(temporary / "COMPLETE", checksum.encode(), point="save.torn_complete")
+
     if final.exists():
         _set_aside(final, point="save.before_aside")
     name_folder(temporary, final, point="save.before_rename")
@@ -201,8 +206,10 @@ def _remove_old(parent: Path, keep: int, newest: Path | None) -> None:
 
     An old checkpoint loses its name first: half of one is never taken for damage.
     """
-    for old in [path for path in _by_step(parent) if path != newest][keep - 1 :] if newest else []:
-        set_aside(old, f".tmp.{old.name}", point="purge.before_old")
+    if newest is not None:
+        others = [path for path in _by_step(parent) if path != newest]
+        for old in others[keep - 1 :]:
+            set_aside(old, f".tmp.{old.name}", point="purge.before_old")
     _remove_unfinished(parent)
 
 
@@ -249,35 +256,32 @@ class Checkpoint:
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """[numel] float32: part of a flattened parameter's `master`, moment or EMA, from whichever
         shards hold it."""
-        values, pieces = torch.zeros(numel), []
+        values, read = torch.zeros(numel), []
         for file, shard in self.shards.items():
             if name not in shard["fragments"]:
                 continue
+            begin = shard["fragments"][name]
             try:
                 with safe_open(self.path / file, framework="pt") as tensors:
                     piece = tensors.get_slice(f"{kind}/{name}")
-                    begin, shape = shard["fragments"][name], piece.get_shape()
-                    if piece.get_dtype() != "F32" or len(shape) != 1:
-                        raise CheckpointError(
-                            f"{self.path}: {file} holds {kind} of {name} as {piece.get_dtype()}"
-                            f" {shape}; expected one dimension of F32."
-                        )
-                    low, high = max(start, begin), min(start + numel, begin + shape[0])
+                    length = _length(piece, f"{self.path}: {file} holds {kind} of {name}")
+                    low, high = max(start, begin), min(start + numel, begin + length)
                     if low < high:
                         values[low - start : high - start] = piece[low - begin : high - begin]
-                        pieces.append((low, high))
+                        read.append((low, high))
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{self.path}: {kind} of {name} can not be read from {file}: {error}."
                 ) from error
-        filled = sum(high - low for low, high in pieces)
+
+        filled = sum(high - low for low, high in read)
         if filled != numel:
             raise CheckpointError(
                 f"{self.path}: {kind} of {name} has {filled} of the {numel} values asked for. It"
                 " was made by another model."
             )
-        pieces.sort()
-        if any(end != begin for (_, end), (begin, _) in zip(pieces, pieces[1:])):
+        read.sort()
+        if any(end != begin for (_, end), (begin, _) in zip(read, read[1:])):
             raise CheckpointError(
                 f"{self.path}: pieces of {kind} of {name} overlap, and others are missing."
             )
@@ -295,6 +299,16 @@ class Checkpoint:
         return self.state["config"]
 
 
+def _length(piece: object, where: str) -> int:
+    """Of a flat float32 piece of a safetensors file, unread."""
+    shape = piece.get_shape()
+    if piece.get_dtype() != "F32" or len(shape) != 1:
+        raise CheckpointError(
+            f"{where} as {piece.get_dtype()} {shape}; expected one dimension of F32."
+        )
+    return shape[0]
+
+
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Read and verify one checkpoint. With `ranks` a collective: each verifies its share of the
     files.
@@ -310,7 +324,9 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     try:
         checkpoint = _read_meta(path)
         names = sorted(checkpoint.shards)
-        for name in names[ranks.rank :: ranks.world_size] if ranks else names:
+        if ranks:
+            names = names[ranks.rank :: ranks.world_size]
+        for name in names:
             _verify(path / name, checkpoint.shards[name])
     except CheckpointError as error:
         problem = str(error)
@@ -318,6 +334,7 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
         if error.errno != errno.EIO:
             raise
         problem = f"{path} can not be read: {error}."
+
     problems = [said for said in (ranks.gather(problem) if ranks else [problem]) if said]
     if problems:
         raise CheckpointError(problems[0])
@@ -327,7 +344,8 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
 def peek(path: Path) -> dict | None:
     """The state in a checkpoint, or in the newest of a folder of them, that can be read; tensors
     are not verified. None where there is none."""
-    for candidate in [path] if (path / "meta.json").is_file() else _by_step(path):
+    candidates = [path] if (path / "meta.json").is_file() else _by_step(path)
+    for candidate in candidates:
         try:
             return _read_meta(candidate).state
         except (CheckpointError, OSError):
@@ -349,6 +367,7 @@ def _read_meta(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: meta.json is larger than {MAX_META_BYTES:,} bytes, which no checkpoint needs."
         )
+
     try:
         meta = json.loads(read_bytes(meta_path))
     except (ValueError, RecursionError) as error:
@@ -364,13 +383,7 @@ def _read_meta(path: Path) -> Checkpoint:
         )
     if problem := META.problem(meta, ""):
         raise CheckpointError(f"{path}: meta.json: {problem}.")
-    return Checkpoint(
-        path=path,
-        step=meta["step"],
-        state=meta["state"],
-        shapes=meta["shapes"],
-        shards=meta["shards"],
-    )
+    return Checkpoint(path, meta["step"], meta["state"], meta["shapes"], meta["shards"])
 
 
 def _verify(file: Path, entry: dict) -> None:
@@ -396,35 +409,41 @@ def newest_checkpoint(
     Raises:
         CheckpointError: there are checkpoints, or were, and none is good.
     """
-    if ranks.is_first and changes:
-        try:
-            _remove_unfinished(parent)
-        except OSError as error:
-            say(
-                f"what an interrupted save left could not be removed ({error}). It is tried again"
-                " after the next save."
-            )
-    paths, earlier = ranks.broadcast(
-        (_by_step(parent), sorted(parent.glob("set_aside.*"))) if ranks.is_first else None
-    )
+    found = None
+    if ranks.is_first:
+        if changes:
+            _try_to_remove_unfinished(parent, say)
+        found = _by_step(parent), sorted(parent.glob("set_aside.*"))
+    paths, earlier = ranks.broadcast(found)
+
     rejected = [f"{path} was set aside earlier." for path in earlier]
     for path in paths:
         try:
             return open_checkpoint(path, ranks)
         except CheckpointError as error:
             rejected.append(str(error))
-            if not changes:
-                say(f"{error} The run sets it aside and tries the one before it.")
-                continue
+        if changes:
             what = ranks.broadcast(_try_to_set_aside(path) if ranks.is_first else None)
-            say(f"{error} {what}; the one before it is tried.")
+            say(f"{rejected[-1]} {what}; the one before it is tried.")
+        else:
+            say(f"{rejected[-1]} The run sets it aside and tries the one before it.")
+
     if rejected:
         raise CheckpointError(
-            "No good checkpoint is left: "
-            + " ".join(rejected)
-            + " Start a new run, or write run.resume=PATH of a good one."
+            f"No good checkpoint is left: {' '.join(rejected)} Start a new run, or write"
+            " run.resume=PATH of a good one."
         )
     return None
+
+
+def _try_to_remove_unfinished(parent: Path, say: Callable[[str], None]) -> None:
+    try:
+        _remove_unfinished(parent)
+    except OSError as error:
+        say(
+            f"what an interrupted save left could not be removed ({error}). It is tried again after"
+            " the next save."
+        )
 
 
 def _try_to_set_aside(path: Path) -> str:
@@ -449,19 +468,19 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
             needs.
     """
     fault("resume.before_restore")
-    fragments = engine.fragments()
-    refuse_other_model(
-        checkpoint, {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters()}
-    )
-    states = STATES if engine.keeps_ema else STATES[:2]
-    for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
-        if checkpoint.adam_step > 0:
-            engine.restore_state(flat, checkpoint.adam_step, states)
+    refuse_other_model(checkpoint, engine.shapes())
+
+    fragments, kinds = engine.fragments(), ()
+    if checkpoint.adam_step > 0:
+        kinds = STATES if engine.keeps_ema else STATES[:2]
+        for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
+            engine.restore_state(flat, checkpoint.adam_step, kinds)
+
     for fragment in fragments:
         where = (fragment.name, fragment.start, fragment.numel)
         fragment.view(fragment.flat).copy_(checkpoint.read("master", *where))
-        for name in states if checkpoint.adam_step > 0 else ():
-            fragment.view(engine.state_of(fragment.flat)[name]).copy_(checkpoint.read(name, *where))
+        for kind in kinds:
+            fragment.view(engine.state_of(fragment.flat)[kind]).copy_(checkpoint.read(kind, *where))
     engine.write_weights(engine.policy, lambda *where: checkpoint.read("master", *where))
 
 
@@ -474,96 +493,7 @@ def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> 
     )
     if odd:
         raise CheckpointError(
-            f"{checkpoint.path} was made by another model: {len(odd)} parameters "
-            f"differ, such as {odd[0]}, "
-            f"of shape {checkpoint.shapes.get(odd[0], 'none')} there and "
-            f"{shapes.get(odd[0], 'none')} here."
-        )
-
-
-MAY_CHANGE = {
-    "run",
-    "engine",
-    "budget",
-    "evaluation",
-    "checkpoint",
-    "logging",
-    "model.attention",
-    "data.max_bad_fraction",
-    "data.held_out",
-    "thought.sampling_rows",
-    "optim.micro_batch_size",
-    "optim.thoughts_per_forward",
-    *(
-        f"optim.{name}"
-        for name in (
-            "learning_rate",
-            "schedule",
-            "warmup_steps",
-            "final_fraction",
-            "grad_clip",
-            "spike_factor",
-            "spike_window",
-        )
-    ),
-}
-"""Sections and settings that a continued run may have otherwise: where it runs and how long, how it
-is sharded, measured and told, which rows it puts up with, and how large its updates are from here
-on."""
-
-MUST_STAY = {"run.seed", "evaluation.panel_positions"}
-"""In spite of their section. The dtype that a run computes in must stay too, whatever
-`engine.dtype` calls it: it is in the state."""
-
-NOT_TOLD = {"run.dir", "run.resume"}
-"""Others in every continued run."""
-
-
-def changed_settings(saved: dict, config: dict, path: Path) -> list[dict]:
-    """The settings of a continued run that are others than those it was made with: `key`, `from`
-    and `to` of each.
-
-    What was done stays done; what would make it another run is refused.
-
-    Args:
-        saved, config: nested mappings of the two configs.
-        path: of the run or checkpoint that is continued.
-
-    Raises:
-        ConfigError: a setting that must stay is another one.
-    """
-    changes = [
-        {"key": f"{section}.{name}", "from": saved.get(section, {}).get(name), "to": value}
-        for section, values in config.items()
-        for name, value in values.items()
-        if saved.get(section, {}).get(name) != value
-    ]
-    refused = [
-        f"{change['key']} was {change['from']!r}, is {change['to']!r}"
-        for change in changes
-        if change["key"] in MUST_STAY
-        or not {change["key"], change["key"].partition(".")[0]} & MAY_CHANGE
-    ]
-    if refused:
-        raise ConfigError(
-            f"run.resume: {path} was made with other settings: {'; '.join(refused)}. "
-            "Write the same values, or start a new run with model.path set to its export."
-        )
-    return [change for change in changes if change["key"] not in NOT_TOLD]
-
-
-def refuse_other_inputs(saved: dict[str, str], inputs: dict[str, str], path: Path) -> None:
-    """Refuse to continue a run on other inputs than those that its numbers come from.
-
-    Args:
-        saved, inputs: checksums by what they are of. What is no longer read need not be there; what
-            is read now was there from the start.
-        path: of the checkpoint.
-    """
-    other = [name for name, checksum in inputs.items() if saved.get(name) != checksum]
-    if other:
-        raise ConfigError(
-            f"run.resume: {path} was made with other inputs than those that the config names:"
-            f" {', '.join(other)} changed since, or came later. Put them back as they were, or"
-            " start a new run with model.path set to its export."
+            f"{checkpoint.path} was made by another model: {len(odd)} parameters differ, such as"
+            f" {odd[0]}, of shape {checkpoint.shapes.get(odd[0], 'none')} there and"
+            f" {shapes.get(odd[0], 'none')} here."
         )

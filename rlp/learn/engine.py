@@ -73,12 +73,10 @@ class StepResult:
 def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
     """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
     optim, engine = config.optim, config.engine
-    micro_batches = -(-(optim.batch_size // ranks.world_size) // optim.micro_batch_size)
-    slices = (
-        -(-config.thought.group_size // (optim.thoughts_per_forward or config.thought.group_size))
-        if config.objective.thinks
-        else 1
-    )
+    micro_batches = math.ceil(optim.batch_size // ranks.world_size / optim.micro_batch_size)
+    slices = 1
+    if config.objective.thinks and optim.thoughts_per_forward:
+        slices = math.ceil(config.thought.group_size / optim.thoughts_per_forward)
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": micro_batches * slices,
@@ -143,9 +141,8 @@ def sharded_construction(
         unset_hf_deepspeed_config,
     )
 
-    kept = HfDeepSpeedConfig(
-        deepspeed_config(config, ranks, dtype)
-    )  # transformers holds a weak reference
+    # Kept here: transformers holds a weak reference.
+    kept = HfDeepSpeedConfig(deepspeed_config(config, ranks, dtype))
     try:
         yield lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
     finally:
@@ -200,26 +197,21 @@ class Engine:
         self._ranks = ranks
         self._preemption, self._watchdog = preemption, watchdog
         self._stage = config.engine.zero_stage
+        self._losses_are_finite = torch.tensor(True, device=ranks.device)
+
         optim = config.optim
-        options = {
-            "lr": optim.learning_rate,
-            "betas": (optim.beta1, optim.beta2),
-            "eps": optim.epsilon,
-        }
-        if config.engine.offload_optimizer:
-            options["foreach"] = False
-        optimizer = AdamWithEMA(
+        self._optimizer = AdamWithEMA(
             _decay_groups(policy, optim.weight_decay),
             ema_decay=config.baseline.ema_decay if keeps_ema(config) else None,
-            **options,
+            lr=optim.learning_rate,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.epsilon,
+            foreach=False if config.engine.offload_optimizer else None,
         )
-        policy.to(ranks.device)
+        self.policy = policy.to(ranks.device)
         self._deepspeed = _initialize(
-            model=policy, optimizer=optimizer, config=deepspeed_config(config, ranks, dtype)
+            model=policy, optimizer=self._optimizer, config=deepspeed_config(config, ranks, dtype)
         )
-        self._optimizer = optimizer
-        self._losses_are_finite = torch.tensor(True, device=ranks.device)
-        self.policy = policy
         if self._stage == 3:
             import deepspeed
 
@@ -255,26 +247,24 @@ class Engine:
         fault("optimizer")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+
         if self._stage == 0:
-            norm = _finite_or_inf(
-                torch.nn.utils.get_total_norm(
-                    [p.grad for p in self.policy.parameters() if p.grad is not None]
-                )
-            )
-            self._optimizer.may_step = lambda: math.isfinite(norm) and norm <= largest_norm
-            self._deepspeed.step()
-        else:
+            # Taken here: DeepSpeed clips the gradients before it steps.
+            grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            whole_norm = _finite_or_inf(torch.nn.utils.get_total_norm(grads))
 
-            def global_norm() -> float:
-                return _finite_or_inf(self._deepspeed.optimizer._global_grad_norm)
+        def norm() -> float:
+            if self._stage == 0:
+                return whole_norm
+            return _finite_or_inf(self._deepspeed.optimizer._global_grad_norm)
 
-            self._optimizer.may_step = lambda: (
-                math.isfinite(global_norm()) and global_norm() <= largest_norm
-            )
-            self._deepspeed.step()
-            norm = global_norm()
+        def may_step() -> bool:
+            return math.isfinite(norm()) and norm() <= largest_norm
+
+        self._optimizer.may_step = may_step
+        self._deepspeed.step()
         self._losses_are_finite.fill_(True)
-        return StepResult(grad_norm=norm, applied=math.isfinite(norm) and norm <= largest_norm)
+        return StepResult(grad_norm=norm(), applied=may_step())
 
     @property
     def is_whole(self) -> bool:
@@ -344,63 +334,62 @@ class Engine:
         """Names as in the Hugging Face model; tied parameters once."""
         return list(self.policy.lm.named_parameters())
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Of each parameter, by name."""
+        return {name: list(_whole_shape(p)) for name, p in self.parameters()}
+
     def fragments(self) -> list[Fragment]:
         """This rank's share of the float32 master weights, parameter by parameter."""
-        named = ((name, self._fragment(name, p)) for name, p in self.parameters())
-        return [fragment for _, fragment in named if fragment is not None]
+        found = [self._fragment(name, p) for name, p in self.parameters()]
+        return [fragment for fragment in found if fragment is not None]
 
     def _fragment(self, name: str, p: nn.Parameter) -> Fragment | None:
         optimizer = self._deepspeed.optimizer
         if self._stage == 0:
             return Fragment(name, 0, p.numel(), p, 0)
+
         if self._stage == 3:
-            group, offset, numel = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = self._ranks.rank * p.partition_numel()
-            numel = min(numel, p.ds_numel - start)
-            return (
-                Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
-                if numel > 0
-                else None
-            )
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+            start, numel = self._held_part(p)
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            return Fragment(name, start, numel, flat, offset) if numel > 0 else None
+
         if p._hp_mapping is None:
             return None
-        flats = (
-            optimizer.fp32_groups_flat_partition
-            if hasattr(optimizer, "fp32_groups_flat_partition")
-            else optimizer.single_partition_of_fp32_groups
-        )
+        if hasattr(optimizer, "fp32_groups_flat_partition"):
+            flats = optimizer.fp32_groups_flat_partition
+        else:
+            flats = optimizer.single_partition_of_fp32_groups
         hp, lp = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
         return Fragment(name, lp.start, lp.numel, flats[p._hp_mapping.param_group_index], hp.start)
+
+    def _held_part(self, p: nn.Parameter) -> tuple[int, int]:
+        """Start and length of what this rank holds of a parameter that stage 3 has sharded; nothing
+        where the length is not above 0."""
+        start = self._ranks.rank * p.partition_numel()
+        return start, min(p.partition_numel(), p.ds_numel - start)
 
     def not_finite(self) -> list[str]:
         """Parameters of which this rank's float32 weights, moments or EMA hold a value that is not
         finite."""
         fragments = self.fragments()
-        # The least and the largest value of a tensor take no memory, and are NaN where one of its
-        # values is.
-        flats = {
-            id(fragment.flat): [
-                fragment.flat.detach(),
-                *(self.state_of(fragment.flat).get(name) for name in STATES),
-            ]
-            for fragment in fragments
+        flats = {id(fragment.flat): fragment.flat for fragment in fragments}
+        doubtful = {
+            key for key, flat in flats.items() if not all(map(_is_finite, self._kept(flat)))
         }
-        sound = {
-            key: all(
-                tensor is None or all(map(math.isfinite, torch.aminmax(tensor)))
-                for tensor in tensors
-            )
-            for key, tensors in flats.items()
-        }
-        return [
-            fragment.name
-            for fragment in fragments
-            if not sound[id(fragment.flat)]
-            and not all(
-                tensor is None or bool(fragment.view(tensor).isfinite().all())
-                for tensor in flats[id(fragment.flat)]
-            )
-        ]
+
+        found = []
+        for fragment in fragments:
+            if id(fragment.flat) in doubtful:
+                parts = [fragment.view(tensor) for tensor in self._kept(fragment.flat)]
+                if not all(map(_is_finite, parts)):
+                    found.append(fragment.name)
+        return found
+
+    def _kept(self, flat: Tensor) -> list[Tensor]:
+        """Master weights, moments and lag."""
+        state = self.state_of(flat)
+        return [flat.detach(), *(state[name] for name in STATES if name in state)]
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Optimizer state of a flat master tensor; empty before the first step."""
@@ -425,8 +414,7 @@ class Engine:
         """
         for name, p in module.lm.named_parameters():
             if self._stage == 3:
-                start = self._ranks.rank * p.partition_numel()
-                numel = min(p.partition_numel(), p.ds_numel - start)
+                start, numel = self._held_part(p)
                 if numel > 0:
                     p.ds_tensor.detach()[:numel].copy_(read(name, start, numel))
             else:
@@ -437,8 +425,7 @@ class Engine:
         parameters that this rank answers for. Over all ranks each value comes once."""
         for name, p in module.lm.named_parameters():
             if self._stage == 3:
-                start = self._ranks.rank * p.partition_numel()
-                numel = min(p.partition_numel(), p.ds_numel - start)
+                start, numel = self._held_part(p)
                 if numel > 0:
                     yield name, start, p.ds_tensor.detach()[:numel]
             elif self._ranks.is_first:
@@ -467,7 +454,7 @@ class Engine:
         """
         mine = {fragment.name: fragment for fragment in self.fragments()}
         for name, p in self.parameters():
-            shape = getattr(p, "ds_shape", p.shape)
+            shape = _whole_shape(p)
             flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._ranks.device)
             if name in mine:
                 start, numel = mine[name].start, mine[name].numel
@@ -496,10 +483,22 @@ def _finite_or_inf(norm: Tensor | float) -> float:
     return float(norm) if math.isfinite(norm) and norm >= 0 else math.inf
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. The least and the largest of them take no memory, and are NaN where
+    one is."""
+    return all(map(math.isfinite, torch.aminmax(tensor)))
+
+
+def _whole_shape(p: nn.Parameter) -> torch.Size:
+    """Of a parameter that stage 3 may have sharded."""
+    return getattr(p, "ds_shape", p.shape)
+
+
 def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on matrices; none on vectors (norms, biases)."""
-    matrices = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in policy.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices, vectors = [], []
+    for p in policy.parameters():
+        (matrices if len(_whole_shape(p)) >= 2 else vectors).append(p)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -32,7 +32,7 @@ from rlp.model.setup import ModelSetup
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.console import visible_text
 from rlp.process.faults import fault
-from rlp.process.files import NotWrittenError, new_folder, write_new
+from rlp.process.files import NotWrittenError, new_folder, refuse_existing, write_new
 from rlp.process.ranks import Ranks
 from rlp.process.schemas import THOUGHT_FORMAT, Fields
 
@@ -58,6 +58,7 @@ def export_model(
     for name, value in engine.whole(engine.master):
         if ranks.is_first:
             tensors[name] = value.cpu()
+
     failure = None
     if ranks.is_first:
         try:
@@ -80,23 +81,13 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         ConfigError: the folder exists, or the model and tokenizer that the run started from are
             gone.
     """
-    if folder.exists():
-        raise ConfigError(
-            f"--out: {folder} exists and is never written over. Write another folder."
-        )
+    refuse_existing(folder)
     config = load_config(checkpoint.config)
     setup = ModelSetup(config)
     policy = load_policy(config, setup.tokenizer, setup.markers, torch.float32, torch.device("cpu"))
     tensors = master_weights(checkpoint, policy.lm)
-    _write(
-        folder,
-        policy.lm,
-        tensors,
-        setup.tokenizer,
-        config,
-        setup.thought_format,
-        model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit),
-    )
+    card = model_card(config, None, None, checkpoint.step, policy.stock_time_step_limit)
+    _write(folder, policy.lm, tensors, setup.tokenizer, config, setup.thought_format, card)
 
 
 def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> list[str]:
@@ -110,10 +101,7 @@ def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> lis
         ConfigError: the folder exists, there is no such model, or its tokenizer has the markers
         already.
     """
-    if folder.exists():
-        raise ConfigError(
-            f"--out: {folder} exists and is never written over. Write another folder."
-        )
+    refuse_existing(folder)
     config = Config(
         model=ModelConfig(path=model),
         thought=thought,
@@ -123,10 +111,11 @@ def export_with_markers(model: str, thought: ThoughtConfig, folder: Path) -> lis
     setup = ModelSetup(config)
     if not setup.markers.pieces:
         raise ConfigError(
-            f"{model} has {thought.open_marker!r} ({setup.markers.open[0]}) and "
-            f"{thought.close_marker!r} ({setup.markers.close[0]}) as single tokens "
-            "already. Use it as it is."
+            f"{model} has {thought.open_marker!r} ({setup.markers.open[0]}) and"
+            f" {thought.close_marker!r} ({setup.markers.close[0]}) as single tokens already. Use it"
+            " as it is."
         )
+
     lm = load_with_markers(config, setup.tokenizer, setup.markers)
     try:
         with new_folder(folder, point="markers.before_rename") as new:
@@ -173,16 +162,12 @@ def _write(
     }
     with new_folder(folder, point="export.before_rename") as new:
         lm.save_pretrained(new, state_dict=tensors, safe_serialization=True)
-        _config_in_float32(lm).save_pretrained(
-            new
-        )  # transformers wrote the dtype that the model computes in
+        # transformers wrote the dtype that the model computes in.
+        _config_in_float32(lm).save_pretrained(new)
         fault("export.torn_weights")
         tokenizer.save_pretrained(new)
-        write_new(
-            new / "thought_format.json",
-            json.dumps(manifest, indent=2).encode(),
-            point="export.torn_format",
-        )
+        content = json.dumps(manifest, indent=2).encode()
+        write_new(new / "thought_format.json", content, point="export.torn_format")
         write_new(new / "README.md", card.encode(), point="export.torn_card")
     fault("export.after_rename")
 
@@ -200,7 +185,7 @@ def read_thought_format(path: Path) -> dict:
     there is no such file.
 
     Raises:
-        ConfigError: it is no JSON object, or has another form than `_write` gives it.
+        ConfigError: it is no JSON object, or holds other things than `_write` writes.
     """
     if not path.is_file():
         return {}
@@ -232,9 +217,11 @@ def as_code(text: str) -> str:
     """Text as Markdown code, in which nothing means anything: its control characters are spelled
     out, its backquotes are fenced in by more of them."""
     shown = visible_text(text).replace("\n", "\\n").replace("\t", "\\t")
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    inner = f" {shown} " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else shown
-    return f"{fence}{inner}{fence}"
+    longest = max(map(len, re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    if shown.startswith(("`", " ")) or shown.endswith(("`", " ")):
+        shown = f" {shown} "
+    return f"{fence}{shown}{fence}"
 
 
 def model_card(
@@ -250,58 +237,43 @@ def model_card(
     Args:
         stock_time_step_limit: of the policy.
     """
-    objective = (
-        "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)"
-        if config.objective.thinks
-        else "continued pretraining (next-token loss)"
-    )
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [rlp]",
-        "---",
-        "",
+    objective = "continued pretraining (next-token loss)"
+    if config.objective.thinks:
+        objective = "RLP (reinforcement as a pretraining objective, arXiv 2510.01265)"
+    paragraphs = [
+        "---\nlibrary_name: transformers\ntags: [rlp]\n---",
         f"# {as_code(Path(config.run.dir).name)}",
-        "",
-        (
-            f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in"
-            " the run's `config.yaml`."
-        ),
-        "",
+        f"{as_code(config.model.path)} after {steps} steps of {objective}. The settings are in the"
+        " run's `config.yaml`.",
     ]
     if before and after:
-        lines += [
-            f"Held-out panel of {after['panel_positions']} positions:",
-            "",
-            "| | before | after |",
-            "|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {before[name]:.4g} | {after[name]:.4g} |"
-            for name in after
-            if name in before and name != "panel_positions" and not name.endswith(("_low", "_high"))
-        ]
-        lines.append("")
-    lines += [
-        (
-            f"A thought stands after the prefix, between {as_code(config.thought.open_marker)} and"
-            f" {as_code(config.thought.close_marker)}, and is sampled at temperature"
-            f" {config.thought.temperature:g}, at most {config.thought.max_thought_tokens} tokens,"
-            " the close marker included; `thought_format.json` has the token ids. Predictions"
-            " leave out the open marker's first token."
-        ),
-        "",
-    ]
+        paragraphs.append(f"Held-out panel of {after['panel_positions']} positions:")
+        paragraphs.append(_table(before, after))
+
+    thought = config.thought
+    paragraphs.append(
+        f"A thought stands after the prefix, between {as_code(thought.open_marker)} and"
+        f" {as_code(thought.close_marker)}, and is sampled at temperature {thought.temperature:g},"
+        f" at most {thought.max_thought_tokens} tokens, the close marker included;"
+        " `thought_format.json` has the token ids. Predictions leave out the open marker's first"
+        " token."
+    )
     if stock_time_step_limit:
         low, high = stock_time_step_limit
-        lines += [
-            (
-                "transformers clamps the time steps of this architecture's scans (prefill and"
-                f" scoring) to {low:g} .. {high:g} and does not clamp them in decoding; it was"
-                " trained with the limits of its `config.json` in both. Log-probabilities that"
-                " transformers scores differ from the run's by that: set `time_step_limit` of the"
-                " mixers to the config's to have them equal."
-            ),
-            "",
-        ]
+        paragraphs.append(
+            "transformers clamps the time steps of this architecture's scans (prefill and scoring)"
+            f" to {low:g} .. {high:g} and does not clamp them in decoding; it was trained with the"
+            " limits of its `config.json` in both. Log-probabilities that transformers scores"
+            " differ from the run's by that: set `time_step_limit` of the mixers to the config's to"
+            " have them equal."
+        )
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _table(before: dict, after: dict) -> str:
+    """What the panel says before and after, without its intervals."""
+    lines = ["| | before | after |", "|---|---|---|"]
+    for name, value in after.items():
+        if name in before and name != "panel_positions" and not name.endswith(("_low", "_high")):
+            lines.append(f"| {name} | {before[name]:.4g} | {value:.4g} |")
     return "\n".join(lines)

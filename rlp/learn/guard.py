@@ -3,8 +3,8 @@ from a gradient out of all proportion.
 
 A reward or a ratio that is not finite need not reach the gradient: the clip of eq. 8, a mask or a
 weight of zero can hide it. So what the loss is made from is looked at itself, and all ranks agree
-before the update. Weights and optimizer state are looked at
-before they are saved: an update can overflow although all that it was made from is finite.
+before the update. Weights and optimizer state are looked at before they are saved: an update can
+overflow although all that it was made from is finite.
 """
 
 import statistics
@@ -57,27 +57,32 @@ class Guard:
             documents: this rank's, to be named.
             say: is told what was refused.
         """
-        doubtful = tally.not_finite() + ([] if engine.losses_are_finite() else ["the loss"])
+        doubtful = tally.not_finite()
+        if not engine.losses_are_finite():
+            doubtful.append("the loss")
         sound = not self._ranks.any(bool(doubtful))
         result = engine.step(learning_rate, largest_norm=self.largest_norm() if sound else -1.0)
         if result.applied:
             self._norms.append(result.grad_norm)
             self._made = True
             return result
+
         spiked = sound and result.is_finite
         self.spikes += spiked
         self.skipped += not spiked
         # Where the gradient alone is at fault, nobody knows whose part of it was.
         found = [doubtful, [document.id for document in documents]] if doubtful or sound else None
         for rank, entry in enumerate(self._ranks.gather(found)):
-            if entry is not None:
+            if entry is None:
+                continue
+            names, ids = entry
+            why = f"not finite: {', '.join(names) or 'the gradient'}"
+            if spiked:
                 why = (
                     f"gradient norm {result.grad_norm:.4g} is above {self.largest_norm():.4g},"
                     " optim.spike_factor times the median"
-                    if spiked
-                    else f"not finite: {', '.join(entry[0]) or 'the gradient'}"
                 )
-                say(f"update refused: {why}; documents of rank {rank}: {entry[1]}")
+            say(f"update refused: {why}; documents of rank {rank}: {ids}")
         return result
 
     def close_step(self) -> None:
@@ -102,11 +107,8 @@ class Guard:
 
     def load_state(self, state: dict) -> None:
         self._norms.extend(state["norms"])
-        self.skipped, self.spikes, self.in_a_row = (
-            state["skipped"],
-            state["spikes"],
-            state["in_a_row"],
-        )
+        self.skipped, self.spikes = state["skipped"], state["spikes"]
+        self.in_a_row = state["in_a_row"]
 
 
 def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
@@ -120,8 +122,7 @@ def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
     """
     found = sorted({name for names in ranks.gather(engine.not_finite()) for name in names})
     if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise NumericsError(
-            "not finite:"
-            f" {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}. No"
-            f" checkpoint is made of them; {where}"
+            f"not finite: {', '.join(found[:3])}{more}. No checkpoint is made of them; {where}"
         )

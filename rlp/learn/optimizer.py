@@ -16,9 +16,9 @@ class AdamWithEMA(torch.optim.AdamW):
 
         lag <- decay * (lag + theta' - theta)
 
-    Kept itself, in float32, an entry of phi would stand still until its weight is 1 / (1 - decay) /
-    2
-    units in the last place away: 500 of them at 0.999. The lag is small, so its rounding is too.
+    Kept itself, in float32, an entry of phi would stand still until its weight is half of
+    1 / (1 - decay) units in the last place away: 500 of them at 0.999. The lag is small, so its
+    rounding is too.
 
     It sees the float32 shards that ZeRO gives it, so the lag is sharded, costs no communication,
     and does not move on a skipped step. DeepSpeed calls `step` with the global gradient norm known:
@@ -42,29 +42,23 @@ class AdamWithEMA(torch.optim.AdamW):
     def _step_one(self, p: Tensor, group: dict) -> None:
         """AdamW and the lag of one tensor, a piece at a time: every entry by itself, so the pieces
         change no number."""
-        state, ema = self.state[p], self.ema_decay is not None
+        state, keeps_ema = self.state[p], self.ema_decay is not None
+        kept = STATES if keeps_ema else STATES[:2]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-        for name in STATES if ema else STATES[:2]:
+        for name in kept:
             if name not in state:
                 state[name] = torch.zeros_like(p)
 
-        length = (
-            PIECE_ELEMENTS * torch.get_num_threads()
-            if p.device.type == "cpu"
-            else GPU_PIECE_ELEMENTS
-        )
-        weights, grads, *states = (
-            whole.view(-1).split(length)
-            for whole in (
-                p.detach(),
-                p.grad.contiguous(),
-                *(state[name] for name in STATES[: 2 + ema]),
-            )
-        )
+        length = GPU_PIECE_ELEMENTS
+        if p.device.type == "cpu":
+            length = PIECE_ELEMENTS * torch.get_num_threads()
+        wholes = [p.detach(), p.grad.contiguous(), *(state[name] for name in kept)]
+        pieces = zip(*(whole.view(-1).split(length) for whole in wholes), strict=True)
+
         step = state["step"].clone()
-        for weight, grad, exp_avg, exp_avg_sq, *lag in zip(weights, grads, *states, strict=True):
-            before = weight.clone() if ema else None
+        for weight, grad, exp_avg, exp_avg_sq, *lag in pieces:
+            before = weight.clone() if keeps_ema else None
             adamw(
                 [weight],
                 [grad],
@@ -81,7 +75,7 @@ class AdamWithEMA(torch.optim.AdamW):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
             )
-            if ema:
+            if keeps_ema:
                 lag[0].sub_(before.sub_(weight)).mul_(self.ema_decay)
 
 

@@ -25,7 +25,7 @@ from rlp.measure.metrics import EVALUATION
 from rlp.measure.reward_signal import signal_in_words
 from rlp.model.setup import PanelSetup
 from rlp.process.console import visible_text
-from rlp.process.files import new_file, new_folder, write_new
+from rlp.process.files import new_file, new_folder, refuse_existing, write_new
 from rlp.process.ranks import start_ranks, stop_ranks
 
 TABLE = {
@@ -161,12 +161,13 @@ def probe_checkpoint(
         ConfigError, DataError: as `find_subject` and `measure_model`; or `out` exists, which is
             seen before anything is loaded.
     """
-    if out is not None and out.exists():
-        raise ConfigError(f"--out: {out} exists and is never written over. Write another folder.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--out: there is no folder {out.absolute().parent}. Make it, or write another path."
-        )
+    if out is not None:
+        refuse_existing(out)
+        if not out.absolute().parent.is_dir():
+            raise ConfigError(
+                f"--out: there is no folder {out.absolute().parent}. Make it, or write another"
+                " path."
+            )
 
     subject = find_subject(name, data, config, overrides)
     found, tokenizer = _measure(name, subject, start, console)

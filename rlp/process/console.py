@@ -13,28 +13,23 @@ def visible_text(text: str) -> str:
     Terminal escapes, invisible characters, reversals of the writing direction and unpaired
     surrogates do nothing this way, and can still be seen.
     """
-    return "".join(
-        (
-            _spelled(character)
-            if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t"
-            else character
-        )
-        for character in text
-    )
+    return "".join(map(_visible, text))
 
 
 def quoted_text(text: str) -> str:
     """Text in quotes on one line, white space to be seen: `"\\n"`, `" four"`. A single space is
     itself; any other is spelled out."""
-    shown = "".join(
-        (
-            _spelled(character)
-            if character.isspace() and character != " " or character == "\\"
-            else character
-        )
-        for character in text
-    )
-    return f'"{visible_text(shown)}"'
+    return f'"{"".join(map(_quoted, text))}"'
+
+
+def _visible(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t"
+    return _spelled(character) if hidden else character
+
+
+def _quoted(character: str) -> str:
+    white = character.isspace() and character != " "
+    return _spelled(character) if white or character == "\\" else _visible(character)
 
 
 def _spelled(character: str) -> str:
@@ -48,8 +43,8 @@ def say_line(text: str, file: TextIO | None = None) -> None:
         tqdm.write(visible_text(text), file=file)
         (file or sys.stdout).flush()
     except OSError:
-        # the output goes to a full disk, or nobody reads it any more: nobody is left to be told,
-        # and work goes on
+        # The output goes to a full disk, or nobody reads it any more: nobody is left to be told,
+        # and work goes on.
         pass
 
 
@@ -61,6 +56,7 @@ def format_duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
+
     minutes, hours, days = whole // 60 % 60, whole // 3600, whole // 86400
     if days:
         return f"{days} d {hours % 24:02d}:{minutes:02d}"

@@ -39,6 +39,7 @@ def environment(devices: list[str]) -> dict:
 
 
 def device_name(device: torch.device) -> str:
+    """What a GPU calls itself; otherwise the kind of the device."""
     return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
@@ -56,6 +57,7 @@ def _git_state(project: Path) -> dict:
     top = _git(project, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != project:
         return {"commit": None, "dirty": None}
+
     changes = _git(project, "status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git(project, "rev-parse", "HEAD"),
@@ -76,6 +78,8 @@ def _git(project: Path, *arguments: str) -> str | None:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -205,28 +205,28 @@ def _due(point: str) -> str | None:
         return None
     if _asked[0] != text:
         _asked = (text, [_parse(part) for part in text.split(",")])
+
     _passages[point] += 1
-    rank = int(os.environ.get("RANK", "0"))
+    passage, rank = _passages[point], int(os.environ.get("RANK", "0"))
     for asked in _asked[1]:
         if (
             asked.point == point
             and asked.rank in (None, rank)
-            and asked.first <= _passages[point] <= asked.last
+            and asked.first <= passage <= asked.last
         ):
-            print(
-                f"fault at {point}, passage {_passages[point]}, rank {rank}: {asked.action}",
-                flush=True,
-            )
+            print(f"fault at {point}, passage {passage}, rank {rank}: {asked.action}", flush=True)
             return asked.action
     return None
 
 
+_ASKED = re.compile(
+    r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?:(?P<action>[a-z]+)"
+    r"(@rank(?P<rank>\d+))?"
+)
+
+
 def _parse(text: str) -> _Fault:
-    match = re.fullmatch(
-        r"(?P<point>[a-z_.]+):(?P<first>\d+)(?P<more>-(?P<last>\d*))?"
-        r":(?P<action>[a-z]+)(@rank(?P<rank>\d+))?",
-        text.strip(),
-    )
+    match = _ASKED.fullmatch(text.strip())
     known = FAULT_POINTS.keys() | COMMAND_POINTS.keys() | TENSOR_POINTS.keys()
     if not match or match["point"] not in known or match["action"] not in ACTIONS:
         raise ValueError(
@@ -238,11 +238,9 @@ def _parse(text: str) -> _Fault:
             f"{VARIABLE}: {text!r}: nan and inf are for {', '.join(TENSOR_POINTS)}, and those know"
             " nothing else."
         )
-    last = float(match["last"] or "inf") if match["more"] else int(match["first"])
-    return _Fault(
-        match["point"],
-        int(match["first"]),
-        last,
-        match["action"],
-        int(match["rank"]) if match["rank"] else None,
-    )
+
+    first = last = int(match["first"])
+    if match["more"]:
+        last = float(match["last"] or "inf")
+    rank = int(match["rank"]) if match["rank"] else None
+    return _Fault(match["point"], first, last, match["action"], rank)

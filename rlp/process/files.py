@@ -113,11 +113,9 @@ def _kind(path: Path) -> str:
 
 
 def _refusal(path: Path, kind: str, expected: str) -> ConfigError:
-    advice = (
-        "Remove it, or put a copy of what it stands for in its place"
-        if kind == "a symbolic link"
-        else "Remove it"
-    )
+    advice = "Remove it"
+    if kind == "a symbolic link":
+        advice = "Remove it, or put a copy of what it stands for in its place"
     return ConfigError(
         f"{path} is {kind}; expected {expected}. {advice}: what leads elsewhere is neither read nor"
         " written here."
@@ -141,21 +139,21 @@ def refuse_odd_entries(
     Raises:
         ConfigError: names the first such entry.
     """
-    for name, expected in [
-        *((name, "a file") for name in files),
-        *((name, "a folder") for name in folders),
-    ]:
-        if (kind := _kind(folder / name)) not in (expected, "nothing"):
-            raise _refusal(folder / name, kind, expected)
+    expected = dict.fromkeys(files, "a file") | dict.fromkeys(folders, "a folder")
+    for name, wanted in expected.items():
+        if (kind := _kind(folder / name)) not in (wanted, "nothing"):
+            raise _refusal(folder / name, kind, wanted)
+
     waiting = _entries(folder)
     while waiting:
         entry = waiting.pop()
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            if str(path.relative_to(folder)) not in leave_out:
-                # Another rank or job may have renamed or removed it since it was listed.
-                with suppress(FileNotFoundError):
-                    waiting += _entries(path)
+            if str(path.relative_to(folder)) in leave_out:
+                continue
+            # Another rank or job may have renamed or removed it since it was listed.
+            with suppress(FileNotFoundError):
+                waiting += _entries(path)
         elif not entry.is_file(follow_symlinks=False):
             raise _refusal(path, _kind(path), "a file or a folder")
 
@@ -166,6 +164,16 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         return sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
+def refuse_existing(path: Path, option: str = "--out") -> None:
+    """Refuse to write what a command line names over something that is there.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if path.exists():
+        raise ConfigError(f"{option}: {path} exists and is never written over. Write another path.")
+
+
 def folder_bytes(folder: Path) -> int:
     """Size of all files in a folder, at any depth; what goes meanwhile does not count, nor what a
     link leads to."""
@@ -173,7 +181,8 @@ def folder_bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
             status = path.lstat()
-            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+            if stat.S_ISREG(status.st_mode):
+                total += status.st_size
     return total
 
 
@@ -216,10 +225,16 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 def _write(file: BinaryIO, content: bytes, point: str) -> None:
     """Write bytes; where the fault point is asked for something, half of them are there when it
     happens."""
-    half = content[: len(content) // 2]
-    torn = []
-    fault(point, lambda: torn.extend([file.write(half), file.flush()]))
-    file.write(content[len(half) :] if torn else content)
+    written = 0
+
+    def tear() -> None:
+        nonlocal written
+        written = len(content) // 2
+        file.write(content[:written])
+        file.flush()
+
+    fault(point, tear)
+    file.write(content[written:])
 
 
 def write_atomically(path: Path, content: bytes, *, point: str) -> None:
@@ -355,11 +370,10 @@ def rename(path: Path, name: str, *, point: str) -> None:
 def remove(path: Path) -> None:
     """Delete a file, or a folder with all in it, as far as that is possible; nothing is said."""
     with suppress(OSError):
-        (
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
-            if not path.is_dir() or path.is_symlink()
-            else shutil.rmtree(path, ignore_errors=True)
-        )
 
 
 def sync(path: Path) -> None:

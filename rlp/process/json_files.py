@@ -25,6 +25,7 @@ def write_json(path: Path, value: object, *, point: str) -> None:
 
 
 def json_bytes(value: object, name: str) -> bytes:
+    """A JSON value as a file holds it; `name` is for the error that `refuse_non_finite` raises."""
     refuse_non_finite(value, name)
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
@@ -36,7 +37,7 @@ def read_json(path: Path, schema: Schema | None = None) -> object:
         schema: of the value; None: that of a file of this name (`RUN_FILES`).
 
     Raises:
-        DamagedFileError: it is no JSON, or has another schema.
+        DamagedFileError: it is no JSON, or not of that schema.
     """
     try:
         value = json.loads(read_bytes(path))
@@ -45,6 +46,7 @@ def read_json(path: Path, schema: Schema | None = None) -> object:
             f"{path} is not JSON: {error}. It is written whole or not at all, so something else has"
             " changed it."
         ) from error
+
     schema = schema or RUN_FILES.get(path.name)
     if schema is not None and (said := schema.problem(value, "")):
         raise DamagedFileError(
@@ -54,6 +56,11 @@ def read_json(path: Path, schema: Schema | None = None) -> object:
 
 
 def refuse_non_finite(value: object, where: str) -> None:
+    """Refuse a value with a number in it, at any depth, that JSON can not write.
+
+    Raises:
+        ValueError: there is one; names where.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             refuse_non_finite(inner, f"{where}: {key}")

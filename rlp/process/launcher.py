@@ -55,18 +55,16 @@ class Launchers:
         # deepspeed, its node launcher, a wrapper of the user's; further up is the user's shell,
         # which may go.
         ancestors = psutil.Process().parents()[:4]
-        self._watched = [
-            process
-            for process in ancestors
-            if _is_one_of(process, RUNNERS | NODE_LAUNCHERS | OTHERS)
-        ]
+        known = RUNNERS | NODE_LAUNCHERS | OTHERS
+        self._watched = [process for process in ancestors if _is_one_of(process, known)]
         if "TORCHELASTIC_RUN_ID" in environment and not self._watched:
             # Programs of all kinds launch as torchrun does. They are written in Python; what adopts
             # an orphan seldom is. One that has ended, and that nobody has waited for yet, has no
             # command any more.
-            self._watched = [
+            likely = [
                 process for process in ancestors if _is_python(process) or not _is_alive(process)
-            ][:1]
+            ]
+            self._watched = likely[:1]
         self._missing = _missing(ancestors, self._watched, environment)
         self.handed_over = False
         """Whether `Preemption` looks now."""
@@ -98,25 +96,17 @@ def _missing(
     """The launcher that must have started this process by all signs, and is not there any more."""
     if "TORCHELASTIC_RUN_ID" in environment and not watched:
         return "torchrun"
-    if {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"} <= set(environment):
-        by_node = next(
-            (
-                index
-                for index, process in enumerate(ancestors)
-                if _is_one_of(process, NODE_LAUNCHERS)
-            ),
-            None,
-        )
-        if by_node is None:
-            return "deepspeed.launcher.launch"
-        # On one node `deepspeed` itself starts the node launcher; on several, ssh or a scheduler,
-        # with the node's number.
-        alone = not any(word.startswith("--node_rank") for word in _command(ancestors[by_node]))
-        if alone and not any(
-            _is_one_of(process, RUNNERS) for process in ancestors[by_node + 1 : by_node + 2]
-        ):
-            return "deepspeed"
-    return None
+    if not {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"} <= set(environment):
+        return None
+
+    for process, above in zip(ancestors, [*ancestors[1:], None]):
+        if _is_one_of(process, NODE_LAUNCHERS):
+            # On one node `deepspeed` itself starts the node launcher; on several, ssh or a
+            # scheduler, with the node's number.
+            if any(word.startswith("--node_rank") for word in _command(process)):
+                return None
+            return None if above and _is_one_of(above, RUNNERS) else "deepspeed"
+    return "deepspeed.launcher.launch"
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -42,8 +42,7 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     bars away.
 
     A library gives its logger a console handler when it is imported, so this goes after the
-    imports.
-    DeepSpeed may come later: it is imported by the engine, and logs while it is.
+    imports. DeepSpeed may come later: it is imported by the engine, and logs while it is.
     """
     import transformers.utils.logging as transformers_logging
 
@@ -51,14 +50,15 @@ def quiet_libraries(folder: RunFolder, ranks: Ranks) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for library in _LIBRARIES:
         # Torch gives some of its inner loggers handlers of their own.
-        for inner in [
-            name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.")
-        ]:
-            logging.getLogger(inner).handlers = []
-            logging.getLogger(inner).propagate = True
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith(f"{library}."):
+                logging.getLogger(name).handlers = []
+                logging.getLogger(name).propagate = True
+
         logger = logging.getLogger(library)
         logger.handlers = [handler]
         logger.propagate = False
+
     # DeepSpeed logs through one logger, whose filter outlives the handler that its import adds.
     logging.getLogger("DeepSpeed").filters = [_OnlyTo(handler)]
     logging.captureWarnings(True)

@@ -31,11 +31,13 @@ def let_waiting_threads_sleep() -> None:
 def usable_cores() -> int:
     """Cores that this process may keep busy: those that it may run on, and no more than its
     containers' quotas pay for."""
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    quotas = [quota for folder in _cgroups("cpu") if (quota := _cpu_quota(folder)) is not None]
-    return max(1, min([allowed, *(round(quota) for quota in quotas)]))
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    for folder in _cgroups("cpu"):
+        if (quota := _cpu_quota(folder)) is not None:
+            cores = min(cores, round(quota))
+    return max(1, cores)
 
 
 def available_memory_bytes() -> int | None:
@@ -51,15 +53,12 @@ def bfloat16_instructions() -> str | None:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if not any(name in allowed for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
         return None
-    flags = next(
-        (
-            set(line.split(":", 1)[1].split())
-            for line in _lines(PROCESSORS)
-            if line.startswith("flags")
-        ),
-        set(),
-    )
-    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
+
+    for line in _lines(PROCESSORS):
+        if line.startswith("flags"):
+            flags = line.partition(":")[2].split()
+            return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
+    return None
 
 
 def _machine_available() -> int | None:
@@ -77,30 +76,28 @@ def _cgroups(controller: str) -> list[Path]:
         _, controllers, inside = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        roots = (
-            [CGROUPS / controllers, CGROUPS / controller]
-            if controllers
-            else [CGROUPS, CGROUPS / "unified"]
-        )
+
+        roots = [CGROUPS, CGROUPS / "unified"]
+        if controllers:
+            roots = [CGROUPS / controllers, CGROUPS / controller]
         root = next((root for root in roots if root.is_dir()), None)
-        if root is not None:
-            # A container often sees its own group as the root, under a path that does not exist
-            # there.
-            inner = root / inside.lstrip("/")
-            folders += [
-                folder
-                for folder in (inner, *inner.parents)
-                if folder.is_relative_to(root) and folder.is_dir()
-            ]
+        if root is None:
+            continue
+
+        # A container often sees its own group as the root, under a path that does not exist there.
+        inner = root / inside.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root) and folder.is_dir():
+                folders.append(folder)
     return folders
 
 
 def _cpu_quota(folder: Path) -> float | None:
     """Cores that a group may use; None where there is no limit."""
-    told = " ".join(_lines(folder / "cpu.max")).split() or [
-        " ".join(_lines(folder / f"cpu.cfs_{name}_us")) for name in ("quota", "period")
-    ]
-    quota, period = (int(number) if number.lstrip("-").isdigit() else 0 for number in told)
+    told = _first_line(folder / "cpu.max").split()
+    if not told:
+        told = [_first_line(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+    quota, period = (int(number) if number.isdigit() else 0 for number in told)
     return quota / period if quota > 0 and period > 0 else None
 
 
@@ -111,17 +108,20 @@ def _cgroup_available(folder: Path) -> int | None:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, used = (" ".join(_lines(folder / name)) for name in (limit_file, used_file))
-        if (
-            limit.isdigit() and used.isdigit() and int(limit) < 2**60
-        ):  # version 1 has a huge number for no limit
-            dropped = [
-                int(line.split()[1])
-                for line in _lines(folder / "memory.stat")
-                if line.split()[0] == droppable
-            ]
-            return max(0, int(limit) - int(used) + sum(dropped))
+        limit, used = _first_line(folder / limit_file), _first_line(folder / used_file)
+        # Version 1 has a huge number for no limit.
+        if limit.isdigit() and used.isdigit() and int(limit) < 2**60:
+            left = int(limit) - int(used)
+            for line in _lines(folder / "memory.stat"):
+                name, num_bytes = line.split()
+                if name == droppable:
+                    left += int(num_bytes)
+            return max(0, left)
     return None
+
+
+def _first_line(path: Path) -> str:
+    return (_lines(path) or [""])[0].strip()
 
 
 def _lines(path: Path) -> list[str]:

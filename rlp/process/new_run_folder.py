@@ -59,24 +59,24 @@ def why_no_run_folder(path: Path) -> str | None:
     doing so. Nothing is made."""
     if os.path.lexists(path):
         return _refusal(path, FileExistsError())
+
     parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    code = (
-        errno.ENOTDIR
-        if not parent.is_dir()
-        else 0
-        if os.access(parent, os.W_OK | os.X_OK)
-        else errno.EACCES
-    )
-    return _refusal(path, OSError(code, os.strerror(code), str(parent))) if code else None
+    if not parent.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return None
+    return _refusal(path, OSError(code, os.strerror(code), str(parent)))
 
 
 def _refusal(path: Path, error: OSError) -> str:
     if os.path.lexists(path):
         return (
-            f"run.dir {path} exists and is never written over. "
-            "Write run.dir=OTHER for a new run, or run.resume=auto to continue it."
+            f"run.dir {path} exists and is never written over. Write run.dir=OTHER for a new run,"
+            " or run.resume=auto to continue it."
         )
     return (
-        f"run.dir {path} can not be created: {error}. "
-        "Write run.dir=OTHER, a folder that you may write to."
+        f"run.dir {path} can not be created: {error}. Write run.dir=OTHER, a folder that you may"
+        " write to."
     )

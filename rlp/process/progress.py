@@ -44,10 +44,10 @@ class Progress:
     """How far a long piece of work is: a bar on a terminal; elsewhere a line every `LINE_EVERY_S`
     seconds, and none before.
 
-    with Progress("thinking on the panel", total=64, unit="documents") as progress:
-        for batch in batches:
-            ...
-            progress.advance(len(batch))
+        with Progress("thinking on the panel", total=64, unit="documents") as progress:
+            for batch in batches:
+                ...
+                progress.advance(len(batch))
     """
 
     def __init__(
@@ -105,21 +105,19 @@ class Progress:
 
     def _line(self) -> str:
         taken = self._told - self._began
-        amount = (
-            (lambda value: format_bytes(value))
-            if self._unit == "bytes"
-            else (lambda value: f"{value:,}")
-        )
-        of_total = "" if self._total is None else f" of {amount(self._total)}"
-        unit = "" if self._unit == "bytes" else f" {self._unit}"
-        left = (
-            ""
-            if self._total is None or not self._done
-            else f", about {format_duration(taken * (self._total - self._done) / self._done)} left"
-        )
-        return (
-            f"{self._what}: {amount(self._done)}{of_total}{unit} in {format_duration(taken)}{left}"
-        )
+        line = f"{self._what}: {self._amount(self._done)}"
+        if self._total is not None:
+            line += f" of {self._amount(self._total)}"
+        if self._unit != "bytes":
+            line += f" {self._unit}"
+        line += f" in {format_duration(taken)}"
+        if self._total is not None and self._done:
+            left = taken * (self._total - self._done) / self._done
+            line += f", about {format_duration(left)} left"
+        return line
+
+    def _amount(self, value: int) -> str:
+        return format_bytes(value) if self._unit == "bytes" else f"{value:,}"
 
 
 Tell = Callable[[str, int | None, str], Progress]
@@ -158,9 +156,7 @@ class WallTime:
 
     def told(self) -> str:
         """The sum, and its parts of at least half a second, the largest first."""
-        parts = sorted(
-            ((seconds, part) for part, seconds in self.so_far().items() if seconds >= 0.5),
-            reverse=True,
-        )
-        listed = ", ".join(f"{part} {format_duration(seconds)}" for seconds, part in parts)
-        return format_duration(sum(self._parts.values())) + (f": {listed}" if listed else "")
+        parts = sorted(self.so_far().items(), key=lambda part: part[1], reverse=True)
+        told = [f"{part} {format_duration(taken)}" for part, taken in parts if taken >= 0.5]
+        total = format_duration(sum(self._parts.values()))
+        return f"{total}: {', '.join(told)}" if told else total

@@ -1,25 +1,4 @@
-"""What a run leaves: one folder, its files, and how they are written.
-
-    config.yaml        the resolved config, as `load_config` reads it
-    environment.json   commit, versions, hardware, date, command line
-    metrics.jsonl      one object per step, the same bytes for a resumed run as for an unbroken one
-    timing.jsonl       one object per step, what the clock and the memory counter said
-    thoughts.jsonl     a sample of thoughts each logging interval
-    evaluation.jsonl   one object per evaluation of the held-out panel
-    bad_documents.jsonl  rows of the training data that were skipped, the first 100 of each reason;
-                         summary.json counts them all
-    alarms.jsonl       what the run said loudly; absent where there was nothing
-    config_changes.jsonl  settings that it was continued with otherwise: the first step made with
-                          each, the
-                       key, from and to; absent where there was none
-    journal.jsonl      one object per step, to compare a run after crashes with one that had none
-    post_training.jsonl  one object per stage (sft, rlvr) that the exported model was trained on by;
-                         written by what trained it
-    ledger.json        tokens, FLOPs and seconds by phase
-    summary.json       the numbers that a README quotes; written at the end
-    report.html        the page made from all of these
-    checkpoints/  export/  logs/
-    lock/              which job holds the folder (`rlp.process.lock`)
+"""What a run leaves: one folder, its files, and how one that exists is opened.
 
 Rank 0 writes; every rank knows the paths. JSON here never holds a NaN or an infinity.
 """
@@ -31,6 +10,36 @@ from pathlib import Path
 from rlp.config import ConfigError
 from rlp.process.files import refuse_odd_entries
 
+LOGS_OF_STEPS = (
+    "metrics.jsonl",
+    "timing.jsonl",
+    "thoughts.jsonl",
+    "evaluation.jsonl",
+    "alarms.jsonl",
+    "config_changes.jsonl",
+    "bad_documents.jsonl",
+    "journal.jsonl",
+)
+"""The JSONL files, whose lines each belong to a step."""
+
+FILES = (
+    "config.yaml",
+    "environment.json",
+    *LOGS_OF_STEPS,
+    "post_training.jsonl",
+    "ledger.json",
+    "summary.json",
+    "report.html",
+)
+"""Of a run folder, beside its folders."""
+
+FOLDERS = ("checkpoints", "export", "lock", "logs")
+
+
+def _inside(name: str) -> property:
+    """The path of a file or folder in the run folder."""
+    return property(lambda folder: folder.path / name)
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -38,91 +47,53 @@ class RunFolder:
 
     path: Path
 
+    config_yaml = _inside("config.yaml")
+    """The resolved config, as `load_config` reads it."""
+    environment_json = _inside("environment.json")
+    """Commit, versions, hardware, date, command line."""
+    metrics_jsonl = _inside("metrics.jsonl")
+    """One object per step, the same bytes for a resumed run as for an unbroken one."""
+    timing_jsonl = _inside("timing.jsonl")
+    """One object per step, what the clock and the memory counter said."""
+    thoughts_jsonl = _inside("thoughts.jsonl")
+    """A sample of thoughts each logging interval."""
+    evaluation_jsonl = _inside("evaluation.jsonl")
+    """One object each time that the held-out panel is scored."""
+    alarms_jsonl = _inside("alarms.jsonl")
+    """What the run said loudly; absent where there was nothing."""
+    config_changes_jsonl = _inside("config_changes.jsonl")
+    """Settings that it was continued with otherwise: the first step made with each, the key, from
+    and to; absent where there was none."""
+    bad_documents_jsonl = _inside("bad_documents.jsonl")
+    """Rows of the training data that were skipped, the first 100 of each reason; summary.json
+    counts them all."""
+    journal_jsonl = _inside("journal.jsonl")
+    """One object per step, to compare a run after crashes with one that had none."""
+    post_training_jsonl = _inside("post_training.jsonl")
+    """One object per stage (sft, rlvr) that the exported model was trained on by; written by what
+    trained it."""
+    ledger_json = _inside("ledger.json")
+    """Tokens, FLOPs and seconds by phase."""
+    summary_json = _inside("summary.json")
+    """The numbers that a README quotes; written at the end."""
+    report_html = _inside("report.html")
+    """The page made from all of these."""
+    checkpoints = _inside("checkpoints")
+    export = _inside("export")
+    logs = _inside("logs")
+    """What libraries say, a file for each rank, and Weights & Biases' own."""
+    lock = _inside("lock")
+    """Which job holds the folder (`rlp.process.lock`)."""
+
     @property
     def name(self) -> str:
+        """Of the folder itself, wherever a link to it stands."""
         return self.path.resolve().name
 
     @property
-    def config_yaml(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment_json(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics_jsonl(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def timing_jsonl(self) -> Path:
-        return self.path / "timing.jsonl"
-
-    @property
-    def thoughts_jsonl(self) -> Path:
-        return self.path / "thoughts.jsonl"
-
-    @property
-    def evaluation_jsonl(self) -> Path:
-        return self.path / "evaluation.jsonl"
-
-    @property
-    def alarms_jsonl(self) -> Path:
-        return self.path / "alarms.jsonl"
-
-    @property
-    def config_changes_jsonl(self) -> Path:
-        return self.path / "config_changes.jsonl"
-
-    @property
-    def bad_documents_jsonl(self) -> Path:
-        return self.path / "bad_documents.jsonl"
-
-    @property
-    def journal_jsonl(self) -> Path:
-        return self.path / "journal.jsonl"
-
-    @property
     def logs_of_steps(self) -> list[Path]:
-        """The JSONL files, whose lines each belong to a step."""
-        return [
-            self.metrics_jsonl,
-            self.timing_jsonl,
-            self.thoughts_jsonl,
-            self.evaluation_jsonl,
-            self.alarms_jsonl,
-            self.config_changes_jsonl,
-            self.bad_documents_jsonl,
-            self.journal_jsonl,
-        ]
-
-    @property
-    def post_training_jsonl(self) -> Path:
-        return self.path / "post_training.jsonl"
-
-    @property
-    def ledger_json(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def summary_json(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+        """The files of `LOGS_OF_STEPS`."""
+        return [self.path / name for name in LOGS_OF_STEPS]
 
 
 def open_run_folder(path: str | Path) -> RunFolder:
@@ -143,24 +114,23 @@ def open_run_folder(path: str | Path) -> RunFolder:
         refuse_odd_entries(
             folder.path,
             files=FILES,
-            folders=("checkpoints", "export", "lock", "logs"),
+            folders=FOLDERS,
             leave_out=("logs/wandb",),
         )
     if not folder.config_yaml.is_file():
         raise ConfigError(
-            f"{path} is no run folder: it has no config.yaml. "
-            "Write the run.dir of a run, such as runs/quickstart."
+            f"{path} is no run folder: it has no config.yaml. Write the run.dir of a run, such as"
+            " runs/quickstart."
         )
     return folder
 
 
 def saved_steps(parent: Path) -> dict[int, Path]:
     """Checkpoints in a folder by their step, ascending; unread."""
-    found = {
-        int(match[1]): path
-        for path in parent.glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name))
-    }
+    found = {}
+    for path in parent.glob("step_*"):
+        if match := re.fullmatch(r"step_(\d+)", path.name):
+            found[int(match[1])] = path
     return dict(sorted(found.items()))
 
 
@@ -193,22 +163,3 @@ def chosen_checkpoint(path: Path, step: str | None) -> Path:
             f" Write --step {list(steps)[-1]}, or --step newest."
         )
     return chosen[step]
-
-
-FILES = (
-    "config.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "timing.jsonl",
-    "thoughts.jsonl",
-    "evaluation.jsonl",
-    "bad_documents.jsonl",
-    "alarms.jsonl",
-    "config_changes.jsonl",
-    "journal.jsonl",
-    "post_training.jsonl",
-    "ledger.json",
-    "summary.json",
-    "report.html",
-)
-"""Of a run folder, beside its folders."""

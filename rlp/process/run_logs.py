@@ -59,7 +59,8 @@ class Log:
         """
         if self.waiting:
             fault("append.before_line")
-            good, self._torn = self.size - len(self.waiting) if self._torn else None, True
+            good = self.size - len(self.waiting) if self._torn else None
+            self._torn = True
             append(self.path, self.waiting, point="append.torn_line", size=good)
             self.waiting, self._torn = b"", False
             fault("append.after_line")
@@ -188,25 +189,34 @@ def _kept(path: Path, step: int, mark: dict) -> Log | None:
     """What a log holds up to a step; None where it does not begin with what the mark says."""
     log, begins = Log(path), mark == _NOTHING
     with open_to_read(path) if path.exists() else io.BytesIO() as file:
-        for number, line in enumerate(_lines(file, path) if step >= 0 else (), start=1):
+        lines = _lines(file, path) if step >= 0 else ()
+        for number, line in enumerate(lines, start=1):
             if not begins and log.size >= mark["bytes"]:
                 begins = log.mark(step) == mark
                 if not begins:
                     return None
-            if begins:
-                value = _object(line)
-                if not line.endswith(b"\n") and value is None:
-                    break  # torn by a crash
-                if value is None or type(value.get("step")) is not int:
-                    raise DamagedFileError(
-                        f'{path}, line {number}: expected a JSON object with a whole number "step",'
-                        f" got {line[:80]!r}. Only a last line can be torn by a crash, so something"
-                        " else has changed the file. Mend or remove the line."
-                    )
-                if value["step"] > step or not line.endswith(b"\n"):
-                    break
+            if begins and not _belongs(line, step, f"{path}, line {number}"):
+                break
             log.count(line)
     return log if begins or log.mark(step) == mark else None
+
+
+def _belongs(line: bytes, step: int, where: str) -> bool:
+    """Whether a line is whole, and of a step up to this one.
+
+    Raises:
+        DamagedFileError: it has no step, and no crash can have torn it.
+    """
+    value, whole = _object(line), line.endswith(b"\n")
+    if value is None and not whole:
+        return False
+    if value is None or type(value.get("step")) is not int:
+        raise DamagedFileError(
+            f'{where}: expected a JSON object with a whole number "step", got {line[:80]!r}. Only a'
+            " last line can be torn by a crash, so something else has changed the file. Mend or"
+            " remove the line."
+        )
+    return whole and value["step"] <= step
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -226,19 +236,20 @@ def json_lines(path: Path) -> Iterator[dict]:
     with open_to_read(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             value = _object(line)
-            if value is not None:
-                if schema is not None and (said := schema.problem(value, "")):
-                    raise DamagedFileError(
-                        f"{path}, line {number}: {said}. No run writes this, so something else has"
-                        " changed the file."
-                    )
-                yield value
-            elif line.endswith(b"\n"):
+            if value is None and line.endswith(b"\n"):
                 raise DamagedFileError(
                     f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. Only a last"
                     " line can be torn by a crash, so something else has changed the file. Mend or"
                     " remove the line."
                 )
+            if value is None:
+                continue
+            if schema is not None and (said := schema.problem(value, "")):
+                raise DamagedFileError(
+                    f"{path}, line {number}: {said}. No run writes this, so something else has"
+                    " changed the file."
+                )
+            yield value
 
 
 MAX_LINE_BYTES = 2**26

@@ -47,15 +47,12 @@ def _shown(name: object) -> str:
 
 
 def _odd(where: str, value: object, expected: str) -> str:
-    long = isinstance(value, str | list | dict) and len(value) >= 80
-    huge = type(value) is int and abs(value) >= 10**40
-    shown = (
-        "a huge number"
-        if huge
-        else f"a {type(value).__name__} of {len(value):,}"
-        if long
-        else repr(value)
-    )
+    if type(value) is int and abs(value) >= 10**40:
+        shown = "a huge number"
+    elif isinstance(value, str | list | dict) and len(value) >= 80:
+        shown = f"a {type(value).__name__} of {len(value):,}"
+    else:
+        shown = repr(value)
     return f"{where or 'the value'} is {shown[:80]}, expected {expected}"
 
 
@@ -170,10 +167,11 @@ class Plain:
             if self.levels == 0:
                 return f"{where} is nested more than {MAX_LEVELS} levels deep"
             inner = Plain(self.levels - 1)
-            return (Table(inner) if isinstance(value, dict) else Many(inner)).problem(value, where)
-        if isinstance(value, bool):
+            schema = Table(inner) if isinstance(value, dict) else Many(inner)
+        elif isinstance(value, bool):
             return None
-        schema = Text() if isinstance(value, str) else Maybe(Number())
+        else:
+            schema = Text() if isinstance(value, str) else Maybe(Number())
         return schema.problem(value, where)
 
 
@@ -193,14 +191,16 @@ class Fields:
         lacking = [name for name in self.required if name not in value]
         if lacking:
             return f"{where or 'the value'} has no {', '.join(lacking)}"
+
         for name, inner in value.items():
             schema = self.required.get(name) or self.optional.get(name) or self.rest
-            if said := schema.problem(inner, f"{where}.{_shown(name)}" if where else _shown(name)):
+            place = f"{where}.{_shown(name)}" if where else _shown(name)
+            if said := schema.problem(inner, place):
                 return said
         return None
 
 
-# --- Kinds of numbers and texts.
+# Kinds of numbers and texts
 
 
 def each(schema: Schema, *names: str) -> dict[str, Schema]:
@@ -224,7 +224,7 @@ MEASURED = Table(NUMBER)
 
 TOKEN_IDS = Many(Whole(most=2**31 - 1))
 
-# --- A ledger.
+# A ledger
 
 PHASE = Fields(
     each(COUNT, "tokens_in", "tokens_generated", "tokens_trained")
@@ -241,7 +241,7 @@ LEDGER = Fields(
 WHOLE_LEDGER = Fields(LEDGER.optional)
 """Of a run that is finished, which another one is compared with."""
 
-# --- A checkpoint.
+# A checkpoint
 
 CONFIG = Table(Table(PLAIN))
 """Sections and their settings; `load_config` says what these may be."""
@@ -308,7 +308,7 @@ META = Fields(
     }
 )
 
-# --- What an export says of thoughts.
+# What an export says of thoughts
 
 THOUGHT_FORMAT: dict[str, Schema] = {
     **each(NAME, "open_marker", "close_marker"),
@@ -320,7 +320,7 @@ THOUGHT_FORMAT: dict[str, Schema] = {
 }
 """What readers use of `thought_format.json`."""
 
-# --- The files of a run folder.
+# The files of a run folder
 
 _STEP = {"step": STEP}
 

@@ -44,6 +44,7 @@ class Tally:
             {name: float(value) for name, value in self._largest.items()},
         )
         everyone = ranks.gather(mine)
+
         means = {}
         for name in mine[0]:
             parts = [sums[name] for sums, _ in everyone if name in sums]

@@ -18,13 +18,12 @@ from rlp.data.stream import share_of_rank
 from rlp.learn.checkpoint import (
     Checkpoint,
     CheckpointError,
-    changed_settings,
     newest_checkpoint,
     open_checkpoint,
     peek,
-    refuse_other_inputs,
     refuse_other_model,
 )
+from rlp.learn.continuing import changed_settings, refuse_other_inputs
 from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
 from rlp.measure.panel import held_out_panel
