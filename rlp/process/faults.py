@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -214,7 +215,9 @@ def _due(point: str) -> str | None:
             and asked.rank in (None, rank)
             and asked.first <= passage <= asked.last
         ):
-            print(f"fault at {point}, passage {passage}, rank {rank}: {asked.action}", flush=True)
+            # Not to sys.stdout, which another thread may have redirected for the moment.
+            told = f"fault at {point}, passage {passage}, rank {rank}: {asked.action}"
+            print(told, file=sys.__stdout__, flush=True)
             return asked.action
     return None
 
