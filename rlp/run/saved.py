@@ -10,10 +10,10 @@ from rlp.learn.checkpoint import (
     CheckpointError,
     newest_checkpoint,
     open_checkpoint,
-    refuse_other_inputs,
     restore,
     save_checkpoint,
 )
+from rlp.learn.continuing import refuse_other_inputs
 from rlp.learn.guard import require_sound
 from rlp.process.run_logs import (
     append_json_line,
