@@ -255,15 +255,12 @@ def table(found: Decomposition, own_start: bool) -> Table:
         column.no_wrap = True
     shown.columns[1].justify = shown.columns[2].justify = "right"
     for name, words in TABLE.items():
-        if name in found.means and not (own_start and name == "gain_over_start_nats"):
-            interval = found.intervals.get(name)
-            sign = "+" if name in GAINS or name == "reward_length_correlation" else ""
-            shown.add_row(
-                words,
-                f"{found.means[name]:{sign}.3f}",
-                f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}" if interval else "",
-                EVALUATION[name].unit,
-            )
+        if name not in found.means or (own_start and name == "gain_over_start_nats"):
+            continue
+        sign = "+" if name in GAINS or name == "reward_length_correlation" else ""
+        ends = (f"{end:{sign}.3f}" for end in found.intervals.get(name, ()))
+        mean = f"{found.means[name]:{sign}.3f}"
+        shown.add_row(words, mean, " to ".join(ends), EVALUATION[name].unit)
     return shown
 
 
@@ -272,25 +269,19 @@ def three_thoughts(found: Decomposition, tokenizer: PreTrainedTokenizerBase) -> 
     the smallest."""
     gain = found.reasoned_logprob - found.columns["no_think_logprob_nats"][:, None]
     order = gain.argsort(axis=None, kind="stable")
-    lines = []
-    for name, index in (
-        ("best", order[-1]),
-        ("median", order[len(order) // 2]),
-        ("worst", order[0]),
-    ):
+    chosen = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    positions, lines = found.panel.positions, []
+    for name, index in chosen.items():
         m, g = (int(place) for place in np.unravel_index(index, gain.shape))
-        document = found.panel.documents[found.panel.positions.document[m]]
-        position = int(found.panel.positions.position[m])
+        document, t = found.panel.documents[positions.document[m]], int(positions.position[m])
+        thought = found.thoughts.tokens[m][g]
         cut = ", closed by force" if found.thoughts.truncated[m, g] else ""
         lines += [
-            (
-                f"The {name} thought: {gain[m, g]:+.3f} nats against no thought (document "
-                f"{document.id}, position {position}, {len(found.thoughts.tokens[m][g])} "
-                f"tokens{cut})"
-            ),
-            f"  text     {_shown(_tail(tokenizer, document.tokens, position), end=True)}",
-            f"  thought  {_shown(tokenizer.decode(found.thoughts.tokens[m][g]))}",
-            f"  target   {_shown(tokenizer.decode(found.panel.positions.target[m]))}",
+            f"The {name} thought: {gain[m, g]:+.3f} nats against no thought (document"
+            f" {document.id}, position {t}, {len(thought)} tokens{cut})",
+            f"  text     {_shown(_tail(tokenizer, document.tokens, t), end=True)}",
+            f"  thought  {_shown(tokenizer.decode(thought))}",
+            f"  target   {_shown(tokenizer.decode(positions.target[m]))}",
         ]
     return lines
 
@@ -314,44 +305,34 @@ def write_rows(found: Decomposition, tokenizer: PreTrainedTokenizerBase, file: B
     prefix its end), what each thought led to, and all columns."""
     positions, ids = found.panel.positions, pyarrow.list_(pyarrow.int64())
     documents = [found.panel.documents[d] for d in positions.document]
+    prefixes, tails, texts = [], [], []
+    for document, t, group in zip(documents, positions.position, found.thoughts.tokens):
+        prefixes.append(document.tokens[:t])
+        tails.append(_tail(tokenizer, document.tokens, int(t)))
+        texts.append([tokenizer.decode(thought) for thought in group])
+
     columns = {
         "document": pyarrow.array([document.id for document in documents]),
         "position": pyarrow.array(positions.position),
-        "prefix_tokens": pyarrow.array(
-            [document.tokens[:t] for document, t in zip(documents, positions.position)], ids
-        ),
+        "prefix_tokens": pyarrow.array(prefixes, ids),
         "target_tokens": pyarrow.array(list(positions.target), ids),
         "thought_tokens": pyarrow.array(found.thoughts.tokens, pyarrow.list_(ids)),
         "thought_truncated": pyarrow.array(list(found.thoughts.truncated)),
         "thought_logprob_nats": pyarrow.array(list(found.reasoned_logprob)),
-        "prefix_tail": pyarrow.array(
-            [
-                _tail(tokenizer, document.tokens, int(t))
-                for document, t in zip(documents, positions.position)
-            ]
-        ),
-        "thoughts": pyarrow.array(
-            [[tokenizer.decode(thought) for thought in group] for group in found.thoughts.tokens]
-        ),
+        "prefix_tail": pyarrow.array(tails),
+        "thoughts": pyarrow.array(texts),
         "target": pyarrow.array([tokenizer.decode(target) for target in positions.target]),
     }
-    parquet.write_table(
-        pyarrow.table(
-            columns | {name: pyarrow.array(values) for name, values in found.columns.items()}
-        ),
-        file,
-    )
+    columns |= {name: pyarrow.array(values) for name, values in found.columns.items()}
+    parquet.write_table(pyarrow.table(columns), file)
 
 
 def draw(found: Decomposition, own_start: bool, file: BinaryIO, *, title: str) -> None:
     """The gains with their intervals, and how the gains of single positions are spread."""
     from matplotlib.figure import Figure
 
-    names = [
-        name
-        for name in GAINS
-        if name in found.means and not (own_start and name == "gain_over_start_nats")
-    ]
+    hidden = {"gain_over_start_nats"} if own_start else set()
+    names = [name for name in GAINS if name in found.means and name not in hidden]
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     bars, spread = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for y, name in enumerate(names):
@@ -361,24 +342,16 @@ def draw(found: Decomposition, own_start: bool, file: BinaryIO, *, title: str) -
     bars.set_yticks(range(len(names)), [TABLE[name] for name in names])
     bars.invert_yaxis()
     bars.set_xlabel("nats, with 95 % intervals")
-    shown = [
-        name
-        for name in ("gain_over_no_think_nats", "gain_over_shuffled_nats")
-        if name in found.columns
-    ]
-    ends = [
-        min(found.columns[name].min() for name in shown),
-        max(found.columns[name].max() for name in shown),
-    ]
-    for name in shown:
-        spread.hist(
-            found.columns[name],
-            bins=30,
-            range=ends,
-            histtype="stepfilled",
-            alpha=0.4,
-            color=COLORS[names.index(name)],
-        )
+
+    two = ("gain_over_no_think_nats", "gain_over_shuffled_nats")
+    shown = {name: found.columns[name] for name in two if name in found.columns}
+    ends = (
+        min(values.min() for values in shown.values()),
+        max(values.max() for values in shown.values()),
+    )
+    style = {"bins": 30, "range": ends, "histtype": "stepfilled", "alpha": 0.4}
+    for name, values in shown.items():
+        spread.hist(values, color=COLORS[names.index(name)], **style)
     spread.set_xlabel("gain at a position, nats")
     spread.set_ylabel("positions")
     for axes in (bars, spread):
