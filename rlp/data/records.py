@@ -144,6 +144,7 @@ class QuoteScan:
         if self._undecided:
             self.quoted, self._undecided = data[1:2] == b'"', False
             place += self.quoted
+
         while True:
             if self.quoted:
                 place = data.find(b'"', place) + 1

@@ -84,6 +84,7 @@ def part_forward(
             query, key, value, 0.0, causal, False, scale=scale
         )
         return out, lse, tuple(rest[:6])
+
     scores = _scores(query, key, causal, scale)
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp() @ value, lse, ()
@@ -125,6 +126,7 @@ def part_backward(
             offset,
             scale=scale,
         )
+
     probability = (_scores(query, key, causal, scale) - lse[..., None]).exp()
     grad_score = probability * (grad @ value.mT - (grad * out).sum(dim=-1, keepdim=True))
     return grad_score @ key * scale, grad_score.mT @ query * scale, probability.mT @ grad

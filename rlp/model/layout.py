@@ -426,11 +426,12 @@ class _Builder:
         document_work: Work,
     ) -> Layout:
         """The layout of what was collected."""
-        queries = zip(*(part for block in self._blocks for part in block))
+        collected = [part for block in self._blocks for part in block]
         row, column, target, inverse_temperature, excluded = (
-            torch.from_numpy(np.concatenate(parts)).to(device) for parts in queries
+            torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*collected)
         )
         document_mask = row_mask(np.array([len(document.tokens) - 1 for document in documents]))
+
         return Layout(
             tokens=torch.from_numpy(tokens).to(device),
             position=position,

@@ -282,7 +282,7 @@ class RunSetup(PanelSetup):
         Args:
             warn: told about skipped documents, once for each reason.
             record: told about each skipped document of the training data.
-            progress: as `PanelInputs`.
+            progress: as `PanelSetup`.
         """
         super().__init__(config, warn, progress)
         text = self.architecture.get_text_config()

@@ -363,11 +363,12 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
     a model multiplies out its nonlinearities (GPT-2's gelu_new and dropout save 1.4 times this) and
     for state-space layers without their fused scan, which keep every state.
     """
-    of_heads = {
-        child for module in block.modules() if _is_attention(module) for child in module.children()
-    }
+    of_heads = set()
+    for module in filter(_is_attention, block.modules()):
+        of_heads |= set(module.children())
     experts, visited = _expert_counts(config) or (1, 1)
     total, share = 0, visited / experts
+
     for path, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             elements = sum(in_out(module))
@@ -376,11 +377,8 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
             total += 2 * module.out_channels
         elif "Norm" in type(module).__name__:
             # A norm inside attention is applied to each head.
-            total += NORM_COPIES * (
-                query_key_width
-                if module in of_heads
-                else sum(weight.numel() for weight in module.parameters() if weight.dim() == 1)
-            )
+            width = sum(weight.numel() for weight in module.parameters() if weight.dim() == 1)
+            total += NORM_COPIES * (query_key_width if module in of_heads else width)
         else:
             stacked = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
             total += sum(share * weight.shape[0] * sum(weight.shape[1:]) for weight in stacked)

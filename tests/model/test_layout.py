@@ -17,6 +17,7 @@ from rlp.model.layout import (
     TARGET,
     THOUGHT,
     Layout,
+    continuation_layout,
     repeated_layout,
 )
 from rlp.model.markers import Markers
@@ -396,3 +397,22 @@ def test_token_ids_are_never_decoded_and_encoded_again():
         assert layout.tokens[n, : len(row)].tolist() == row
     assert changed == 4
     assert tokenizer.encode(tokenizer.decode([0, 1])) != [0, 1]
+
+
+def test_each_token_of_a_continuation_is_asked_for_after_its_context():
+    """At temperature 1 whatever the format's are, never as the open marker; the last one is
+    predicted and not read."""
+    contexts = [np.array([5, 6, 7]), np.array([8])]
+    continuations = [np.array([11]), np.array([12, 13, 14])]
+    layout = continuation_layout(contexts, continuations, format_of(), CPU)
+    assert layout.tokens.tolist() == [[5, 6, 7], [8, 12, 13]]
+    assert list(zip(layout.row.tolist(), layout.column.tolist(), layout.target.tolist())) == [
+        (0, 2, 11),
+        (1, 0, 12),
+        (1, 1, 13),
+        (1, 2, 14),
+    ]
+    assert layout.inverse_temperature.tolist() == [1.0] * 4
+    assert layout.excluded.tolist() == [OPEN[0]] * 4
+    assert layout.thought_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert layout.thought_work == Work(tokens=6, pairs=6 + 6, head_rows=4)
