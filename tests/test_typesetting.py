@@ -17,12 +17,7 @@ ONE_PAGE_HOWEVER_LONG = "rlp/config.py"
 LONG_FUNCTIONS: dict[str, set[str]] = {
     "rlp/learn/checkpoint.py": {"save_checkpoint"},
     "rlp/learn/export.py": {"model_card"},
-    "tests/faults/campaign.py": {"main"},
-    "tests/faults/server.py": {"run_ranks"},
-    "tests/faults/soak.py": {"main"},
     "tests/kernels/rounding.py": {"token_logprob_bounds"},
-    "tests/measure/run_folders.py": {"make_run"},
-    "tests/model/test_scoring.py": {"oracle"},
 }
 LONG_FILES: set[str] = set()
 WIDE_FILES: set[str] = {

@@ -201,7 +201,7 @@ def draw(seed: int, number: int) -> Case:
     )
 
 
-def main() -> int:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--kills",
@@ -213,7 +213,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="play this case only, and keep its folder")
     parser.add_argument("--json", type=Path, metavar="OUT")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_arguments()
     folder = Path(tempfile.mkdtemp(prefix="faults."))
     harness = Harness(folder)
     started, cases, failing, outcomes, kills = time.monotonic(), 0, [], [], 0

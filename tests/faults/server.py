@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -108,85 +109,83 @@ class Ranks:
         for rank in ranks:
             os.kill(self.pids[rank], number)
 
+    def wake(self, now: float, wake_s: float | None) -> None:
+        """Continue who was stopped for so long; None: when all others have ended."""
+        alone = len(self.alive()) == len(self.stopped)
+        for rank, since in list(self.stopped.items()):
+            if alone if wake_s is None else now - since >= wake_s:
+                self.signal(signal.SIGCONT, [rank])
+                del self.stopped[rank]
 
-def run_ranks(
-    arguments: list[str],
-    environment: dict[str, str],
-    world_size: int,
-    log: str,
-    limit_s: float,
-    kill: tuple[int, float] | None,
-    wake_s: float | None,
-    launcher_s: float | None,
-    twin_s: float | None,
-) -> dict:
+
+@dataclass
+class Job:
+    """Ranks of `train.py` to be run, and what happens to them."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    world_size: int
+    log: str
+    """Each rank's output goes to LOG.rankN."""
+    limit_s: float
+    """After which the rest is killed; its stacks are in the logs."""
+    kill: tuple[int, float] | None
+    """Rank and seconds after the start, of a SIGKILL."""
+    wake_s: float | None
+    """A rank that has stopped itself is continued so long after it; None: when all others have
+    ended."""
+    launcher_s: float | None
+    """The ranks have a launcher, which is killed so long after they have taken note of it."""
+    twin_s: float | None
+    """So long after the first a second job starts in the same run folder; its output goes to
+    LOG.twin.rankN."""
+
+
+def run_ranks(job: Job) -> dict:
     """Run `train.py` as ranks, and wait until all have ended.
-
-    Args:
-        log: each rank's output goes to LOG.rankN.
-        limit_s: after which the rest is killed; its stacks are in the logs.
-        kill: rank and seconds after the start, of a SIGKILL.
-        wake_s: a rank that has stopped itself is continued so long after it; None: when all others
-            have ended.
-        launcher_s: the ranks have a launcher, which is killed so long after they have taken note of
-            it.
-        twin_s: so long after the first a second job starts in the same run folder; its output goes
-            to LOG.twin.rankN.
 
     Returns:
         exit codes by rank (-9: killed by SIGKILL), those of the second job, how many processes are
             left behind, whether the limit was met, and seconds: of all, from the first end to
         the last, and of processor time.
     """
+    what = (job.arguments, job.environment, job.world_size)
     started, cpu = time.monotonic(), _children_cpu_s()
     ranks, launcher = Ranks(), None
-    if launcher_s is None:
-        ranks.start(arguments, environment, world_size, log)
+    if job.launcher_s is None:
+        ranks.start(*what, job.log)
     else:
-        launcher = _launch(ranks, arguments, environment, world_size, log)
-        launcher_s += time.monotonic() - started
+        launcher = _launch(ranks, *what, job.log)
+        job.launcher_s += time.monotonic() - started
     first_end, hung, elapsed = None, False, 0.0
-    while ranks.alive() or twin_s is not None:
+    while ranks.alive() or job.twin_s is not None:
         elapsed = time.monotonic() - started
-        if twin_s is not None and (elapsed >= twin_s or not ranks.alive()):
-            ranks.start(arguments, environment, world_size, f"{log}.twin")
-            twin_s = None
+        if job.twin_s is not None and (elapsed >= job.twin_s or not ranks.alive()):
+            ranks.start(*what, f"{job.log}.twin")
+            job.twin_s = None
         ranks.look(elapsed)
         first_end = elapsed if ranks.codes and first_end is None else first_end
         alive = ranks.alive()
-        for rank in [
-            rank
-            for rank, since in ranks.stopped.items()
-            if (
-                elapsed - since >= wake_s
-                if wake_s is not None
-                else len(alive) == len(ranks.stopped)
-            )
-        ]:
-            ranks.signal(signal.SIGCONT, [rank])
-            del ranks.stopped[rank]
-        if kill and elapsed >= kill[1]:
-            ranks.signal(signal.SIGKILL, [kill[0]] if kill[0] in alive else [])
-            kill = None
-        if launcher is not None and elapsed >= launcher_s:
+        ranks.wake(elapsed, job.wake_s)
+        if job.kill and elapsed >= job.kill[1]:
+            ranks.signal(signal.SIGKILL, [job.kill[0]] if job.kill[0] in alive else [])
+            job.kill = None
+        if launcher is not None and elapsed >= job.launcher_s:
             os.kill(launcher, signal.SIGKILL)
             os.waitpid(launcher, 0)
             launcher = None
-        if alive and elapsed >= limit_s:
+        if alive and elapsed >= job.limit_s:
             ranks.signal(signal.SIGKILL if hung else signal.SIGUSR2, alive)
-            hung, limit_s = True, limit_s + (60 if hung else 2)
+            hung, job.limit_s = True, job.limit_s + (60 if hung else 2)
         if launcher is None:
             _wait_for_an_end([ranks.pids[rank] for rank in alive])
         else:
-            time.sleep(
-                LOOK_S
-                # it does not wait for its ranks, so one that has ended would be seen to end again
-                # and again
-            )
+            # It does not wait for its ranks: one that has ended would be seen to end forever.
+            time.sleep(LOOK_S)
     codes = [ranks.codes[rank] for rank in range(len(ranks.pids))]
     return {
-        "codes": codes[:world_size],
-        "twin_codes": codes[world_size:],
+        "codes": codes[: job.world_size],
+        "twin_codes": codes[job.world_size :],
         "hung": hung,
         "seconds": elapsed,
         "survivor_s": elapsed - first_end,
@@ -308,7 +307,7 @@ def main() -> None:
     )  # compiles a thousand regular expressions
     gc.freeze()  # the collector touches every object, and a fork would copy them all
     for line in sys.stdin:
-        print(json.dumps(run_ranks(**json.loads(line))), file=answers, flush=True)
+        print(json.dumps(run_ranks(Job(**json.loads(line)))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def soak(run: Path, minutes: float, every_s: float, seed: int) -> dict:
     return {"lives": lives}
 
 
-def main() -> int:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between kills")
@@ -178,7 +178,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="must not exist")
     parser.add_argument("--json", type=Path, metavar="OUT")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_arguments()
     os.chdir(REPOSITORY)
     options.folder.mkdir(parents=True)
     run, calm = (options.folder / "run").resolve(), (options.folder / "calm").resolve()

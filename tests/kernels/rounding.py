@@ -50,6 +50,45 @@ class Bounds:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
 
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """Products, cap, temperature: [N, V], with the error of each."""
+
+    value: Tensor
+    error: Tensor
+    slope: Tensor
+    """Of the cap."""
+    slope_error: Tensor
+
+
+def _logits(
+    hidden: Tensor, head: Tensor, beta: Tensor, excluded: Tensor, softcap: float
+) -> _Logits:
+    logit = hidden @ head.T
+    error = sum_error(hidden.shape[1]) * (hidden.abs() @ head.abs().T)
+    slope, slope_error = torch.ones_like(logit), torch.zeros_like(logit)
+    if softcap:
+        error = error + UNIT * logit.abs()
+        logit = softcap * torch.tanh(logit / softcap)
+        error = error + (FUNCTION + UNIT) * logit.abs()
+        slope = 1 - (logit / softcap).square()
+        slope_error = 2 * logit.abs() / softcap**2 * error + 4 * UNIT
+    logit = (
+        (logit * beta)
+        .scatter(1, excluded.clamp(min=0)[:, None], float("-inf"))
+        .where((excluded >= 0)[:, None], logit * beta)
+    )
+    error = (error * beta + UNIT * logit.abs()).where(logit.isfinite(), 0.0)
+    return _Logits(logit, error, slope, slope_error)
+
+
+def _product_error(left: Tensor, left_error: Tensor, right: Tensor, output: torch.finfo) -> Tensor:
+    """Of a product whose left factor errs, rounded to the output's dtype."""
+    exact, magnitude = left @ right, left.abs() @ right.abs()
+    inside = left_error @ right.abs() + 2 * sum_error(right.shape[0]) * magnitude
+    return inside + output.eps / 2 * exact.abs() + output.smallest_normal * output.eps
+
+
 def token_logprob_bounds(
     hidden: Tensor,
     head: Tensor,
@@ -76,26 +115,12 @@ def token_logprob_bounds(
         coefficient.double(),
     )
     beta = inverse_temperature.double()[:, None]
-    (num_rows, width), vocabulary = hidden.shape, head.shape[0]
+    num_rows, vocabulary = len(hidden), len(head)
     of_row = torch.arange(num_rows, device=hidden.device)
 
-    # The logits: products, cap, temperature.
-    logit = hidden @ head.T
-    error = sum_error(width) * (hidden.abs() @ head.abs().T)
-    slope, slope_error = torch.ones_like(logit), torch.zeros_like(logit)
-    if softcap:
-        error = error + UNIT * logit.abs()
-        logit = softcap * torch.tanh(logit / softcap)
-        error = error + (FUNCTION + UNIT) * logit.abs()
-        slope = 1 - (logit / softcap).square()
-        slope_error = 2 * logit.abs() / softcap**2 * error + 4 * UNIT
-    logit = (
-        (logit * beta)
-        .scatter(1, excluded.clamp(min=0)[:, None], float("-inf"))
-        .where((excluded >= 0)[:, None], logit * beta)
-    )
+    logits = _logits(hidden, head, beta, excluded, softcap)
+    logit, error, slope, slope_error = logits.value, logits.error, logits.slope, logits.slope_error
     present = logit.isfinite()
-    error = (error * beta + UNIT * logit.abs()).where(present, 0.0)
 
     # The softmax: shift, exponentials, their sum, its logarithm.
     logprob = logit.log_softmax(dim=1)
@@ -121,13 +146,10 @@ def token_logprob_bounds(
     grad_error = weight.abs() * (slope * difference_error + slope_error * difference.abs())
     grad_error = grad_error + (4 * UNIT + factor_error) * grad.abs()
 
-    def product(left: Tensor, left_error: Tensor, right: Tensor) -> Tensor:
-        exact, magnitude = left @ right, left.abs() @ right.abs()
-        inside = left_error @ right.abs() + 2 * sum_error(right.shape[0]) * magnitude
-        return inside + output.eps / 2 * exact.abs() + output.smallest_normal * output.eps
-
     return Bounds(
-        logprob_error, product(grad, grad_error, head), product(grad.T, grad_error.T, hidden)
+        logprob_error,
+        _product_error(grad, grad_error, head, output),
+        _product_error(grad.T, grad_error.T, hidden, output),
     )
 
 

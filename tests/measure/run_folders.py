@@ -35,6 +35,39 @@ def make_thought(step, reward, **changes):
     return thought | changes
 
 
+def _finish(folder: RunFolder, *, steps: int, after: float, seed: int) -> None:
+    """Write what a run writes at its end."""
+    count = {
+        "tokens_in": 1234,
+        "tokens_generated": 56,
+        "tokens_trained": 7,
+        "flops": 2.5e12,
+        "seconds": 3.0,
+    }
+    write_json(
+        folder.ledger_json,
+        {
+            "phases": {"decode": count},
+            "input_tokens": 5000 + seed,
+            "flops": 2.5e12,
+            "paper_flops": 99000.0,
+            "seconds": 3.0,
+        },
+        point="end.torn_ledger",
+    )
+    write_json(
+        folder.summary_json,
+        {
+            "before": PANEL,
+            "after": PANEL | {"gain_over_start_nats": after},
+            "steps": steps,
+            "seconds": 3.0,
+            "flops": 2.5e12,
+        },
+        point="end.torn_summary",
+    )
+
+
 def make_run(path, steps=30, finished=True, thoughts=(), *, after=0.75, seed=0, arm=""):
     """A folder as a run leaves it; unfinished, as one leaves it that was killed. Without steps
     there is nothing to plot, which is quick."""
@@ -66,33 +99,5 @@ def make_run(path, steps=30, finished=True, thoughts=(), *, after=0.75, seed=0, 
             folder.evaluation_jsonl, {"step": step, **PANEL, "gain_over_start_nats": gain}
         )
     if finished:
-        count = {
-            "tokens_in": 1234,
-            "tokens_generated": 56,
-            "tokens_trained": 7,
-            "flops": 2.5e12,
-            "seconds": 3.0,
-        }
-        write_json(
-            folder.ledger_json,
-            {
-                "phases": {"decode": count},
-                "input_tokens": 5000 + seed,
-                "flops": 2.5e12,
-                "paper_flops": 99000.0,
-                "seconds": 3.0,
-            },
-            point="end.torn_ledger",
-        )
-        write_json(
-            folder.summary_json,
-            {
-                "before": PANEL,
-                "after": PANEL | {"gain_over_start_nats": after},
-                "steps": steps,
-                "seconds": 3.0,
-                "flops": 2.5e12,
-            },
-            point="end.torn_summary",
-        )
+        _finish(folder, steps=steps, after=after, seed=seed)
     return path

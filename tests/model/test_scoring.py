@@ -1,7 +1,7 @@
 """Log-probabilities of a layout against the model itself: one text at a time, no batch, no padding,
 no kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +113,41 @@ def each_thought(
             )
 
 
+def of_thoughts(
+    policy: Policy,
+    documents: list[Document],
+    positions: Positions,
+    thoughts: Thoughts,
+    thought_format: ThoughtFormat,
+) -> tuple[Tensor, Tensor]:
+    """Each thought's tokens, padded with zeros, and its target's: a forward for each thought."""
+    budget = thoughts.tokens.shape[2]
+    thought_rows, target_rows = [], []
+    for context, thought, forced, target in each_thought(
+        documents, positions, thoughts, thought_format
+    ):
+        logits = lm_logits(policy, [*context, *thought, *forced, *target])
+        row = [
+            logprob_of(logits[len(context) + u - 1], token, thought_format.temperature, -1)
+            for u, token in enumerate(thought)
+        ]
+        thought_rows.append(zero_padded(row, budget))
+        start = len(context) + len(thought) + len(forced)
+        target_rows.append(of_target(logits[start - 1 :], target))
+    return torch.stack(thought_rows), torch.stack(target_rows)
+
+
+def of_target(logits: Tensor, target: Iterable[int]) -> Tensor:
+    """The target's tokens one after the other, from the row that predicts the first."""
+    return torch.stack(
+        [logprob_of(logits[h], token, 1.0, MARKERS.open[0]) for h, token in enumerate(target)]
+    )
+
+
+def zero_padded(row: list[Tensor], length: int) -> Tensor:
+    return torch.stack(row + [torch.zeros_like(row[0])] * (length - len(row)))
+
+
 def oracle(
     policy: Policy,
     documents: list[Document],
@@ -122,28 +157,8 @@ def oracle(
 ) -> Scores:
     """The blocks of `Scores` by definition: a fresh forward of the model for each thought and each
     document."""
-    excluded = MARKERS.open[0]
-    thought_rows, target_rows = [], []
-    for context, thought, forced, target in each_thought(
-        documents, positions, thoughts, thought_format
-    ):
-        logits = lm_logits(policy, [*context, *thought, *forced, *target])
-        start = len(context) + len(thought) + len(forced)
-        row = [
-            logprob_of(logits[len(context) + u - 1], token, thought_format.temperature, -1)
-            for u, token in enumerate(thought)
-        ]
-        thought_rows.append(
-            torch.stack(row + [torch.zeros_like(row[0])] * (thoughts.tokens.shape[2] - len(row)))
-        )
-        target_rows.append(
-            torch.stack(
-                [
-                    logprob_of(logits[start + h - 1], token, 1.0, excluded)
-                    for h, token in enumerate(target)
-                ]
-            )
-        )
+    thought, target = of_thoughts(policy, documents, positions, thoughts, thought_format)
+
     longest = max(len(document.tokens) for document in documents)
     logits = [lm_logits(policy, document.tokens.tolist()) for document in documents]
     lm_rows = []
@@ -152,27 +167,16 @@ def oracle(
             logprob_of(rows[t - 1], document.tokens[t], 1.0, -1)
             for t in range(1, len(document.tokens))
         ]
-        lm_rows.append(
-            torch.stack(row + [torch.zeros_like(row[0])] * (longest - len(document.tokens)))
-        )
+        lm_rows.append(zero_padded(row, longest - 1))
+
     places = list(zip(positions.document, positions.position, positions.target))
     return Scores(
-        thought=torch.stack(thought_rows),
-        target=torch.stack(target_rows),
+        thought=thought,
+        target=target,
         document=torch.stack(lm_rows),
-        no_think=torch.stack(
-            [
-                torch.stack(
-                    [
-                        logprob_of(logits[d][t + h - 1], token, 1.0, excluded)
-                        for h, token in enumerate(target)
-                    ]
-                )
-                for d, t, target in places
-            ]
-        ),
+        no_think=torch.stack([of_target(logits[d][t - 1 :], target) for d, t, target in places]),
         open_marker=torch.stack(
-            [logprob_of(logits[d][t - 1], excluded, 1.0, -1) for d, t, _ in places]
+            [logprob_of(logits[d][t - 1], MARKERS.open[0], 1.0, -1) for d, t, _ in places]
         ),
     )
 
