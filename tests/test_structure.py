@@ -381,10 +381,11 @@ def test_importing_rlp_imports_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
-def test_importing_config_imports_no_torch():
-    """A config is read in the time that YAML takes."""
+@pytest.mark.parametrize("module", ["rlp.config", "rlp.cli"])
+def test_reading_a_config_or_a_command_line_imports_no_torch(module: str):
+    """A config is read in the time that YAML takes, and a mistyped command is told at once."""
     done = subprocess.run(
-        [sys.executable, "-c", "import rlp.config, sys; print('torch' in sys.modules)"],
+        [sys.executable, "-c", f"import {module}, sys; print('torch' in sys.modules)"],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,

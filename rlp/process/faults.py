@@ -17,9 +17,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "RLP_FAULT"
 
@@ -174,7 +175,7 @@ def fault(point: str, first: Callable[[], object] | None = None) -> None:
         time.sleep(3600)
 
 
-def poisoned(point: str, values: Tensor) -> Tensor:
+def poisoned(point: str, values: "Tensor") -> "Tensor":
     """The tensor itself, or, where the environment asks for it, a copy whose first value is not
     finite."""
     action = _due(point) if values.numel() else None
@@ -185,7 +186,7 @@ def poisoned(point: str, values: Tensor) -> Tensor:
     return values + first.reshape(values.shape)
 
 
-def poisoned_gradient(point: str, values: Tensor) -> Tensor:
+def poisoned_gradient(point: str, values: "Tensor") -> "Tensor":
     """The tensor itself; where the environment asks for it, its gradient will not be finite."""
     action = _due(point)
     if action is not None:
