@@ -11,6 +11,7 @@ from rlp.config import ConfigError, PositionConfig
 from rlp.data.documents import Document
 from rlp.data.noise import ORDER_NOISE, PANEL_NOISE, POSITION_NOISE, THOUGHT_NOISE, keyed_noise
 from rlp.data.positions import Positions, candidate_positions, choose_positions, marker_ids
+from rlp.data.selectors import open_selector
 from tests.tiny_models import random_documents
 
 
@@ -107,14 +108,16 @@ def chosen(
     scores: list[np.ndarray] | None = None,
     **fields: object,
 ) -> Positions:
+    config = PositionConfig(**fields)
     return choose_positions(
         documents,
         lambda tokens: np.arange(1, len(tokens) - horizon + 1),
-        PositionConfig(**fields),
+        config,
         horizon=horizon,
         seed=seed,
         step=step,
-        scores=scores,
+        selector=open_selector(config.selector),
+        statistics=None if scores is None else {config.selector: scores},
     )
 
 
