@@ -12,9 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-INTERRUPTED, PIPE_CLOSED = 130, 141
-"""Exit codes of a command that Ctrl-C ended, and of one that nobody reads any more: as a shell has
-them for the signals."""
+from rlp.process.exit_codes import INTERRUPTED, PIPE_CLOSED
 
 
 def accept_any_text() -> None:

@@ -21,14 +21,11 @@ from contextlib import suppress
 
 import psutil
 
-from rlp.process.command import INTERRUPTED
+from rlp.process.exit_codes import INTERRUPTED, PEER_LOST
 from rlp.process.poller import Poller
 
 POLL_S = 0.5
 """How often a thread looks. `deepspeed` gives a rank 30 s after SIGTERM."""
-
-LAUNCHER_GONE = 69
-"""Exit code of a rank that has lost its launcher before there was anything to save."""
 
 RUNNERS, NODE_LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner"}, {"deepspeed.launcher.launch"}
 """Of DeepSpeed: the first starts the second, on each node, which starts the ranks."""
@@ -156,7 +153,7 @@ def _watch(polls: Iterator[bytes]) -> None:
             try:
                 launchers().require()
             except LauncherGone as error:
-                _end(f"error: {error}", LAUNCHER_GONE)
+                _end(f"error: {error}", PEER_LOST)
 
 
 def _end(words: str, code: int) -> None:

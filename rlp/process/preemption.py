@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rlp.config import ConfigError, parse_duration, parse_moment
-from rlp.process.command import INTERRUPTED
+from rlp.process.exit_codes import INTERRUPTED
 from rlp.process.files import FolderLostError
 from rlp.process.launcher import POLL_S, launchers
 from rlp.process.poller import Poller

@@ -30,12 +30,10 @@ import torch.distributed as dist
 
 from rlp.config import ConfigError, RunConfig
 from rlp.process import watchdog_process
+from rlp.process.exit_codes import STALLED
 from rlp.process.files import FolderLostError, open_log
 from rlp.process.poller import Poller
 from rlp.process.ranks import LISTEN_S, PeerLost, Ranks, short_cause
-
-STALLED = 70
-"""Exit code of a run whose watchdog has barked."""
 
 WAKE_S = 10.0
 """A rank that was stopped has so long to find its peers gone by itself."""

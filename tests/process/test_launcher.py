@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 import rlp.process.launcher
-from rlp.process.command import INTERRUPTED
-from rlp.process.launcher import LAUNCHER_GONE, Launchers
+from rlp.process.exit_codes import INTERRUPTED, PEER_LOST
+from rlp.process.launcher import Launchers
 from tests import REPOSITORY
 from tests.training import TINY
 
@@ -148,7 +148,7 @@ def test_a_rank_whose_launcher_dies_while_it_imports_ends(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for code, said in json.loads(done.stdout):
-        assert code == LAUNCHER_GONE
+        assert code == PEER_LOST
         assert (
             "error: the launcher (process " in said
             and ") ended before the run began. This rank ends too, and nothing was written." in said

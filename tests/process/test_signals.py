@@ -16,8 +16,7 @@ import rlp.process.preemption
 import rlp.process.watchdog
 import rlp.trainer
 from rlp.config import ConfigError, parse_moment
-from rlp.process.exit_codes import PREEMPTED
-from rlp.process.launcher import LAUNCHER_GONE
+from rlp.process.exit_codes import PEER_LOST, PREEMPTED
 from rlp.process.preemption import SAME_KEYPRESS_S, SIGNALS, Deadline, Preemption
 from tests import REPOSITORY
 from tests.faults.harness import LIMIT_S, Attempt
@@ -273,7 +272,7 @@ def test_ranks_whose_launcher_has_died_save_and_end(tmp_path, model_folder, corp
 
 @pytest.mark.parametrize(
     "after_s, ends",
-    [(0.0, {LAUNCHER_GONE, PREEMPTED}), (0.6, {LAUNCHER_GONE, PREEMPTED})],
+    [(0.0, {PEER_LOST, PREEMPTED}), (0.6, {PEER_LOST, PREEMPTED})],
 )
 def test_ranks_whose_launcher_dies_early_end_alike_or_save(harness, after_s, ends):
     """As soon as they know it, and while the run is put together; it would last for hours. Nothing

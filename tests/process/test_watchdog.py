@@ -18,11 +18,11 @@ import rlp.process.watchdog
 import rlp.run.checks
 from rlp.config import RunConfig
 from rlp.data import lines, unpacked
-from rlp.process.exit_codes import DONE, PEER_LOST
+from rlp.process.exit_codes import DONE, PEER_LOST, STALLED
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.progress import Progress
 from rlp.process.ranks import COLLECTIVES_S
-from rlp.process.watchdog import STALLED, Watchdog
+from rlp.process.watchdog import Watchdog
 from tests import REPOSITORY
 from tests.faults.harness import LIMIT_S, SETTINGS
 from tests.process.stopping import wait_for
