@@ -1,8 +1,7 @@
 """Tables, figures and verdict of the comparison, all from results.jsonl.
 
-    cd experiments; FILE=flop_matched/results.jsonl
-    python flop_matched/analyze.py $FILE                                         # prints them
-    python flop_matched/analyze.py $FILE --readme README.md --figures FOLDER     # and writes them
+    python experiments/flop_matched/analyze.py RESULTS            # prints them
+    python experiments/flop_matched/analyze.py RESULTS --readme README.md --figures FOLDER
 
 Differences are RLP minus the arm, paired by seed, with 95 % intervals: the percentile bootstrap of
 the mean over seeds (scipy, 9999 resamples). With five seeds such an interval is somewhat too short;

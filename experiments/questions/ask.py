@@ -2,7 +2,7 @@
 
     python experiments/world/make_bases.py --seeds 5
     python experiments/questions/ask.py lm_weight --seeds 5      # or all
-    python experiments/questions/ask.py --tables                 # of README.md, from results.jsonl
+    python experiments/questions/ask.py --tables                 # those of README.md
 
 Every run is configs/quickstart.yaml with the overrides of one setting, from the base of its seed
 and with that `run.seed`, evaluated before and after only. So two settings differ, seed by seed, in

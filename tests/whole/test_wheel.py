@@ -56,18 +56,39 @@ def test_the_wheel_brings_nothing_but_the_package(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rlp", "rlp_kernels"}
 
 
-def test_the_world_is_written_by_the_wheel_alone(wheel, tmp_path):
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """Where the wheel is unpacked, and an environment with nothing of the repository."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder, os.environ | {"PYTHONPATH": str(folder), "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.slow
+def test_the_world_is_trained_by_the_wheel_alone(installed, tmp_path):
+    """`rlp world` and `rlp train` in a folder with nothing in it."""
+    _, alone = installed
+    for command in (
+        ["world", "w"],
+        ["train", "w/quickstart.yaml", "budget.steps=2", "evaluation.panel_positions=16"],
+    ):
+        succeeded([sys.executable, "-m", "rlp", *command], cwd=tmp_path, env=alone)
+    run = tmp_path / "runs" / "quickstart"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run / "export" / "model.safetensors").is_file() and (run / "report.html").is_file()
+
+
+def test_the_world_is_written_by_the_wheel_alone(installed, tmp_path):
     """In a folder with nothing in it; its config is that of the repository, and finds all that it
     names from anywhere."""
     from rlp.config import load_config
 
-    installed, empty = tmp_path / "installed", tmp_path / "empty, with #"
-    zipfile.ZipFile(wheel).extractall(installed)
+    folder, alone = installed
+    empty = tmp_path / "empty, with #"
     empty.mkdir()
-    alone = os.environ | {"PYTHONPATH": str(installed)}
     code = "import rlp, rlp_kernels; print(rlp.__file__, rlp_kernels.__file__, sep='\\n')"
     files = succeeded([sys.executable, "-c", code], cwd=empty, env=alone).splitlines()
-    assert len(files) == 2 and all(file.startswith(str(installed)) for file in files)
+    assert len(files) == 2 and all(file.startswith(str(folder)) for file in files)
     said = succeeded([sys.executable, "-m", "rlp", "world", "w"], cwd=empty, env=alone)
     assert "rlp train w/quickstart.yaml" in said
 
