@@ -1,5 +1,7 @@
 """The site: `make docs` writes it to site/, to be opened from the disk; it loads nothing else."""
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +14,6 @@ author = "The rlp-pretraining developers"
 copyright = f"2026, {author}. Apache License 2.0"
 
 extensions = ["myst_parser"]
-exclude_patterns = ["conf.py"]
 html_theme = "furo"
 html_title = "rlp"
 html_show_sphinx = False
@@ -24,13 +25,26 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
 myst_links_external_new_tab = False
 
+UP = f"{os.pardir}/"
 KEYS = "<!-- every key, from rlp/config.py -->"
+README = "<!-- the README -->"
 
 
-def write_keys(app, page: str, source: list[str]) -> None:
-    """The keys stand in `rlp/config.py` alone; the page has the place where they go."""
-    source[0] = source[0].replace(KEYS, config_keys())
+def complete(app, page: str, source: list[str]) -> None:
+    """What a page has on the site alone: its place holds a comment.
+
+    Files of the repository that are no pages of the site are copied beside it.
+    """
+    text = source[0].replace(KEYS, config_keys()).replace(README, readme())
+    source[0] = re.sub(r"(?<!!)(\[[^]]*\])\((\.\./[^)#]+)\)", r"\1(path:\2)", text)
+
+
+def readme() -> str:
+    """The README without its title, its links as seen from here."""
+    _, _, text = (Path(__file__).parents[1] / "README.md").read_text().partition("\n")
+    text = re.sub(r"\]\((?![a-z]+:)([^)]+)\)", rf"]({UP}\1)", text)
+    return text.replace(f"]({UP}docs/", "](")
 
 
 def setup(app) -> None:
-    app.connect("source-read", write_keys)
+    app.connect("source-read", complete)

@@ -63,7 +63,7 @@ def config_keys() -> str:
     """The sections as Markdown, each key with its type, default and meaning."""
     lines = []
     for name, (docstring, keys) in sections().items():
-        lines += [f"## `{name}`", "", _linked(docstring), ""]
+        lines += [f"### `{name}`", "", _linked(docstring), ""]
         for key in keys:
             default = f"default `{key.default}`" if key.default else "has to be given"
             lines += [

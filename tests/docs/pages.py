@@ -28,8 +28,9 @@ SHOWN = ("text", "bibtex", "json", "{toctree}")
 """Languages of blocks that show something, and are no input to anything."""
 
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-NOT_RUN = re.compile(r"<!-- not run: (\S.*?) -->\s*\Z", flags=re.DOTALL)
-RUN_AS = re.compile(r"<!-- run as (\S.*?): (\S.*?) -->\s*\Z", flags=re.DOTALL)
+MARK = re.compile(r"<!-- ((?:(?!-->).)*) -->\s*\Z", flags=re.DOTALL)
+NOT_RUN = re.compile(r"not run: (?P<reason>\S.*)", flags=re.DOTALL)
+RUN_AS = re.compile(r"run as (?P<instead>\S.*?): (?P<reason>\S.*)", flags=re.DOTALL)
 FILE = re.compile(r"\A# (\w+\.(?:py|yaml))\n")
 
 
@@ -66,10 +67,11 @@ def read_blocks(page: str, text: str) -> list[Block]:
     for fence in FENCE.finditer(text):
         before = text[: fence.start()]
         line = before.count("\n") + 1
-        skipped, replaced = NOT_RUN.search(before), RUN_AS.search(before)
-        reason = skipped[1] if skipped else replaced[2] if replaced else ""
-        instead = replaced[1] if replaced else ""
-        blocks.append(Block(page, line, fence[1], fence[2], reason, instead))
+        mark = MARK.search(before)
+        said = mark[1] if mark else ""
+        found = NOT_RUN.fullmatch(said) or RUN_AS.fullmatch(said)
+        marked = found.groupdict() if found else {}
+        blocks.append(Block(page, line, fence[1], fence[2], **marked))
     return blocks
 
 

@@ -9,6 +9,7 @@ code. A launcher starts one process here; the tests of the launchers start sever
 
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 PRELOADED = (
     "deepspeed",
@@ -28,6 +30,8 @@ PRELOADED = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 
+BASE = Path(__file__).parents[2] / "rlp" / "world" / "base"
+
 LAUNCHERS = {"deepspeed": "--module", "torchrun": "-m"}
 """The option by which a launcher is given a module in place of a file."""
 
@@ -35,6 +39,9 @@ LAUNCHERS = {"deepspeed": "--module", "torchrun": "-m"}
 def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    transformers = importlib.import_module("transformers")
+    transformers.AutoModelForCausalLM.from_pretrained(BASE)  # compiles a thousand expressions
+    importlib.import_module("matplotlib.figure").Figure().savefig(io.BytesIO())  # reads the fonts
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what has ended
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as server:

@@ -26,8 +26,15 @@ sys.path.insert(0, str(REPOSITORY / "docs"))
 
 from config_page import config_keys, sections
 
-SLOW = {"docs/comparing.md", "docs/warm_start.md"}
-"""Pages whose blocks take more than ten seconds of a core."""
+SLOW = {
+    "docs/comparing.md",
+    "docs/install.md",
+    "docs/python_api.md",
+    "docs/run_folder.md",
+    "docs/scale.md",
+    "docs/warm_start.md",
+}
+"""Their blocks are further runs of the commands that the README has."""
 
 RUNNABLE = [page for page in PAGES if any(block.is_run for block in blocks_of(page))]
 
@@ -91,11 +98,14 @@ def test_a_mark_belongs_to_the_block_right_after_it():
     text = (
         "<!-- not run: it needs a GPU -->\n```sh\na\n```\n\n```sh\nb\n```\n"
         "<!-- run as true: it takes hours -->\n```sh\nc\n```\n"
+        "<!-- not run: it needs the Hub -->\n```sh\nd\n```\n<!-- a word -->\n```sh\ne\n```\n"
     )
-    marked, plain, replaced = read_blocks("page.md", text)
-    assert (marked.is_run, marked.reason) == (False, "it needs a GPU")
+    gpu, plain, replaced, hub, remarked = read_blocks("page.md", text)
+    assert (gpu.is_run, gpu.reason) == (False, "it needs a GPU")
     assert plain.is_run and not plain.reason and plain.line == 6
-    assert replaced.is_run and replaced.instead == "true"
+    assert (replaced.is_run, replaced.instead, replaced.reason) == (True, "true", "it takes hours")
+    assert (hub.is_run, hub.reason) == (False, "it needs the Hub")
+    assert remarked.is_run and not remarked.reason
 
 
 def test_a_link_in_code_is_none_and_an_anchor_is_a_heading():

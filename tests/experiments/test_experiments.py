@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests import REPOSITORY
@@ -42,9 +43,21 @@ def test_the_tables_are_those_of_the_results(results):
     assert analyze.fill(readme, analyze.sections(results)) == readme
 
 
-def test_the_main_readme_repeats_the_verdict(results):
+def test_the_page_on_comparing_repeats_the_verdict(results):
+    page = (REPOSITORY / "docs" / "comparing.md").read_text()
+    assert analyze.fill(page, {"verdict": analyze.verdict(results)}) == page
+
+
+def test_the_main_readme_has_the_means_of_the_results(results):
+    """Accuracy with a thought over the five seeds, the arms in the order of its columns."""
+    arms = ["rlp", "rpt", "mixed_sft", "cpt_flops", "shuffled_reward", "foreign_thought", "base"]
     readme = (REPOSITORY / "README.md").read_text()
-    assert analyze.fill(readme, {"verdict": analyze.verdict(results)}) == readme
+    for title, stage in (("after pretraining", "pretrain"), ("and the same SFT and RLVR", "rlvr")):
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {title} |")]
+        told = [float(cell) for cell in line.split("|")[2:-1]]
+        runs = [results[arm, stage].values() for arm in arms]
+        means = [np.mean([run["accuracy_with_thought"] for run in seeds]) for seeds in runs]
+        assert told == [round(mean, 3) for mean in means]
 
 
 def test_matched_arms_spend_the_same(results):
