@@ -109,11 +109,8 @@ def token_logprob_bounds(
             before it is multiplied.
     """
     output = torch.finfo(hidden.dtype)
-    hidden, head, coefficient = (
-        hidden.detach().double(),
-        head.detach().double(),
-        coefficient.double(),
-    )
+    hidden, head = hidden.detach().double(), head.detach().double()
+    coefficient = coefficient.double()
     beta = inverse_temperature.double()[:, None]
     num_rows, vocabulary = len(hidden), len(head)
     of_row = torch.arange(num_rows, device=hidden.device)
