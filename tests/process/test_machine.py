@@ -395,7 +395,7 @@ def test_a_cpu_plan_says_what_to_write_where_memory_is_short(tmp_path, monkeypat
     )
     shapes = model_shapes(architecture("qwen3"))
     monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 0)
-    monkeypatch.setattr(plan_module, "PROCESS_BYTES", 10**12)
+    monkeypatch.setattr("rlp.measure.plan_memory.PROCESS_BYTES", 10**12)
     plan = plan_run(config, shapes, 1, layout="tree")
     settings, peaks = zip(*plan.relief)
     assert settings[0] == "optim.micro_batch_size=1" and settings[-1] == "baseline.kind=self"

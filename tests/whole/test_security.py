@@ -503,7 +503,7 @@ def test_no_secret_reaches_the_run_folder_or_the_console(
         "sys.argv",
         ["train.py", "tiny.yaml", f"--token={TOKEN}", f"--key={planted['WANDB_API_KEY']}"],
     )
-    monkeypatch.setattr(program, "stop_ranks", lambda: None)
+    monkeypatch.setattr("rlp.process.ranks.stop_ranks", lambda: None)
     (tmp_path / "tiny.yaml").write_text(
         f"model: {{path: {model_folder}}}\ndata: {{train: [{corpus}], held_out: [{corpus}]}}\nrun:"
         f" {{dir: {tmp_path / 'run'}}}\n"

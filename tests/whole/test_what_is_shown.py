@@ -31,7 +31,7 @@ def test_what_data_holds_does_nothing_to_the_terminal(
 ):
     """In warnings about bad rows, in the error that stops a run, in the example of a dry run, in
     the name of a file."""
-    monkeypatch.setattr(program, "stop_ranks", lambda: None)
+    monkeypatch.setattr("rlp.process.ranks.stop_ranks", lambda: None)
     path = write(
         tmp_path / f"x{ESCAPES}.jsonl", json.dumps({ESCAPES: 1}).encode() + b"\n" + GOOD * 9
     )
