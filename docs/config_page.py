@@ -56,7 +56,9 @@ def _default(value: ast.expr) -> str:
         return ""
     if isinstance(given, str):
         return f'"{given}"' if not given or given[0] in "{<" else given
-    return {None: "null", True: "true", False: "false"}.get(given, str(given))
+    if given is None or isinstance(given, bool):
+        return "null" if given is None else str(given).lower()
+    return str(given)
 
 
 def config_keys() -> str:

@@ -119,7 +119,11 @@ def test_every_key_of_a_config_is_explained():
     keys = {f"{name}.{key.name}": key for name, (_, keys) in sections().items() for key in keys}
     assert set(keys) == {key for key in known_keys() if "." in key}
     assert [name for name, key in keys.items() if not key.meaning] == []
-    assert "`thought.group_size` (int, default `16`)" in config_keys()
+    page = config_keys()
+    assert "`thought.group_size` (int, default `16`)" in page
+    assert "`objective.policy_weight` (float, default `1.0`)" in page
+    assert "`thought.add_markers` (bool, default `false`)" in page
+    assert "`run.dir` (str, has to be given)" in page
 
 
 def test_every_page_is_in_the_index_of_the_site():
