@@ -28,7 +28,9 @@ def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
     neither micro-batches nor ranks change the gradient."""
     optim, thinks = run.config.optim, run.config.objective.thinks
     batches = [predict(run, step, batch) for batch in think(run, step)]
-    divisors = run.ranks.sum([sum(map(count_thoughts, batches)), sum(map(count_targets, batches))])
+    step.num_thoughts, step.num_tokens = run.ranks.sum(
+        [sum(map(count_thoughts, batches)), sum(map(count_targets, batches))]
+    )
     if thinks:
         judge.begin(run, step.number, batches)
 
@@ -40,9 +42,9 @@ def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
             run.pulse.safe_point()
             with run.ledger.time(*phases):
                 if thinks:
-                    learn(run, step, judge, index, batch, divisors, first=update == 0)
+                    learn(run, step, judge, index, batch, first=update == 0)
                 else:
-                    learn_text(run, step, batch, divisors)
+                    learn_text(run, step, batch)
         with run.ledger.time(*phases):
             result = run.update(step)  # theta and phi, or neither
     return result
@@ -74,7 +76,6 @@ def learn(
     judge: Judge,
     index: int,
     batch: MicroBatch,
-    divisors: list[float],
     *,
     first: bool,
 ) -> None:
@@ -83,7 +84,6 @@ def learn(
 
     Args:
         index: of the micro-batch in the step.
-        divisors: thoughts and document tokens of the whole step.
         first: whether this is the first update with the thoughts; what they are worth is told then.
     """
     reward, evidence = judge.ahead(index), []
@@ -92,14 +92,11 @@ def learn(
         reasoned_logprob, matched = run.evidence(part, scores, "train")  # S_pred  [M, G]  eq. 3
         evidence.append(reasoned_logprob.detach())
         if reward is None:
-            reward = rewards_of(
-                run.reward, batch.evidence(evidence[0], matched)
-            )  # r  [M, G]  eq. 5
+            whole = batch.evidence(reasoned_logprob.detach(), matched)
+            reward = rewards_of(run.reward, whole)  # r  [M, G]  eq. 5
         fed = judge.fed(index, reward)
         advantage = group_relative_advantage(fed)  # A  [M, G]  eq. 7
-        scored = run.scored(
-            part, layout, scores, divisors, reasoned_logprob, advantage[:, part.group]
-        )
+        scored = run.scored(step, part, layout, scores, reasoned_logprob, advantage[:, part.group])
         step.see_pass(scores, scored, part.thoughts, first=first)
         run.engine.backward(loss_of(run.loss, scored))  # eq. 8
 
@@ -108,10 +105,10 @@ def learn(
         step.see_rewards(whole, fed, advantage, measured=is_measured(run.reward, whole))
 
 
-def learn_text(run: StepParts, step: StepRecord, batch: MicroBatch, divisors: list[float]) -> None:
+def learn_text(run: StepParts, step: StepRecord, batch: MicroBatch) -> None:
     """Add the gradient of documents alone (continued pretraining)."""
     layout, scores = run.forward(batch)
-    scored = run.scored(batch, layout, scores, divisors)
+    scored = run.scored(step, batch, layout, scores)
     step.see_pass(scores, scored, None, first=True)
     run.engine.backward(loss_of(run.loss, scored))
 

@@ -194,17 +194,16 @@ class StepParts:
 
     def scored(
         self,
+        step: StepRecord,
         batch: MicroBatch,
         layout: Layout,
         scores: Scores,
-        divisors: list[float],
         reasoned_logprob: Tensor | None = None,
         advantage: Tensor | None = None,
     ) -> Scored:
         """What the loss is given of a pass.
 
         Args:
-            divisors: thoughts and document tokens of the whole step.
             reasoned_logprob, advantage: [M, G] of the thoughts in this pass; None without thoughts.
         """
         thoughts, none = batch.thoughts, scores.thought[:, :0].sum(dim=1)
@@ -218,8 +217,8 @@ class StepParts:
             start_logprob=self._start_logprob(layout) if needs_start else None,
             document_logprob=scores.document,
             document_mask=layout.document_mask,
-            num_thoughts=divisors[0],
-            num_tokens=divisors[1],
+            num_thoughts=step.num_thoughts,
+            num_tokens=step.num_tokens,
             weights=self.config.objective,
         )
 

@@ -49,6 +49,10 @@ class StepRecord:
     """Everything that is measured, to be reduced over ranks."""
     documents: list[Document] = field(default_factory=list)
     """This rank's."""
+    num_thoughts: float = 0.0
+    """Of all ranks: what sums over thoughts are divided by."""
+    num_tokens: float = 0.0
+    """Predicted tokens of the documents of all ranks, likewise."""
 
     def see_thoughts(
         self,

@@ -350,7 +350,8 @@ def step_loss(
     )
     batch, judge = MicroBatch(documents, positions, thoughts, baseline_logprob), Judge()
     judge.begin(run, 1, [batch])
-    learn(run, step, judge, 0, batch, [thoughts.truncated.numel(), 1], first=True)
+    step.num_thoughts, step.num_tokens = thoughts.truncated.numel(), 1
+    learn(run, step, judge, 0, batch, first=True)
     return run.engine.loss
 
 
