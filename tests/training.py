@@ -99,7 +99,7 @@ def masters(run: OpenRun) -> dict[str, torch.Tensor]:
     """Copies of the float32 master weights; one rank owns them all."""
     return {
         fragment.name: fragment.view(fragment.flat).clone()
-        for fragment in run.parts.engine.fragments()
+        for fragment in run.parts.engine.shards.fragments()
     }
 
 

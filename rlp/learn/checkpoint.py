@@ -90,7 +90,7 @@ def save_checkpoint(
             "format": FORMAT,
             "step": step,
             "shards": shards,
-            "shapes": engine.shapes(),
+            "shapes": engine.shards.shapes(),
             "state": state,
         }
         try:
@@ -162,8 +162,10 @@ def _parts(engine: Engine, ranks: Ranks) -> Iterator[tuple[dict[str, int], int, 
     the flattened parameter, the optimizer's step, and copies of the pieces. Where nothing is
     sharded the first rank has them all."""
     starts, tensors, adam_step, room = {}, {}, 0, PART_BYTES
-    for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
-        state = engine.state_of(fragment.flat)
+    for fragment in (
+        engine.shards.fragments() if ranks.is_first or not engine.shards.is_whole else []
+    ):
+        state = engine.shards.state_of(fragment.flat)
         kinds = {"master": fragment.flat} | {name: state[name] for name in STATES if name in state}
         adam_step = int(state["step"]) if state else 0
         bytes_each, done = 4 * len(kinds), 0
@@ -468,20 +470,22 @@ def restore(checkpoint: Checkpoint, engine: Engine, ranks: Ranks) -> None:
             needs.
     """
     fault("resume.before_restore")
-    refuse_other_model(checkpoint, engine.shapes())
+    refuse_other_model(checkpoint, engine.shards.shapes())
 
-    fragments, kinds = engine.fragments(), ()
+    fragments, kinds = engine.shards.fragments(), ()
     if checkpoint.adam_step > 0:
-        kinds = STATES if engine.keeps_ema else STATES[:2]
+        kinds = STATES if engine.shards.keeps_ema else STATES[:2]
         for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
-            engine.restore_state(flat, checkpoint.adam_step, kinds)
+            engine.shards.restore_state(flat, checkpoint.adam_step, kinds)
 
     for fragment in fragments:
         where = (fragment.name, fragment.start, fragment.numel)
         fragment.view(fragment.flat).copy_(checkpoint.read("master", *where))
         for kind in kinds:
-            fragment.view(engine.state_of(fragment.flat)[kind]).copy_(checkpoint.read(kind, *where))
-    engine.write_weights(engine.policy, lambda *where: checkpoint.read("master", *where))
+            fragment.view(engine.shards.state_of(fragment.flat)[kind]).copy_(
+                checkpoint.read(kind, *where)
+            )
+    engine.shards.write_weights(engine.policy, lambda *where: checkpoint.read("master", *where))
 
 
 def refuse_other_model(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:

@@ -55,7 +55,7 @@ def export_model(
     """
     fault("export.before_write")
     tensors = {}
-    for name, value in engine.whole(engine.master):
+    for name, value in engine.shards.whole(engine.shards.master):
         if ranks.is_first:
             tensors[name] = value.cpu()
 

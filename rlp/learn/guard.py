@@ -120,7 +120,7 @@ def require_sound(engine: Engine, ranks: Ranks, where: str) -> None:
     Raises:
         NumericsError: on every rank the same.
     """
-    found = sorted({name for names in ranks.gather(engine.not_finite()) for name in names})
+    found = sorted({name for names in ranks.gather(engine.shards.not_finite()) for name in names})
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise NumericsError(

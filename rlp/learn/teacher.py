@@ -47,7 +47,7 @@ class Teacher:
         """After an optimizer step: bring the EMA's forward copy up to date."""
         fault("teacher.refresh")
         if self._ema is not None:
-            self._engine.refresh_average(self._ema)
+            self._engine.shards.refresh_average(self._ema)
 
     @torch.no_grad()
     def logprob(self, statistic: str, layout: Layout) -> Tensor:
@@ -67,9 +67,9 @@ class Teacher:
         if self._ema is None:
             return None
         squares = [0.0, 0.0]
-        for fragment in self._engine.fragments():
-            squares[0] += float(self._engine.lag(fragment).square().sum())
-            squares[1] += float(self._engine.master(fragment).square().sum())
+        for fragment in self._engine.shards.fragments():
+            squares[0] += float(self._engine.shards.lag(fragment).square().sum())
+            squares[1] += float(self._engine.shards.master(fragment).square().sum())
 
         apart, size = self._ranks.sum(squares)
         return math.sqrt(apart / size) if size > 0 else 0.0

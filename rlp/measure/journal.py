@@ -115,8 +115,10 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
     cut anywhere.
     """
     sums = {}
-    for fragment in engine.fragments() if ranks.is_first or not engine.is_whole else []:
-        state = engine.state_of(fragment.flat)
+    for fragment in (
+        engine.shards.fragments() if ranks.is_first or not engine.shards.is_whole else []
+    ):
+        state = engine.shards.state_of(fragment.flat)
         held = {"master": fragment.flat} | {name: state[name] for name in STATES if name in state}
         for kind, flat in held.items():
             sums[f"{kind}/{fragment.name}"] = weighted_bits(fragment.view(flat), fragment.start)
@@ -126,7 +128,7 @@ def state_digest(engine: Engine, ranks: Ranks) -> str:
 def weights_digest(engine: Engine, module: nn.Module, ranks: Ranks) -> str:
     """Checksum of the weights of a frozen module, in the dtype that it computes in. A
     collective."""
-    held = engine.held_weights(module)
+    held = engine.shards.held_weights(module)
     return _digest_of({name: weighted_bits(part, start) for name, start, part in held}, ranks)
 
 

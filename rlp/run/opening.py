@@ -201,7 +201,7 @@ def build_teacher(
     host: Host,
 ) -> Teacher:
     """The networks that the baseline needs."""
-    ema = twin if engine.keeps_ema else None
+    ema = twin if engine.shards.keeps_ema else None
     frozen = twin if config.baseline.kind == "frozen" else start
     by_name = {"ema": ema, "start": frozen}
     needs = replaceable.baseline.needs if config.objective.thinks else ()

@@ -138,8 +138,10 @@ def test_the_newest_sound_checkpoint_stands_and_is_named(
     )
     take_step(run)
     assert save(run)
-    fragment = run.parts.engine.fragments()[3]
-    values = fragment.flat if kind == "master" else run.parts.engine.state_of(fragment.flat)[kind]
+    fragment = run.parts.engine.shards.fragments()[3]
+    values = (
+        fragment.flat if kind == "master" else run.parts.engine.shards.state_of(fragment.flat)[kind]
+    )
     fragment.view(values)[-1] = float("-inf")
     newest = tmp_path / "run" / "checkpoints" / "step_1"
     with pytest.raises(
@@ -184,11 +186,11 @@ def test_a_refused_update_leaves_no_trace_at_any_stage(
             )
         return [
             fragment.view(values).clone()
-            for fragment in run.parts.engine.fragments()
+            for fragment in run.parts.engine.shards.fragments()
             for values in (
                 fragment.flat,
                 *(
-                    run.parts.engine.state_of(fragment.flat)[name]
+                    run.parts.engine.shards.state_of(fragment.flat)[name]
                     for name in ("exp_avg", "exp_avg_sq", "lag")
                 ),
             )

@@ -227,15 +227,15 @@ def test_the_ema_is_the_float32_average_at_every_stage(
         name: (p.ds_tensor if stage == 3 else p).detach().flatten()
         for name, p in run.parts.teacher.networks["ema_logprob"].lm.named_parameters()
     }
-    for fragment in run.parts.engine.fragments():
-        phi, exact = run.parts.engine.average(fragment), oracle[fragment.name]
+    for fragment in run.parts.engine.shards.fragments():
+        phi, exact = run.parts.engine.shards.average(fragment), oracle[fragment.name]
         assert ((phi - exact).abs() <= 2**-24 * exact.abs() + rounding).all(), fragment.name
         torch.testing.assert_close(
             held[fragment.name][: phi.numel()], phi.to(held[fragment.name].dtype), rtol=0, atol=0
         )
 
         assert (
-            (run.parts.engine.lag(fragment) - (masters(run)[fragment.name] - exact)).abs()
+            (run.parts.engine.shards.lag(fragment) - (masters(run)[fragment.name] - exact)).abs()
             <= rounding
         ).all()
     assert run.parts.teacher.distance() > 0
