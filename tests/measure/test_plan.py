@@ -410,7 +410,7 @@ def test_the_rendered_plan_says_what_does_not_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "module, above",
     [
-        ("ledger", {"process.ranks", "model.shapes"}),
+        ("ledger", {"process.ranks", "model.shapes", "sampling.rollout"}),
         ("plan_work", {"config", "model.shapes"}),
         ("plan_memory", {"config", "model.shapes", "measure.plan_work"}),
     ],

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 
-import rlp.measure.probe
 from rlp import train as program
 from rlp.cli import main
 from rlp.config import ConfigError, ThoughtConfig
@@ -396,8 +395,8 @@ def test_the_commands_of_the_warm_start_work(tmp_path, monkeypatch, capsys, rank
     """Every command of docs/warm_start.md, on tiny data, in its order: each reads what the one
     before it wrote."""
     monkeypatch.chdir(tmp_path)
-    for module in (program, rlp.measure.probe):
-        monkeypatch.setattr(module, "stop_ranks", lambda: None)
+    for module in ("rlp.process.ranks", "rlp.measure.probe"):
+        monkeypatch.setattr(f"{module}.stop_ranks", lambda: None)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("\n".join(GSM) + "\n")
