@@ -88,7 +88,7 @@ def is_moment(text: str) -> bool:
 def require_part(key: str, name: str, ours: tuple[str, ...]) -> None:
     """Refuse the name of a part that is neither one of ours nor `package.module:name`."""
     require(
-        name in ours or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.<>]*", name) is not None,
+        name in ours or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*", name) is not None,
         key,
         name,
         f"must be one of {', '.join(ours)}, or one of yours as package.module:name",

@@ -193,18 +193,18 @@ def step_flops(
 ) -> dict[str, float]:
     """FLOPs of one step by ledger phase, over all ranks, as the ledger counts them.
 
-    `score` is the document pass that the selectors entropy and surprisal need, and for groups in
-    slices (`optim.thoughts_per_forward`) one pass over the thoughts ahead of the update: the
-    targets after whole groups are read off the update's own forward pass and cost the head rows
-    counted there. A placebo scores thoughts ahead too: those of all positions where they are
-    foreign, those of each rank's last position where rewards are shuffled. `teacher` is one
-    document pass for all positions, on the steps that score the baseline, and with a KL term one
-    pass of the starting checkpoint over all that the update runs. `train` and `lm` are a forward
-    and a backward pass for each update with the same thoughts.
+    `score` is the document pass that the selectors entropy and surprisal need, and one of yours
+    may, and for groups in slices (`optim.thoughts_per_forward`) one pass over the thoughts ahead of
+    the update: the targets after whole groups are read off the update's own forward pass and cost
+    the head rows counted there. A placebo scores thoughts ahead too: those of all positions where
+    they are foreign, those of each rank's last position where rewards are shuffled. `teacher` is
+    one document pass for all positions, on the steps that score the baseline, and with a KL term
+    one pass of the starting checkpoint over all that the update runs. `train` and `lm` are a
+    forward and a backward pass for each update with the same thoughts.
     """
     sizes = StepSizes.of(config, ranks_world_size, format_tokens)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
-    selects = thinks and config.position.selector in ("entropy", "surprisal")
+    selects = thinks and config.position.selector not in ("uniform", "marker")
     score = _times_ahead(config, sizes, ranks_world_size) * forward_flops(
         shapes, _thought_work(sizes, layout, lm=False)
     )

@@ -227,6 +227,13 @@ def doubled(evidence: Evidence) -> torch.Tensor:
 doubled.needs = ("baseline_logprob",)
 
 
+def test_a_reward_may_be_written_on_the_spot(tmp_path, model_folder, corpus, ranks):
+    """In a script or a notebook: it has no name to be imported by, and no resume without it."""
+    config = tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=1)
+    trainer = Trainer(config, reward=lambda evidence: evidence.reasoned_logprob, ranks=ranks)
+    assert trainer.config.reward.kind.endswith("<lambda>") and trainer.fit().code == DONE
+
+
 def test_what_is_rewarded_is_logged_beside_the_gain(tmp_path, model_folder, corpus, ranks):
     """`reward/*` is what eq. 7 is fed, `gain/*` the information gain, and their ratio is known."""
     config = tiny_config(tmp_path / "run", model_folder, corpus, budget__steps=2)
