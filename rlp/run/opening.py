@@ -33,7 +33,6 @@ from rlp.run.checks import Opened, announce, begin_ledger, plan_here, refuse_siz
 from rlp.run.saved import resume
 from rlp.run.state import Host, OpenRun, Progression
 from rlp.run.trial import ReplaceableParts, try_parts
-from rlp.step.baseline import NETWORKS
 from rlp.step.parts import StepParts
 from rlp.step.pulse import Pulse
 from rlp_kernels import choose_form
@@ -202,10 +201,13 @@ def build_teacher(
 ) -> Teacher:
     """The networks that the baseline needs."""
     ema = twin if engine.shards.keeps_ema else None
-    frozen = twin if config.baseline.kind == "frozen" else start
-    by_name = {"ema": ema, "start": frozen}
+    by_statistic = {
+        "ema_logprob": ema,
+        "start_logprob": twin if config.baseline.kind == "frozen" else start,
+        "policy_logprob": engine.policy,
+    }
     needs = replaceable.baseline.needs if config.objective.thinks else ()
-    networks = {need: by_name.get(NETWORKS.get(need), engine.policy) for need in needs}
+    networks = {need: by_statistic[need] for need in needs}
     return Teacher(networks, ema, engine, host.ranks)
 
 

@@ -113,14 +113,16 @@ def test_a_second_interrupt_ends_the_process_at_once(ranks, monkeypatch, capfd):
     assert "Ctrl-C again" in (said := capfd.readouterr().err) and "interrupted twice" in said
 
 
+@pytest.mark.parametrize("every, made", [(0, 2), (2, 3)])
 def test_the_run_stops_when_its_time_is_over(
-    tmp_path, model_folder, corpus, ranks, monkeypatch, capsys
+    tmp_path, model_folder, corpus, ranks, monkeypatch, capsys, every, made
 ):
-    """`checkpoint.save_by` is reached in step 3: it is given up, and step 2 is saved."""
+    """`checkpoint.save_by` is reached in the step after these: it is given up, and what was made is
+    saved, also where a checkpoint of fewer steps is there."""
     step, steady = rlp.trainer.take_step, rlp.process.preemption.steady_time
 
     def until_time_is_over(run):
-        if run.state.step == 2:
+        if run.state.step == made:
             monkeypatch.setattr(rlp.process.preemption, "steady_time", lambda: steady() + 360_000)
             wait_for(lambda: run.host.preemption.requested)
         step(run)
@@ -132,14 +134,14 @@ def test_the_run_stops_when_its_time_is_over(
         corpus,
         budget__steps=9,
         checkpoint__save_by=360_000,
-        checkpoint__every_n_steps=0,
+        checkpoint__every_n_steps=every,
     )
     assert train(config, ranks) == PREEMPTED
     assert (
-        "asked to stop (checkpoint.save_by 360000 is reached): step 2 is saved"
+        f"asked to stop (checkpoint.save_by 360000 is reached): step {made} is saved"
         in capsys.readouterr().out
     )
-    assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMPLETE").exists()
+    assert (tmp_path / "run" / "checkpoints" / f"step_{made}" / "COMPLETE").exists()
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,21 @@ def test_the_ema_is_the_float32_average_at_every_stage(
     assert run.parts.teacher.distance() > 0
 
 
+def test_a_frozen_baseline_stays_the_start(tmp_path, model_folder, corpus, ranks):
+    """While the policy moves away from it; of one's own that is the same network."""
+    for name, settings in {
+        "ours": {"baseline__kind": "frozen"},
+        "theirs": {"baseline__kind": "tests.step.parts:start"},
+    }.items():
+        run = open_run(tiny_config(tmp_path / name, model_folder, corpus, **settings), ranks)
+        start = masters(run)
+        take_step(run)
+        network = run.parts.teacher.networks["start_logprob"]
+        for name, p in network.lm.named_parameters():
+            assert torch.equal(p.detach().flatten(), start[name]), name
+        assert not any(torch.equal(value, start[name]) for name, value in masters(run).items())
+
+
 def test_a_continued_pretraining_step_equals_a_plain_loop(
     trained, tmp_path, model_folder, corpus, ranks
 ):
