@@ -67,7 +67,7 @@ class Opened:
     ) -> None:
         """
         Args:
-            warn, record, progress: as `Inputs`.
+            warn, record, progress: as `RunSetup`.
 
         Raises:
             ConfigError, DataError: something is not there or does not fit.
