@@ -85,7 +85,7 @@ def _named(section: object, key: str, part: object) -> object:
 
 def refuse_unmet_needs(config: Config, parts: ReplaceableParts) -> None:
     """Refuse a reward that needs a baseline which is not scored on every step."""
-    if "baseline_logprob" not in parts.reward.needs:
+    if not config.objective.thinks or "baseline_logprob" not in parts.reward.needs:
         return
     baseline = config.baseline
     if baseline.kind == "none" or baseline.every_n_steps > 1:

@@ -206,15 +206,21 @@ class StepParts:
         Args:
             reasoned_logprob, advantage: [M, G] of the thoughts in this pass; None without thoughts.
         """
-        thoughts, none = batch.thoughts, scores.thought[:, :0].sum(dim=1)
-        needs_start = thoughts and "start_logprob" in self.loss.needs
+        behavior_logprob, start_logprob = scores.thought, None
+        per_thought = (scores.thought[:, :0].sum(dim=1),) * 2  # of no thought
+        if batch.thoughts is not None:
+            behavior_logprob = rows(batch.thoughts.behavior_logprob)
+            per_thought = rows(advantage), rows(reasoned_logprob)
+            if "start_logprob" in self.loss.needs:
+                start_logprob = self._start_logprob(layout)
+
         return Scored(
             thought_logprob=scores.thought,
-            behavior_logprob=rows(thoughts.behavior_logprob) if thoughts else scores.thought,
+            behavior_logprob=behavior_logprob,
             mask=layout.thought_mask,
-            advantage=rows(advantage) if thoughts else none,
-            reasoned_logprob=rows(reasoned_logprob) if thoughts else none,
-            start_logprob=self._start_logprob(layout) if needs_start else None,
+            advantage=per_thought[0],
+            reasoned_logprob=per_thought[1],
+            start_logprob=start_logprob,
             document_logprob=scores.document,
             document_mask=layout.document_mask,
             num_thoughts=step.num_thoughts,
