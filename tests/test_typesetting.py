@@ -10,6 +10,7 @@ from tests import REPOSITORY
 from tests.source_files import PAGES, PYTHON, SETTINGS, imports, name_of
 
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FILE, MOST_COLUMNS = 60, 600, 100
+MOST_METHODS = 20
 
 ONE_PAGE_HOWEVER_LONG = "rlp/config.py"
 """A list of fields, each with its meaning, is looked up and not read."""
@@ -31,6 +32,16 @@ def long_functions(source: str) -> dict[str, int]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     return {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION}
+
+
+def large_classes(source: str) -> dict[str, int]:
+    """Methods of each class that has too many, by its name."""
+    counts = {
+        node.name: sum(isinstance(part, ast.FunctionDef) for part in node.body)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    }
+    return {name: methods for name, methods in counts.items() if methods > MOST_METHODS}
 
 
 def wide_lines(text: str, *, only_code: bool = False) -> list[int]:
@@ -67,6 +78,18 @@ def test_no_function_is_long():
         for path in PYTHON
     }
     assert {name: functions for name, functions in found.items() if functions} == {}
+
+
+def test_no_class_is_large():
+    """One that is has two jobs."""
+    found = {name_of(path): large_classes(path.read_text()) for path in PYTHON}
+    assert {name: classes for name, classes in found.items() if classes} == {}
+
+
+def test_the_checker_sees_a_large_class():
+    methods = "".join(f"    def m{number}(self): ...\n" for number in range(MOST_METHODS))
+    assert large_classes(f"class Full:\n{methods}") == {}
+    assert large_classes(f"class Over:\n{methods}    def one_more(self): ...\n") == {"Over": 21}
 
 
 def test_no_file_is_long():

@@ -94,6 +94,13 @@ def test_the_readme_has_no_block_that_is_left_out():
     assert [block for block in left_out if block.language in RUN] == []
 
 
+def test_a_part_of_ones_own_takes_less_than_25_lines():
+    """Each of the four ways in."""
+    blocks = [block for block in blocks_of("docs/extending.md") if block.language == "python"]
+    assert len(blocks) >= 4
+    assert all(len(block.text.splitlines()) < 25 for block in blocks)
+
+
 def test_a_mark_belongs_to_the_block_right_after_it():
     text = (
         "<!-- not run: it needs a GPU -->\n```sh\na\n```\n\n```sh\nb\n```\n"
