@@ -14,7 +14,7 @@ from rlp.learn.checkpoint import CheckpointError, newest_checkpoint, open_checkp
 from rlp.measure.journal import audit, weighted_bits
 from rlp.process.faults import COMMAND_POINTS, FAULT_POINTS, TENSOR_POINTS, fault
 from tests import REPOSITORY
-from tests.faults.harness import SAVE_EVERY, SETTINGS, STEPS, Case
+from tests.faults.harness import SAVE_EVERY, SETTINGS, STEPS, Case, came_after_the_last_step
 from tests.faults.playing import damage, played
 
 BFLOAT16 = {"engine.dtype": "bfloat16", "budget.steps": 4}
@@ -114,6 +114,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_stop_that_comes_after_the_last_step_is_told_from_one_before_it():
+    """The first lets a run be complete; the second has to be obeyed."""
+    late = "step 5/6  reward\nstep 6/6  reward\nfault at score, passage 25, rank 0: hup\n"
+    early = "step 5/6  reward\nfault at score, passage 21, rank 0: hup\nstep 6/6  reward\n"
+    assert came_after_the_last_step(late) and not came_after_the_last_step(early)
+    assert not came_after_the_last_step("step 1/16  reward\nfault at score, passage 2, rank 0: hup")
+
+
 def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
     """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit;
     at most the steps since the last save are made again; a survivor ends by itself, within
