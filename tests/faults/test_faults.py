@@ -114,14 +114,6 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_stop_that_comes_after_the_last_step_is_told_from_one_before_it():
-    """The first lets a run be complete; the second has to be obeyed."""
-    late = "step 5/6  reward\nstep 6/6  reward\nfault at score, passage 25, rank 0: hup\n"
-    early = "step 5/6  reward\nfault at score, passage 21, rank 0: hup\nstep 6/6  reward\n"
-    assert came_after_the_last_step(late) and not came_after_the_last_step(early)
-    assert not came_after_the_last_step("step 1/16  reward\nfault at score, passage 2, rank 0: hup")
-
-
 def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
     """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit;
     at most the steps since the last save are made again; a survivor ends by itself, within
@@ -379,3 +371,11 @@ def test_a_misspelled_fault_is_refused(monkeypatch, text):
     monkeypatch.setenv("RLP_FAULT", text)
     with pytest.raises(ValueError, match="RLP_FAULT"):
         fault("rollout")
+
+
+def test_a_stop_that_comes_after_the_last_step_is_told_from_one_before_it():
+    """The first lets a run be complete; the second has to be obeyed."""
+    late = "step 5/6  reward\nstep 6/6  reward\nfault at score, passage 25, rank 0: hup\n"
+    early = "step 5/6  reward\nfault at score, passage 21, rank 0: hup\nstep 6/6  reward\n"
+    assert came_after_the_last_step(late) and not came_after_the_last_step(early)
+    assert not came_after_the_last_step("step 1/16  reward\nfault at score, passage 2, rank 0: hup")
