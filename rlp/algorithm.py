@@ -97,7 +97,7 @@ def learn(
         fed = judge.fed(index, reward)
         advantage = group_relative_advantage(fed)  # A  [M, G]  eq. 7
         scored = run.scored(step, part, layout, scores, reasoned_logprob, advantage[:, part.group])
-        step.see_pass(scores, scored, part.thoughts, first=first)
+        step.see_pass(scored, scores.open_marker, part.thoughts, first=first)
         run.engine.backward(loss_of(run.loss, scored))  # eq. 8
 
     if first:
@@ -109,7 +109,7 @@ def learn_text(run: StepParts, step: StepRecord, batch: MicroBatch) -> None:
     """Add the gradient of documents alone (continued pretraining)."""
     layout, scores = run.forward(batch)
     scored = run.scored(step, batch, layout, scores)
-    step.see_pass(scores, scored, None, first=True)
+    step.see_pass(scored, scores.open_marker, None, first=True)
     run.engine.backward(loss_of(run.loss, scored))
 
 

@@ -102,6 +102,8 @@ def try_parts(config: Config, parts: ReplaceableParts, group_size: int) -> None:
     Raises:
         PartError: it raised, or gave what can not be used.
     """
+    if not parts.outside:
+        return
     noise = np.random.default_rng(0)
     documents, positions, thoughts = made_up(noise, group_size)
     if parts.selector.is_outside:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.process.outside import Part, open_part
+from rlp.step.results import require_tensor
 
 STATISTICS = ("ema_logprob", "start_logprob", "policy_logprob")
 """What a baseline may need: fields of `NoThink`. Each is a forward pass of the documents."""
@@ -108,12 +109,5 @@ def baseline_of(baseline: Part, no_think: NoThink, device: torch.device) -> Tens
     values = baseline(no_think)
     if baseline.is_outside:
         count = len(no_think.positions.position)
-        expected = f"a finite tensor of shape [{count}] ([M])"
-        if not isinstance(values, Tensor):
-            raise baseline.refuse(type(values).__name__, expected)
-        if list(values.shape) != [count]:
-            raise baseline.refuse(f"a tensor of shape {list(values.shape)}", expected)
-        if not bool(torch.isfinite(values.float()).all()):
-            raise baseline.refuse("values that are not finite", expected)
-        values = values.detach().float()
+        values = require_tensor(baseline, values, [count], "[M]")
     return values.to(device)

@@ -206,21 +206,21 @@ class StepParts:
         Args:
             reasoned_logprob, advantage: [M, G] of the thoughts in this pass; None without thoughts.
         """
-        behavior_logprob, start_logprob = scores.thought, None
-        per_thought = (scores.thought[:, :0].sum(dim=1),) * 2  # of no thought
-        if batch.thoughts is not None:
+        if batch.thoughts is None:  # N is 0
+            behavior_logprob = scores.thought
+            advantage = reasoned_logprob = scores.thought.sum(dim=1)
+        else:
             behavior_logprob = rows(batch.thoughts.behavior_logprob)
-            per_thought = rows(advantage), rows(reasoned_logprob)
-            if "start_logprob" in self.loss.needs:
-                start_logprob = self._start_logprob(layout)
+            advantage, reasoned_logprob = rows(advantage), rows(reasoned_logprob)
 
+        needs_start = batch.thoughts is not None and "start_logprob" in self.loss.needs
         return Scored(
             thought_logprob=scores.thought,
             behavior_logprob=behavior_logprob,
             mask=layout.thought_mask,
-            advantage=per_thought[0],
-            reasoned_logprob=per_thought[1],
-            start_logprob=start_logprob,
+            advantage=advantage,
+            reasoned_logprob=reasoned_logprob,
+            start_logprob=self._start_logprob(layout) if needs_start else None,
             document_logprob=scores.document,
             document_mask=layout.document_mask,
             num_thoughts=step.num_thoughts,

@@ -22,7 +22,6 @@ from rlp.measure.thought_statistics import (
     watch_thoughts,
 )
 from rlp.measure.top_thoughts import TopThoughts
-from rlp.model.scoring import Scores
 from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, kl_to_start
 from rlp.process.tally import Tally
@@ -74,11 +73,13 @@ class StepRecord:
         )
 
     def see_pass(
-        self, scores: Scores, scored: Scored, thoughts: Thoughts | None, *, first: bool
+        self, scored: Scored, open_marker: Tensor, thoughts: Thoughts | None, *, first: bool
     ) -> None:
         """What a pass with gradient has scored.
 
         Args:
+            open_marker: [M] log-probability of the open marker where a thought may start; empty in
+                a pass without documents.
             first: whether no update was made with these thoughts yet.
         """
         weights = scored.weights
@@ -88,16 +89,16 @@ class StepRecord:
                 self.tally.add("kl/start", kl)
             watch_ratio(
                 self.tally,
-                scores.thought,
+                scored.thought_logprob,
                 thoughts,
                 weights.clip_low,
                 weights.clip_high,
                 first=first,
             )
-        if scores.document.numel():
-            self.tally.add("lm/loss", -scores.document[scored.document_mask])
-            if scores.open_marker.numel():
-                self.tally.add("policy/open_marker_mass", scores.open_marker.exp())
+        if scored.document_logprob.numel():
+            self.tally.add("lm/loss", -scored.document_logprob[scored.document_mask])
+            if open_marker.numel():
+                self.tally.add("policy/open_marker_mass", open_marker.exp())
 
     def see_rewards(
         self, evidence: Evidence, reward: Tensor, advantage: Tensor, *, measured: bool

@@ -12,7 +12,6 @@ Dimensions
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from rlp.data.documents import Document
@@ -20,6 +19,7 @@ from rlp.data.positions import Positions
 from rlp.model.thoughts import Thoughts
 from rlp.objective import greedy_match, information_gain
 from rlp.process.outside import Part, open_part
+from rlp.step.results import require_tensor
 
 STATISTICS = ("baseline_logprob", "matched")
 """What a reward may need: fields of `Evidence`."""
@@ -109,12 +109,4 @@ def rewards_of(reward: Part, evidence: Evidence) -> Tensor:
     if not reward.is_outside:
         return values
     shape = list(evidence.reasoned_logprob.shape)
-    expected = f"a finite tensor of shape {shape} ([M, G])"
-    if not isinstance(values, Tensor):
-        raise reward.refuse(f"{type(values).__name__}", expected)
-    if list(values.shape) != shape:
-        raise reward.refuse(f"a tensor of shape {list(values.shape)}", expected)
-    if not bool(torch.isfinite(values.float()).all()):
-        bad = values.float()[~torch.isfinite(values.float())]
-        raise reward.refuse(f"{len(bad)} of {values.numel()} values {bad[0].item()}", expected)
-    return values.detach().to(evidence.reasoned_logprob)
+    return require_tensor(reward, values, shape, "[M, G]").to(evidence.reasoned_logprob)
