@@ -46,6 +46,8 @@ def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
                 else:
                     learn_text(run, step, batch)
         with run.ledger.time(*phases):
+            if thinks and update == 0:
+                step.compare_sampler(run.ranks)
             result = run.update(step)  # theta and phi, or neither
     return result
 

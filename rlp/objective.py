@@ -88,11 +88,14 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    ratio_cap: float | None = None,
 ) -> Tensor:
     """Loss of each thought: the clipped policy-gradient surrogate, averaged over its tokens.
 
         rho_u = exp(log pi(l_u) - log pi_old(l_u))
-        loss  = -1/|c| sum_u min(rho_u * A, clip(rho_u, 1 - eps_l, 1 + eps_h) * A)     (eq. 8)
+        gain  = min(rho_u * A, clip(rho_u, 1 - eps_l, 1 + eps_h) * A)
+        gain  = max(gain, c * A) where A < 0 and there is a cap c
+        loss  = -1/|c| sum_u gain                                                      (eq. 8)
 
     On-policy every rho is 1, so the value is -A and sums to zero over a group; its gradient does
     not.
@@ -103,6 +106,9 @@ def clipped_surrogate(
         behavior_logprob: [N, L], the same when they were sampled.
         mask: [N, L] bool, True on sampled tokens, at least one per thought.
         advantage: [N].
+        ratio_cap: c, above 1, for log-probabilities that another program has sampled by. For A < 0
+            the gain has no bound below: a ratio that is wrong by a factor counts by that factor.
+            Dual-clip PPO (arXiv 1912.09729, eq. 5). Without it, eq. 8 as it stands.
 
     Returns:
         [N].
@@ -112,6 +118,9 @@ def clipped_surrogate(
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
+    if ratio_cap is not None:
+        bounded = torch.maximum(gain, ratio_cap * advantage[:, None])
+        gain = torch.where(advantage[:, None] < 0, bounded, gain)
     return -mean_over_tokens(gain, mask)
 
 

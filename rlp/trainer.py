@@ -29,7 +29,7 @@ from rlp.run.held_out import HeldOut
 from rlp.run.opening import discard, open_run
 from rlp.run.saved import is_complete, save
 from rlp.run.state import Host, OpenRun
-from rlp.run.telling import close_step
+from rlp.run.telling import close_step, tell_mismatch
 from rlp.run.trial import open_parts, try_parts
 from rlp.step.baseline import Baseline
 from rlp.step.loss import Loss
@@ -187,6 +187,7 @@ def begin_step(run: OpenRun, spent: float) -> StepRecord:
         journal=run.journal,
         close_tokens=len(run.opened.setup.markers.close),
         max_thought_tokens=config.thought.max_thought_tokens,
+        on_ratios=lambda means: tell_mismatch(run, number, means),
         told=TopThoughts(config.logging.thoughts) if tells else None,
     )
 

@@ -40,16 +40,20 @@ def of_lengths(*lengths: int) -> Tensor:
 
 
 def surrogate_and_gradient(
-    ratio: Tensor, advantage: Tensor, mask: Tensor | None = None
+    ratio: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None = None,
+    ratio_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each thought [N], and its gradient in log pi [N, L], at these importance ratios."""
-    behavior_logprob = random(*ratio.shape) - 3
+    behavior_logprob = random(*ratio.shape).to(ratio) - 3
     logprob = (behavior_logprob + ratio.log()).requires_grad_()
     loss = clipped_surrogate(
         logprob,
         behavior_logprob,
         torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask,
         advantage,
+        ratio_cap=ratio_cap,
         **CLIP,
     )
     return loss.detach(), torch.autograd.grad(loss.sum(), logprob)[0]
@@ -218,6 +222,38 @@ def test_clipping_stops_a_token_only_where_it_has_moved_far_enough_the_right_way
     )
     assert_close(value.item(), loss)
     assert_close(slope.item(), gradient)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "gradient"),
+    [
+        (-2.0, 1.9, 3.8, 3.8),  # below the cap eq. 8 as it stands
+        (-2.0, 50.0, 4.0, 0.0),  # wrong by a factor of 50: counts as 2, and pulls no more
+        (-2.0, 0.5, 1.6, 0.0),
+        (2.0, 50.0, -2.6, 0.0),  # bounded by the clip, cap or not
+        (0.0, 50.0, 0.0, 0.0),
+    ],
+)
+def test_a_cap_bounds_the_ratio_of_a_negative_advantage(advantage, ratio, loss, gradient):
+    """max(gain, c A) for A < 0, with c = 2; without it the loss would be 100."""
+    value, slope = surrogate_and_gradient(
+        torch.tensor([[ratio]], dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64),
+        ratio_cap=2.0,
+    )
+    assert_close(value.item(), loss)
+    assert_close(slope.item(), gradient)
+
+
+def test_a_cap_above_every_ratio_changes_no_bit():
+    """On-policy, up to rounding, and off-policy below it: values and gradients in float32."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1e-6, 0.5):
+        ratio = (spread * (2 * torch.rand(64, 16, generator=generator) - 1)).exp()
+        advantage = torch.randn(64, generator=generator).index_fill(0, torch.tensor([3]), 0.0)
+        plain = surrogate_and_gradient(ratio, advantage)
+        capped = surrogate_and_gradient(ratio, advantage, ratio_cap=2.0)
+        assert torch.equal(plain[0], capped[0]) and torch.equal(plain[1], capped[1])
 
 
 def test_ratios_are_clipped_token_by_token():

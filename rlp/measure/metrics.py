@@ -98,7 +98,7 @@ METRICS: dict[str, Metric] = {
     "policy/entropy": Metric(
         "nats per token",
         "Mean entropy of the distributions that thought tokens were sampled from, at the sampling"
-        " temperature.",
+        " temperature. Left out where the sampler does not see the whole distribution (vLLM).",
     ),
     "policy/ratio_max_deviation": Metric(
         "",

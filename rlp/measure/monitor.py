@@ -90,6 +90,10 @@ END_KL = 1e-2
 at every token. What is trained then is not the policy that was sampled from."""
 
 
+MISMATCH_METRICS = ("policy/behavior_mismatch_kl", "policy/behavior_mismatch_max")
+"""What `mismatch_of` reads."""
+
+
 def mismatch_of(
     means: dict[str, float], dtype: torch.dtype, temperature: float
 ) -> tuple[str, bool] | None:

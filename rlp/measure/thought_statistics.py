@@ -121,7 +121,8 @@ def watch_thoughts(
     tally.add("thought/truncated_frac", thoughts.truncated)
     tally.add("thought/max_length_frac", thoughts.mask.sum(dim=2) == max_thought_tokens)
     tally.add("thought/empty_frac", lengths == 0)
-    tally.add("policy/entropy", thoughts.entropy[thoughts.mask])
+    if thoughts.entropy is not None:
+        tally.add("policy/entropy", thoughts.entropy[thoughts.mask])
 
     per_position = thoughts.tokens[0].numel() + int(positions.position.max())
     size = max(1, TOKENS_AT_ONCE // per_position)

@@ -5,7 +5,8 @@ Dimensions
     M  positions;  G  thoughts per position;  L  thought tokens
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,16 +68,16 @@ class Thoughts:
     """[M, G, L] bool, True on sampled tokens; at least one per thought (Alg. 1, line 7)."""
     behavior_logprob: Tensor
     """[M, G, L] float32, nats, at the sampling temperature; 0 where mask is False."""
-    entropy: Tensor
+    entropy: Tensor | None
     """[M, G, L] float32, nats, of the distribution that each token was drawn from; 0 where mask is
-    False."""
+    False. None where the sampler does not see the whole distribution."""
     truncated: Tensor
     """[M, G] bool, True where the budget ended the thought: its close marker is forced, without
     gradient."""
 
     def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
         """Those of some positions."""
-        return Thoughts(*(part[positions] for part in self.parts()))
+        return self._each(lambda part: part[positions])
 
     def siblings(self, group: slice) -> "Thoughts":
         """Some thoughts of each position."""
@@ -95,19 +96,24 @@ class Thoughts:
         """Those of some positions, then those of others, of different lengths L."""
         longest = max(some.tokens.shape[2] for some in several)
         padded = [some.padded(longest - some.tokens.shape[2]).parts() for some in several]
-        return cls(*(torch.cat(column) for column in zip(*padded)))
+        return cls(
+            *(None if None in column else torch.cat(column) for column in zip(*padded)),
+        )
 
     def padded(self, count: int) -> "Thoughts":
         """With `count` places more on the right of each thought."""
-        return Thoughts(
-            *(torch.nn.functional.pad(part, (0, count)) for part in self.parts()[:-1]),
-            self.truncated,
+        return replace(
+            self._each(lambda part: torch.nn.functional.pad(part, (0, count))),
+            truncated=self.truncated,
         )
 
     def to(self, device: torch.device | str) -> "Thoughts":
         """The same on a device."""
-        return Thoughts(*(part.to(device) for part in self.parts()))
+        return self._each(lambda part: part.to(device))
 
-    def parts(self) -> tuple[Tensor, ...]:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Thoughts":
+        return Thoughts(*(None if part is None else change(part) for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor | None, ...]:
         """Its fields in order."""
         return self.tokens, self.mask, self.behavior_logprob, self.entropy, self.truncated

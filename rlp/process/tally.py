@@ -37,21 +37,35 @@ class Tally:
             if not math.isfinite(value)
         ]
 
-    def reduce(self, ranks: Ranks) -> dict[str, float]:
-        """Means and maxima over all ranks, equal on every rank. A collective."""
-        mine = (
-            {name: (float(total), self._counts[name]) for name, total in self._sums.items()},
-            {name: float(value) for name, value in self._largest.items()},
+    def reduce(self, ranks: Ranks, only: tuple[str, ...] | None = None) -> dict[str, float]:
+        """Means and maxima over all ranks, equal on every rank, which need not have the same names.
+        A collective.
+
+        Args:
+            only: names to reduce; None: all.
+        """
+
+        def wanted(name: str) -> bool:
+            return only is None or name in only
+
+        everyone = ranks.gather(
+            (
+                {
+                    name: (float(total), self._counts[name])
+                    for name, total in self._sums.items()
+                    if wanted(name)
+                },
+                {name: float(value) for name, value in self._largest.items() if wanted(name)},
+            )
         )
-        everyone = ranks.gather(mine)
 
         means = {}
-        for name in mine[0]:
+        for name in dict.fromkeys(name for sums, _ in everyone for name in sums):
             parts = [sums[name] for sums, _ in everyone if name in sums]
             count = sum(count for _, count in parts)
             if count > 0:
                 means[name] = sum(total for total, _ in parts) / count
         return means | {
             name: max(largest[name] for _, largest in everyone if name in largest)
-            for name in mine[1]
+            for name in dict.fromkeys(name for _, largest in everyone for name in largest)
         }

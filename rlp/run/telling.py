@@ -115,12 +115,8 @@ def tell_thoughts(run: OpenRun, step: StepRecord) -> None:
 
 
 def raise_alarms(run: OpenRun, values: dict[str, float | None]) -> None:
-    """Say loudly what is wrong: a disk that refuses lines, metrics that do not look like learning,
-    and a sampler and a trainer that are two policies.
-
-    Raises:
-        NumericsError: the last of these, so far apart that nothing can be trained like that.
-    """
+    """Say loudly what is wrong: a disk that refuses lines, and metrics that do not look like
+    learning."""
     step, log = run.state.step, run.log
     if waiting := refused_logs(run.folder):
         log.say(
@@ -131,17 +127,30 @@ def raise_alarms(run: OpenRun, values: dict[str, float | None]) -> None:
     for alarm in run.watch.see(known, has_baseline=run.config.baseline.kind != "none"):
         log.alarm(step, alarm)
 
-    found = mismatch_of(values, run.dtype, run.config.thought.temperature)
+
+def tell_mismatch(run: OpenRun, step: int, means: dict[str, float]) -> None:
+    """Say loudly that sampler and trainer are two policies, before an update is made from that. A
+    collective.
+
+    Args:
+        means: `MISMATCH_METRICS` of all ranks, of ratios that no update has moved.
+
+    Raises:
+        NumericsError: they are so far apart that nothing can be trained like that. No update is
+            made with these thoughts.
+    """
+    found = mismatch_of(means, run.dtype, run.config.thought.temperature)
     if found is None:
         return
     mismatch, ends = found
     advice = "Compare with engine.layout=repeated and engine.dtype=float32, and report it."
     if ends:
         raise NumericsError(
-            f"step {step}: {mismatch}. The thoughts are not those of the policy that is trained."
+            f"step {step}: {mismatch}. The thoughts are not those of the policy that is trained,"
+            " and no update was made with them."
             f" {run.host.where_to_go_on(run.folder)} {advice}"
         )
-    log.alarm(step, f"{mismatch}. {advice}")
+    run.log.alarm(step, f"{mismatch}. {advice}")
 
 
 def stop_without_updates(run: OpenRun) -> None:

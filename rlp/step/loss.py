@@ -52,6 +52,9 @@ class Scored:
     """Predicted document tokens of the whole step, all ranks."""
     weights: ObjectiveConfig
     """The `objective` section of the config."""
+    ratio_cap: float | None = None
+    """Bound of the ratio where A < 0 (`objective.ratio_cap`), where another program than the
+    trainer has sampled; else None."""
 
 
 class Loss(Protocol):
@@ -83,6 +86,7 @@ class RLP:
                 scored.advantage,
                 clip_low=weights.clip_low,
                 clip_high=weights.clip_high,
+                ratio_cap=scored.ratio_cap,
             )
             terms["policy"] = weights.policy_weight * surrogate.sum() / scored.num_thoughts
             if weights.predictor_weight > 0:

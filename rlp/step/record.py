@@ -13,6 +13,7 @@ from torch import Tensor
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure.journal import Journal
+from rlp.measure.monitor import MISMATCH_METRICS
 from rlp.measure.thought_statistics import (
     TokenScripts,
     thought_lengths,
@@ -24,6 +25,7 @@ from rlp.measure.thought_statistics import (
 from rlp.measure.top_thoughts import TopThoughts
 from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, kl_to_start
+from rlp.process.ranks import Ranks
 from rlp.process.tally import Tally
 from rlp.step.loss import Scored
 from rlp.step.reward import Evidence
@@ -42,6 +44,9 @@ class StepRecord:
     close_tokens: int
     """Of the close marker, which counts to no thought's length."""
     max_thought_tokens: int
+    on_ratios: Callable[[dict[str, float]], None] = lambda means: None
+    """Is told `MISMATCH_METRICS` of all ranks before the first update, and ends the run where
+    sampler and trainer are two policies."""
     told: TopThoughts | None = None
     """Collects thoughts, on steps that tell some."""
     tally: Tally = field(default_factory=Tally)
@@ -99,6 +104,14 @@ class StepRecord:
             self.tally.add("lm/loss", -scored.document_logprob[scored.document_mask])
             if open_marker.numel():
                 self.tally.add("policy/open_marker_mass", open_marker.exp())
+
+    def compare_sampler(self, ranks: Ranks) -> None:
+        """Tell how far sampler and trainer are apart, before the first update with the thoughts.
+
+        The passes with gradient have scored every thought of the step with the weights that sampled
+        it: nothing is scored again for this. A collective.
+        """
+        self.on_ratios(self.tally.reduce(ranks, MISMATCH_METRICS))
 
     def see_rewards(
         self, evidence: Evidence, reward: Tensor, advantage: Tensor, *, measured: bool

@@ -4,6 +4,7 @@ step is cut."""
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure import monitor, thought_statistics
 from rlp.measure.metrics import METRICS
+from rlp.measure.monitor import MISMATCH_METRICS as ONLY
 from rlp.measure.monitor import STREAK_STEPS, Watch, mismatch_of
 from rlp.measure.thought_statistics import (
     combine_parts,
@@ -100,6 +102,22 @@ def means_of(*tallies):
 
 def watched(groups, scripts, **around):
     return means_of(tally_of(groups, scripts, **around))
+
+
+def test_an_entropy_that_no_sampler_saw_is_left_out_and_not_zero(scripts):
+    """Through everything that thoughts are put through on their way to the metrics."""
+    seen = thoughts_of([[[10, CLOSE], [CLOSE]], [[11, CLOSE], [10, 12, CLOSE]]])
+    unseen = replace(seen, entropy=None)
+    unseen = Thoughts.joined([unseen[:1], unseen[1:].padded(2)]).to("cpu").siblings(slice(0, 2))
+    assert unseen.entropy is None
+
+    tally, documents = Tally(), [Document(id=d, tokens=np.array([1, 2, 9])) for d in range(2)]
+    positions = Positions(np.arange(2), np.full(2, 2), np.full((2, 1), 9))
+    watch_thoughts(
+        tally, documents, positions, unseen, scripts, close_tokens=1, max_thought_tokens=BUDGET
+    )
+    means = means_of(tally)
+    assert "policy/entropy" not in means and means["thought/tokens_mean"] == 1
 
 
 def test_lengths_and_ends_of_thoughts(scripts):
@@ -310,6 +328,22 @@ def test_the_error_of_a_logit_counts_more_at_a_lower_temperature():
         mismatch_of(at_half, torch.bfloat16, 1.0)[1],
         mismatch_of({"policy/behavior_mismatch_kl": 0.011}, torch.bfloat16, 1.0)[1],
     ] == [False, True]
+
+
+def test_a_rank_without_a_measurement_knows_what_the_others_measured():
+    """Every rank decides alike on a mean, whoever measured it; and only what is asked for is
+    told."""
+    idle, busy = Tally(), Tally()
+    busy.add("policy/behavior_mismatch_kl", torch.tensor([1.0, 3.0]))
+    busy.add_largest("policy/behavior_mismatch_max", torch.tensor([1.0, 3.0]))
+    busy.add("lm/loss", torch.ones(1))
+    told = []
+    for tally in (busy, idle):
+        tally.reduce(SimpleNamespace(gather=lambda mine: told.append(mine) or [mine]), ONLY)
+    means = [
+        tally.reduce(SimpleNamespace(gather=lambda mine: told), ONLY) for tally in (idle, busy)
+    ]
+    assert means == [dict(zip(ONLY, (2.0, 3.0)))] * 2
 
 
 def offered(reward: torch.Tensor, starts: list[int], count: int) -> TopThoughts:

@@ -13,6 +13,7 @@ import rlp.step.parts
 from rlp.config import ConfigError
 from rlp.data.documents import Document
 from rlp.learn.guard import NumericsError
+from rlp.measure.journal import state_digest
 from rlp.process.exit_codes import DONE
 from rlp.trainer import loop, take_step
 from tests.tiny_models import ARCHITECTURES, tiny_policy
@@ -171,6 +172,26 @@ def test_a_run_whose_sampler_is_another_policy_ends(
         NumericsError, match="step 1: sampler and trainer hold the same weights.* a KL of 0.0"
     ):
         train(tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="bfloat16"), ranks)
+
+
+@pytest.mark.parametrize("setting", [{"optim__updates_per_rollout": 2}, {"engine__zero_stage": 3}])
+def test_no_update_is_made_with_the_thoughts_of_another_policy(
+    tmp_path, model_folder, corpus, ranks, mistaken, setting
+):
+    """The ratios of the first pass are looked at before the optimizer is: weights and moments are
+    those from before, in every dtype."""
+    run = open_run(
+        tiny_config(tmp_path / "run", model_folder, corpus, engine__dtype="bfloat16", **setting),
+        ranks,
+    )
+    take_step(run)
+    before = state_digest(run.parts.engine, ranks)
+
+    mistaken(0.3)
+    with pytest.raises(NumericsError, match="no update was made with them"):
+        take_step(run)
+    assert state_digest(run.parts.engine, ranks) == before
+    assert run.state.step == 1
 
 
 def test_rewards_without_a_scored_baseline_are_not_reported(trained):
