@@ -23,7 +23,7 @@ from rlp.process.preemption import Preemption, StopRequested
 from rlp.process.ranks import Ranks, start_ranks
 from rlp.process.watchdog import Watchdog
 from rlp.run.budget import fraction_spent, is_due, is_spent, learning_rate_at
-from rlp.run.checks import Opened, plan_here, refuse_sizes, rehearse, run_dtype
+from rlp.run.checks import Opened, plan_here, refuse_sizes, rehearse, run_dtype, slow_scans
 from rlp.run.ending import Ending, already_complete, finish
 from rlp.run.held_out import HeldOut
 from rlp.run.opening import discard, open_run
@@ -138,6 +138,8 @@ class Trainer:
             )
         else:
             plan = plan_here(config, opened, ranks, run_dtype(config, setup.shapes.width, ranks))
+            warning = slow_scans(setup.shapes, ranks.device, plan)
+            notes += [warning] if warning else []
         notes += setup.notes() + rehearse(config, opened, ranks)
         return "\n\n".join([to_yaml(config), *notes, setup.show_example(), render_plan(plan)])
 

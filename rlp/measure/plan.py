@@ -40,6 +40,7 @@ from rlp.measure.plan_memory import (
     activation_bytes,
     checkpoint_bytes,
     evaluation_parts,
+    plain_scan_parts,
     process_parts,
     sampling_parts,
     state_parts,
@@ -53,6 +54,7 @@ from rlp.measure.plan_work import (
     step_flops,
 )
 from rlp.model.loading import choose_dtype
+from rlp.model.scans import DISTRIBUTIONS
 from rlp.model.shapes import ModelShapes
 from rlp.process.machine import available_memory_bytes
 from rlp.process.ranks import ranks_of_this_machine
@@ -98,6 +100,12 @@ class Plan:
     disk_free_bytes: int
     counted_without: tuple[str, ...] = ()
     """What the FLOPs leave out (`ModelShapes.uncounted`)."""
+    scan_packages: tuple[str, ...] = ()
+    """What the model's state-space layers import for their fast functions (`rlp.model.scans`)."""
+    plain_scans: bool = False
+    """Whether they run without: on a CPU, and where one of these can not be imported."""
+    plain_scan_bytes: int = 0
+    """What one of them then holds in the largest forward; part of `memory` where they do."""
     relief: tuple[tuple[str, int], ...] = ()
     """Where the run does not fit: settings to write, each on top of the ones before it, with the
     peak that they lead to."""
@@ -144,6 +152,7 @@ def plan_run(
     layout: str,
     format_tokens: FormatTokens = QWEN3_TOKENS,
     dtype: tuple[torch.dtype, str] | None = None,
+    missing_packages: tuple[str, ...] = (),
 ) -> Plan:
     """Add up a run.
 
@@ -153,6 +162,7 @@ def plan_run(
         device_bytes: memory of one GPU; None plans for a CPU, this one.
         layout: `repeated` or `tree` (`choose_layout`).
         dtype: and why; None chooses (`choose_dtype`).
+        missing_packages: of `ModelShapes.scan_packages`, those that can not be imported.
 
     Raises:
         ConfigError: documents are too short for the positions asked for.
@@ -165,6 +175,7 @@ def plan_run(
         layout=layout,
         format_tokens=format_tokens,
         dtype=dtype,
+        missing_packages=missing_packages,
     )
     plan = plan_of(config)
     return plan if fits(plan) else replace(plan, relief=_relief(config, plan_of))
@@ -211,9 +222,11 @@ def _add_up(
     layout: str,
     format_tokens: FormatTokens,
     dtype: tuple[torch.dtype, str] | None,
+    missing_packages: tuple[str, ...],
 ) -> Plan:
     """The plan without its relief. Arguments as in `plan_run`."""
     on_cpu = device_bytes is None
+    plain = shapes.scan_layers > 0 and (on_cpu or bool(missing_packages))
     dtype, why_dtype = dtype or choose_dtype(
         config, torch.device("cpu" if on_cpu else "cuda"), shapes.width
     )
@@ -228,9 +241,10 @@ def _add_up(
     memory = (
         *state,
         *(process_parts(shapes, [*state, *update], world_size, dtype.itemsize) if on_cpu else ()),
-        *evaluation_parts(config, shapes, sizes, layout, dtype.itemsize),
+        *evaluation_parts(config, shapes, sizes, layout, dtype.itemsize, plain_scans=plain),
         *sampling_parts(config, shapes, sizes, layout, dtype.itemsize),
         *update,
+        *(plain_scan_parts(config, shapes, sizes, layout) if plain else ()),
     )
 
     phase_flops = step_flops(config, shapes, world_size, layout=layout, format_tokens=format_tokens)
@@ -257,6 +271,9 @@ def _add_up(
         disk_bytes=one_checkpoint * config.checkpoint.keep + max(one_checkpoint, export),
         disk_free_bytes=_disk_free(Path(config.run.dir)),
         counted_without=shapes.uncounted,
+        scan_packages=shapes.scan_packages,
+        plain_scans=plain,
+        plain_scan_bytes=forward_tokens(sizes, layout) * shapes.plain_scan_bytes,
     )
     return replace(plan, steps=_steps(config.budget, plan))
 
@@ -339,6 +356,10 @@ def _memory_lines(plan: Plan) -> list[str]:
     lines.append(
         _gb_line(f"activations {other} activation checkpointing", plan.other_activation_bytes)
     )
+    if plan.plain_scan_bytes and not plan.plain_scans:
+        names = " and ".join(DISTRIBUTIONS[package] for package in plan.scan_packages)
+        lines.append(_gb_line("one state-space layer in plain torch", plan.plain_scan_bytes))
+        lines.append(f"    beside its activations, without {names} (docs/install.md)")
     if plan.host_bytes:
         lines.append(_gb_line("host memory per rank (offloaded optimizer)", plan.host_bytes))
     return lines

@@ -7,6 +7,7 @@ from rlp.measure.plan_work import (
     StepSizes,
     ceil_div,
     forward_queries,
+    forward_tokens,
     positions_per_document,
 )
 from rlp.model.shapes import NORM_COPIES, ModelShapes
@@ -163,6 +164,21 @@ def process_parts(
     ]
 
 
+def plain_scan_parts(
+    config: Config, shapes: ModelShapes, sizes: StepSizes, layout: str
+) -> list[MemoryPart]:
+    """What state-space layers hold where they run in plain torch, beside their activations: one
+    layer at a time, and in an update without activation checkpointing all of them."""
+    layers = 1 if config.engine.activation_checkpointing else shapes.scan_layers
+    prefill = sizes.sampling_positions * (sizes.context_tokens + sizes.format_tokens.open)
+    update = forward_tokens(sizes, layout)
+    of_a_token = shapes.plain_scan_bytes
+    return [
+        MemoryPart("state-space scan in plain torch", prefill * of_a_token, "sampling"),
+        MemoryPart("state-space scans in plain torch", layers * update * of_a_token, "update"),
+    ]
+
+
 def _gathered_bytes(config: Config, parameters: int, number_bytes: int) -> int:
     return min(parameters, LIVE_ELEMENTS) * number_bytes if config.engine.zero_stage == 3 else 0
 
@@ -196,7 +212,13 @@ def sampling_parts(
 
 
 def evaluation_parts(
-    config: Config, shapes: ModelShapes, sizes: StepSizes, layout: str, number_bytes: int
+    config: Config,
+    shapes: ModelShapes,
+    sizes: StepSizes,
+    layout: str,
+    number_bytes: int,
+    *,
+    plain_scans: bool = False,
 ) -> list[MemoryPart]:
     """Of the held-out panel, document batch by document batch: keys while it thinks, or one layer
     of a forward without gradient."""
@@ -217,10 +239,9 @@ def evaluation_parts(
         )
         tokens = documents * sizes.document_tokens + thoughts * sizes.branch_tokens
     sampling = cache + rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT
-    scoring = (
-        tokens * (shapes.layer_activation_elements + 2 * shapes.width) * number_bytes
-        + LOGITS_TILE_BYTES
-    )
+    of_a_token = (shapes.layer_activation_elements + 2 * shapes.width) * number_bytes
+    of_a_token += plain_scans * shapes.plain_scan_bytes
+    scoring = tokens * of_a_token + LOGITS_TILE_BYTES
     return [MemoryPart("held-out panel", max(sampling, scoring), "evaluation")]
 
 

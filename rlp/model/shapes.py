@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlp.model.scans import is_scan, plain_scan_bytes, scan_elements, scan_packages
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -103,6 +105,13 @@ class ModelShapes:
     uncounted: tuple[str, ...] = ()
     """What the FLOPs are counted without: weights and layers whose cost is not known here; numbers
     in their names are `*`."""
+    scan_layers: int = 0
+    """State-space and linear-attention layers."""
+    plain_scan_bytes: int = 0
+    """Bytes per token position that the largest of them holds where it runs in plain torch, beside
+    its activations (`rlp.model.scans`)."""
+    scan_packages: tuple[str, ...] = ()
+    """What they import for their fast functions."""
 
 
 def forward_flops(shapes: ModelShapes, work: Work) -> float:
@@ -145,10 +154,13 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         else:
             unknown.add(_pattern(path))
 
-    scans, windows, embeddings = [], 0, []
+    scans, state_elements, windows, embeddings = [], 0, 0, []
     for path, module in model.named_modules():
-        if _is_scan(module):
-            scans.append(_scan_elements(path, module, unknown))
+        if is_scan(module):
+            scans.append(module)
+            if (elements := scan_elements(module)) is None:
+                unknown.add(_pattern(path))
+            state_elements += elements or 0
         if isinstance(module, nn.Conv1d):
             windows += module.weight.numel()
         if isinstance(module, nn.Embedding):
@@ -158,12 +170,12 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
     return ModelShapes(
         parameters=sum(weight.numel() for weight in model.parameters()),
         matmul_parameters=_matmul_parameters(model, config, head, unknown),
-        scan_multiply_adds=2 * sum(scans),
+        scan_multiply_adds=2 * state_elements,
         attention_layers=num_known * _attentions(config),
         query_key_width=query_key_width,
         value_width=value_width,
         key_value_elements=len(attention) * key_value_width,
-        state_elements=sum(scans) + windows,
+        state_elements=state_elements + windows,
         layers=len(blocks),
         activation_elements=sum(per_block) + NORM_COPIES * head.shape[1],
         layer_activation_elements=max(per_block),
@@ -171,6 +183,9 @@ def model_shapes(hf_config: PretrainedConfig) -> ModelShapes:
         vocabulary=head.shape[0],
         tied=any(head is weight for weight in embeddings),
         uncounted=tuple(sorted(unknown)),
+        scan_layers=len(scans),
+        plain_scan_bytes=max(map(plain_scan_bytes, scans), default=0),
+        scan_packages=tuple(sorted({name for scan in scans for name in scan_packages(scan)})),
     )
 
 
@@ -332,26 +347,6 @@ def _attentions(config: PretrainedConfig) -> int:
     return 2 if "lambda_std_dev" in config.to_dict() else 1
 
 
-def _is_scan(module: nn.Module) -> bool:
-    return "A_log" in dict(module.named_parameters(recurse=False))
-
-
-def _scan_elements(path: str, module: nn.Module, unknown: set[str]) -> int:
-    """Numbers in the recurrent state of one state-space or linear-attention layer; 0 and a name in
-    `unknown` where they are not known."""
-    if module.A_log.dim() == 2:
-        return module.A_log.numel()
-    attributes = vars(module)
-    for names in (
-        ("num_heads", "head_dim", "ssm_state_size"),
-        ("num_v_heads", "head_k_dim", "head_v_dim"),
-    ):
-        if all(name in attributes for name in names):
-            return attributes[names[0]] * attributes[names[1]] * attributes[names[2]]
-    unknown.add(_pattern(path))
-    return 0
-
-
 def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_width: int) -> int:
     """Numbers that the backward pass of one layer needs, per token position: an estimate from
     above.
@@ -360,8 +355,8 @@ def _activation_elements(block: nn.Module, config: PretrainedConfig, query_key_w
     attention after it. A norm in bfloat16 keeps a float32 copy of what it reads (two numbers'
     worth) and what it scales. This is 1.1 to 1.3 times what autograd saves for Qwen3 and Llama with
     sdpa, and 1.7 times for the fused LayerNorms of GPT-NeoX (test_plan.py). It is too little where
-    a model multiplies out its nonlinearities (GPT-2's gelu_new and dropout save 1.4 times this) and
-    for state-space layers without their fused scan, which keep every state.
+    a model multiplies out its nonlinearities (GPT-2's gelu_new and dropout save 1.4 times this);
+    what state-space layers hold without their fused scan is `plain_scan_bytes`.
     """
     of_heads = set()
     for module in filter(_is_attention, block.modules()):

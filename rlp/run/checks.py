@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rlp.compare.budget import open_budget_match
-from rlp.config import Config, ConfigError, load_config
+from rlp.config import Config, ConfigError, first_line, load_config
 from rlp.data.stream import share_of_rank
 from rlp.learn.checkpoint import (
     Checkpoint,
@@ -31,6 +31,7 @@ from rlp.measure.plan import Plan, fits, plan_run
 from rlp.measure.plan_work import FormatTokens, positions_per_document
 from rlp.measure.wandb_log import require_wandb
 from rlp.model.loading import choose_dtype, choose_layout
+from rlp.model.scans import how_to_install, missing_packages
 from rlp.model.setup import RunSetup
 from rlp.model.shapes import ModelShapes
 from rlp.process.console import format_bytes
@@ -230,11 +231,9 @@ def announce(plan: Plan, run_dir: Path) -> list[str]:
 
 def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.dtype, str]) -> Plan:
     """The plan of a run on the devices of its ranks."""
-    device_bytes = (
-        torch.cuda.get_device_properties(ranks.device).total_memory
-        if ranks.device.type == "cuda"
-        else None
-    )
+    on_gpu = ranks.device.type == "cuda"
+    device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
+    missing = missing_packages(opened.setup.shapes.scan_packages) if on_gpu else {}
     return plan_run(
         config,
         opened.setup.shapes,
@@ -243,6 +242,22 @@ def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.d
         layout=opened.layout,
         format_tokens=opened.format_tokens,
         dtype=dtype,
+        missing_packages=tuple(missing),
+    )
+
+
+def slow_scans(shapes: ModelShapes, device: torch.device, plan: Plan) -> str | None:
+    """A sentence for a model whose state-space layers run without the packages that are made for
+    them; None where they are there, or on a CPU, which they do not run on."""
+    missing = missing_packages(shapes.scan_packages) if device.type == "cuda" else {}
+    if not missing:
+        return None
+    held = f" and hold {format_bytes(plan.plain_scan_bytes)} each" if plan.plain_scan_bytes else ""
+    why = "; ".join(f"{first_line(error)}" for error in missing.values())
+    return (
+        f"WARNING: {shapes.scan_layers} state-space layers run in plain torch, slowly{held}, as"
+        f" their packages can not be imported ({why}). Write"
+        f" `{how_to_install(tuple(missing))}`."
     )
 
 

@@ -29,7 +29,15 @@ from rlp.process.progress import WallTime
 from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import append_json_line
 from rlp.run.budget import known_steps
-from rlp.run.checks import Opened, announce, begin_ledger, plan_here, refuse_sizes, run_dtype
+from rlp.run.checks import (
+    Opened,
+    announce,
+    begin_ledger,
+    plan_here,
+    refuse_sizes,
+    run_dtype,
+    slow_scans,
+)
 from rlp.run.saved import resume
 from rlp.run.state import Host, OpenRun, Progression
 from rlp.run.trial import ReplaceableParts, try_parts
@@ -54,7 +62,10 @@ def open_run(config: Config, host: Host, replaceable: ReplaceableParts) -> OpenR
     millions = opened.setup.shapes.parameters / 1e6
     host.say(f"model: {config.model.path}, {millions:,.3g} million parameters")
     dtype, why_dtype = run_dtype(config, opened.setup.shapes.width, ranks)
-    say_plan(plan_here(config, opened, ranks, (dtype, why_dtype)), config, host)
+    plan = plan_here(config, opened, ranks, (dtype, why_dtype))
+    say_plan(plan, config, host)
+    if warning := slow_scans(opened.setup.shapes, ranks.device, plan):
+        host.say(warning)
 
     goes_on = config.run.resume == "auto" and ranks.broadcast(Path(config.run.dir).exists())
     if goes_on:
