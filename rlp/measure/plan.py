@@ -231,20 +231,8 @@ def _add_up(
         config, torch.device("cpu" if on_cpu else "cuda"), shapes.width
     )
     sizes = StepSizes.of(config, world_size, format_tokens)
-    checkpointing = config.engine.activation_checkpointing
-    activations, other_activations = (
-        activation_bytes(shapes, forward_tokens(sizes, layout), dtype.itemsize, choice)
-        for choice in (checkpointing, not checkpointing)
-    )
-    state, host_bytes = state_parts(config, shapes.parameters, world_size, dtype.itemsize)
-    update = update_parts(config, shapes, sizes, dtype.itemsize, activations)
-    memory = (
-        *state,
-        *(process_parts(shapes, [*state, *update], world_size, dtype.itemsize) if on_cpu else ()),
-        *evaluation_parts(config, shapes, sizes, layout, dtype.itemsize, plain_scans=plain),
-        *sampling_parts(config, shapes, sizes, layout, dtype.itemsize),
-        *update,
-        *(plain_scan_parts(config, shapes, sizes, layout) if plain else ()),
+    memory, host_bytes, other_activations = _memory(
+        config, shapes, sizes, world_size, layout, dtype.itemsize, on_cpu=on_cpu, plain=plain
     )
 
     phase_flops = step_flops(config, shapes, world_size, layout=layout, format_tokens=format_tokens)
@@ -255,7 +243,7 @@ def _add_up(
         dtype=str(dtype).removeprefix("torch."),
         why_dtype=why_dtype,
         layout=layout,
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=config.engine.activation_checkpointing,
         memory=memory,
         other_activation_bytes=other_activations,
         host_bytes=host_bytes,
@@ -276,6 +264,41 @@ def _add_up(
         plain_scan_bytes=forward_tokens(sizes, layout) * shapes.plain_scan_bytes,
     )
     return replace(plan, steps=_steps(config.budget, plan))
+
+
+def _memory(
+    config: Config,
+    shapes: ModelShapes,
+    sizes: StepSizes,
+    world_size: int,
+    layout: str,
+    number_bytes: int,
+    *,
+    on_cpu: bool,
+    plain: bool,
+) -> tuple[tuple[MemoryPart, ...], int, int]:
+    """All that a device holds; what is offloaded to the host; and activations of a micro-batch if
+    activation checkpointing were the other way.
+
+    Args:
+        plain: state-space layers run in plain torch.
+    """
+    checkpointing = config.engine.activation_checkpointing
+    activations, other_activations = (
+        activation_bytes(shapes, forward_tokens(sizes, layout), number_bytes, choice)
+        for choice in (checkpointing, not checkpointing)
+    )
+    state, host_bytes = state_parts(config, shapes.parameters, world_size, number_bytes)
+    update = update_parts(config, shapes, sizes, number_bytes, activations)
+    memory = (
+        *state,
+        *(process_parts(shapes, [*state, *update], world_size, number_bytes) if on_cpu else ()),
+        *evaluation_parts(config, shapes, sizes, layout, number_bytes, plain_scans=plain),
+        *sampling_parts(config, shapes, sizes, layout, number_bytes),
+        *update,
+        *(plain_scan_parts(config, shapes, sizes, layout) if plain else ()),
+    )
+    return memory, host_bytes, other_activations
 
 
 def _steps(budget: BudgetConfig, plan: Plan) -> int | None:
