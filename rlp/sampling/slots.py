@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
+from rlp.model.policy import Policy
 from rlp.model.thoughts import ThoughtFormat
 
 FEWEST_SLOTS = 4
@@ -42,8 +43,28 @@ class Trunk:
     """(position m, how many of the tokens are its context), in the order of positions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much is held."""
+
+    num_slots: int
+    """N that is asked for."""
+    slot_tokens: int
+    """The most that a slot runs: open marker and thought, but for its last token."""
+    num_trunks: int
+    """B."""
+    trunk_tokens: int
+    """The most of any trunk."""
+    seats: int
+    """The most slots that stand behind one trunk at a time."""
+    static: bool
+    """Whether shapes are those of full slots and trunks all the time, so that a step can be
+    recorded; else of what is in use."""
+
+
 class Slots(ABC):
-    """N slots and B places for trunks. All calls stand within `Policy.sampling`.
+    """N slots and B places for trunks, made from a policy and a `Room`. All calls stand within
+    `Policy.sampling`.
 
     `read` before `fill`, `fill` before the `next` that runs the first token of a thought. Each
     `read`, `idle_read` and `next` is one forward of the model, and nothing else is: where forwards
@@ -54,11 +75,14 @@ class Slots(ABC):
     """[N] int64, how many tokens of its thought a slot has run, those of the open marker included.
     The same tensor as long as `num_slots` is the same; `next` adds to it."""
     num_slots: int
-    num_trunks: int
+    """N, at least `FEWEST_SLOTS`."""
 
     reads_trunks: ClassVar[bool]
     """Whether `next` reads the trunk of a thought: its place is free when the last of its thoughts
     has ended. Else it is free when they all have been begun."""
+    can_be_recorded: ClassVar[bool]
+    """Whether `next`, of static room, reads nothing on the host and makes nothing whose shape
+    depends on a number."""
 
     @staticmethod
     @abstractmethod
@@ -67,6 +91,9 @@ class Slots(ABC):
     ) -> list[Trunk]:
         """What has to be run for all positions; their members, trunk by trunk, are the positions in
         order."""
+
+    @abstractmethod
+    def __init__(self, policy: Policy, room: Room) -> None: ...
 
     @abstractmethod
     def read(self, places: list[int], trunks: list[Trunk]) -> None:
@@ -81,16 +108,23 @@ class Slots(ABC):
         """Begin new thoughts.
 
         Args:
-            slots: where; what stood there is forgotten, numbers that are not finite too.
+            slots: where; what stood there is forgotten.
             places: of each one's trunk.
             prefix: how many of the trunk's tokens each continues.
         """
 
     @abstractmethod
+    def free(self, slots: list[int], *, broken: bool) -> None:
+        """The thoughts in these slots have ended.
+
+        Args:
+            broken: their numbers may not be finite. A product with such a number is not finite
+                either, even where its weight is zero: none may reach the next thought.
+        """
+
+    @abstractmethod
     def next(self, token: Tensor, going: Tensor) -> Tensor:
         """Run one more token in every slot.
-
-        Reads nothing on the host and depends on no number: it can be recorded and replayed.
 
         Args:
             token: [N] int64.
