@@ -330,8 +330,6 @@ class ThoughtConfig:
     instruction_file: str | None = None
     """Text put before the prefix when thinking, never in the no-think context. None: no
     instruction."""
-    sampling_rows: int = 128
-    """Thoughts decoded side by side on one rank. Changes memory and speed, never the thoughts."""
     top_p: float = 1.0
     """Here to be refused: a truncated distribution is not the policy whose log-probability is
     trained."""
@@ -345,7 +343,7 @@ class ThoughtConfig:
             self.group_size,
             "must be at least 2 (eq. 7 divides by G - 1)",
         )
-        require_at_least("thought", self, max_thought_tokens=1, sampling_rows=1)
+        require_at_least("thought", self, max_thought_tokens=1)
         require(
             self.temperature > 0,
             "thought.temperature",
@@ -369,6 +367,25 @@ class ThoughtConfig:
         )
         require(self.top_p == 1.0, "thought.top_p", self.top_p, f"{same_policy} thought.top_p=1.0")
         require(self.top_k == 0, "thought.top_k", self.top_k, f"{same_policy} thought.top_k=0")
+
+
+@dataclass
+class SamplingConfig:
+    """How thoughts are sampled on the machine (docs/sampling.md). Changes memory and speed, never
+    the policy that they are sampled from."""
+
+    engine: str = "auto"
+    """What samples: `native`, the very module that is trained, or `vllm`, a copy of its weights in
+    vLLM, whose thoughts are others of the same distribution. auto: native."""
+    slots: int = 128
+    """Thoughts decoded side by side on one rank."""
+    graph: str = "auto"
+    """Replay the decoding of a token as one CUDA graph: on, off, or auto: where it can be."""
+
+    def __post_init__(self) -> None:
+        require_one_of("sampling.engine", self.engine, ("auto", "native", "vllm"))
+        require_one_of("sampling.graph", self.graph, ("auto", "on", "off"))
+        require_at_least("sampling", self, slots=1)
 
 
 @dataclass
@@ -770,6 +787,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     position: PositionConfig = field(default_factory=PositionConfig)
     thought: ThoughtConfig = field(default_factory=ThoughtConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -977,9 +995,15 @@ def refuse_mappings_for_lists(section: type, content: dict, where: str) -> None:
             raise ConfigError(f"{where}{item.name} must be a list, got {value!r}.")
 
 
+RENAMED = {"thought.sampling_rows": "sampling.slots"}
+"""Keys of configs that were written before, and what they are called."""
+
+
 def _suggest(key: str, known: list[str]) -> str:
     """What an unknown key may have meant: the same name in another section, else the nearest key,
     else what there is."""
+    if key in RENAMED:
+        return f"Its name is {RENAMED[key]}."
     section, _, name = key.rpartition(".")
     leaves = [other for other in known if "." in other]
 

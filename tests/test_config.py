@@ -66,6 +66,7 @@ def test_a_key_without_its_section_is_refused_with_the_full_one(tmp_path: Path, 
 
 def test_a_key_in_another_section_is_found(tmp_path: Path):
     assert refusal(tmp_path, "thought.horizon=3").endswith("Did you mean target.horizon?")
+    assert refusal(tmp_path, "thought.sampling_rows=3").endswith("Its name is sampling.slots.")
     assert refusal(tmp_path, text=BASE + "optm: {learning_rate: 1e-6}\n").endswith(
         "Did you mean optim.learning_rate?"
     )
@@ -127,7 +128,7 @@ IMPOSSIBLE = [  # (overrides, the key that is named, the value that is shown, a 
     ("thought.temperature=.nan", "thought.temperature", "nan", "above 0"),
     ("thought.open_marker=''", "thought.open_marker", "''", "empty"),
     ("thought.close_marker=''", "thought.close_marker", "''", "empty"),
-    ("thought.sampling_rows=0", "thought.sampling_rows", "0", "at least 1"),
+    ("sampling.slots=0", "sampling.slots", "0", "at least 1"),
     ("thought.top_p=0.9", "thought.top_p", "0.9", "write thought.top_p=1.0"),
     ("thought.top_k=50", "thought.top_k", "50", "write thought.top_k=0"),
     ("target.horizon=0", "target.horizon", "0", "at least 1"),

@@ -260,7 +260,7 @@ def test_a_room_exports_nothing_itself(path: Path):
     "module, source",
     [
         ("model.layout", "from rlp.learn.teacher import Teacher"),
-        ("model.layout", "def f():\n    from rlp.sampling.rollout import sample_thoughts"),
+        ("model.layout", "def f():\n    from rlp.sampling.rollout import NoiseKey"),
         ("objective", "from rlp.config import Config"),
         ("objective", "import rlp"),
         ("data.stream", "import rlp.model.layout as m"),

@@ -15,6 +15,7 @@ from rlp.config import (
     DataConfig,
     EngineConfig,
     ModelConfig,
+    SamplingConfig,
     ThoughtConfig,
 )
 from rlp.learn.export import known_ids, read_thought_format
@@ -24,6 +25,7 @@ from rlp.model.markers import marker_notes
 from rlp.model.policy import Policy
 from rlp.model.setup import ModelSetup
 from rlp.model.thoughts import ThoughtFormat
+from rlp.sampling.opening import open_sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,10 @@ class AskedModel:
         temperature = self.thought_format.temperature
         if benchmark.thought_temperature is not None:
             temperature = max(benchmark.thought_temperature, GREEDY)
+        sampler = open_sampler(SamplingConfig(slots=rows), self.policy, shared=False)
         return Thinker(
             self.policy,
+            sampler,
             self.tokenizer,
             replace(self.thought_format, temperature=temperature),
             thinks=thinks,

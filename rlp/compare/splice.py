@@ -17,7 +17,6 @@ Dimensions
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,8 @@ from einops import rearrange
 from rlp.config import Config, ConfigError, to_yaml
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
-from rlp.measure.frozen import load_frozen
+from rlp.measure.frozen import Frozen, load_frozen
 from rlp.measure.ledger import Ledger
-from rlp.model.layout import tree_layout
-from rlp.model.policy import Policy
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
 from rlp.model.thoughts import Thoughts
@@ -39,7 +36,7 @@ from rlp.process.console import visible_text
 from rlp.process.files import new_folder, refuse_existing, write_new
 from rlp.process.json_files import write_json
 from rlp.process.ranks import Ranks
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
 
 
 def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
@@ -66,7 +63,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     setup = RunSetup(config, warn=print)
     for note in setup.marker_notes():
         print(visible_text(note))
-    lay_out, policy = load_frozen(setup, ranks)
+    frozen = load_frozen(setup, ranks)
     ledger = Ledger(setup.shapes)
 
     rows, longest = [], 0
@@ -82,7 +79,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
             step=step,
         )
         thoughts, reward = _rewarded_thoughts(
-            setup, lay_out, policy, documents, positions, NoiseKey(config.run.seed, step), ledger
+            setup, frozen, documents, positions, NoiseKey(config.run.seed, step), ledger
         )
         ledger.add_documents(sum(len(document.tokens) for document in documents))
         ledger.close_step(ranks)
@@ -106,8 +103,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
 @torch.no_grad()
 def _rewarded_thoughts(
     setup: RunSetup,
-    lay_out: Callable,
-    policy: Policy,
+    frozen: Frozen,
     documents: list[Document],
     positions: Positions,
     noise: NoiseKey,
@@ -116,30 +112,27 @@ def _rewarded_thoughts(
     """G thoughts at each position and their information gain over the policy's own no-think
     prediction, [M, G] nats; what they cost is added to the ledger."""
     thought = setup.config.thought
-    with ledger.time("decode"):
-        rollout = sample_thoughts(
-            policy,
+    with ledger.time("decode"), frozen.sampler.phase():
+        rollout = frozen.sampler.sample(
             documents,
             positions,
             setup.thought_format,
             noise,
             group_size=thought.group_size,
             max_thought_tokens=thought.max_thought_tokens,
-            rows=thought.sampling_rows,
-            shared=lay_out is tree_layout,
             prefill=lambda: ledger.time("prefill"),
         )
     with ledger.time("score"):
-        layout = lay_out(
+        layout = frozen.lay_out(
             documents,
             positions,
             rollout.thoughts,
             setup.thought_format,
             lm=False,
             no_think=True,
-            device=policy.device,
+            device=frozen.policy.device,
         )
-        scores = score(policy, layout)
+        scores = score(frozen.policy, layout)
 
     scoring = layout.thought_work + layout.document_work
     ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)

@@ -29,7 +29,9 @@ from rlp.model.scoring import ask, unpack
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.progress import Progress
 from rlp.sampling.branches import ForkedBranches
-from rlp.sampling.rollout import NoiseKey, draw, sample_thoughts
+from rlp.sampling.draw import draw
+from rlp.sampling.rollout import NoiseKey
+from rlp.sampling.sampler import Sampler
 
 GREEDY = 1e-6
 """The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never
@@ -84,6 +86,7 @@ class Thinker:
     def __init__(
         self,
         policy: Policy,
+        sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase,
         thought_format: ThoughtFormat,
         *,
@@ -95,12 +98,14 @@ class Thinker:
     ) -> None:
         """
         Args:
+            sampler: of the policy.
             thought_format: markers, instruction and the sampling temperature of thoughts.
             thought_tokens: budget of a thought, the close marker included.
             answer_temperature: of answer tokens, 0 is greedy.
             rows: N; changes memory and speed, never an answer.
         """
-        self._policy, self._tokenizer, self._thought_format = policy, tokenizer, thought_format
+        self._policy, self._sampler = policy, sampler
+        self._tokenizer, self._thought_format = tokenizer, thought_format
         self._thinks, self._thought_tokens = thinks, thought_tokens
         self._answer_temperature, self._seed, self._rows = answer_temperature, seed, rows
         close = thought_format.markers.close
@@ -128,6 +133,7 @@ class Thinker:
         """The same model, which does not think."""
         return Thinker(
             self._policy,
+            self._sampler,
             self._tokenizer,
             self._thought_format,
             thinks=False,
@@ -247,16 +253,15 @@ class Thinker:
         self, documents: list[Document], cut: list[bool], samples: int
     ) -> list[list[_Context]]:
         """Each prompt with each of its thoughts."""
-        thoughts = sample_thoughts(
-            self._policy,
-            documents,
-            _ends_of(documents),
-            self._thought_format,
-            NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
-            group_size=samples,
-            max_thought_tokens=self._thought_tokens,
-            rows=self._rows,
-        ).thoughts.to("cpu")
+        with self._sampler.phase():
+            thoughts = self._sampler.sample(
+                documents,
+                _ends_of(documents),
+                self._thought_format,
+                NoiseKey(self._seed, 0, BENCHMARK_THOUGHT_NOISE),
+                group_size=samples,
+                max_thought_tokens=self._thought_tokens,
+            ).thoughts.to("cpu")
 
         close = np.array(self._thought_format.markers.close, dtype=np.int64)
         groups = []

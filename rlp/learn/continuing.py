@@ -8,6 +8,7 @@ from rlp.config import ConfigError
 MAY_CHANGE = {
     "run",
     "engine",
+    "sampling",
     "budget",
     "evaluation",
     "checkpoint",
@@ -15,7 +16,6 @@ MAY_CHANGE = {
     "model.attention",
     "data.max_bad_fraction",
     "data.held_out",
-    "thought.sampling_rows",
     "optim.micro_batch_size",
     "optim.thoughts_per_forward",
     "optim.learning_rate",

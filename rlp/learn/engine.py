@@ -284,18 +284,18 @@ class Engine:
                 lambda module, *given: offload.get_param_coordinator().reset_step()
             )
 
-    def agree(self, claim: bool) -> bool:
-        """`agree` of `sample_thoughts`, inside `generation`: all ranks together where they decode
-        in step, else this rank alone."""
+    def agree(self, claim: int) -> int:
+        """`agree` of a sampler, inside `generation`: the largest claim of any rank where they
+        decode in step, else this rank's own."""
         self._watchdog.mark()
         if not self._decodes_together:
             self._preemption.look()
             return claim
-        stop = 2
-        answer = self._ranks.largest(stop if self._preemption.requested else int(claim))
+        stop = 2**30
+        answer = int(self._ranks.largest(stop if self._preemption.requested else claim))
         if answer == stop:
             self._preemption.leave()
-        return bool(answer)
+        return answer
 
 
 def _finite_or_inf(norm: Tensor | float) -> float:

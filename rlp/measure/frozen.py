@@ -1,7 +1,7 @@
 """A model that nothing trains: loaded as it is, and measured on the held-out panel."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,8 @@ from rlp.model.loading import (
 from rlp.model.policy import Policy
 from rlp.model.setup import ModelSetup, PanelSetup
 from rlp.process.ranks import Ranks
+from rlp.sampling.opening import open_sampler
+from rlp.sampling.sampler import Sampler
 
 
 def measure_model(
@@ -58,19 +60,41 @@ def measure_model(
     )
     panel = held_out_panel(setup)
     start_logprob = None if start is None else _start_logprob(start, panel, setup, ranks)
-    lay_out, policy = load_frozen(setup, ranks)
+    frozen = load_frozen(setup, ranks)
     if checkpoint is not None:
         if start is None:
-            start_logprob = no_think_logprob(lay_out, policy, panel, thought_format, config, ranks)
-        weights = master_weights(checkpoint, policy.lm)
+            start_logprob = no_think_logprob(
+                frozen.lay_out, frozen.policy, panel, thought_format, config, ranks
+            )
+        weights = master_weights(checkpoint, frozen.policy.lm)
         with torch.no_grad():
-            for name, p in policy.lm.named_parameters():
+            for name, p in frozen.policy.lm.named_parameters():
                 p.copy_(weights[name])
-    return measure_panel(lay_out, panel, policy, None, start_logprob, thought_format, config, ranks)
+    return measure_panel(
+        frozen.lay_out,
+        frozen.sampler,
+        panel,
+        frozen.policy,
+        None,
+        start_logprob,
+        thought_format,
+        config,
+        ranks,
+    )
 
 
-def load_frozen(setup: ModelSetup, ranks: Ranks) -> tuple[Callable, Policy]:
-    """The layout that a model can run, and the model."""
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A model that nothing trains, with what it needs to think and to be scored."""
+
+    lay_out: Callable
+    """One of `LAYOUTS`, the one that it can run."""
+    policy: Policy
+    sampler: Sampler
+
+
+def load_frozen(setup: ModelSetup, ranks: Ranks) -> Frozen:
+    """The model of a config."""
     config = setup.config
     architecture = read_model_config(config.model)
     layout, _ = choose_layout(config, architecture)
@@ -79,7 +103,8 @@ def load_frozen(setup: ModelSetup, ranks: Ranks) -> tuple[Callable, Policy]:
         ranks.device
     )
     check_model(policy)
-    return LAYOUTS[layout], policy
+    sampler = open_sampler(config.sampling, policy, shared=layout == "tree")
+    return Frozen(LAYOUTS[layout], policy, sampler)
 
 
 def _start_logprob(start: str, panel: Panel, setup: PanelSetup, ranks: Ranks) -> list[float]:
@@ -93,5 +118,7 @@ def _start_logprob(start: str, panel: Panel, setup: PanelSetup, ranks: Ranks) ->
             " trained from; where the model was trained with thought.add_markers=true, write that"
             " too."
         )
-    lay_out, policy = load_frozen(start_setup, ranks)
-    return no_think_logprob(lay_out, policy, panel, setup.thought_format, config, ranks)
+    frozen = load_frozen(start_setup, ranks)
+    return no_think_logprob(
+        frozen.lay_out, frozen.policy, panel, setup.thought_format, config, ranks
+    )

@@ -6,7 +6,6 @@ Dimensions
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -19,14 +18,15 @@ from rlp.data.noise import PANEL_NOISE
 from rlp.data.positions import Positions
 from rlp.measure.decomposition import Decomposition, decompose
 from rlp.measure.panel import PANEL_SEED, Panel, PanelThoughts
-from rlp.model.layout import Layout, tree_layout
+from rlp.model.layout import Layout
 from rlp.model.policy import Policy
 from rlp.model.scoring import greedy_targets, score
 from rlp.model.thoughts import ThoughtFormat
 from rlp.objective import log_evidence
 from rlp.process.progress import Progress, Tell
 from rlp.process.ranks import Ranks
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
+from rlp.sampling.sampler import Sampler
 
 
 @torch.no_grad()
@@ -62,6 +62,7 @@ def no_think_logprob(
 
 def measure_panel(
     lay_out: Callable,
+    sampler: Sampler,
     panel: Panel,
     policy: Policy,
     teacher: Policy | None,
@@ -70,8 +71,6 @@ def measure_panel(
     config: Config,
     ranks: Ranks,
     *,
-    generation: Callable[[], AbstractContextManager] = nullcontext,
-    agree: Callable[[bool], bool] = bool,
     progress: Tell = Progress,
 ) -> Decomposition:
     """Think at every panel position and measure what that was worth. A collective; the ledger does
@@ -82,19 +81,16 @@ def measure_panel(
 
     Args:
         lay_out: one of `LAYOUTS`.
+        sampler: of the policy.
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
         start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the policy is the
             starting checkpoint.
-        generation: a context around sampling, as `Engine.generation`.
-        agree: of `sample_thoughts`.
         progress: makes a `Progress`.
     """
     num_batches = len(panel.batches(config.evaluation.batch_size, ranks))
     with policy.sampling():
         with progress("thinking on the held-out panel", num_batches, "batches") as thinking:
-            thoughts = _think(
-                lay_out, panel, policy, thought_format, config, ranks, generation, agree, thinking
-            )
+            thoughts = _think(sampler, panel, thought_format, config, ranks, thinking)
         with progress("scoring the held-out panel", num_batches, "batches") as scoring:
             answers = _score(
                 lay_out, panel, thoughts, policy, teacher, thought_format, config, ranks, scoring
@@ -104,39 +100,28 @@ def measure_panel(
 
 
 def _think(
-    lay_out: Callable,
+    sampler: Sampler,
     panel: Panel,
-    policy: Policy,
     thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
-    generation: Callable[[], AbstractContextManager],
-    agree: Callable[[bool], bool],
     thinking: Progress,
 ) -> PanelThoughts:
     """Sample the thoughts of the whole panel."""
-
-    def agree_and_tell(claim: bool) -> bool:
-        thinking.advance(0)  # a token more of each thought
-        return agree(claim)
-
     parts = []
-    for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-        with generation():
-            rollout = sample_thoughts(
-                policy,
+    with sampler.phase():
+        for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
+            rollout = sampler.sample(
                 panel.documents[start:stop],
                 panel.positions.of_documents(start, stop),
                 thought_format,
                 NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
                 group_size=config.evaluation.thoughts_per_position,
                 max_thought_tokens=config.thought.max_thought_tokens,
-                rows=config.thought.sampling_rows,
-                shared=lay_out is tree_layout,
-                agree=agree_and_tell,
+                beat=lambda: thinking.advance(0),
             )
-        parts.append((start, PanelThoughts.of(rollout.thoughts)) if counts else None)
-        thinking.advance()
+            parts.append((start, PanelThoughts.of(rollout.thoughts)) if counts else None)
+            thinking.advance()
     return PanelThoughts.joined(_gather(parts, ranks))
 
 

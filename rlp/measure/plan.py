@@ -191,10 +191,10 @@ def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[st
     group = config.thought.group_size
     steps = [
         ("optim", "micro_batch_size", 1),
-        ("thought", "sampling_rows", group),
+        ("sampling", "slots", group),
         ("optim", "thoughts_per_forward", max(1, group // 4)),
         ("engine", "activation_checkpointing", True),
-        ("thought", "sampling_rows", 1),
+        ("sampling", "slots", 1),
         ("optim", "thoughts_per_forward", 1),
         ("baseline", "kind", "self"),
     ]

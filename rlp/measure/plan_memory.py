@@ -229,7 +229,7 @@ def evaluation_parts(
         min(config.evaluation.panel_positions, documents * positions_per_document(config))
         * config.evaluation.thoughts_per_position
     )
-    rows = min(thoughts, max(config.thought.sampling_rows, config.evaluation.thoughts_per_position))
+    rows = min(thoughts, max(config.sampling.slots, config.evaluation.thoughts_per_position))
     if layout == "repeated":
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
         tokens = (thoughts + documents) * (sizes.context_tokens + sizes.branch_tokens)

@@ -56,7 +56,7 @@ class StepSizes:
         group = config.thought.group_size
         documents = ceil_div(config.optim.batch_size, world_size)
         per_document = positions_per_document(config) if config.objective.thinks else 0
-        at_once = min(max(1, config.thought.sampling_rows // group), documents * per_document)
+        at_once = min(max(1, config.sampling.slots // group), documents * per_document)
         return cls(
             documents=config.optim.batch_size,
             document_tokens=config.data.max_document_tokens,

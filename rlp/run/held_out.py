@@ -89,6 +89,7 @@ def score_panel(run: OpenRun) -> dict[str, float]:
         )
     return measure_panel(
         parts.lay_out,
+        parts.sampler,
         panel,
         parts.engine.policy,
         parts.panel_teacher,
@@ -96,8 +97,6 @@ def score_panel(run: OpenRun) -> dict[str, float]:
         thought_format,
         run.config,
         run.ranks,
-        generation=parts.engine.generation,
-        agree=parts.engine.agree,
         progress=run.host.progress,
     ).numbers()
 

@@ -41,6 +41,8 @@ from rlp.run.checks import (
 from rlp.run.saved import resume
 from rlp.run.state import Host, OpenRun, Progression
 from rlp.run.trial import ReplaceableParts, try_parts
+from rlp.sampling.opening import open_sampler
+from rlp.sampling.sampler import Sampler
 from rlp.step.parts import StepParts
 from rlp.step.pulse import Pulse
 from rlp_kernels import choose_form
@@ -149,9 +151,9 @@ def build_run(
         start=start,
         guard=Guard(config.optim, ranks),
         ledger=begin_ledger(config, setup.shapes, on_phase=host.watchdog.mark),
-        pulse=Pulse(engine, host.preemption, host.watchdog, log.still),
+        pulse=Pulse(host.preemption, host.watchdog, log.still),
         lay_out=LAYOUTS[opened.layout],
-        shares_prefixes=opened.layout == "tree",
+        sampler=build_sampler(config, opened, engine),
         scripts=(
             token_scripts(setup.tokenizer, setup.shapes.vocabulary, ranks.device)
             if thinks
@@ -200,6 +202,17 @@ def build_model(
     )
     twin, start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
     return engine, twin, start
+
+
+def build_sampler(config: Config, opened: Opened, engine: Engine) -> Sampler:
+    """What thinks: in training and on the panel."""
+    return open_sampler(
+        config.sampling,
+        engine.policy,
+        shared=opened.layout == "tree",
+        lend=engine.generation,
+        agree=engine.agree,
+    )
 
 
 def build_teacher(

@@ -10,8 +10,6 @@ Dimensions
     T  prefix tokens, padded on the left
 """
 
-from contextlib import AbstractContextManager
-
 import numpy as np
 import torch
 from einops import repeat
@@ -29,8 +27,8 @@ from rlp.model.thoughts import ThoughtFormat
 class Branches:
     """N thoughts that grow side by side behind the prefixes of their positions.
 
-    `first` once, then `next` with the rows that go on, all within `sampling`. Rows that `next` is
-    not given have ended; their memory is freed when half of those held have.
+    `first` once, then `next` with the rows that go on, all within `Policy.sampling`. Rows that
+    `next` is not given have ended; their memory is freed when half of those held have.
     """
 
     prefill_work: Work
@@ -39,10 +37,6 @@ class Branches:
     def __init__(self, policy: Policy, num_rows: int) -> None:
         self._policy = policy
         self._held = torch.arange(num_rows, device=policy.device)
-
-    def sampling(self) -> AbstractContextManager:
-        """As `Policy.sampling`."""
-        return self._policy.sampling()
 
     def first(self) -> Tensor:
         """Run the prefixes; [N, V] float32 logits of the first thought token."""

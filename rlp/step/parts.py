@@ -30,7 +30,8 @@ from rlp.model.thoughts import Thoughts
 from rlp.objective import log_evidence
 from rlp.process.outside import Part
 from rlp.process.ranks import Ranks
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
+from rlp.sampling.sampler import Sampler
 from rlp.step.baseline import NoThink, baseline_of
 from rlp.step.loss import Scored
 from rlp.step.micro_batch import MicroBatch
@@ -57,8 +58,7 @@ class StepParts:
     pulse: Pulse
     lay_out: Callable[..., Layout]
     """Of `rlp.model.layout.LAYOUTS`."""
-    shares_prefixes: bool
-    """Whether sampling runs each document once for all its thoughts."""
+    sampler: Sampler
     scripts: TokenScripts | None
     selector: Part
     baseline: Part
@@ -102,18 +102,15 @@ class StepParts:
     ) -> Thoughts:
         """[M, G, L] a group of thoughts at each position, from the policy (eq. 2)."""
         thought = self.config.thought
-        with self.ledger.time("decode"), self.engine.generation():
-            rollout = sample_thoughts(
-                self.engine.policy,
+        with self.ledger.time("decode"), self.sampler.phase():
+            rollout = self.sampler.sample(
                 documents,
                 positions,
                 self.setup.thought_format,
                 NoiseKey(self.config.run.seed, step),
                 group_size=thought.group_size,
                 max_thought_tokens=thought.max_thought_tokens,
-                rows=thought.sampling_rows,
-                shared=self.shares_prefixes,
-                agree=self.pulse.agree,
+                beat=self.pulse.beat,
                 prefill=lambda: self.ledger.time("prefill"),
             )
         self.ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)

@@ -3,17 +3,16 @@
 import time
 from collections.abc import Callable
 
-from rlp.learn.engine import Engine
 from rlp.process.preemption import Preemption
 from rlp.process.watchdog import Watchdog
 
 
 class Pulse:
-    """Beats once for each token of all thoughts, each micro-batch and each phase."""
+    """Beats whenever the host looks at what was sampled, and once for each micro-batch and each
+    phase."""
 
     def __init__(
         self,
-        engine: Engine,
         preemption: Preemption,
         watchdog: Watchdog,
         still: Callable[[int, str, float], None],
@@ -22,7 +21,7 @@ class Pulse:
         Args:
             still: is told the step that goes on, its phase, and its seconds so far.
         """
-        self._engine, self._preemption, self._watchdog = engine, preemption, watchdog
+        self._preemption, self._watchdog = preemption, watchdog
         self._still = still
         self._weights_moved = False
         self.begin(0)
@@ -45,14 +44,9 @@ class Pulse:
             StopRequested: on all ranks.
         """
         self._watchdog.mark()
-        self._tell()
+        self.beat()
         if not self._weights_moved:
             self._preemption.safe_point()
-
-    def agree(self, claim: bool) -> bool:
-        """`Engine.agree`, once for each token of all thoughts."""
-        self._tell()
-        return self._engine.agree(claim)
 
     def weights_move(self) -> None:
         """The update comes: the step is made to its end from here on."""
@@ -64,5 +58,6 @@ class Pulse:
         self._watchdog.mark("log")
         self._weights_moved = False
 
-    def _tell(self) -> None:
+    def beat(self) -> None:
+        """Tell that the step goes on."""
         self._still(self.step, self._watchdog.phase, self.seconds())

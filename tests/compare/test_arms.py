@@ -23,8 +23,9 @@ from rlp.model.thoughts import ThoughtFormat
 from rlp.objective import group_relative_advantage
 from rlp.process.exit_codes import DONE, NOT_MATCHED
 from rlp.process.run_folder import open_run_folder
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
 from rlp.trainer import begin_step
+from tests.sampled import sample_thoughts
 from tests.tiny_models import random_documents, tiny_policy
 from tests.training import assert_same_run, open_run, read_lines, tiny_config, train, write_corpus
 
@@ -57,7 +58,7 @@ def two_documents_with_thoughts(policy):
             NoiseKey(0, 1),
             group_size=3,
             max_thought_tokens=4,
-            rows=8,
+            slots=8,
         ).thoughts,
     )
 

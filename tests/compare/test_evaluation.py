@@ -23,6 +23,7 @@ from rlp.config import ConfigError, ThoughtConfig
 from rlp.data.sources import open_rows
 from rlp.model.markers import Markers
 from rlp.model.thoughts import ThoughtFormat
+from rlp.sampling.native import NativeSampler
 from tests import REPOSITORY
 from tests.compare.answer_checks import dies_on_three, hangs_on_three
 from tests.tiny_models import tiny_policy
@@ -66,6 +67,7 @@ def thinker_of(
     )
     return Thinker(
         policy,
+        NativeSampler(policy, slots=rows),
         tokenizer,
         thought_format,
         thinks=thinks,

@@ -10,9 +10,10 @@ from rlp.data.positions import choose_positions
 from rlp.measure.decomposition import Decomposition
 from rlp.measure.panel import Panel
 from rlp.measure.panel_scoring import measure_panel
-from rlp.model.layout import repeated_layout
+from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.thoughts import ThoughtFormat
+from rlp.sampling.native import NativeSampler
 from tests import REPOSITORY
 from tests.tiny_models import random_documents, tiny_policy
 
@@ -97,14 +98,16 @@ def probe(
         target_temperature=1.0,
         horizon=horizon,
     )
+    config, policy = config or settings(), policy or tiny_policy()
     return measure_panel(
         lay_out,
+        NativeSampler(policy, slots=config.sampling.slots, shared=lay_out is tree_layout),
         given,
-        policy or tiny_policy(),
+        policy,
         None,
         start,
         thought_format,
-        config or settings(),
+        config,
         ranks or Alone(),
     )
 

@@ -165,10 +165,10 @@ def test_the_room_of_a_branch_ends_where_its_budget_does(most: int) -> None:
     "overrides, rows, documents, trunks",
     [
         ([], 6, 2, 4),
-        (["thought.sampling_rows=3"], 3, 1, 4),
-        (["position.per_document=2", "thought.sampling_rows=3"], 3, 1, 8),
-        (["position.per_document=2", "thought.sampling_rows=8"], 6, 1, 4),
-        (["position.per_document=3", "thought.sampling_rows=8"], 6, 2, 8),
+        (["sampling.slots=3"], 3, 1, 4),
+        (["position.per_document=2", "sampling.slots=3"], 3, 1, 8),
+        (["position.per_document=2", "sampling.slots=8"], 6, 1, 4),
+        (["position.per_document=3", "sampling.slots=8"], 6, 2, 8),
     ],
 )
 def test_documents_are_held_once_while_their_thoughts_are_sampled(

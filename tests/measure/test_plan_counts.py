@@ -25,8 +25,10 @@ from rlp.model.layout import LAYOUTS, Layout, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.shapes import forward_flops, model_shapes
 from rlp.model.thoughts import ThoughtFormat, Thoughts
-from rlp.sampling import branches, rollout
+from rlp.sampling import branches
+from rlp.sampling.rollout import NoiseKey
 from tests.measure.small_plans import CPU, EIGHTY_GB, SHAPES, flops_of, plan_of, small_run
+from tests.sampled import sample_thoughts
 from tests.tiny_models import architecture, random_documents, tiny_policy
 
 FORMS = [
@@ -163,20 +165,20 @@ def test_sampling_is_planned_as_it_is_counted(
         tmp_path,
         f"target.horizon={horizon}",
         f"position.per_document={per_document}",
-        f"thought.sampling_rows={rows}",
+        f"sampling.slots={rows}",
     )
     step, policy = Longest.of(config, instruction, markers), tiny_policy(markers=markers)
     policy.lm.set_attn_implementation(attention.register("sdpa"))
     held = watched_keys(monkeypatch)
-    found = rollout.sample_thoughts(
+    found = sample_thoughts(
         policy,
         step.documents,
         step.positions,
         step.thought_format,
-        rollout.NoiseKey(0, 1),
+        NoiseKey(0, 1),
         group_size=3,
         max_thought_tokens=6,
-        rows=rows,
+        slots=rows,
         shared=layout == "tree",
     )
     assert found.thoughts.mask.all() and found.thoughts.truncated.all()

@@ -91,7 +91,7 @@ def test_presets_quote_the_plan(preset: str) -> None:
     )
     assert f" {without / 1e9:.0f} GB" in lines["activation_checkpointing"]
     if config.objective.thinks:
-        assert f" {memory['keys, values and states'] / 1e9:.0f} GB" in lines["sampling_rows"]
+        assert f" {memory['keys, values and states'] / 1e9:.0f} GB" in lines["slots"]
     if plan.layout == "tree":
         per_token = activation_bytes(
             model_shapes(published(PRESETS[preset])), 1, 2, config.engine.activation_checkpointing
@@ -105,7 +105,7 @@ def test_the_papers_document_length_fits_the_12b_in_slices_alone() -> None:
     long = "data.max_document_tokens=8192"
     whole, sliced = (
         preset_plan("nemotron_nano_12b_v2_paper", long, *more)[1]
-        for more in ((), ("optim.thoughts_per_forward=4", "thought.sampling_rows=64"))
+        for more in ((), ("optim.thoughts_per_forward=4", "sampling.slots=64"))
     )
     assert fits(sliced, EIGHTY_GB) and not fits(whole, EIGHTY_GB)
     assert round(sliced.step_flops / whole.step_flops, 2) == 1.3

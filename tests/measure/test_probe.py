@@ -298,7 +298,7 @@ def assert_same_probe(one: Decomposition, other: Decomposition, tolerance: float
 
 @pytest.mark.parametrize(
     "change",
-    ["evaluation.batch_size=1", "evaluation.batch_size=5", "thought.sampling_rows=3", "run.seed=9"],
+    ["evaluation.batch_size=1", "evaluation.batch_size=5", "sampling.slots=3", "run.seed=9"],
 )
 def test_the_probe_does_not_depend_on_batches_or_the_seed_of_a_run(change):
     """Noise and donors are those of the panel: the same thoughts, and the same rows up to

@@ -23,7 +23,8 @@ from rlp.model.layout import (
 from rlp.model.markers import Markers
 from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat, Thoughts
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
+from tests.sampled import sample_thoughts
 from tests.tiny_models import WORDS, random_documents, tiny_policy
 
 CPU = torch.device("cpu")
@@ -383,7 +384,7 @@ def test_token_ids_are_never_decoded_and_encoded_again():
         NoiseKey(seed=0, step=1),
         group_size=2,
         max_thought_tokens=8,
-        rows=4,
+        slots=4,
     ).thoughts
     layout = repeated_layout(
         documents, positions, thoughts, format_of(), lm=True, no_think=False, device=CPU

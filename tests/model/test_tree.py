@@ -15,7 +15,8 @@ from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.scoring import Scores, score
 from rlp.model.thoughts import ThoughtFormat, Thoughts
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
+from tests.sampled import sample_thoughts
 from tests.tiny_models import architecture, random_documents, tiny_policy
 
 CPU = torch.device("cpu")
@@ -274,7 +275,7 @@ def test_shared_keys_sample_the_thoughts_of_forked_caches(
             NoiseKey(0, 1),
             group_size=4,
             max_thought_tokens=20,
-            rows=rows,
+            slots=rows,
             shared=shared,
         )
         for shared in (False, True)
@@ -302,7 +303,7 @@ def test_shared_keys_run_each_document_once():
         NoiseKey(0, 1),
         group_size=4,
         max_thought_tokens=3,
-        rows=128,
+        slots=128,
         shared=True,
     ).prefill_work
     last = [int(positions.position[positions.document == d].max()) for d in range(3)]

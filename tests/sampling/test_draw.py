@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlp.sampling.rollout import draw
+from rlp.sampling.draw import draw
 from tests.tiny_models import WORDS
 
 TEMPERATURE = 0.7

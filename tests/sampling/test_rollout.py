@@ -18,7 +18,8 @@ from rlp.model.policy import Policy
 from rlp.model.scoring import ask, score, unpack
 from rlp.model.shapes import Work
 from rlp.model.thoughts import ThoughtFormat, Thoughts
-from rlp.sampling.rollout import NoiseKey, Rollout, sample_thoughts
+from rlp.sampling.rollout import NoiseKey, Rollout
+from tests.sampled import sample_thoughts
 from tests.tiny_models import ARCHITECTURES, WORDS, random_documents, tiny_policy
 
 GROUP, BUDGET, TEMPERATURE = 4, 12, 0.7
@@ -86,7 +87,7 @@ def think(
         noise,
         group_size=group_size,
         max_thought_tokens=budget,
-        rows=rows,
+        slots=rows,
         **arguments,
     )
 
@@ -485,7 +486,7 @@ def test_a_rank_that_waits_for_others_thinks_the_same(extra: int):
         policy,
         format_of(close),
         rows=2 * GROUP,
-        agree=lambda mine: bool(alone.append(mine)) or mine,
+        agree=lambda mine: alone.append(mine) or mine,
     )
     together = think(policy, format_of(close), rows=2 * GROUP, agree=agree)
     same_thoughts(together.thoughts, think(policy, format_of(close), rows=2 * GROUP).thoughts)

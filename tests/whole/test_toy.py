@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.sampling.rollout import NoiseKey, draw, sample_thoughts
+from rlp.sampling.draw import draw
+from rlp.sampling.rollout import NoiseKey
+from tests.sampled import sample_thoughts
 from tests.whole.toy import (
     CLOSES,
     OPEN,
@@ -122,7 +124,7 @@ def test_each_token_is_drawn_from_an_interval_as_long_as_its_probability(close):
         GivenNoise(numbers),
         group_size=2 * len(groups[0]),
         max_thought_tokens=budget,
-        rows=1024,
+        slots=1024,
     )
     found = rollout.thoughts
     expected = as_thoughts([[thought for thought in group for _ in (0, 1)] for group in groups])
@@ -162,7 +164,7 @@ def test_sampled_frequencies_are_the_exact_probabilities():
             NoiseKey(seed, step),
             group_size=group_size,
             max_thought_tokens=budget,
-            rows=64,
+            slots=64,
         )
         counts.update(
             tuple(tokens[mask].tolist())

@@ -11,7 +11,8 @@ from rlp.data.positions import Positions
 from rlp.model.policy import Policy
 from rlp.model.thoughts import Thoughts
 from rlp.objective import group_relative_advantage
-from rlp.sampling.rollout import NoiseKey, sample_thoughts
+from rlp.sampling.rollout import NoiseKey
+from tests.sampled import sample_thoughts
 from tests.whole.toy import (
     FIRST_WORD,
     all_thoughts,
@@ -99,7 +100,7 @@ def sampled_step(policy: Policy) -> tuple[list[Document], Positions, Thoughts]:
         NoiseKey(0, 1),
         group_size=4,
         max_thought_tokens=3,
-        rows=8,
+        slots=8,
     ).thoughts
     return documents, positions, thoughts
 

@@ -15,6 +15,7 @@ from rlp.data.documents import Document
 from rlp.learn.guard import NumericsError
 from rlp.measure.journal import state_digest
 from rlp.process.exit_codes import DONE
+from rlp.sampling.native import NativeSampler
 from rlp.trainer import loop, take_step
 from tests.tiny_models import ARCHITECTURES, tiny_policy
 from tests.training import (
@@ -56,7 +57,7 @@ def test_micro_batches_do_not_change_the_gradient(trained, size):
         {"engine__activation_checkpointing": True},
         {"engine__offload_optimizer": True},
         {"engine__zero_stage": 3, "engine__generation": "synced"},
-        {"thought__sampling_rows": 4},
+        {"sampling__slots": 4},
         {"model__attention": "eager"},
         {"engine__layout": "repeated"},
         {"optim__thoughts_per_forward": 3},
@@ -119,7 +120,7 @@ def test_the_ratio_is_one_on_policy(trained):
 @pytest.fixture
 def mistaken(monkeypatch):
     """Makes a sampler that reports log-probabilities `nats` below its own."""
-    sample = rlp.step.parts.sample_thoughts
+    sample = NativeSampler.sample
 
     def plant(nats: float) -> None:
         def mistaken(*arguments, **options):
@@ -131,7 +132,7 @@ def mistaken(monkeypatch):
                 ),
             )
 
-        monkeypatch.setattr(rlp.step.parts, "sample_thoughts", mistaken)
+        monkeypatch.setattr(NativeSampler, "sample", mistaken)
 
     return plant
 

@@ -260,7 +260,7 @@ def toy_parts(
         ledger=Uncounted(),
         pulse=None,
         lay_out=repeated_layout,
-        shares_prefixes=False,
+        sampler=None,
         scripts=None,
         selector=open_selector("uniform"),
         baseline=baseline,

@@ -32,7 +32,7 @@ JOBS = {
         "engine__zero_stage": 3,
         "engine__generation": "synced",
         "position__per_document": "all",
-        "thought__sampling_rows": 8,
+        "sampling__slots": 8,
     },
     "stage3_markers": {
         "engine__zero_stage": 3,
