@@ -99,6 +99,8 @@ class Trainer:
         except BaseException:
             discard(run.folder, host, run.state)
             raise
+        finally:
+            run.parts.batches.close()
 
     def open_on(self, host: Host) -> OpenRun:
         """The run, open and where it left off, before its next step."""

@@ -7,16 +7,14 @@ A row that can not become a document is skipped and counted by reason, up to
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from rlp.config import DataConfig, require
-from rlp.data.documents import Document, encode, ended, fill_template, given_ids, short
+from rlp.config import require
+from rlp.data.documents import Document, short
 from rlp.data.errors import BadDocument, DataError
 from rlp.data.noise import ORDER_NOISE, SOURCE_NOISE, keyed_noise
-from rlp.data.sources import Rows
+from rlp.data.reader import DocumentReader
 
 LISTED_PER_REASON = 100
 """Bad rows told one by one for each reason; the counts go on."""
@@ -40,99 +38,116 @@ class Source:
         self._shuffle = shuffle
         self._seed = seed
         self._index = index
-        self._epoch = -1
-        self._order = np.arange(size) if not shuffle else None
+        self._orders: dict[int, np.ndarray] = {}
         self.size = size
         self.cursor = 0
+        """Rows that are read."""
 
-    def next_row(self) -> int:
-        epoch, offset = divmod(self.cursor, self.size)
-        if self._shuffle and epoch != self._epoch:
-            self._order = keyed_noise(
+    def row(self, cursor: int) -> int:
+        """The row that is read there: at the cursor, or at a later one."""
+        epoch, offset = divmod(cursor, self.size)
+        return self._first + (int(self._order(epoch)[offset]) if self._shuffle else offset)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[rows] of an epoch; those of epochs that are over are let go."""
+        if epoch not in self._orders:
+            now = self.cursor // self.size
+            self._orders = {of: order for of, order in self._orders.items() if of >= now}
+            self._orders[epoch] = keyed_noise(
                 seed=self._seed, purpose=ORDER_NOISE, step=epoch, document=self._index
             ).permutation(self.size)
-            self._epoch = epoch
-        self.cursor += 1
-        return self._first + int(self._order[offset])
+        return self._orders[epoch]
 
 
 class DocumentStream:
     """Endless documents in a seeded order; its whole state is a cursor for each source, and counts.
 
-    All ranks read the same stream and each takes its share of a batch, so the documents of a step
-    do not depend on the number of ranks. With weights, the source of the n-th document is drawn
-    with noise keyed by n.
+    All ranks go through the same rows and each takes its share of a batch (`Batches`), so the
+    documents of a step do not depend on the number of ranks. With weights, the source of the n-th
+    document is drawn with noise keyed by n.
     """
 
     def __init__(
         self,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerBase,
-        config: DataConfig,
+        reader: DocumentReader,
         *,
         seed: int,
-        candidates: Callable[[np.ndarray], np.ndarray],
         warn: Callable[[str], None],
         record: Callable[[dict], None] = lambda entry: None,
-        why_none: Callable[[np.ndarray], str] = lambda tokens: (
-            "none of them can be chosen by the `position` section"
-        ),
         weights: list[float] | None = None,
-        tokens_field: str | None = None,
-        vocabulary: int = 0,
     ) -> None:
         """
         Args:
-            candidates: token ids -> the positions that may be chosen; a document without one is
-                bad.
             warn: called once for each reason, with the first row that it was met in.
             record: called with each bad row, `LISTED_PER_REASON` of each reason.
-            why_none: token ids without a candidate -> why there is none, in words.
             weights: `data.weights`, one for each source of the rows; None or empty reads them all
                 as one.
-            tokens_field: field that holds token ids, below `vocabulary`; None reads text by
-                `data.template`.
         """
-        require(
-            tokenizer.eos_token_id is not None or not config.append_eos,
-            "data.append_eos",
-            config.append_eos,
-            "needs a tokenizer that has an end-of-sequence token",
-        )
-        self._rows = rows
-        self._tokenizer = tokenizer
-        self._config = config
+        self.reader = reader
+        self._rows, self._config = reader.rows, reader.config
         self._seed = seed
-        self._candidates = candidates
-        self._why_none = why_none
         self._warn = warn
         self._record = record
-        self._tokens_field, self._vocabulary = tokens_field, vocabulary
 
+        rows = reader.rows
         sizes = rows.source_sizes if weights else [len(rows)]
         self._sources = [
-            Source(sum(sizes[:index]), size, shuffle=config.shuffle, seed=seed, index=index)
+            Source(sum(sizes[:index]), size, shuffle=self._config.shuffle, seed=seed, index=index)
             for index, size in enumerate(sizes)
         ]
         weights = weights or [1.0]
         self._up_to = np.cumsum(weights) / sum(weights)
-        self._given = 0
+        self.given = 0
+        """Documents, of all sources."""
         self._files = [[table.name, table.identity] for table in rows.tables]
         self.bad: dict[str, int] = {}
 
     def next_documents(self, count: int) -> list[Document]:
-        """The next `count` good documents: those of one step, of all ranks.
+        """The next `count` good documents.
+
+        Raises:
+            DataError: as `take`.
+        """
+        read: dict[int, np.ndarray] = {}
+
+        def judge(row: int) -> Exception | None:
+            found = read.get(row)
+            found = self.reader.read(row) if found is None else found
+            if isinstance(found, Exception):
+                return found
+            read[row] = found
+            return None
+
+        return [Document(row, read[row], times) for row, times in self.take(count, judge)]
+
+    def take(self, count: int, judge: Callable[[int], Exception | None]) -> list[tuple[int, int]]:
+        """Move on by the next `count` good documents: those of one step, of all ranks.
+
+        Args:
+            judge: a row -> what is wrong with it, None for a good document.
+
+        Returns:
+            (`Document.id`, `Document.occurrence`) of each.
 
         Raises:
             DataError: more than `data.max_bad_fraction` of the rows read (of 100 at least) are bad,
-                or all rows of a source are.
+                or all rows of a source are, or one can not be read.
         """
-        documents, seen = [], Counter()
+        taken, seen = [], Counter()
         for _ in range(count):
-            document = self._next_document()
-            documents.append(replace(document, occurrence=seen[document.id]))
-            seen[document.id] += 1
-        return documents
+            row = self._next_good(judge)
+            taken.append((row, seen[row]))
+            seen[row] += 1
+        return taken
+
+    def expected(self, count: int) -> list[int]:
+        """Rows of the next `count` documents, if none of them is bad."""
+        cursors, rows = [source.cursor for source in self._sources], []
+        for number in range(self.given, self.given + count):
+            which = self._source_of(number)
+            rows.append(self._sources[which].row(cursors[which]))
+            cursors[which] += 1
+        return rows
 
     @property
     def cursor(self) -> int:
@@ -142,7 +157,7 @@ class DocumentStream:
     def state(self) -> dict:
         return {
             "cursors": [source.cursor for source in self._sources],
-            "given": self._given,
+            "given": self.given,
             "bad": dict(self.bad),
             "files": self._files,
         }
@@ -151,7 +166,7 @@ class DocumentStream:
         self.refuse_state(state)
         for source, cursor in zip(self._sources, state["cursors"]):
             source.cursor = cursor
-        self._given, self.bad = state["given"], dict(state["bad"])
+        self.given, self.bad = state["given"], dict(state["bad"])
 
     def refuse_state(self, state: dict) -> None:
         """Refuse a state of other files.
@@ -171,46 +186,35 @@ class DocumentStream:
                 f" {len(state['files'])}. Continue with the same files, or start a new run."
             )
 
-    def _next_document(self) -> Document:
-        source = self._source_of(self._given)
+    def _next_good(self, judge: Callable[[int], Exception | None]) -> int:
+        source = self._sources[self._source_of(self.given)]
         num_barren = 0
         while True:
-            index = source.next_row()
-            try:
-                document = Document(index, self._tokens(index))
-            except BadDocument as error:
-                self._count_bad(index, *error.args)
-                num_barren += 1
-                if num_barren == source.size:
-                    raise DataError(
-                        f"{self._rows.where(index)}: {error.args[0]} ({short(error.args[1])}). None"
-                        f" of the {num_barren} rows is a document ({self._counts()}). Write files"
-                        " with documents in them, and a data.template and a `position` section"
-                        " that suit them."
-                    ) from error
-                continue
-            self._given += 1
-            return document
+            row = source.row(source.cursor)
+            error = judge(row)
+            source.cursor += 1
+            if error is None:
+                self.given += 1
+                return row
+            if not isinstance(error, BadDocument):
+                raise error
 
-    def _source_of(self, number: int) -> Source:
+            self._count_bad(row, *error.args)
+            num_barren += 1
+            if num_barren == source.size:
+                raise DataError(
+                    f"{self._rows.where(row)}: {error.args[0]} ({short(error.args[1])}). None"
+                    f" of the {num_barren} rows is a document ({self._counts()}). Write files"
+                    " with documents in them, and a data.template and a `position` section"
+                    " that suit them."
+                ) from error
+
+    def _source_of(self, number: int) -> int:
+        """Index of the source that the n-th document is from."""
         if len(self._sources) == 1:
-            return self._sources[0]
+            return 0
         draw = keyed_noise(seed=self._seed, purpose=SOURCE_NOISE, document=number).random()
-        return self._sources[int(np.searchsorted(self._up_to[:-1], draw, side="right"))]
-
-    def _tokens(self, index: int) -> np.ndarray:
-        """Token ids of a row, or BadDocument."""
-        row = self._rows.read(index)
-        if self._tokens_field is None:
-            text = fill_template(self._config.template, row)
-            tokens = encode(text, self._tokenizer, self._config)
-        else:
-            ids = given_ids(row, self._tokens_field, self._vocabulary)
-            tokens = ended(ids, self._tokenizer, self._config)
-
-        if len(self._candidates(tokens)) == 0:
-            raise BadDocument("no position", f"{len(tokens)} tokens, and {self._why_none(tokens)}")
-        return tokens
+        return int(np.searchsorted(self._up_to[:-1], draw, side="right"))
 
     def _count_bad(self, index: int, reason: str, detail: str) -> None:
         self.bad[reason] = count = self.bad.get(reason, 0) + 1

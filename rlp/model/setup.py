@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlp.config import Config, ConfigError, first_line
 from rlp.data.documents import Document
 from rlp.data.positions import candidate_positions, choose_positions, marker_ids
+from rlp.data.reader import DocumentReader
 from rlp.data.sources import Rows, open_rows
 from rlp.data.stream import DocumentStream
 from rlp.model.admission import context_limit, why_unfit
@@ -210,15 +211,14 @@ class PanelSetup(ModelSetup):
 
     def panel_stream(self, seed: int) -> DocumentStream:
         """Held-out documents with a position, in the order of a seed."""
-        return DocumentStream(
+        reader = DocumentReader(
             self.held_out,
             self.tokenizer,
             self.config.data,
-            seed=seed,
             candidates=self.candidates,
-            warn=self._warn,
             why_none=self.why_no_position,
         )
+        return DocumentStream(reader, seed=seed, warn=self._warn)
 
     def candidates(self, tokens: np.ndarray) -> np.ndarray:
         """Positions of a document that may be chosen."""
@@ -292,31 +292,26 @@ class RunSetup(PanelSetup):
         except ValueError as error:
             raise ConfigError(f"model.path: {config.model.path!r}: {first_line(error)}") from error
         rows = open_rows(config.data.train, config.data, config.data.split, "data.train", progress)
-        self.stream = self._train_stream(rows, warn, record)
+        reader = self._train_reader(rows)
+        order = {"seed": config.run.seed, "weights": config.data.weights}
+        self.stream = DocumentStream(reader, warn=warn, record=record, **order)
 
         # Data that is all bad is refused here.
-        tried = self._train_stream(rows, warn=lambda text: None, record=lambda entry: None)
-        tried.next_documents(1)
+        DocumentStream(reader, warn=lambda text: None, **order).next_documents(1)
 
-    def _train_stream(
-        self, rows: Rows, warn: Callable[[str], None], record: Callable[[dict], None]
-    ) -> DocumentStream:
-        """Training documents; without thoughts any document of two tokens is good."""
+    def _train_reader(self, rows: Rows) -> DocumentReader:
+        """Of training documents; without thoughts any document of two tokens is good."""
 
         def all_but_the_first(tokens: np.ndarray) -> np.ndarray:
             return np.arange(1, len(tokens))
 
         candidates = self.candidates if self.config.objective.thinks else all_but_the_first
-        return DocumentStream(
+        return DocumentReader(
             rows,
             self.tokenizer,
             self.config.data,
-            seed=self.config.run.seed,
             candidates=candidates,
-            warn=warn,
-            record=record,
             why_none=self.why_no_position,
-            weights=self.config.data.weights,
             tokens_field=self.config.data.tokens_field,
             vocabulary=self.architecture.get_text_config().vocab_size,
         )

@@ -73,7 +73,7 @@ class Opened:
         Raises:
             ConfigError, DataError: something is not there or does not fit.
         """
-        self.share = share_of_rank(config.optim.batch_size, rank, world_size)
+        share_of_rank(config.optim.batch_size, rank, world_size)
         require_wandb(config.logging.wandb)
         if config.checkpoint.save_by is not None:
             Deadline(config.checkpoint.save_by)  # one that is past

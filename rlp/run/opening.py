@@ -12,6 +12,7 @@ from torch import nn
 
 from rlp.compare.placebos import PLACEBOS
 from rlp.config import Config, ConfigError, needs_copies
+from rlp.data.batches import Batches
 from rlp.learn.engine import Engine, shard_frozen, sharded_construction, start_deepspeed
 from rlp.learn.guard import Guard
 from rlp.learn.teacher import Teacher
@@ -145,7 +146,7 @@ def build_run(
         config=config,
         ranks=ranks,
         setup=setup,
-        share=opened.share,
+        batches=Batches(setup.stream, config.optim.batch_size, ranks),
         engine=engine,
         teacher=build_teacher(config, replaceable, engine, twin, start, host),
         start=start,

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from rlp.config import Config
+from rlp.data.batches import Batches
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
 from rlp.learn.engine import Engine, StepResult
@@ -47,8 +48,7 @@ class StepParts:
     config: Config
     ranks: Ranks
     setup: RunSetup
-    share: slice
-    """Of a batch: this rank's documents."""
+    batches: Batches
     engine: Engine
     teacher: Teacher
     start: Policy | None
@@ -69,7 +69,7 @@ class StepParts:
 
     def next_documents(self) -> list[Document]:
         """This rank's share of the next batch."""
-        documents = self.setup.stream.next_documents(self.config.optim.batch_size)[self.share]
+        documents = self.batches.next_share()
         self.ledger.add_documents(sum(len(document.tokens) for document in documents))
         return documents
 

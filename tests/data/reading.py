@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlp.config import DataConfig
+from rlp.data.reader import DocumentReader
 from rlp.data.sources import open_rows
 from rlp.data.stream import DocumentStream
 from tests.tiny_models import WORDS, word_tokenizer
@@ -39,17 +40,20 @@ class Reader:
         self.warnings: list[str] = []
         self.listed: list[dict] = []
         self.rows = open_rows(config.train, config, config.split, "data.train")
-        self.stream = DocumentStream(
+        self.reader = DocumentReader(
             self.rows,
             tokenizer or word_tokenizer(),
             config,
-            seed=seed,
             candidates=candidates,
+            tokens_field=config.tokens_field,
+            vocabulary=len(WORDS),
+        )
+        self.stream = DocumentStream(
+            self.reader,
+            seed=seed,
             warn=self.warnings.append,
             record=self.listed.append,
             weights=config.weights,
-            tokens_field=config.tokens_field,
-            vocabulary=len(WORDS),
         )
 
     def tokens(self, count: int) -> list[list[int]]:

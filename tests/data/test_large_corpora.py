@@ -99,6 +99,7 @@ from tests.data.reading import after_the_first
 from tests.tiny_models import word_tokenizer
 from rlp.data import unpacked
 from rlp.config import DataConfig
+from rlp.data.reader import DocumentReader
 from rlp.data.stream import DocumentStream
 from rlp.data.sources import open_rows
 
@@ -110,9 +111,8 @@ unpacked.UNPACKED = unpacked.Path(sys.argv[1])
 config = DataConfig(train=sys.argv[2:], max_document_tokens=16)
 before = own_memory()
 rows = open_rows(config.train, config, "train", "data.train")
-stream = DocumentStream(
-    rows, word_tokenizer(), config, seed=0, candidates=after_the_first, warn=print
-)
+reader = DocumentReader(rows, word_tokenizer(), config, candidates=after_the_first)
+stream = DocumentStream(reader, seed=0, warn=print)
 largest = 0
 for _ in range(len(rows) // 100):
     stream.next_documents(100)

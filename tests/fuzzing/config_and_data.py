@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import strategies as st
 
 from rlp.config import Config, DataConfig, known_keys, load_config
+from rlp.data.reader import DocumentReader
 from rlp.data.sources import open_rows
 from rlp.data.stream import DocumentStream
 from tests.fuzzing.ingredients import (
@@ -77,17 +78,15 @@ def read_data(folder: Path, case: tuple[str, bytes, str | None]) -> None:
 
     def stream() -> DocumentStream:
         rows = open_rows(config.train, config, "train", "data.train")
-        return DocumentStream(
+        reader = DocumentReader(
             rows,
             TOKENIZER,
             config,
-            seed=0,
             candidates=lambda tokens: range(1, len(tokens)),
-            warn=str,
-            record=json.dumps,
             tokens_field=tokens_field,
             vocabulary=48,
         )
+        return DocumentStream(reader, seed=0, warn=str, record=json.dumps)
 
     first = stream()
     documents = first.next_documents(3)

@@ -252,7 +252,7 @@ def toy_parts(
         config=config,
         ranks=SimpleNamespace(device=CPU),
         setup=SimpleNamespace(thought_format=thought_format, markers=thought_format.markers),
-        share=slice(None),
+        batches=None,
         engine=engine,
         teacher=Teacher(networks or {}, None, engine, None),
         start=None,
