@@ -66,7 +66,7 @@ class Batches:
     def _exchange(self) -> None:
         """All ranks learn of the rows that they expect which are bad. A collective."""
         rows, mine = self._expected()
-        found = {row: self._find(row) for row in mine if row not in self._judged}
+        found = {row: self._find(row) for row in mine}
         bad = {row: what for row, what in found.items() if isinstance(what, Exception)}
 
         self._judged = dict.fromkeys(rows) | self._judged
