@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from rlp_kernels import chunked, reference
+from rlp_kernels.draw import draw_tokens
 
 __all__ = [
     "CUDA_FORMS",
     "FORMS",
     "MAX_PLAIN_BYTES",
     "choose_form",
+    "draw_tokens",
     "paired_logprobs",
     "token_argmax",
     "token_entropy",

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import rlp_kernels
-from rlp_kernels import folded, reference, triton_form
+from rlp_kernels import draw, folded, reference, triton_draw, triton_form
 from tests.kernels.rounding import Bounds, assert_errs_like, token_logprob_bounds
 
 INTERPRETED = triton_form.INTERPRETED
@@ -495,3 +495,54 @@ def test_a_form_is_reached_by_its_name_and_float64_is_refused(device, form):
     assert_close(named, reference.token_logprobs(hidden, head, target, **rows))
     with pytest.raises(ValueError, match="hidden is float64: write form='chunked'"):
         rlp_kernels.token_logprobs(hidden.double(), head.double(), target, **rows, form=form)
+
+
+@every_device
+@pytest.mark.parametrize("vocabulary", [32, 203])  # one tile; six and a part, of 32 words
+def test_a_draw_is_that_of_the_plain_form(device, vocabulary):
+    """Its own error is that of `draw_tokens`, far below the distance of these numbers from a
+    boundary; a row with NaN, +inf or nothing at all is broken alone, and -inf is never drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, vocabulary, generator=generator)
+    uniform = torch.rand(40, generator=generator, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1 - 2.0**-53
+    logits[:4, :40] = logits[:4, -1:] = -math.inf  # a whole tile, or the row
+    logits[:4, vocabulary // 2] = -150.0
+    logits[5, 7], logits[6, 9], logits[7] = math.nan, math.inf, -math.inf
+    logits, uniform = logits.to(device), uniform.to(device)
+
+    ours = triton_draw.draw_tokens(logits, uniform, 0.7, tile=32)
+    plain = draw._from_tiles(logits, uniform, 0.7, 32)
+    sound = torch.tensor([row not in (5, 6, 7) for row in range(40)], device=device)
+    assert torch.equal(ours[0][sound], plain[0][sound])
+    for a, b in zip(ours[1:], plain[1:], strict=True):
+        assert_close(a[sound], b[sound], rtol=0, atol=1e-5)
+        assert a[~sound].isnan().all()
+    assert ((ours[0] >= 0) & (ours[0] < vocabulary)).all()
+
+
+@every_device
+def test_a_draw_reads_logits_and_numbers_where_they_lie(device):
+    """Views with any strides; and no row at all."""
+    logits = torch.randn(203, 20, generator=torch.Generator().manual_seed(0)).to(device)
+    uniform = torch.linspace(0, 0.99, 20, dtype=torch.float64, device=device)
+    alone = triton_draw.draw_tokens(logits.T[::2].contiguous(), uniform[::2].contiguous(), 0.7)
+    views = rlp_kernels.draw_tokens(logits.T[::2], uniform[::2], 0.7, form="triton")
+    assert all(torch.equal(a, b) for a, b in zip(views, alone, strict=True))
+    assert triton_draw.draw_tokens(logits.T[:0], uniform[:0], 0.7)[0].shape == (0,)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_a_graph_holds_a_draw():
+    """Replayed with other logits and numbers, it draws what a call draws."""
+    logits = torch.randn(128, 151_936, device="cuda")
+    uniform = torch.rand(128, dtype=torch.float64, device="cuda")
+    rlp_kernels.draw_tokens(logits, uniform, 0.7)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = rlp_kernels.draw_tokens(logits, uniform, 0.7)
+    logits.normal_(), uniform.uniform_()
+    graph.replay()
+    expected = rlp_kernels.draw_tokens(logits, uniform, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
