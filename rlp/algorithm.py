@@ -17,7 +17,7 @@ from rlp.learn.engine import StepResult
 from rlp.objective import group_relative_advantage
 from rlp.step.judge import Judge
 from rlp.step.loss import loss_of
-from rlp.step.micro_batch import MicroBatch, micro_batches
+from rlp.step.micro_batch import MicroBatch, in_order
 from rlp.step.parts import StepParts
 from rlp.step.record import StepRecord
 from rlp.step.reward import is_measured, rewards_of
@@ -26,50 +26,55 @@ from rlp.step.reward import is_measured, rewards_of
 def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
     """Lines 5 to 15. A micro-batch holds whole groups, and divisors are those of the whole step, so
     neither micro-batches nor ranks change the gradient."""
-    optim, thinks = run.config.optim, run.config.objective.thinks
-    batches = [predict(run, step, batch) for batch in think(run, step)]
+    thinks = run.config.objective.thinks
+    whole = predict(run, step, think(run, step))
     step.num_thoughts, step.num_tokens = run.ranks.sum(
-        [sum(map(count_thoughts, batches)), sum(map(count_targets, batches))]
+        [count_thoughts(whole), count_targets(whole)]
     )
-    if thinks:
-        judge.begin(run, step.number, batches)
+    batches = run.cut.update(whole)
 
-    # One forward and backward pass serves thoughts and documents: its seconds are shared out as
-    # its FLOPs.
-    phases = ("train", "lm") if thinks else ("lm",)
-    for update in range(optim.updates_per_rollout):
-        for index, batch in enumerate(batches):
-            run.pulse.safe_point()
-            with run.ledger.time(*phases):
-                if thinks:
-                    learn(run, step, judge, index, batch, first=update == 0)
-                else:
-                    learn_text(run, step, batch)
-        with run.ledger.time(*phases):
-            if thinks and update == 0:
+    for update in range(run.config.optim.updates_per_rollout):
+        first = update == 0
+        with run.pulse.may_be_left():
+            if first and thinks:
+                judge.begin(run, step.number, whole, batches)
+            run.engine.begin_update(sum(len(batch.slices()) for batch in batches))
+            for index, batch in enumerate(batches[:-1]):
+                learn(run, step, judge, index, batch, first=first)
+                run.pulse.between_passes(run.engine.backward_is_collective)
+        learn(run, step, judge, len(batches) - 1, batches[-1], first=first)
+        with run.ledger.time(*phases_of(run)):
+            if first and thinks:
                 step.compare_sampler(run.ranks)
             result = run.update(step)  # theta and phi, or neither
     return result
 
 
-def think(run: StepParts, step: StepRecord) -> list[MicroBatch]:
-    """Read documents, choose positions, and sample a group of thoughts at each."""
-    size = run.config.optim.micro_batch_size
+def phases_of(run: StepParts) -> tuple[str, ...]:
+    """One forward and backward pass serves thoughts and documents: its seconds are shared out as
+    its FLOPs."""
+    return ("train", "lm") if run.config.objective.thinks else ("lm",)
+
+
+def think(run: StepParts, step: StepRecord) -> MicroBatch:
+    """Read documents, choose positions, and sample a group of thoughts at each: the whole step."""
     step.documents = documents = run.next_documents()  # x_0 .. x_T
     if not run.config.objective.thinks:
-        return micro_batches(documents, None, None, size)
+        return MicroBatch(documents)
     positions = run.choose_positions(step.number, documents)  # t  [M]
     thoughts = run.sample_thoughts(step.number, documents, positions)  # c  [M, G, L]  eq. 2
     step.see_thoughts(documents, positions, thoughts, run.scripts)
-    return micro_batches(documents, positions, thoughts, size)
+    return MicroBatch(documents, positions, thoughts)
 
 
-def predict(run: StepParts, step: StepRecord, batch: MicroBatch) -> MicroBatch:
+def predict(run: StepParts, step: StepRecord, whole: MicroBatch) -> MicroBatch:
     """The no-think prediction of the targets, on steps that score it."""
     scored = (step.number - 1) % run.config.baseline.every_n_steps == 0
-    if batch.thoughts is None or not scored:
-        return batch
-    return replace(batch, baseline_logprob=run.no_think_logprob(batch))  # S_ema  [M]  eq. 4
+    if whole.thoughts is None or not scored:
+        return whole
+    batches = run.cut.documents(whole, lm=False, no_think=True)
+    logprob = in_order(batches, [run.no_think_logprob(batch) for batch in batches])
+    return replace(whole, baseline_logprob=logprob)  # S_ema  [M]  eq. 4
 
 
 def learn(
@@ -81,15 +86,31 @@ def learn(
     *,
     first: bool,
 ) -> None:
-    """Add the gradient of a micro-batch: one forward and one backward, or one for each slice of its
-    groups.
+    """Add the gradient of a micro-batch.
 
     Args:
         index: of the micro-batch in the step.
         first: whether this is the first update with the thoughts; what they are worth is told then.
     """
+    with run.ledger.time(*phases_of(run)):
+        if batch.thoughts is None:
+            learn_text(run, step, batch)
+        else:
+            learn_thoughts(run, step, judge, index, batch, first=first)
+
+
+def learn_thoughts(
+    run: StepParts,
+    step: StepRecord,
+    judge: Judge,
+    index: int,
+    batch: MicroBatch,
+    *,
+    first: bool,
+) -> None:
+    """`learn`: one forward and one backward, or one for each slice of its groups."""
     reward, evidence = judge.ahead(index), []
-    for part in batch.slices(run.config.optim.thoughts_per_forward):
+    for part in batch.slices():
         layout, scores = run.forward(part, matched=reward is None)
         reasoned_logprob, matched = run.evidence(part, scores, "train")  # S_pred  [M, G]  eq. 3
         evidence.append(reasoned_logprob.detach())

@@ -523,6 +523,11 @@ class OptimConfig:
     thoughts_per_forward: int | None = None
     """Thoughts of each group in one forward, for groups that do not fit in memory; None: whole
     groups. Groups in slices are scored once more, ahead; the gradient is the same."""
+    tokens_per_micro_batch: int | None = None
+    """Token positions of a forward on one rank at most, padding included, and rows of its LM head:
+    documents are put together by their real lengths, when their thoughts are known, whole with all
+    their groups, or in slices of groups where one document is too much. Changes memory and speed,
+    never the gradient. None: `micro_batch_size` documents, whatever their lengths."""
     updates_per_rollout: int = 1
     """Optimizer updates with the same thoughts. 1 is on-policy: the ratio is 1 and the clip inert.
     With more, rewards and behavior log-probabilities are those of the rollout, and the clip is
@@ -569,6 +574,18 @@ class OptimConfig:
             "optim.thoughts_per_forward",
             self.thoughts_per_forward,
             "must be at least 1, or null for whole groups",
+        )
+        require(
+            self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
+            "optim.tokens_per_micro_batch",
+            self.tokens_per_micro_batch,
+            "must be at least 1, or null for optim.micro_batch_size documents",
+        )
+        require(
+            self.tokens_per_micro_batch is None or self.thoughts_per_forward is None,
+            "optim.thoughts_per_forward",
+            self.thoughts_per_forward,
+            "must be null beside optim.tokens_per_micro_batch, which cuts groups by itself",
         )
 
         require(

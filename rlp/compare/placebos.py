@@ -5,7 +5,8 @@ the order of the documents over all ranks: micro-batches and ranks change nothin
 
     foreign_thought    the position before gives its thoughts, which are scored in place of its own
     shuffled_reward    it gives its rewards, which are known by then; only those of the last
-                       position are scored ahead
+                       position are scored ahead, and where documents are put together by their
+                       lengths, all
 
 They go around any reward.
 
@@ -19,51 +20,64 @@ import torch
 from torch import Tensor
 
 from rlp.config import ConfigError
-from rlp.model.thoughts import Thoughts
 from rlp.step.judge import Judge
-from rlp.step.micro_batch import MicroBatch
+from rlp.step.micro_batch import MicroBatch, in_order
 from rlp.step.parts import StepParts
 
 
 class ShuffledReward(Judge):
     """Each position's thoughts get the rewards of the position before it."""
 
-    def begin(self, run: StepParts, step: int, batches: list[MicroBatch]) -> None:
-        super().begin(run, step, batches)
-        refuse_single_position(run, step, batches)
-        reward = run.rewards_ahead(batches[-1].last_position())
-        before = run.ranks.gather(reward.cpu())[run.ranks.rank - 1].to(run.ranks.device)
-        self._before = [before, *[None] * (len(batches) - 1)]
+    def _look_ahead(
+        self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]
+    ) -> None:
+        refuse_single_position(run, step, whole)
+        # Put together by their lengths, documents are not met in their order: what the position
+        # before has earned is known only if all is scored ahead.
+        by_length = run.cut.by_length
+        self._score(run, batches, [by_length or ahead for ahead in run.cut.ahead(batches)])
+        last = in_order(batches, self._rewards)[-1:] if by_length else None
+        if last is None:
+            last = run.rewards_ahead(whole.last_position())
+        before = run.ranks.gather(last.cpu())[run.ranks.rank - 1].to(last)
+        unknown = last.new_zeros(len(whole.positions.position), last.shape[1])
+        self._batches, self._known = batches, torch.cat([before, unknown])
+        for batch, reward in zip(batches, self._rewards):
+            if reward is not None:
+                self._known[batch.rows + 1] = reward
 
     def fed(self, index: int, reward: Tensor) -> Tensor:
         super().fed(index, reward)
-        if index + 1 < len(self._before):
-            self._before[index + 1] = reward[-1:]
-        return torch.cat([self._before[index], reward[:-1]])
+        rows = self._batches[index].rows
+        self._known[rows + 1] = reward
+        return self._known[rows]
 
 
 class ForeignThought(Judge):
     """Each thought is rewarded for a thought of the position before, in its own place."""
 
-    def begin(self, run: StepParts, step: int, batches: list[MicroBatch]) -> None:
-        super().begin(run, step, batches)
-        refuse_single_position(run, step, batches)
-        before = run.ranks.gather(batches[-1].thoughts[-1:].to("cpu"))[run.ranks.rank - 1]
-        before = before.to(run.ranks.device)
-        for index, batch in enumerate(batches):
-            run.pulse.safe_point()
-            foreign: Thoughts = batch.thoughts.exchanged(before)
-            self._rewards[index] = run.rewards_ahead(replace(batch, thoughts=foreign))
-            before = batch.thoughts[-1:]
+    def _look_ahead(
+        self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]
+    ) -> None:
+        refuse_single_position(run, step, whole)
+        before = run.ranks.gather(whole.thoughts[-1:].to("cpu"))[run.ranks.rank - 1]
+        foreign = whole.thoughts.exchanged(before.to(run.ranks.device))
+        exchanged = run.cut.update(replace(whole, thoughts=foreign))
+        rewards = []
+        for batch in exchanged:
+            run.pulse.between_passes(run.engine.forward_is_collective)
+            rewards.append(run.rewards_ahead(batch))
+        reward = in_order(exchanged, rewards)
+        self._rewards = [reward[batch.rows] for batch in batches]
 
 
 PLACEBOS = {"none": Judge, "shuffled_reward": ShuffledReward, "foreign_thought": ForeignThought}
 """Judges by `reward.placebo`."""
 
 
-def refuse_single_position(run: StepParts, step: int, batches: list[MicroBatch]) -> None:
+def refuse_single_position(run: StepParts, step: int, whole: MicroBatch) -> None:
     """Refuse a step without two positions to exchange. A collective."""
-    here = sum(len(batch.positions.position) for batch in batches)
+    here = len(whole.positions.position)
     if sum(run.ranks.gather(here)) < 2:
         raise ConfigError(
             f"reward.placebo: {run.config.reward.placebo} exchanges the positions of a step, and"

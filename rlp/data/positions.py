@@ -5,7 +5,7 @@ Dimensions
     H  target tokens (the horizon)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,18 @@ class Positions:
         """Those of documents start to stop - 1, with the documents renumbered from 0."""
         chosen = self[self.slice_of_documents(start, stop)]
         return Positions(chosen.document - start, chosen.position, chosen.target)
+
+    def rows_of(self, documents: Sequence[int]) -> np.ndarray:
+        """Where the positions of some documents stand, document by document."""
+        places = np.arange(len(self.position))
+        return np.concatenate([places[self.slice_of_documents(d, d + 1)] for d in documents])
+
+    def of_list(self, documents: Sequence[int]) -> "Positions":
+        """Those of some documents, which are renumbered from 0 in this order."""
+        rows = self.rows_of(documents)
+        number = {d: index for index, d in enumerate(documents)}
+        renumbered = np.array([number[d] for d in self.document[rows].tolist()], dtype=np.int64)
+        return Positions(renumbered, self.position[rows], self.target[rows])
 
     def last(self) -> "Positions":
         """The last position alone."""

@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "data.held_out",
     "optim.micro_batch_size",
     "optim.thoughts_per_forward",
+    "optim.tokens_per_micro_batch",
     "optim.learning_rate",
     "optim.schedule",
     "optim.warmup_steps",

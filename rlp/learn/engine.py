@@ -49,13 +49,11 @@ class StepResult:
 def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
     """The DeepSpeed configuration of a run, generated: DeepSpeed itself accepts misspelled keys."""
     optim, engine = config.optim, config.engine
-    micro_batches = math.ceil(optim.batch_size // ranks.world_size / optim.micro_batch_size)
-    slices = 1
-    if config.objective.thinks and optim.thoughts_per_forward:
-        slices = math.ceil(config.thought.group_size / optim.thoughts_per_forward)
     settings = {
-        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches * slices,
+        # How many passes a step has is said step by step (`Engine.begin_update`); these two only
+        # have to be there.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": optim.batch_size // ranks.world_size,
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -199,15 +197,32 @@ class Engine:
         """Forward of the policy with gradient, as `Policy.forward`."""
         return self._deepspeed(*arguments)
 
+    @property
+    def backward_is_collective(self) -> bool:
+        """Whether ranks must make as many passes with gradient, in step."""
+        return self._stage >= 2 and self._ranks.world_size > 1
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether ranks must make as many passes of any kind, in step."""
+        return self._stage == 3 and self._ranks.world_size > 1
+
+    def begin_update(self, passes: int) -> None:
+        """So many calls of `backward` on this rank come before `step`. The last of them is where
+        DeepSpeed puts the ranks' gradients together."""
+        self._passes_left = passes
+        self._deepspeed.set_gradient_accumulation_boundary(passes == 1)
+
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this rank's and this micro-batch's part of the step's
-        loss."""
+        """Add the gradient of `loss`, this rank's and this pass's part of the step's loss."""
         fault("backward")
         loss = poisoned("loss", poisoned_gradient("gradient", loss))
         self._losses_are_finite &= loss.detach().isfinite()
         self._deepspeed.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
-        if self._deepspeed.is_gradient_accumulation_boundary() is False:
+        self._passes_left -= 1
+        if self._passes_left > 0:
             self._deepspeed.step()
+            self._deepspeed.set_gradient_accumulation_boundary(self._passes_left == 1)
 
     def losses_are_finite(self) -> bool:
         """Whether every loss of this rank since the last step is."""

@@ -75,7 +75,7 @@ class Thoughts:
     """[M, G] bool, True where the budget ended the thought: its close marker is forced, without
     gradient."""
 
-    def __getitem__(self, positions: slice | tuple[slice, slice]) -> "Thoughts":
+    def __getitem__(self, positions: slice | tuple[slice, slice] | Tensor) -> "Thoughts":
         """Those of some positions."""
         return self._each(lambda part: part[positions])
 

@@ -129,6 +129,15 @@ class Preemption:
         if self.requested:
             self.leave()
 
+    def vote(self, number: int) -> int:
+        """The largest of the ranks' numbers, below 2 ** 62. Where any rank is to stop, all leave
+        `leaving_early` together. A collective."""
+        stop = 2**62
+        answer = self._ranks.largest(stop if self.requested else number)
+        if answer == stop:
+            self.leave()
+        return answer
+
     def leave(self) -> None:
         """Leave `leaving_early`; some rank is to stop."""
         raise _Leave

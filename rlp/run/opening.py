@@ -44,6 +44,7 @@ from rlp.run.state import Host, OpenRun, Progression
 from rlp.run.trial import ReplaceableParts, try_parts
 from rlp.sampling.opening import open_sampler
 from rlp.sampling.sampler import Sampler
+from rlp.step.packing import Cutter
 from rlp.step.parts import StepParts
 from rlp.step.pulse import Pulse
 from rlp_kernels import choose_form
@@ -153,6 +154,7 @@ def build_run(
         guard=Guard(config.optim, ranks),
         ledger=begin_ledger(config, setup.shapes, on_phase=host.watchdog.mark),
         pulse=Pulse(host.preemption, host.watchdog, log.still),
+        cut=Cutter(config, opened.layout, setup.thought_format, engine, ranks),
         lay_out=LAYOUTS[opened.layout],
         sampler=build_sampler(config, opened, engine),
         scripts=(

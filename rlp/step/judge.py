@@ -4,6 +4,8 @@ Dimensions
     M  positions;  G  thoughts per position
 """
 
+from contextlib import nullcontext
+
 from torch import Tensor
 
 from rlp.step.micro_batch import MicroBatch
@@ -13,18 +15,38 @@ from rlp.step.parts import StepParts
 class Judge:
     """Gives each thought its own reward. Placebos give it another (`rlp.compare.placebos`)."""
 
-    def begin(self, run: StepParts, step: int, batches: list[MicroBatch]) -> None:
-        """The thoughts of a step are there, and none is rewarded yet."""
-        self._run, self._batches = run, batches
+    def begin(
+        self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]
+    ) -> None:
+        """The thoughts of a step are there, and none is rewarded yet. What has to be known before
+        the pass with gradient is scored.
+
+        Args:
+            whole: the step.
+            batches: it in the parts that the update runs.
+        """
         self._rewards: list[Tensor | None] = [None] * len(batches)
+        # Where passes with gradient are collectives and others are not, ranks meet between the two.
+        meet = run.engine.backward_is_collective and not run.engine.forward_is_collective
+        with run.pulse.may_be_left() if meet else nullcontext():
+            self._look_ahead(run, step, whole, batches)
+
+    def _look_ahead(
+        self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]
+    ) -> None:
+        """Score what has to be known before the pass with gradient."""
+        self._score(run, batches, run.cut.ahead(batches))
+
+    def _score(self, run: StepParts, batches: list[MicroBatch], wanted: list[bool]) -> None:
+        """The rewards of the micro-batches that are wanted."""
+        for index, batch in enumerate(batches):
+            if wanted[index]:
+                run.pulse.between_passes(run.engine.forward_is_collective)
+                self._rewards[index] = run.rewards_ahead(batch)
 
     def ahead(self, index: int) -> Tensor | None:
         """[M, G] rewards of a micro-batch, where they are known before the pass with gradient:
-        after the first update with the same thoughts, and where a group goes through the model in
-        slices, for each thought is compared with all its siblings."""
-        batch = self._batches[index]
-        if self._rewards[index] is None and self._is_sliced(batch):
-            self._rewards[index] = self._run.rewards_ahead(batch)
+        after the first update with the same thoughts, and where they were scored ahead."""
         return self._rewards[index]
 
     def fed(self, index: int, reward: Tensor) -> Tensor:
@@ -35,6 +57,3 @@ class Judge:
         """
         self._rewards[index] = reward
         return reward
-
-    def _is_sliced(self, batch: MicroBatch) -> bool:
-        return len(batch.slices(self._run.config.optim.thoughts_per_forward)) > 1

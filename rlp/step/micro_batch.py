@@ -1,11 +1,14 @@
-"""Micro-batches: some documents of a step with everything that belongs to them, in whole groups.
+"""Micro-batches: a step, or some documents of it, with everything that belongs to them, in whole
+groups. Which documents are together is not known here.
 
 Dimensions
     M  positions;  G  thoughts per position;  L  thought tokens
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from rlp.data.documents import Document
@@ -25,6 +28,10 @@ class MicroBatch:
     """[M, G, L]; likewise."""
     baseline_logprob: Tensor | None = None
     """[M] S_ema; None on a step that does not score it."""
+    rows: Tensor | None = None
+    """[M] int64, which positions of the step these are; None where it is the whole step."""
+    groups: tuple[slice, ...] = ()
+    """The parts of each group that are run by themselves; without any, whole groups."""
     group: slice | None = None
     """Which thoughts of each group are here; None: all."""
 
@@ -41,14 +48,36 @@ class MicroBatch:
             self.documents[-1:], positions.last(), self.thoughts[-1:], baseline_logprob
         )
 
-    def slices(self, size: int | None) -> list["MicroBatch"]:
-        """It in parts that are run by themselves, each with `size` thoughts of each group
-        (`optim.thoughts_per_forward`); whole, without a size or without thoughts."""
+    def part(self, documents: Sequence[int]) -> "MicroBatch":
+        """Some documents of a step, in this order."""
+        chosen = [self.documents[document] for document in documents]
+        if self.positions is None:
+            return MicroBatch(chosen)
+        rows = torch.from_numpy(self.positions.rows_of(documents))
+        if self.thoughts is not None:
+            rows = rows.to(self.thoughts.tokens.device)
+        known = self.baseline_logprob
+        return MicroBatch(
+            chosen,
+            self.positions.of_list(documents),
+            None if self.thoughts is None else self.thoughts[rows],
+            None if known is None else known[rows],
+            rows,
+        )
+
+    def slices_of(self, size: int | None) -> tuple[slice, ...]:
+        """Its groups in parts of `size` thoughts (`optim.thoughts_per_forward`); nothing, without a
+        size or without thoughts."""
+        if self.thoughts is None or size is None:
+            return ()
+        count = self.thoughts.tokens.shape[1]
+        return tuple(slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def slices(self) -> list["MicroBatch"]:
+        """It in the parts that are run by themselves: one pass each."""
         if self.thoughts is None:
             return [self]
-        group_size = self.thoughts.tokens.shape[1]
-        size = min(size or group_size, group_size)
-        groups = [slice(start, start + size) for start in range(0, group_size, size)]
+        groups = self.groups or (slice(0, self.thoughts.tokens.shape[1]),)
         return [
             replace(self, thoughts=self.thoughts.siblings(group), group=group) for group in groups
         ]
@@ -69,18 +98,9 @@ class MicroBatch:
         )
 
 
-def micro_batches(
-    documents: list[Document], positions: Positions | None, thoughts: Thoughts | None, size: int
-) -> list[MicroBatch]:
-    """The documents of a step, `size` at a time, each with its positions and thoughts."""
-    batches = []
-    for start in range(0, len(documents), size):
-        stop = min(start + size, len(documents))
-        if thoughts is None:
-            batches.append(MicroBatch(documents[start:stop]))
-            continue
-        here = positions.slice_of_documents(start, stop)
-        batches.append(
-            MicroBatch(documents[start:stop], positions.of_documents(start, stop), thoughts[here])
-        )
-    return batches
+def in_order(batches: list[MicroBatch], values: list[Tensor]) -> Tensor:
+    """[M, ...] of a step, position by position, from those of its micro-batches."""
+    joined = torch.cat(values)
+    return torch.empty_like(joined).index_copy(
+        0, torch.cat([batch.rows for batch in batches]).to(joined.device), joined
+    )

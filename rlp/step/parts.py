@@ -36,6 +36,7 @@ from rlp.sampling.sampler import Sampler
 from rlp.step.baseline import NoThink, baseline_of
 from rlp.step.loss import Scored
 from rlp.step.micro_batch import MicroBatch
+from rlp.step.packing import Cutter
 from rlp.step.pulse import Pulse
 from rlp.step.record import StepRecord, rows
 from rlp.step.reward import Evidence, rewards_of
@@ -56,6 +57,8 @@ class StepParts:
     guard: Guard
     ledger: Ledger
     pulse: Pulse
+    cut: Cutter
+    """What is run together."""
     lay_out: Callable[..., Layout]
     """Of `rlp.model.layout.LAYOUTS`."""
     sampler: Sampler
@@ -88,14 +91,14 @@ class StepParts:
         )
 
     def _difficulty(self, documents: list[Document], statistic: str) -> list[np.ndarray]:
-        scores, size = [], self.config.optim.micro_batch_size
+        scores = {}
         with self.ledger.time("score"):
-            for start in range(0, len(documents), size):
-                some = MicroBatch(documents[start : start + size])
+            for some in self.cut.documents(MicroBatch(documents), lm=True, no_think=False):
                 layout = self._rows_of(some, lm=True, no_think=False)
-                scores += difficulty(self.engine.policy, layout, statistic)
+                found = difficulty(self.engine.policy, layout, statistic)
+                scores |= dict(zip(map(id, some.documents), found))
                 self.count("score", layout.document_work, passes=1)
-        return scores
+        return [scores[id(document)] for document in documents]
 
     def sample_thoughts(
         self, step: int, documents: list[Document], positions: Positions
@@ -161,7 +164,7 @@ class StepParts:
         """The evidence about whole groups, scored without gradient and by itself."""
         reasoned_logprob, matched = [], []
         with self.ledger.time("score"):
-            for part in batch.slices(self.config.optim.thoughts_per_forward):
+            for part in batch.slices():
                 layout = self._rows_of(part, lm=False, no_think=False)
                 self.count("score", layout.thought_work, passes=1)
                 scores = score(self.engine.policy, layout, matched=self.asks_for_matches)

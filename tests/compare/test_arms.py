@@ -208,9 +208,10 @@ def test_foreign_thoughts_are_scored_in_the_place_of_ones_own(
     )
     run = open_run(config, ranks)
     step, parts = begin_step(run, 0.0), run.parts
-    (batch,) = [predict(parts, step, batch) for batch in think(parts, step)]
+    whole = predict(parts, step, think(parts, step))
+    (batch,) = parts.cut.update(whole)
     documents, positions, thoughts = batch.documents, batch.positions, batch.thoughts
-    run.judge.begin(parts, step.number, [batch])
+    run.judge.begin(parts, step.number, whole, [batch])
     got = run.judge.ahead(0)
     exchanged = repeated_layout(
         documents,
@@ -244,6 +245,8 @@ def test_micro_batches_do_not_change_a_placebo(trained, placebo):
         trained(f"of_{size}", optim__micro_batch_size=size, **settings) for size in (1, 2, 4)
     ]
     folders.append(trained("slices", optim__thoughts_per_forward=1, **settings))
+    by_length = {"data__max_document_tokens": 16, "optim__tokens_per_micro_batch": 60}
+    folders.append(trained("by_length", **by_length, **settings))
     for folder in folders[1:]:
         assert_same_run(folders[0], folder, 1e-4)
 

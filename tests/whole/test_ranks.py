@@ -64,6 +64,9 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:
         "stage3_markers",
         "shuffled",
         "foreign",
+        "stage1_by_length",
+        "stage2_by_length",
+        "stage3_by_length",
     ],
 )
 def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):

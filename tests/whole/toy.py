@@ -36,6 +36,7 @@ from rlp.step.baseline import open_baseline
 from rlp.step.judge import Judge
 from rlp.step.loss import open_loss
 from rlp.step.micro_batch import MicroBatch
+from rlp.step.packing import Cutter
 from rlp.step.parts import StepParts
 from rlp.step.record import StepRecord
 from rlp.step.reward import open_reward
@@ -243,7 +244,7 @@ def toy_parts(
     weights = weights or ObjectiveConfig(lm_weight=0.0)
     config = SimpleNamespace(
         objective=weights,
-        optim=SimpleNamespace(thoughts_per_forward=None),
+        optim=SimpleNamespace(thoughts_per_forward=None, tokens_per_micro_batch=None),
         reward=RewardConfig(),
         baseline=SimpleNamespace(every_n_steps=1),
     )
@@ -259,6 +260,7 @@ def toy_parts(
         guard=None,
         ledger=Uncounted(),
         pulse=None,
+        cut=Cutter(config, "repeated", thought_format, engine, None),
         lay_out=repeated_layout,
         sampler=None,
         scripts=None,
@@ -319,6 +321,8 @@ def evidence(
 class Backward:
     """An engine that keeps the loss it is given."""
 
+    backward_is_collective = forward_is_collective = False
+
     def __init__(self, model: Callable) -> None:
         self._model = model
 
@@ -349,7 +353,7 @@ def step_loss(
         max_thought_tokens=thoughts.tokens.shape[2],
     )
     batch, judge = MicroBatch(documents, positions, thoughts, baseline_logprob), Judge()
-    judge.begin(run, 1, [batch])
+    judge.begin(run, 1, batch, [batch])
     step.num_thoughts, step.num_tokens = thoughts.truncated.numel(), 1
     learn(run, step, judge, 0, batch, first=True)
     return run.engine.loss
