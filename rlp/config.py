@@ -384,6 +384,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_one_of("sampling.engine", self.engine, ("auto", "native", "vllm"))
+        # YAML reads the words on and off as true and false.
+        self.graph = {"True": "on", "False": "off"}.get(self.graph, self.graph)
         require_one_of("sampling.graph", self.graph, ("auto", "on", "off"))
         require_at_least("sampling", self, slots=1)
 

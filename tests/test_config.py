@@ -271,6 +271,15 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path):
     assert read(tmp_path, "budget.flops=3e18").budget.flops == 3e18
 
 
+@pytest.mark.parametrize("graph", ["on", "off", "auto"])
+def test_on_and_off_are_words(tmp_path: Path, graph: str):
+    """YAML reads them as true and false, in a file, an override and a resolved config."""
+    in_a_file = read(tmp_path, text=BASE + f"sampling: {{graph: {graph}}}\n")
+    config = read(tmp_path, f"sampling.graph={graph}")
+    assert in_a_file.sampling.graph == config.sampling.graph == graph
+    assert read(tmp_path, text=to_yaml(config)).sampling.graph == graph
+
+
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
     text = BASE + "thought: {group_size: 3, temperature: 0.5}\n"
     config = read(
