@@ -10,9 +10,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kernels \
-	kernels/test_kernel_bias kernels/test_kernel_choice kernels/test_triton model/test_layout \
-	model/test_scoring model/test_tree sampling/test_draw sampling/test_rollout learn/test_numerics \
-	measure/test_probe measure/test_probe_command whole/test_training whole/test_ranks))
+	kernels/test_kernel_bias kernels/test_kernel_choice kernels/test_draw_tokens \
+	kernels/test_triton model/test_layout model/test_scoring model/test_tree sampling/test_draw \
+	sampling/test_rollout learn/test_numerics measure/test_probe measure/test_probe_command \
+	whole/test_training whole/test_ranks))
 
 .PHONY: quickstart docs lint test test-all test-avx2 gpu setup clean
 

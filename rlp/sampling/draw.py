@@ -4,26 +4,25 @@ Dimensions
     R  rows;  V  vocabulary
 """
 
-import torch
 from torch import Tensor
 
+from rlp_kernels import draw_tokens
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row by inverse CDF at the sampling temperature.
+
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float, *, form: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row by inverse CDF at the sampling temperature, from the whole distribution.
+
+    The logits of a sampler are float32 at least: a token drawn from narrower ones is not the
+    policy's.
 
     Args:
         logits: [R, V] float32.
         uniform: [R] float64 in [0, 1).
+        form: of `rlp_kernels.draw_tokens`.
 
     Returns:
         token [R] int64; its log-probability and the distribution's entropy [R] float32, nats.
     """
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    probs = logprobs.exp()
-    cdf = probs.double().cumsum(dim=-1)
-    # The first token whose cumulative mass is above u: never one of probability zero.
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=logits.shape[1] - 1
-    )
-    entropy = -(probs * logprobs.masked_fill(probs == 0, 0)).sum(dim=-1)
-    return token, logprobs.gather(1, token[:, None])[:, 0], entropy
+    return draw_tokens(logits, uniform, temperature, form=form)
