@@ -5,7 +5,7 @@ without numbers: is there a body without the head, a cache, a cache that can be 
 `why_unsound` asks a loaded model, with numbers: are its logits `softcap(scale * hidden @ head.T +
 bias)`, does decoding with a forked cache agree with it, does a forward pass in training mode draw
 nothing by chance? Sampler, scorer and trainer are one policy where all of that holds, and nowhere
-else.
+else. `why_together` asks an admitted model how its thoughts can be sampled.
 
 Dimensions
     V  vocabulary
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlp.config import ConfigError, first_line
 from rlp.model.policy import Policy
+from rlp.model.running_rows import ReadRows, RunningRows
 
 CACHES = ("past_key_values", "cache_params")
 """What transformers calls a cache that every model of it can take and give back."""
@@ -36,6 +37,9 @@ LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 
 NUM_TOKENS = 8
 """Tokens that a model is tried on."""
+
+TRIED = (2, 4, 0)
+"""Lengths of the prefixes that rows begin behind when that is tried."""
 
 MANY_LAYERS = 16
 """How many roundings of one logit a whole pass through a cache may add up to."""
@@ -166,7 +170,8 @@ def _quiet_fake_tensors() -> Iterator[None]:
 def check_model(
     policy: Policy, agree: Callable[[str | None], str | None] = lambda refusal: refusal
 ) -> None:
-    """Refuse a loaded model that would not be trained rightly. A collective under ZeRO-3.
+    """Refuse a loaded model that would not be trained rightly; find out how rows of its cache
+    begin. A collective under ZeRO-3.
 
     Args:
         agree: gives every rank the same answer, where several load the model.
@@ -177,6 +182,7 @@ def check_model(
     refusal = agree(why_unsound(policy))
     if refusal:
         raise ConfigError(f"model.path: {type(policy.lm).__name__} can not be trained: {refusal}")
+    policy.why_together = agree(why_together(policy))
 
 
 def why_unsound(policy: Policy) -> str | None:
@@ -196,6 +202,47 @@ def why_unsound(policy: Policy) -> str | None:
             f"it can not be run as this program runs it: {type(error).__name__}:"
             f" {first_line(error)}. Choose another model."
         )
+
+
+def why_together(policy: Policy) -> str | None:
+    """Why rows of this model's cache can not begin one by one, beside others that go on; None where
+    they can, as was tried."""
+    tokens = torch.arange(NUM_TOKENS, device=policy.device)
+    try:
+        with policy.sampling():
+            own, _ = policy("check", tokens[None])
+            read = ReadRows(policy, [np.arange(length) for length in TRIED])
+            if read.unknown is not None:
+                return f"its cache holds a {read.unknown}, which is not known row by row"
+            error = _beginning_error(policy, read, tokens, own)
+    except torch.distributed.DistError:
+        raise
+    except (
+        Exception
+    ) as error:  # any: a cache is changed in ways that its makers need not have tried
+        return f"a row can not begin beside others: {type(error).__name__}: {first_line(error)}"
+    if not error <= MANY_LAYERS * _rounding(policy, own):
+        return (
+            f"a row that begins beside others gives logits that are {error:.3g} away from its own"
+        )
+    return None
+
+
+def _beginning_error(policy: Policy, read: ReadRows, tokens: Tensor, own: Tensor) -> float:
+    """Three rows, of which each begins anew while the others go on: behind a prefix longer than
+    all, behind one shorter, and behind none."""
+    rows, errors = RunningRows(policy, len(TRIED)), []
+    going = torch.ones(len(TRIED), dtype=torch.bool, device=tokens.device)
+    place = list(TRIED)
+    rows.begin([2, 1, 0], read, [2, 1, 0])
+    for row, prefix in ((0, 1), (1, 0), (2, 2), (1, 2)):
+        rows.end([row])
+        rows.begin([row], read, [prefix])
+        place[row] = TRIED[prefix]
+        logits = rows.next(tokens[place], going)
+        errors.append(_apart(logits, own[place]))
+        place = [index + 1 for index in place]
+    return max(errors)
 
 
 def _wrong_logits(policy: Policy, tokens: Tensor) -> str | None:

@@ -46,6 +46,9 @@ class Policy(nn.Module):
         self.stock_time_step_limit = _scan_as_decoded(lm)
         """What transformers clamps the time steps of this model's scans at, where that was mended
         here; else None."""
+        self.why_together: str | None = None
+        """Why rows of this model's cache begin together or not at all (`admission`); None where
+        each can begin beside others that go on."""
         self.train(self.training)
 
     @property

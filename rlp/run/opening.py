@@ -244,6 +244,9 @@ def say_what_is_run(run: OpenRun, why_dtype: str) -> None:
     for note in setup.notes():
         say(note)
     say(f"layout {opened.layout}: {opened.why_layout}; log-probabilities: {logprob_form(run)}")
+    together = run.parts.engine.policy.why_together
+    if opened.layout != "tree" and together:
+        say(f"thoughts are sampled in whole blocks, none begins before all have ended: {together}")
     on_cpu = run.ranks.device.type == "cpu"
     threads = f"; threads a rank: {torch.get_num_threads()}" if on_cpu else ""
     say(f"{str(run.dtype).removeprefix('torch.')}: {why_dtype}{threads}")
