@@ -51,6 +51,7 @@ from rlp.measure.plan_work import (
     FormatTokens,
     StepSizes,
     forward_tokens,
+    longest_document_tokens,
     step_flops,
 )
 from rlp.model.loading import choose_dtype
@@ -165,7 +166,8 @@ def plan_run(
         missing_packages: of `ModelShapes.scan_packages`, those that can not be imported.
 
     Raises:
-        ConfigError: documents are too short for the positions asked for.
+        ConfigError: documents are too short for the positions asked for, or too long for
+            `optim.tokens_per_micro_batch`.
     """
     plan_of = partial(
         _add_up,
@@ -178,24 +180,40 @@ def plan_run(
         missing_packages=missing_packages,
     )
     plan = plan_of(config)
-    return plan if fits(plan) else replace(plan, relief=_relief(config, plan_of))
+    if fits(plan):
+        return plan
+    sizes = StepSizes.of(config, ranks_world_size, format_tokens, layout=layout)
+    return replace(
+        plan, relief=_relief(config, plan_of, partial(longest_document_tokens, sizes, layout))
+    )
 
 
-def _relief(config: Config, plan_of: Callable[[Config], Plan]) -> tuple[tuple[str, int], ...]:
+def _relief(
+    config: Config, plan_of: Callable[[Config], Plan], tokens_of: Callable[[int], int]
+) -> tuple[tuple[str, int], ...]:
     """Settings that make the run smaller, those first that change nothing but its speed, each on
     top of the ones before it, until it fits.
+
+    Args:
+        tokens_of: so many thoughts of each group in a forward (`longest_document_tokens`).
 
     Returns:
         (setting, peak with it), of those that help.
     """
     group = config.thought.group_size
+
+    def slices(thoughts: int) -> tuple[str, str, int]:
+        if config.optim.thoughts_per_forward is not None:
+            return "optim", "thoughts_per_forward", thoughts
+        return "optim", "tokens_per_micro_batch", tokens_of(thoughts)
+
     steps = [
         ("optim", "micro_batch_size", 1),
         ("sampling", "slots", group),
-        ("optim", "thoughts_per_forward", max(1, group // 4)),
+        slices(max(1, group // 4)),
         ("engine", "activation_checkpointing", True),
         ("sampling", "slots", 1),
-        ("optim", "thoughts_per_forward", 1),
+        slices(1),
         ("baseline", "kind", "self"),
     ]
     found, peak = [], plan_of(config).peak_bytes
@@ -230,7 +248,7 @@ def _add_up(
     dtype, why_dtype = dtype or choose_dtype(
         config, torch.device("cpu" if on_cpu else "cuda"), shapes.width
     )
-    sizes = StepSizes.of(config, world_size, format_tokens)
+    sizes = StepSizes.of(config, world_size, format_tokens, layout=layout)
     memory, host_bytes, other_activations = _memory(
         config, shapes, sizes, world_size, layout, dtype.itemsize, on_cpu=on_cpu, plain=plain
     )

@@ -1,7 +1,7 @@
 """What a step runs through the model, in closed form from the settings: tokens, pairs, head
 rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlp.config import Config, ConfigError
 from rlp.model.shapes import ModelShapes, Work, forward_flops, row_work
@@ -45,19 +45,29 @@ class StepSizes:
     lm: bool
     """Whether the first forward pass of a micro-batch has its documents in it, for the LM loss."""
     micro_batch_documents: int
-    """Documents of one forward pass on one rank."""
+    """Documents of one forward pass on one rank, at most."""
+    tokens_per_micro_batch: int | None
+    """Token positions, and rows of the LM head, of that pass at most; None: no limit."""
     sampling_positions: int
     """Groups decoded side by side on one rank."""
     sampled_documents: tuple[int, ...]
     """On one rank: how many documents each such block of positions belongs to."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, format_tokens: FormatTokens) -> "StepSizes":
+    def of(
+        cls, config: Config, world_size: int, format_tokens: FormatTokens, *, layout: str
+    ) -> "StepSizes":
+        """
+        Raises:
+            ConfigError: documents are too short for the positions asked for, or one of the longest
+                is more than a micro-batch, however it is cut.
+        """
         group = config.thought.group_size
         documents = ceil_div(config.optim.batch_size, world_size)
         per_document = positions_per_document(config) if config.objective.thinks else 0
         at_once = min(max(1, config.sampling.slots // group), documents * per_document)
-        return cls(
+        limit = config.optim.tokens_per_micro_batch
+        sizes = cls(
             documents=config.optim.batch_size,
             document_tokens=config.data.max_document_tokens,
             thought_tokens=config.thought.max_thought_tokens,
@@ -67,10 +77,14 @@ class StepSizes:
             group_size=group,
             thoughts_per_forward=min(config.optim.thoughts_per_forward or group, group),
             lm=config.objective.lm_weight > 0,
-            micro_batch_documents=min(config.optim.micro_batch_size, documents),
+            micro_batch_documents=(
+                documents if limit else min(config.optim.micro_batch_size, documents)
+            ),
+            tokens_per_micro_batch=limit,
             sampling_positions=at_once,
             sampled_documents=_documents_of_blocks(documents * per_document, per_document, at_once),
         )
+        return sizes if limit is None else _cut(sizes, limit, layout)
 
     @property
     def positions(self) -> int:
@@ -117,6 +131,49 @@ class StepSizes:
         return ceil_div(self.group_size, self.thoughts_per_forward)
 
 
+def _cut(sizes: StepSizes, limit: int, layout: str) -> StepSizes:
+    """With as many thoughts of each group in a forward as fit with the longest document, whose
+    thoughts all go to the end of their budget.
+
+    Raises:
+        ConfigError: not even one thought at each of its positions does.
+    """
+    least = longest_document_tokens(sizes, layout, 1)
+    if least > limit:
+        thinks = sizes.per_document > 0
+        raise too_small(limit, least, "one of the longest documents", thinks=thinks)
+    fit = sizes.group_size
+    while longest_document_tokens(sizes, layout, fit) > limit:
+        fit -= 1
+    return replace(sizes, thoughts_per_forward=fit)
+
+
+def longest_document_tokens(sizes: StepSizes, layout: str, thoughts: int) -> int:
+    """What `optim.tokens_per_micro_batch` must be for the longest document in one forward with so
+    many thoughts of each group, the longest too."""
+    alone = replace(
+        sizes, micro_batch_documents=1, thoughts_per_forward=thoughts, tokens_per_micro_batch=None
+    )
+    return max(forward_tokens(alone, layout), forward_queries(alone))
+
+
+def too_small(limit: int, needed: int, what: str, *, thinks: bool) -> ConfigError:
+    """`optim.tokens_per_micro_batch` does not hold the least that can be run by itself.
+
+    Args:
+        what: that is.
+    """
+    smaller = "data.max_document_tokens"
+    if thinks:
+        what += " with one thought at each of its positions"
+        smaller += ", thought.max_thought_tokens or position.per_document"
+    return ConfigError(
+        f"optim.tokens_per_micro_batch is {limit:,}, and {what} takes {needed:,} token positions in"
+        f" one forward. Write optim.tokens_per_micro_batch={needed} or more, a smaller {smaller},"
+        " or optim.tokens_per_micro_batch=null."
+    )
+
+
 def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple[int, ...]:
     """Positions, document by document, in blocks: how many documents each block belongs to."""
     return tuple(
@@ -132,16 +189,24 @@ def forward_tokens(sizes: StepSizes, layout: str) -> int:
     repeated    K g rows, and one for the LM loss, all padded to the longest, context + branch
     tree        K g branches, and the trunk: the document where the LM loss runs it, else the
                 context; with an instruction these are two trunks
+
+    and never more than `tokens_per_micro_batch`.
     """
+    tokens = sizes.micro_batch_documents * _document_tokens(sizes, layout)
+    return min(tokens, sizes.tokens_per_micro_batch or tokens)
+
+
+def _document_tokens(sizes: StepSizes, layout: str) -> int:
+    """Of a document, in a forward pass of the longest."""
     branches = sizes.per_document * sizes.thoughts_per_forward
     if layout == "repeated":
         row = sizes.context_tokens + sizes.branch_tokens if branches else sizes.document_tokens
-        return sizes.micro_batch_documents * (branches + sizes.lm) * row
+        return (branches + sizes.lm) * row
     trunks = (
         sizes.lm * sizes.document_tokens
         + _context_trunks(sizes, lm=sizes.lm) * sizes.context_tokens
     )
-    return sizes.micro_batch_documents * (trunks + branches * sizes.branch_tokens)
+    return trunks + branches * sizes.branch_tokens
 
 
 def _context_trunks(sizes: StepSizes, *, lm: bool) -> int:
@@ -154,9 +219,10 @@ def _context_trunks(sizes: StepSizes, *, lm: bool) -> int:
 def forward_queries(sizes: StepSizes) -> int:
     """Rows of the LM head in that pass: L + H per thought, and those of the LM loss."""
     thoughts = sizes.per_document * sizes.thoughts_per_forward
-    return sizes.micro_batch_documents * (
+    queries = sizes.micro_batch_documents * (
         thoughts * (sizes.thought_tokens + sizes.horizon) + sizes.lm * sizes.document_queries
     )
+    return min(queries, sizes.tokens_per_micro_batch or queries)
 
 
 def positions_per_document(config: Config) -> int:
@@ -195,14 +261,16 @@ def step_flops(
 
     `score` is the document pass that the selectors entropy and surprisal need, and one of yours
     may, and for groups in slices (`optim.thoughts_per_forward`) one pass over the thoughts ahead of
-    the update: the targets after whole groups are read off the update's own forward pass and cost
+    the update, and for documents by their lengths in as many slices as the longest need: the
+    targets after whole groups are read off the update's own forward pass and cost
     the head rows counted there. A placebo scores thoughts ahead too: those of all positions where
-    they are foreign, those of each rank's last position where rewards are shuffled. `teacher` is
+    they are foreign, or rewards are shuffled in documents that are put together by their lengths,
+    and those of each rank's last position where rewards are shuffled otherwise. `teacher` is
     one document pass for all positions, on the steps that score the baseline, and with a KL term
     one pass of the starting checkpoint over all that the update runs. `train` and `lm` are a
     forward and a backward pass for each update with the same thoughts.
     """
-    sizes = StepSizes.of(config, ranks_world_size, format_tokens)
+    sizes = StepSizes.of(config, ranks_world_size, format_tokens, layout=layout)
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector not in ("uniform", "marker")
     score = _times_ahead(config, sizes, ranks_world_size) * forward_flops(
@@ -237,6 +305,8 @@ def step_flops(
 def _times_ahead(config: Config, sizes: StepSizes, world_size: int) -> float:
     """Passes over the thoughts ahead of the update."""
     placebo = config.reward.placebo if config.objective.thinks else "none"
+    if placebo == "shuffled_reward" and sizes.tokens_per_micro_batch:
+        return 1.0
     times = float(sizes.slices > 1 or placebo == "foreign_thought")
     if placebo == "shuffled_reward":
         times += world_size / sizes.positions

@@ -270,8 +270,9 @@ def logprob_form(run: OpenRun) -> str:
     positions = 1 if config.position.per_document == "all" else config.position.per_document
     thoughts = positions * config.thought.group_size * config.thought.max_thought_tokens // 2
     thoughts = thoughts if config.objective.thinks else 0
+    queries = config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens)
     return choose_form(
-        config.optim.micro_batch_size * (thoughts + config.data.max_document_tokens),
+        config.optim.tokens_per_micro_batch or queries,
         shapes.vocabulary,
         width=shapes.width,
         dtype=run.dtype,

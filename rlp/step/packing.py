@@ -15,8 +15,9 @@ Dimensions
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from rlp.config import Config, ConfigError
+from rlp.config import Config
 from rlp.learn.engine import Engine
+from rlp.measure.plan_work import too_small
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.ranks import Ranks
 from rlp.step.micro_batch import MicroBatch
@@ -190,7 +191,7 @@ class Packer:
             stop = min(start + 1, self.group_size)
             needed = self.size((document,), slice(start, stop))
             if needed > self.limit:
-                raise too_small(self.limit, needed, thinks=self.group_size > 0)
+                raise too_small(self.limit, needed, "a document", thinks=self.group_size > 0)
             while stop < self.group_size and (
                 self.size((document,), slice(start, stop + 1)) <= self.limit
             ):
@@ -198,19 +199,6 @@ class Packer:
             slices.append(slice(start, stop))
             start = max(stop, 1)
         return tuple(slices)
-
-
-def too_small(limit: int, needed: int, *, thinks: bool) -> ConfigError:
-    """`optim.tokens_per_micro_batch` does not hold the least that can be run by itself."""
-    what, smaller = "a document", "data.max_document_tokens"
-    if thinks:
-        what += " with one thought at each of its positions"
-        smaller += ", thought.max_thought_tokens or position.per_document"
-    return ConfigError(
-        f"optim.tokens_per_micro_batch is {limit:,}, and {what} takes {needed:,} token positions in"
-        f" one forward. Write optim.tokens_per_micro_batch={needed} or more, a smaller {smaller},"
-        " or optim.tokens_per_micro_batch=null."
-    )
 
 
 class Cutter:

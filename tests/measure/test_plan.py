@@ -344,6 +344,68 @@ def test_groups_in_slices_are_scored_ahead_and_run_their_context_in_each(tmp_pat
         assert (more["train"], more["score"]) == (2 * sliced["train"], sliced["score"])
 
 
+# Of a context of 9 and branches of 8 tokens, one document with its three thoughts takes 3 * 17
+# positions in rows, 9 + 3 * 8 in a tree, with two of them 34 and 25.
+@pytest.mark.parametrize(
+    "layout, limit, tokens, thoughts",
+    [
+        ("repeated", 1000, 2 * 3 * 17, 3),
+        ("repeated", 60, 60, 3),
+        ("repeated", 50, 50, 2),
+        ("tree", 40, 40, 3),
+        ("tree", 32, 32, 2),
+    ],
+)
+def test_a_micro_batch_of_tokens_bounds_what_is_kept_for_the_backward_pass(
+    tmp_path: Path, layout: str, limit: int, tokens: int, thoughts: int
+) -> None:
+    """Two documents a rank: never more than asked, nor than all that the rank has. FLOPs are those
+    of groups in slices where the longest document needs them, and of whole groups else."""
+    config = small_run(tmp_path, f"optim.tokens_per_micro_batch={limit}")
+    found = parts(config, layout)
+    assert found["activations"] == tokens * 2 * 300
+    queries = min(limit, 2 * thoughts * 7)
+    assert found["LM head and logits tile"] == queries * 5 * 6 + 7 * 5 * 2 + LOGITS_TILE_BYTES
+    sliced = small_run(tmp_path, f"optim.thoughts_per_forward={thoughts}")
+    assert flops_of(config, layout) == flops_of(sliced, layout)
+
+
+@pytest.mark.parametrize("layout, needed", [("repeated", 17), ("tree", 9 + 8)])
+def test_a_micro_batch_that_holds_no_thought_is_refused_at_the_start(
+    tmp_path: Path, layout: str, needed: int
+) -> None:
+    """With what to write, which is then planned."""
+    small = small_run(tmp_path, f"optim.tokens_per_micro_batch={needed - 1}")
+    with pytest.raises(ConfigError, match=f"Write optim.tokens_per_micro_batch={needed} or more"):
+        plan_of(small, layout=layout)
+    plan_of(small_run(tmp_path, f"optim.tokens_per_micro_batch={needed}"), layout=layout)
+
+
+def test_a_placebo_of_documents_by_their_lengths_scores_all_thoughts_ahead(tmp_path: Path) -> None:
+    """Of documents in their order the last position of each of the two ranks, of four."""
+    shuffled = "reward.placebo=shuffled_reward"
+    in_order = flops_of(small_run(tmp_path, shuffled))
+    by_length = flops_of(small_run(tmp_path, shuffled, "optim.tokens_per_micro_batch=1000"))
+    assert in_order["score"] == in_order["train"] / 3 * 2 / 4
+    assert by_length["score"] == by_length["train"] / 3
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ([], "optim.tokens_per_micro_batch=17"),
+        (["optim.tokens_per_micro_batch=100"], "optim.tokens_per_micro_batch=17"),
+        (["optim.thoughts_per_forward=3"], "optim.thoughts_per_forward=1"),
+    ],
+)
+def test_what_does_not_fit_is_told_how_to_cut_groups(
+    tmp_path: Path, given: list[str], named: str
+) -> None:
+    """One thought of a group at a time, in the key that the config has, which bears no other."""
+    plan = plan_of(small_run(tmp_path, *given), device_bytes=1)
+    assert named in [setting for setting, _ in plan.relief]
+
+
 def test_all_positions_of_a_document(tmp_path: Path) -> None:
     """Of ten tokens, those at 3 to 8 have three before them and two to predict."""
     assert (
