@@ -43,7 +43,6 @@ Dimensions
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -60,9 +59,10 @@ import rlp  # noqa: F401, before torch: see rlp/process/machine.py
 # isort: split
 import torch
 import transformers
-from transformers import Qwen3Config
 
-from update_step.given import EOS, PAD, Shape
+from update_step.architecture import architecture
+from update_step.given import Shape
+from update_step.memory import answer_alone
 from update_step.report import over_shapes, provenance, summary, table
 from update_step.turns import (
     CAREFUL,
@@ -138,28 +138,6 @@ def make_benches(options: argparse.Namespace, folder: Path) -> list[Bench]:
     ]
 
 
-def architecture(options: argparse.Namespace) -> Qwen3Config:
-    """Qwen3 in the proportions of its 1.7B.
-
-    Intermediate 3 d, half as many key heads as heads, tied embeddings.
-    """
-    head_dim = 128 if options.d >= 1024 else min(64, options.d // 4)
-    heads = options.d // head_dim
-    return Qwen3Config(
-        hidden_size=options.d,
-        num_hidden_layers=options.layers,
-        vocab_size=options.vocabulary,
-        intermediate_size=3 * options.d,
-        head_dim=head_dim,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-
-
 def measure(bench: Bench, options: argparse.Namespace) -> dict | None:
     """Everything about one shape; None if the contenders do not compute the same step."""
     names = contender_names(bench, options.checkpointing)
@@ -187,10 +165,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict | None:
 
 
 def peak_bytes_alone(bench: Bench, name: str, options: argparse.Namespace) -> int | None:
-    """`peak_bytes` in a process of its own.
-
-    Its malloc returns every tensor at once, so that free memory is not counted.
-    """
+    """`peak_bytes` in a process of its own."""
     if bench.device.type == "cuda":
         return peak_bytes(bench, name)
 
@@ -202,16 +177,7 @@ def peak_bytes_alone(bench: Bench, name: str, options: argparse.Namespace) -> in
         "--memory-of": name,
         "--micro-batch": bench.micro_batch,
     }
-    command = [sys.executable, __file__]
-    for option, value in arguments.items():
-        command += [option, str(value)]
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | malloc
-
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the memory of {name} could not be measured:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer_alone(__file__, arguments)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """What is said of the times: medians, ratios, useful FLOPs, and what they were measured on."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import platform
 import shlex
 import statistics
@@ -128,14 +130,14 @@ def over_shapes(results: list[dict]) -> dict:
 
 def provenance(device: torch.device) -> dict:
     """Hardware, versions, commit, date, command."""
-    import trl
-
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "trl": trl.__version__,
     }
+    for peer in ("trl", "vllm", "triton"):
+        if importlib.util.find_spec(peer):
+            versions[peer] = importlib.metadata.version(peer)
     dirty = "-dirty" if _git("status", "--porcelain") else ""
     return {
         "hardware": _hardware(device),

@@ -11,6 +11,7 @@ from rlp.model.layout import LAYOUTS
 from rlp_kernels import choose_form
 from update_step.contenders import Network, Ours, Peer, Stopwatch
 from update_step.given import Given, Rows, Shape, make_given
+from update_step.memory import peak_during
 
 CAREFUL, NAIVE, CHECKPOINTED = "TRL careful", "TRL naive", "TRL careful, checkpointing"
 NAIVE_MICRO_BATCH = 8
@@ -185,28 +186,10 @@ def take_turns(
 def peak_bytes(bench: Bench, name: str) -> int | None:
     """Most that a step holds beyond weights, EMA and moments; its gradients are counted.
 
-    It is this process that is measured, which on a CPU should have done nothing else. None where
-    the system can not forget its high-water mark.
+    As `peak_during` measures it.
     """
     contender = bench.build(name)
     timed_step(contender, contender.prepare(bench.tiny()), bench.device)
     given = contender.prepare(bench.given())
 
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed_step(contender, given, bench.device)
-        return torch.cuda.max_memory_allocated() - before
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    timed_step(contender, given, bench.device)
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return peak_during(lambda: timed_step(contender, given, bench.device), bench.device)
