@@ -26,8 +26,9 @@ from einops import rearrange
 from rlp.config import Config, ConfigError, to_yaml
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
-from rlp.measure.frozen import Frozen, load_frozen
+from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
+from rlp.measure.panel_scoring import ThinkingModel
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
 from rlp.model.thoughts import Thoughts
@@ -103,7 +104,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
 @torch.no_grad()
 def _rewarded_thoughts(
     setup: RunSetup,
-    frozen: Frozen,
+    frozen: ThinkingModel,
     documents: list[Document],
     positions: Positions,
     noise: NoiseKey,
@@ -123,15 +124,7 @@ def _rewarded_thoughts(
             prefill=lambda: ledger.time("prefill"),
         )
     with ledger.time("score"):
-        layout = frozen.lay_out(
-            documents,
-            positions,
-            rollout.thoughts,
-            setup.thought_format,
-            lm=False,
-            no_think=True,
-            device=frozen.policy.device,
-        )
+        layout = frozen.rows(documents, positions, rollout.thoughts, no_think=True)
         scores = score(frozen.policy, layout)
 
     scoring = layout.thought_work + layout.document_work

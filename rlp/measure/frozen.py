@@ -1,7 +1,6 @@
 """A model that nothing trains: loaded as it is, and measured on the held-out panel."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +9,7 @@ from rlp.learn.checkpoint import Checkpoint
 from rlp.learn.export import known_ids, master_weights
 from rlp.measure.decomposition import Decomposition
 from rlp.measure.panel import Panel, held_out_panel
-from rlp.measure.panel_scoring import measure_panel, no_think_logprob
+from rlp.measure.panel_scoring import ThinkingModel, measure_panel, no_think_logprob
 from rlp.model.admission import check_model
 from rlp.model.layout import LAYOUTS
 from rlp.model.loading import (
@@ -19,11 +18,9 @@ from rlp.model.loading import (
     load_policy,
     read_model_config,
 )
-from rlp.model.policy import Policy
 from rlp.model.setup import ModelSetup, PanelSetup
 from rlp.process.ranks import Ranks
 from rlp.sampling.opening import open_sampler
-from rlp.sampling.sampler import Sampler
 
 
 def measure_model(
@@ -54,46 +51,25 @@ def measure_model(
             does not fit.
     """
     config = setup.config
-    thought_format = replace(
-        setup.thought_format,
-        instruction=known_ids(instruction, setup.tokenizer) or setup.thought_format.instruction,
-    )
     panel = held_out_panel(setup)
     start_logprob = None if start is None else _start_logprob(start, panel, setup, ranks)
-    frozen = load_frozen(setup, ranks)
+    model = load_frozen(setup, ranks)
+    if instruction:
+        instructed = replace(
+            setup.thought_format, instruction=known_ids(instruction, setup.tokenizer)
+        )
+        model = replace(model, thought_format=instructed)
     if checkpoint is not None:
         if start is None:
-            start_logprob = no_think_logprob(
-                frozen.lay_out, frozen.policy, panel, thought_format, config, ranks
-            )
-        weights = master_weights(checkpoint, frozen.policy.lm)
+            start_logprob = no_think_logprob(model, panel, config, ranks)
+        weights = master_weights(checkpoint, model.policy.lm)
         with torch.no_grad():
-            for name, p in frozen.policy.lm.named_parameters():
+            for name, p in model.policy.lm.named_parameters():
                 p.copy_(weights[name])
-    return measure_panel(
-        frozen.lay_out,
-        frozen.sampler,
-        panel,
-        frozen.policy,
-        None,
-        start_logprob,
-        thought_format,
-        config,
-        ranks,
-    )
+    return measure_panel(model, panel, config, ranks, start_logprob=start_logprob)
 
 
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A model that nothing trains, with what it needs to think and to be scored."""
-
-    lay_out: Callable
-    """One of `LAYOUTS`, the one that it can run."""
-    policy: Policy
-    sampler: Sampler
-
-
-def load_frozen(setup: ModelSetup, ranks: Ranks) -> Frozen:
+def load_frozen(setup: ModelSetup, ranks: Ranks) -> ThinkingModel:
     """The model of a config."""
     config = setup.config
     architecture = read_model_config(config.model)
@@ -104,7 +80,7 @@ def load_frozen(setup: ModelSetup, ranks: Ranks) -> Frozen:
     )
     check_model(policy)
     sampler = open_sampler(config.sampling, policy, shared=layout == "tree")
-    return Frozen(LAYOUTS[layout], policy, sampler)
+    return ThinkingModel(policy, sampler, setup.thought_format, LAYOUTS[layout])
 
 
 def _start_logprob(start: str, panel: Panel, setup: PanelSetup, ranks: Ranks) -> list[float]:
@@ -118,7 +94,5 @@ def _start_logprob(start: str, panel: Panel, setup: PanelSetup, ranks: Ranks) ->
             " trained from; where the model was trained with thought.add_markers=true, write that"
             " too."
         )
-    frozen = load_frozen(start_setup, ranks)
-    return no_think_logprob(
-        frozen.lay_out, frozen.policy, panel, setup.thought_format, config, ranks
-    )
+    model = replace(load_frozen(start_setup, ranks), thought_format=setup.thought_format)
+    return no_think_logprob(model, panel, config, ranks)

@@ -40,6 +40,14 @@ class Panel:
         spans = [(starts[i % len(starts)], i < len(starts)) for i in mine]
         return [(start, min(start + size, len(self.documents)), counts) for start, counts in spans]
 
+    def share(self, ranks: Ranks) -> tuple[int, int, bool]:
+        """(start, stop, counts): this rank's documents, all at once, likewise."""
+        size = -(-len(self.documents) // ranks.world_size)
+        start = ranks.rank * size
+        counts = start < len(self.documents)
+        start = start if counts else 0
+        return start, min(start + size, len(self.documents)), counts
+
     def donors(self) -> np.ndarray | None:
         """[M] the position whose thoughts each one gets when they are shuffled: one in the next
         document, the last document's in the first. They depend on the panel alone. None for a

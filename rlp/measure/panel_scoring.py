@@ -6,6 +6,7 @@ Dimensions
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from rlp.measure.decomposition import Decomposition, decompose
 from rlp.measure.panel import PANEL_SEED, Panel, PanelThoughts
 from rlp.model.layout import Layout
 from rlp.model.policy import Policy
-from rlp.model.scoring import greedy_targets, score
-from rlp.model.thoughts import ThoughtFormat
+from rlp.model.scoring import score
+from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import log_evidence
 from rlp.process.progress import Progress, Tell
 from rlp.process.ranks import Ranks
@@ -29,48 +30,65 @@ from rlp.sampling.rollout import NoiseKey
 from rlp.sampling.sampler import Sampler
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingModel:
+    """A model, with what it needs to think and to be scored."""
+
+    policy: Policy
+    sampler: Sampler
+    """Of the policy."""
+    thought_format: ThoughtFormat
+    lay_out: Callable[..., Layout]
+    """One of `LAYOUTS`, which the policy can run."""
+
+    def rows(
+        self,
+        documents: list[Document],
+        positions: Positions,
+        thoughts: Thoughts | None,
+        *,
+        lm: bool = False,
+        no_think: bool = False,
+    ) -> Layout:
+        """What is to be scored, as rows of tokens."""
+        return self.lay_out(
+            documents,
+            positions,
+            thoughts,
+            self.thought_format,
+            lm=lm,
+            no_think=no_think,
+            device=self.policy.device,
+        )
+
+
 @torch.no_grad()
 def no_think_logprob(
-    lay_out: Callable,
-    model: Policy,
-    panel: Panel,
-    thought_format: ThoughtFormat,
-    config: Config,
-    ranks: Ranks,
+    model: ThinkingModel, panel: Panel, config: Config, ranks: Ranks
 ) -> list[float]:
     """[M] nats: log-evidence of every panel position without a thought, on every rank. A
-    collective.
-
-    Args:
-        lay_out: one of `LAYOUTS`.
-    """
+    collective."""
     parts = []
     for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-        layout = lay_out(
+        layout = model.rows(
             panel.documents[start:stop],
             panel.positions.of_documents(start, stop),
             None,
-            thought_format,
-            lm=False,
             no_think=True,
-            device=model.device,
         )
-        evidence = log_evidence(score(model, layout).no_think)
+        evidence = log_evidence(score(model.policy, layout).no_think)
         parts.append((start, evidence.tolist()) if counts else None)
     return [value for values in _gather(parts, ranks) for value in values]
 
 
 def measure_panel(
-    lay_out: Callable,
-    sampler: Sampler,
+    model: ThinkingModel,
     panel: Panel,
-    policy: Policy,
-    teacher: Policy | None,
-    start_logprob: list[float] | None,
-    thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
     *,
+    teacher: Policy | None = None,
+    start_logprob: list[float] | None = None,
     progress: Tell = Progress,
 ) -> Decomposition:
     """Think at every panel position and measure what that was worth. A collective; the ledger does
@@ -80,58 +98,45 @@ def measure_panel(
     ranks, or what a run did before.
 
     Args:
-        lay_out: one of `LAYOUTS`.
-        sampler: of the policy.
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
-        start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the policy is the
+        start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the model is the
             starting checkpoint.
         progress: makes a `Progress`.
     """
-    num_batches = len(panel.batches(config.evaluation.batch_size, ranks))
-    with policy.sampling():
-        with progress("thinking on the held-out panel", num_batches, "batches") as thinking:
-            thoughts = _think(sampler, panel, thought_format, config, ranks, thinking)
+    with model.policy.sampling():
+        with progress("thinking on the held-out panel", None, "rounds") as thinking:
+            thoughts = _think(model, panel, config, ranks, thinking)
+        num_batches = len(panel.batches(config.evaluation.batch_size, ranks))
         with progress("scoring the held-out panel", num_batches, "batches") as scoring:
-            answers = _score(
-                lay_out, panel, thoughts, policy, teacher, thought_format, config, ranks, scoring
-            )
+            answers = _score(model, panel, thoughts, teacher, config, ranks, scoring)
     start = answers["no_think"] if start_logprob is None else np.array(start_logprob)
-    return decompose(panel, thoughts, answers, start, len(thought_format.markers.close))
+    return decompose(panel, thoughts, answers, start, len(model.thought_format.markers.close))
 
 
 def _think(
-    sampler: Sampler,
-    panel: Panel,
-    thought_format: ThoughtFormat,
-    config: Config,
-    ranks: Ranks,
-    thinking: Progress,
+    model: ThinkingModel, panel: Panel, config: Config, ranks: Ranks, thinking: Progress
 ) -> PanelThoughts:
-    """Sample the thoughts of the whole panel."""
-    parts = []
-    with sampler.phase():
-        for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
-            rollout = sampler.sample(
-                panel.documents[start:stop],
-                panel.positions.of_documents(start, stop),
-                thought_format,
-                NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
-                group_size=config.evaluation.thoughts_per_position,
-                max_thought_tokens=config.thought.max_thought_tokens,
-                beat=lambda: thinking.advance(0),
-            )
-            parts.append((start, PanelThoughts.of(rollout.thoughts)) if counts else None)
-            thinking.advance()
-    return PanelThoughts.joined(_gather(parts, ranks))
+    """The thoughts of the whole panel; each rank samples its share of them at once."""
+    start, stop, counts = panel.share(ranks)
+    with model.sampler.phase():
+        thoughts = model.sampler.sample(
+            panel.documents[start:stop],
+            panel.positions.of_documents(start, stop),
+            model.thought_format,
+            NoiseKey(PANEL_SEED, 0, PANEL_NOISE),
+            group_size=config.evaluation.thoughts_per_position,
+            max_thought_tokens=config.thought.max_thought_tokens,
+            beat=thinking.advance,
+        ).thoughts
+    mine = (start, PanelThoughts.of(thoughts)) if counts else None
+    return PanelThoughts.joined(_gather([mine], ranks))
 
 
 def _score(
-    lay_out: Callable,
+    model: ThinkingModel,
     panel: Panel,
     thoughts: PanelThoughts,
-    policy: Policy,
     teacher: Policy | None,
-    thought_format: ThoughtFormat,
     config: Config,
     ranks: Ranks,
     scoring: Progress,
@@ -141,14 +146,12 @@ def _score(
     for start, stop, counts in panel.batches(config.evaluation.batch_size, ranks):
         here = panel.positions.slice_of_documents(start, stop)
         part = _score_documents(
-            lay_out,
+            model,
             panel.documents[start:stop],
             panel.positions.of_documents(start, stop),
             thoughts[here],
             None if donors is None else thoughts[donors[here]],
-            policy,
             teacher,
-            thought_format,
         )
         parts.append((start, part) if counts else None)
         scoring.advance()
@@ -157,56 +160,41 @@ def _score(
 
 
 def _score_documents(
-    lay_out: Callable,
+    model: ThinkingModel,
     documents: list[Document],
     positions: Positions,
     thoughts: PanelThoughts,
     foreign: PanelThoughts | None,
-    policy: Policy,
     teacher: Policy | None,
-    thought_format: ThoughtFormat,
 ) -> dict[str, np.ndarray]:
     """Every prediction of some documents' targets: log-evidence in nats, [m, G] after thoughts and
     [m] else; whether the most probable tokens are the targets; the LM loss [b] of each document,
     summed over its tokens. What is not asked for is absent.
     """
-
-    def laid_out(given: PanelThoughts | None, *, lm: bool, no_think: bool) -> Layout:
-        return lay_out(
-            documents,
-            positions,
-            None if given is None else given.on(policy.device),
-            thought_format,
-            lm=lm,
-            no_think=no_think,
-            device=policy.device,
-        )
+    policy, where = model.policy, (documents, positions)
 
     def of_groups(values: Tensor) -> Tensor:
         return rearrange(values, "(m g) -> m g", m=len(positions.position))
 
-    layout = laid_out(thoughts, lm=False, no_think=True)
-    scores, greedy = score(policy, layout), greedy_targets(policy, layout)
-    controls = score(
-        policy,
-        laid_out(_after_an_empty_one(foreign, len(positions.position)), lm=True, no_think=False),
-    )
+    layout = model.rows(*where, thoughts.on(policy.device), no_think=True)
+    scores = score(policy, layout, matched=True)
+    others = _after_an_empty_one(foreign, len(positions.position))
+    controls = score(policy, model.rows(*where, others.on(policy.device), lm=True))
     control = of_groups(log_evidence(controls.target))
     answers = {
         "reasoned": of_groups(log_evidence(scores.target)),
         "no_think": log_evidence(scores.no_think),
         "empty": control[:, 0],
-        "right_with": of_groups(greedy.target.all(dim=1)),
-        "right_without": greedy.no_think.all(dim=1),
+        "right_with": of_groups(scores.matched),
+        "right_without": scores.no_think_matched,
         "open_marker": scores.open_marker.exp(),
         "document_loss": -controls.document.double().sum(dim=1),
     }
     if foreign is not None:
         answers["shuffled"] = control[:, 1:]
     if teacher is not None:
-        answers["baseline"] = log_evidence(
-            score(teacher, laid_out(None, lm=False, no_think=True)).no_think
-        )
+        alone = score(teacher, model.rows(*where, None, no_think=True))
+        answers["baseline"] = log_evidence(alone.no_think)
     return {name: values.double().cpu().numpy() for name, values in answers.items()}
 
 

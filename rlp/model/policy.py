@@ -90,7 +90,7 @@ class Policy(nn.Module):
         `forward`.
 
         Args:
-            task: `logprob`, `logprob_and_greedy`, `greedy`, `entropy` (arguments of `_answer`),
+            task: `logprob`, `logprob_and_greedy`, `entropy` (arguments of `_answer`),
                 `next_logits` (of `_next_logits`), `shared_logits` (of `_shared_logits`) or `check`
                 (of `_check`).
         """
@@ -123,8 +123,8 @@ class Policy(nn.Module):
         queried.
 
         Args:
-            statistic: `logprob` (nats, with gradient), `greedy` (whether target is the most
-                probable token), `entropy` (nats, of the whole softmax), or `logprob_and_greedy`.
+            statistic: `logprob` (nats, with gradient), `entropy` (nats, of the whole softmax), or
+                `logprob_and_greedy` (and whether target is the most probable token).
             tokens: [R, T] int64, padded on the right.
             position: [R, T] int64, or None where a token's position is its column.
             tree: which token attends to which, or None for rows that are plain sequences.
@@ -134,17 +134,14 @@ class Policy(nn.Module):
             excluded: [Q] int64, a token left out of the softmax, or -1.
 
         Returns:
-            [Q] float32, or bool for `greedy`; for `logprob_and_greedy` both, the second False where
-            no token is excluded (thought tokens and documents, whose most probable token nobody
-            asks for).
+            [Q] float32; for `logprob_and_greedy` [Q] bool too, which is False where no token is
+            excluded (thought tokens and documents, whose most probable token nobody asks for).
         """
         packed = {} if tree is None else self._packed(tokens, position, tree)
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
 
         transform = {"softcap": self.softcap, "bias": self.head_bias}
-        if statistic == "greedy":
-            return token_argmax(queried, self.head, excluded=excluded, **transform) == target
         tempered = {"inverse_temperature": inverse_temperature, "excluded": excluded, **transform}
         if statistic == "entropy":
             return token_entropy(queried, self.head, **tempered)

@@ -37,6 +37,8 @@ class Scores:
     matched: Tensor | None = None
     """[N] bool, whether every target is the most probable token after the thought; None unless
     asked for."""
+    no_think_matched: Tensor | None = None
+    """[M] bool, likewise without a thought."""
 
 
 def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
@@ -44,19 +46,23 @@ def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
 
     Args:
         model: the policy or the teacher, or the engine that trains the policy.
-        matched: ask for `Scores.matched` too.
+        matched: ask for `Scores.matched` and `Scores.no_think_matched` too.
     """
     fault("score")
     if matched:
         logprob, greedy = ask(model, "logprob_and_greedy", layout)
-        found = unpack(layout, greedy).target.all(dim=1)
+        found = unpack(layout, greedy)
+        matches = {
+            "matched": found.target.all(dim=1),
+            "no_think_matched": found.no_think.all(dim=1),
+        }
     else:
-        logprob, found = ask(model, "logprob", layout), None
+        logprob, matches = ask(model, "logprob", layout), {}
 
     scores = unpack(layout, logprob)
     return replace(
         scores,
-        matched=found,
+        **matches,
         thought=poisoned("score.thought", scores.thought),
         target=poisoned("score.target", scores.target),
         no_think=poisoned("score.no_think", scores.no_think),
@@ -97,12 +103,6 @@ def unpack(layout: Layout, answers: Tensor) -> Scores:
 def _spread(mask: Tensor, values: Tensor) -> Tensor:
     """Values in row-major order at the True places of a mask, 0 elsewhere."""
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
-
-
-@torch.no_grad()
-def greedy_targets(model: Callable, layout: Layout) -> Scores:
-    """Whether each queried token is the most probable one, in the blocks of `Scores` (bool)."""
-    return unpack(layout, ask(model, "greedy", layout))
 
 
 @torch.no_grad()

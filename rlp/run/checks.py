@@ -361,11 +361,9 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
                 "starts"
             ),
         ]
-    _, policy = load_frozen(opened.setup, ranks)
+    lm = load_frozen(opened.setup, ranks).policy.lm
     if checkpoint is not None:
-        refuse_other_model(
-            checkpoint, {name: list(p.shape) for name, p in policy.lm.named_parameters()}
-        )
+        refuse_other_model(checkpoint, {name: list(p.shape) for name, p in lm.named_parameters()})
     return [*said, "weights: loaded and checked"]
 
 

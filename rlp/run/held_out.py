@@ -3,7 +3,7 @@
 import math
 
 from rlp.learn.guard import NumericsError
-from rlp.measure.panel_scoring import measure_panel, no_think_logprob
+from rlp.measure.panel_scoring import ThinkingModel, measure_panel, no_think_logprob
 from rlp.process.faults import fault
 from rlp.process.run_folder import RunFolder
 from rlp.process.run_logs import json_lines
@@ -80,23 +80,19 @@ class HeldOut:
 
 def score_panel(run: OpenRun) -> dict[str, float]:
     """The numbers of the panel, with the weights as they are."""
-    parts, panel, thought_format = run.parts, run.opened.panel, run.opened.setup.thought_format
+    parts, panel = run.parts, run.opened.panel
+    model = ThinkingModel(
+        parts.engine.policy, parts.sampler, run.opened.setup.thought_format, parts.lay_out
+    )
     if not run.start_logprob:
-        run.start_logprob.extend(
-            no_think_logprob(
-                parts.lay_out, parts.engine.policy, panel, thought_format, run.config, run.ranks
-            )
-        )
+        run.start_logprob.extend(no_think_logprob(model, panel, run.config, run.ranks))
     return measure_panel(
-        parts.lay_out,
-        parts.sampler,
+        model,
         panel,
-        parts.engine.policy,
-        parts.panel_teacher,
-        run.start_logprob,
-        thought_format,
         run.config,
         run.ranks,
+        teacher=parts.panel_teacher,
+        start_logprob=run.start_logprob,
         progress=run.host.progress,
     ).numbers()
 

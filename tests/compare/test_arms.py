@@ -18,7 +18,7 @@ from rlp.data.positions import Positions
 from rlp.measure.ledger import PHASES, Ledger
 from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
-from rlp.model.scoring import greedy_targets, score
+from rlp.model.scoring import score, unpack
 from rlp.model.thoughts import ThoughtFormat
 from rlp.objective import group_relative_advantage
 from rlp.process.exit_codes import DONE, NOT_MATCHED
@@ -65,7 +65,7 @@ def two_documents_with_thoughts(policy):
 
 @pytest.mark.parametrize("lay_out", [repeated_layout, tree_layout])
 def test_matches_come_from_the_same_forward_as_log_probabilities(lay_out):
-    """`Scores.matched` is what a separate greedy pass says, and asking for it leaves
+    """`Scores.matched` is what the model's own logits say, and asking for it leaves
     log-probabilities and gradient as they are."""
     policy = tiny_policy("qwen3")
     if lay_out is tree_layout:
@@ -73,18 +73,17 @@ def test_matches_come_from_the_same_forward_as_log_probabilities(lay_out):
 
         policy.lm.set_attn_implementation(register("sdpa"))
     documents, positions, thoughts = two_documents_with_thoughts(policy)
-    greedy = greedy_targets(
-        policy,
-        lay_out(
-            documents, positions, thoughts, FORM, lm=False, no_think=False, device=policy.device
-        ),
-    ).target
-    # The most probable continuation put in as the target is matched by all that led to it.
+    rows = repeated_layout(
+        documents, positions, thoughts, FORM, lm=False, no_think=False, device=policy.device
+    )
+    logits = tiny_policy("qwen3").lm(rows.tokens).logits[rows.row, rows.column]
+    logits[:, FORM.markers.excluded] = -torch.inf
+    expected = unpack(rows, logits.argmax(dim=1) == rows.target).target.all(dim=1)
     layout = lay_out(
         documents, positions, thoughts, FORM, lm=True, no_think=True, device=policy.device
     )
     plain, asked = score(policy, layout), score(policy, layout, matched=True)
-    assert plain.matched is None and torch.equal(asked.matched, greedy.all(dim=1))
+    assert plain.matched is None and torch.equal(asked.matched, expected)
     assert torch.equal(plain.target, asked.target) and torch.equal(plain.thought, asked.thought)
     gradients = [
         torch.autograd.grad(scores.thought.sum() + scores.target.sum(), policy.head)[0]

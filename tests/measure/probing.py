@@ -9,9 +9,10 @@ from rlp.config import Config, PositionConfig, load_config
 from rlp.data.positions import choose_positions
 from rlp.measure.decomposition import Decomposition
 from rlp.measure.panel import Panel
-from rlp.measure.panel_scoring import measure_panel
+from rlp.measure.panel_scoring import ThinkingModel, measure_panel
 from rlp.model.layout import repeated_layout, tree_layout
 from rlp.model.markers import Markers
+from rlp.model.policy import Policy
 from rlp.model.thoughts import ThoughtFormat
 from rlp.sampling.native import NativeSampler
 from tests import REPOSITORY
@@ -80,6 +81,22 @@ def panel(
     return Panel(documents, positions)
 
 
+def thinking_model(
+    policy: Policy, config: Config, *, lay_out=repeated_layout, horizon: int = 1
+) -> ThinkingModel:
+    """A tiny policy that thinks between `MARKERS`."""
+    thought_format = ThoughtFormat(
+        markers=MARKERS,
+        instruction=(),
+        begin=None,
+        temperature=0.7,
+        target_temperature=1.0,
+        horizon=horizon,
+    )
+    sampler = NativeSampler(policy, slots=config.sampling.slots, shared=lay_out is tree_layout)
+    return ThinkingModel(policy, sampler, thought_format, lay_out)
+
+
 def probe(
     given: Panel,
     *,
@@ -90,26 +107,9 @@ def probe(
     start=None,
     horizon: int = 1,
 ) -> Decomposition:
-    thought_format = ThoughtFormat(
-        markers=MARKERS,
-        instruction=(),
-        begin=None,
-        temperature=0.7,
-        target_temperature=1.0,
-        horizon=horizon,
-    )
-    config, policy = config or settings(), policy or tiny_policy()
-    return measure_panel(
-        lay_out,
-        NativeSampler(policy, slots=config.sampling.slots, shared=lay_out is tree_layout),
-        given,
-        policy,
-        None,
-        start,
-        thought_format,
-        config,
-        ranks or Alone(),
-    )
+    config = config or settings()
+    model = thinking_model(policy or tiny_policy(), config, lay_out=lay_out, horizon=horizon)
+    return measure_panel(model, given, config, ranks or Alone(), start_logprob=start)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 about it."""
 
 import threading
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +15,16 @@ from rlp.learn.checkpoint import open_checkpoint
 from rlp.measure.decomposition import Decomposition, bootstrap_intervals
 from rlp.measure.frozen import measure_model
 from rlp.measure.metrics import EVALUATION
-from rlp.measure.panel_scoring import no_think_logprob
+from rlp.measure.panel_scoring import measure_panel, no_think_logprob
 from rlp.measure.reward_signal import signal_in_words
 from rlp.model.attention import register
 from rlp.model.layout import repeated_layout, tree_layout
+from rlp.model.policy import Policy
 from rlp.model.setup import PanelSetup
-from rlp.model.thoughts import ThoughtFormat
+from rlp.sampling.native import NativeSampler
+from rlp.sampling.rollout import Rollout
 from tests.measure.probing import (
     CLOSE,
-    MARKERS,
     OPEN,
     Alone,
     Together,
@@ -29,6 +32,7 @@ from tests.measure.probing import (
     probe,
     settings,
     target_logprob,
+    thinking_model,
 )
 from tests.tiny_models import ARCHITECTURES, tiny_policy
 from tests.training import read_lines
@@ -100,21 +104,46 @@ def test_the_loss_of_the_documents_is_that_of_transformers():
     )
 
 
+def test_the_panel_samples_in_one_phase_and_runs_thoughts_once(monkeypatch):
+    """5 documents, 2 a forward: a phase and a call for all, then 3 passes over the thoughts,
+    which say what is most probable too, and 3 over the controls."""
+    told, forward = [], Policy.forward
+
+    def counted(policy: Policy, task: str, *arguments: object) -> object:
+        told.append(task)
+        return forward(policy, task, *arguments)
+
+    class Counted(NativeSampler):
+        @contextmanager
+        def phase(self):
+            told.append("phase")
+            with super().phase():
+                yield
+
+        def sample(self, *arguments: object, **settings: object) -> Rollout:
+            told.append("sample")
+            return super().sample(*arguments, **settings)
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    policy = tiny_policy()
+    model = replace(
+        thinking_model(policy, settings()), sampler=Counted(policy, slots=8, shared=False)
+    )
+    measure_panel(model, panel(), settings(), Alone())
+    counts = Counter(told)
+    assert counts["phase"] == counts["sample"] == 1
+    assert {task: count for task, count in counts.items() if "logprob" in task} == {
+        "logprob_and_greedy": 3,
+        "logprob": 3,
+    }
+
+
 def test_gains_are_differences_of_columns():
     """Each gain is the reasoned prediction minus the one it is measured against; the start is
     another model's."""
     given = panel()
-    thought_format = ThoughtFormat(
-        markers=MARKERS,
-        instruction=(),
-        begin=None,
-        temperature=0.7,
-        target_temperature=1.0,
-        horizon=1,
-    )
-    start = no_think_logprob(
-        repeated_layout, tiny_policy(seed=1), given, thought_format, settings(), Alone()
-    )
+    other = thinking_model(tiny_policy(seed=1), settings())
+    start = no_think_logprob(other, given, settings(), Alone())
     found = probe(given, start=start)
     columns = found.columns
     np.testing.assert_allclose(columns["start_logprob_nats"], start)

@@ -17,7 +17,7 @@ from rlp.model.admission import why_unsound
 from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
-from rlp.model.scoring import Scores, difficulty, greedy_targets, score
+from rlp.model.scoring import Scores, difficulty, score
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from tests.tiny_models import ARCHITECTURES, WORDS, random_documents, tiny_policy
 
@@ -500,12 +500,8 @@ def test_greedy_says_whether_the_target_is_the_most_probable_word_but_the_open_m
             no_think=True,
             device=CPU,
         )
-        scores = greedy_targets(policy, layout)
-        assert (
-            scores.no_think.dtype == torch.bool
-            and scores.no_think.flatten().tolist() == [expected] * 4
-        )
-        assert scores.open_marker.tolist() == (first == marker).tolist()
+        scores = score(policy, layout, matched=True)
+        assert scores.no_think_matched.tolist() == [expected] * 4
 
 
 # --- Architectures that transform their logits.
