@@ -90,6 +90,35 @@ def test_every_prediction_is_that_of_the_row_it_stands_for(lay_out, horizon):
             )
 
 
+def test_accuracy_is_how_often_the_most_probable_token_is_the_target():
+    """Targets that are put in: the most probable word but the open marker, by turns that without a
+    thought and that after the first thought."""
+    given, plain = panel(), tiny_policy()
+    thoughts = probe(given).thoughts  # no target changes them
+
+    def best(row: list[int]) -> int:
+        with torch.no_grad():
+            logits = plain.lm(torch.tensor([row])).logits[0, -1]
+        logits[OPEN] = -torch.inf
+        return int(logits.argmax())
+
+    without, after = [], []
+    for m, (d, t) in enumerate(given.positions.places()):
+        prefix = given.documents[d].tokens[:t].tolist()
+        without.append(best(prefix))
+        group = zip(thoughts.tokens[m], thoughts.truncated[m])
+        rows = ([*prefix, OPEN, *thought, *([CLOSE] if cut else [])] for thought, cut in group)
+        after.append([best(row) for row in rows])
+
+    target = np.array([after[m][0] if m % 2 else word for m, word in enumerate(without)])
+    positions = replace(given.positions, target=target[:, None])
+    found = probe(replace(given, positions=positions)).columns
+    assert found["accuracy_without_thought"].tolist() == (np.array(without) == target).tolist()
+    expected = (np.array(after) == target[:, None]).mean(axis=1)
+    np.testing.assert_allclose(found["accuracy_with_thought"], expected)
+    assert 0 < expected.mean() < 1 and not (np.array(without) == target).all()
+
+
 def test_the_loss_of_the_documents_is_that_of_transformers():
     """Per token, over all tokens of all documents: plain perplexity."""
     policy, given = tiny_policy(), panel()
