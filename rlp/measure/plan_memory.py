@@ -9,8 +9,10 @@ from rlp.measure.plan_work import (
     forward_queries,
     forward_tokens,
     positions_per_document,
+    slots_and_trunks,
 )
 from rlp.model.shapes import NORM_COPIES, ModelShapes
+from rlp.model.slot_attention import key_room
 
 GB = 1e9
 
@@ -106,18 +108,21 @@ def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) 
 
 
 def shared_cache_bytes(
-    shapes: ModelShapes, trunk_tokens: int, branches: int, branch_tokens: int, number_bytes: int
+    shapes: ModelShapes,
+    trunks: int,
+    trunk_tokens: int,
+    slots: int,
+    slot_tokens: int,
+    number_bytes: int,
 ) -> int:
-    """Keys and values of `trunk_tokens` tokens of documents, each once, and of branches beside
-    them, in the compute dtype.
+    """Keys and values of `trunks` documents, each once, and of the slots beside them.
 
-        trunk_tokens + branches x branch_tokens
+        trunks x room for trunk_tokens + slots x room for slot_tokens
 
-    The room of a branch grows to its longest tokens and no further
-    (`rlp.model.attention.next_room`). Room is made, and ended branches
-    are dropped, layer by layer: the copies of one layer, a few per cent, are left out.
+    Room is made once, for the longest (`rlp.model.slot_attention.key_room`).
     """
-    return (trunk_tokens + branches * branch_tokens) * shapes.key_value_elements * number_bytes
+    places = trunks * key_room(trunk_tokens) + slots * key_room(slot_tokens)
+    return places * shapes.key_value_elements * number_bytes
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
@@ -191,13 +196,15 @@ def sampling_parts(
     gathered = _gathered_bytes(config, shapes.parameters, number_bytes)
     if config.engine.zero_stage == 3 and config.engine.generation == "gathered":
         gathered = shapes.parameters * number_bytes
-    rows = sizes.sampling_positions * sizes.group_size
     if layout == "repeated":
+        rows = sizes.sampling_positions * sizes.group_size
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
     else:
+        rows = sizes.slots
         cache = shared_cache_bytes(
             shapes,
-            max(sizes.sampled_documents) * sizes.context_tokens,
+            sizes.held_documents,
+            sizes.context_tokens,
             rows,
             sizes.decoded_tokens,
             number_bytes,
@@ -229,13 +236,16 @@ def evaluation_parts(
         min(config.evaluation.panel_positions, documents * positions_per_document(config))
         * config.evaluation.thoughts_per_position
     )
-    rows = min(thoughts, max(config.sampling.slots, config.evaluation.thoughts_per_position))
     if layout == "repeated":
+        rows = min(thoughts, max(config.sampling.slots, config.evaluation.thoughts_per_position))
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
         tokens = (thoughts + documents) * (sizes.context_tokens + sizes.branch_tokens)
     else:
+        rows, held = slots_and_trunks(
+            config.sampling.slots, documents, ceil_div(thoughts, documents)
+        )
         cache = shared_cache_bytes(
-            shapes, documents * sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes
+            shapes, held, sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes
         )
         tokens = documents * sizes.document_tokens + thoughts * sizes.branch_tokens
     sampling = cache + rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT

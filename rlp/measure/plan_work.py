@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from rlp.config import Config, ConfigError
 from rlp.model.shapes import ModelShapes, Work, forward_flops, row_work
+from rlp.sampling.schedule import num_slots, trunk_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,10 @@ class StepSizes:
     """Token positions, and rows of the LM head, of that pass at most; None: no limit."""
     sampling_positions: int
     """Groups decoded side by side on one rank."""
-    sampled_documents: tuple[int, ...]
-    """On one rank: how many documents each such block of positions belongs to."""
+    slots: int
+    """Thoughts that grow side by side on one rank."""
+    held_documents: int
+    """Documents that a rank holds behind them, where thoughts share the keys of a document."""
 
     @classmethod
     def of(
@@ -67,6 +70,7 @@ class StepSizes:
         per_document = positions_per_document(config) if config.objective.thinks else 0
         at_once = min(max(1, config.sampling.slots // group), documents * per_document)
         limit = config.optim.tokens_per_micro_batch
+        slots, held = slots_and_trunks(config.sampling.slots, documents, per_document * group)
         sizes = cls(
             documents=config.optim.batch_size,
             document_tokens=config.data.max_document_tokens,
@@ -82,7 +86,8 @@ class StepSizes:
             ),
             tokens_per_micro_batch=limit,
             sampling_positions=at_once,
-            sampled_documents=_documents_of_blocks(documents * per_document, per_document, at_once),
+            slots=slots,
+            held_documents=held,
         )
         return sizes if limit is None else _cut(sizes, limit, layout)
 
@@ -174,12 +179,10 @@ def too_small(limit: int, needed: int, what: str, *, thinks: bool) -> ConfigErro
     )
 
 
-def _documents_of_blocks(positions: int, per_document: int, block: int) -> tuple[int, ...]:
-    """Positions, document by document, in blocks: how many documents each block belongs to."""
-    return tuple(
-        (min(start + block, positions) - 1) // per_document - start // per_document + 1
-        for start in range(0, positions, max(1, block))
-    )
+def slots_and_trunks(slots: int, documents: int, thoughts_of_each: int) -> tuple[int, int]:
+    """Slots, and places for documents behind them, that so many documents are sampled in."""
+    slots = num_slots(slots, documents * thoughts_of_each)
+    return slots, trunk_places(slots, max(1, thoughts_of_each), documents, lasting=True)
 
 
 def forward_tokens(sizes: StepSizes, layout: str) -> int:
@@ -294,7 +297,7 @@ def step_flops(
         teacher += updates * sum(update.values())
 
     return {
-        "prefill": forward_flops(shapes, _prefill_work(sizes, layout, ranks_world_size)),
+        "prefill": forward_flops(shapes, _prefill_work(sizes, layout)),
         "decode": forward_flops(shapes, _decode_work(sizes)),
         "score": score,
         "teacher": teacher,
@@ -313,17 +316,16 @@ def _times_ahead(config: Config, sizes: StepSizes, world_size: int) -> float:
     return times
 
 
-def _prefill_work(sizes: StepSizes, layout: str, world_size: int) -> Work:
+def _prefill_work(sizes: StepSizes, layout: str) -> Work:
     """What runs before the first token of a thought is drawn:
 
     repeated    each position's prefix, context + O tokens
-    tree        the context of each document, once for the positions of it that are sampled side by
-                side, and the open marker in every branch
+    tree        the context of each document, and the open marker in every branch
     """
     opening, context = sizes.format_tokens.open, sizes.context_tokens
     if layout == "repeated":
         return row_work(context + opening, sizes.positions, count=sizes.positions)
-    trunks = row_work(context, 0, count=world_size * sum(sizes.sampled_documents))
+    trunks = row_work(context, 0, count=sizes.documents)
     return trunks + row_work(
         opening, sizes.thoughts * opening, before=context, count=sizes.thoughts
     )

@@ -24,6 +24,7 @@ Dimensions
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -49,6 +50,13 @@ class Tree:
     """[M], the trunk that a position's branches continue."""
     prefix: tuple[int, ...]
     """[M], how many tokens of it they attend to; at least 1."""
+
+
+class Attends(Protocol):
+    """Attention of a packed row that holds keys from forward to forward."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention [1, T, A, E] of queries [1, A, T, E], keys and values [1, C, T, E]."""
 
 
 def part_form(query: Tensor) -> str:
@@ -450,14 +458,14 @@ def register(base: str) -> str:
         attention_mask: Tensor | None,
         *,
         scaling: float,
-        tree: Tree | SharedKeys | None = None,
+        tree: Tree | Attends | None = None,
         **options: object,
     ):
         if tree is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **options)
-        if isinstance(tree, SharedKeys):
-            return tree.attend(module.layer_idx, query, key, value, scaling), None
-        return tree_attention(query[0], key[0], value[0], tree, scaling)[None], None
+        if isinstance(tree, Tree):
+            return tree_attention(query[0], key[0], value[0], tree, scaling)[None], None
+        return tree.attend(module.layer_idx, query, key, value, scaling), None
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlp.model.attention import SharedKeys, Tree
+from rlp.model.attention import Attends, SharedKeys, Tree
 from rlp.model.markers import Markers
 from rlp_kernels import token_argmax, token_entropy, token_logprobs
 
@@ -154,7 +154,7 @@ class Policy(nn.Module):
             best = token_argmax(queried[asked], self.head, excluded=excluded[asked], **transform)
         return logprobs, torch.zeros_like(asked).masked_scatter(asked, best == target[asked])
 
-    def _packed(self, tokens: Tensor, position: Tensor, tree: Tree | SharedKeys) -> dict:
+    def _packed(self, tokens: Tensor, position: Tensor, tree: Tree | Attends) -> dict:
         """What a forward of a packed row is given besides. A mask of four dimensions is passed
         through unread: the tree says who attends to whom."""
         mask = tokens.new_zeros(1, 1, 1, 1)
@@ -228,8 +228,16 @@ class Policy(nn.Module):
         keys.next_token()
         return self("shared_logits", token[None], position[None], keys, True)
 
+    def read_trunks(self, tokens: Tensor, position: Tensor, keys: Attends) -> None:
+        """Run packed trunks [T], their keys and values held by what attends."""
+        self("shared_logits", tokens[None], position[None], keys, False)
+
+    def decode_slots(self, token: Tensor, position: Tensor, keys: Attends) -> Tensor:
+        """Run one token [N] of each slot at its position [N]; logits [N, V] float32 after it."""
+        return self("shared_logits", token[None], position[None], keys, True)
+
     def _shared_logits(
-        self, tokens: Tensor, position: Tensor, keys: SharedKeys, wanted: bool
+        self, tokens: Tensor, position: Tensor, keys: Attends, wanted: bool
     ) -> Tensor | None:
         """Logits of packed tokens [1, T] if wanted; their keys and values are kept in any case."""
         packed = self._packed(tokens, position, keys)

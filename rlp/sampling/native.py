@@ -1,9 +1,11 @@
 """Thoughts sampled by the policy itself, the very module that is trained.
 
-Each token is drawn by inverse CDF from one uniform number of a keyed counter-based generator.
+Thoughts grow in slots (`slots`). The host looks at them from time to time: a thought that has ended
+leaves its slot to the next one of the queue (`schedule`), and what that one stands behind is read
+when it is needed. Which slot a thought takes, and when, changes nothing in it.
 
 Dimensions
-    M  positions;  G  thoughts per position;  L  thought tokens;  R  rows decoded side by side
+    M  positions;  G  thoughts per position;  N  slots;  L  thought tokens
 """
 
 from collections.abc import Callable, Iterator
@@ -11,19 +13,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model.policy import Policy
-from rlp.model.shapes import Work
-from rlp.model.thoughts import ThoughtFormat, Thoughts
+from rlp.model.shapes import Work, row_work
+from rlp.model.thoughts import ThoughtFormat
 from rlp.process.faults import fault, poisoned
-from rlp.sampling.branches import Branches, ForkedBranches, SharedBranches
-from rlp.sampling.draw import draw
+from rlp.sampling.blocks import sample_in_blocks
+from rlp.sampling.graph import CudaRecorder, Recorded
+from rlp.sampling.growth import Growth
 from rlp.sampling.rollout import NoiseKey, Rollout, decode_work
+from rlp.sampling.schedule import Fill, Read, Schedule, num_slots, trunk_places
+from rlp.sampling.shared_slots import SharedSlots
+from rlp.sampling.slots import FEWEST_SLOTS, Room, Slots, Trunk
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at the slots, by device. On a GPU a look waits for it; a slot then
+stands idle for 3.5 tokens of a thought on average. On a CPU there is nothing to wait for."""
 
 
 class NativeSampler:
@@ -35,22 +42,28 @@ class NativeSampler:
         *,
         slots: int,
         shared: bool = False,
+        graph: bool = False,
         lend: Callable[[], AbstractContextManager] = nullcontext,
         agree: Callable[[int], int] = int,
+        look_every: int | None = None,
     ) -> None:
         """
         Args:
-            slots: thoughts decoded side by side; whole groups, at least one.
+            slots: thoughts that grow side by side.
             shared: run each document once for all its positions and hold its keys once, for models
-                that run trees; else run each prefix once and fork its cache.
+                that run trees; else run each context once and copy its cache.
+            graph: record a step and replay it (`wants_graph`).
             lend: makes the context in which the policy's weights are whole (`Engine.generation`).
             agree: told how many forwards this rank wants to make, answers how many any rank does.
                 Ranks that gather weights together during sampling must make the same number of
                 forwards; alone, the answer is the question. It leaves `lend` where the run is to
                 stop.
+            look_every: tokens between two looks at the slots; by default `LOOK_EVERY`.
         """
-        self._policy, self._slots, self._shared = policy, slots, shared
+        self._policy, self._num_slots, self._graph = policy, slots, graph
+        self._kind: type[Slots] | None = SharedSlots if shared else None
         self._lend, self._agree = lend, agree
+        self._look_every = look_every
 
     @contextmanager
     def phase(self) -> Iterator[None]:
@@ -72,83 +85,153 @@ class NativeSampler:
     ) -> Rollout:
         """As `Sampler.sample`."""
         fault("rollout")
-
-        def agree(claim: bool) -> bool:
-            beat()
-            return bool(self._agree(int(claim)))
-
-        size = max(1, self._slots // group_size)
-        parts, prefill_work = [], Work()
-        starts = iter(range(0, len(positions.position), size))
-        while agree((start := next(starts, None)) is not None):
-            # A rank without work keeps the others company, with its first positions.
-            some = positions[:size] if start is None else positions[start : start + size]
-
-            given = (self._policy, documents, some, thought_format, group_size)
-            branches = (
-                SharedBranches(*given, max_thought_tokens)
-                if self._shared
-                else ForkedBranches(*given)
+        if self._kind is None:
+            return sample_in_blocks(
+                self._policy,
+                documents,
+                positions,
+                thought_format,
+                noise,
+                group_size=group_size,
+                max_thought_tokens=max_thought_tokens,
+                rows=self._num_slots,
+                told=self._agree,
+                beat=beat,
+                prefill=prefill,
             )
-            uniforms = [
-                [noise.uniforms(documents[d], t, g, max_thought_tokens) for g in range(group_size)]
-                for d, t in some.places()
-            ]
-            numbers = torch.from_numpy(np.array(uniforms)).to(self._policy.device)
-            part = _decode(branches, numbers, thought_format, agree, prefill)
-            if start is not None:
-                parts.append(part)
-                prefill_work += branches.prefill_work
+        trunks = self._kind.trunks(documents, positions, thought_format)
+        num_open = len(thought_format.markers.open)
+        places = positions.places()
 
-        thoughts = Thoughts.joined(parts)
+        def uniforms(thought: int) -> np.ndarray:
+            m, g = divmod(thought, group_size)
+            d, t = places[m]
+            return noise.uniforms(documents[d], t, g, max_thought_tokens)
+
+        room = self._room(trunks, group_size, num_open + max_thought_tokens - 1)
+        slots = self._kind(self._policy, room)
+        growth = Growth(slots, thought_format, len(places) * group_size, max_thought_tokens)
+        filling = Filling(slots, growth, Schedule.of(trunks, group_size, slots, room), uniforms)
+        device = self._policy.device.type
+        filling.run(
+            Recorded(growth.step, CudaRecorder()) if self._graph else growth.step,
+            look_every=self._look_every or LOOK_EVERY[device],
+            shrinks=not room.static,
+            agree=self._agree,
+            beat=beat,
+            prefill=prefill,
+        )
+
+        thoughts = growth.thoughts(group_size)
         logprob = poisoned("rollout.logprob", thoughts.behavior_logprob)
         thoughts = replace(thoughts, behavior_logprob=logprob)
-        prefixes = [thought_format.prefix(documents[d].tokens, t) for d, t in positions.places()]
-        return Rollout(thoughts, prefill_work, decode_work(prefixes, thoughts))
+        prefixes = [thought_format.prefix(documents[d].tokens, t) for d, t in places]
+        return Rollout(
+            thoughts, _prefill_work(trunks, group_size, num_open), decode_work(prefixes, thoughts)
+        )
+
+    def _room(self, trunks: list[Trunk], group_size: int, slot_tokens: int) -> Room:
+        """What a call of `sample` needs; at least one of everything, for a rank that has nothing to
+        sample keeps others company."""
+        thoughts = [len(trunk.members) * group_size for trunk in trunks] or [1]
+        slots = num_slots(self._num_slots, sum(thoughts))
+        static = self._policy.device.type != "cpu" and self._kind.can_be_recorded
+        return Room(
+            num_slots=slots,
+            slot_tokens=slot_tokens,
+            num_trunks=trunk_places(
+                slots, max(thoughts), len(thoughts), lasting=self._kind.reads_trunks
+            ),
+            trunk_tokens=max((len(trunk.tokens) for trunk in trunks), default=1),
+            seats=min(slots, max(thoughts)),
+            static=static,
+        )
 
 
-def _decode(
-    branches: Branches,
-    uniforms: Tensor,
-    thought_format: ThoughtFormat,
-    agree: Callable[[bool], bool],
-    prefill: Callable[[], AbstractContextManager],
-) -> Thoughts:
-    """Sample until every thought has ended, with the numbers [M, G, budget] to draw by."""
-    group, budget = {"g": uniforms.shape[1]}, uniforms.shape[2]
-    uniforms = rearrange(uniforms, "m g l -> (m g) l")
-    tokens = torch.zeros_like(uniforms, dtype=torch.int64)
-    mask = torch.zeros_like(uniforms, dtype=torch.bool)
-    close = torch.tensor(thought_format.markers.close, device=uniforms.device)
-    rows = torch.arange(len(uniforms), device=uniforms.device)
+class Filling:
+    """Slots that are filled from a queue until it is empty and every thought has ended."""
 
-    with prefill():
-        logits = branches.first()
-    logprobs, entropies = logits.new_zeros(tokens.shape), logits.new_zeros(tokens.shape)
-    for u in range(budget):
-        token, logprob, entropy = draw(logits, uniforms[rows, u], thought_format.temperature)
-        tokens[rows, u], mask[rows, u] = token, True
-        logprobs[rows, u], entropies[rows, u] = logprob, entropy
+    def __init__(
+        self,
+        slots: Slots,
+        growth: Growth,
+        schedule: Schedule,
+        uniforms: Callable[[int], np.ndarray],
+    ) -> None:
+        """
+        Args:
+            uniforms: the numbers [L] that a thought is drawn by, given its place in the rollout.
+        """
+        self._slots, self._growth, self._schedule = slots, growth, schedule
+        self._uniforms = uniforms
 
-        going = ~_ends_with(tokens[rows, : u + 1], close)
-        rows, token = rows[going], token[going]
-        if u + 1 == budget or not agree(len(rows) > 0):
-            break
-        logits = branches.next(rows, token) if len(rows) else branches.idle(logits)
+    def run(
+        self,
+        step: Callable[[], None],
+        *,
+        look_every: int,
+        shrinks: bool,
+        agree: Callable[[int], int],
+        beat: Callable[[], None],
+        prefill: Callable[[], AbstractContextManager],
+    ) -> None:
+        """Until nothing is left on any rank.
 
-    truncated = torch.zeros_like(mask[:, 0])
-    truncated[rows] = True
-    return Thoughts(
-        *(
-            rearrange(part[:, : u + 1], "(m g) l -> m g l", **group)
-            for part in (tokens, mask, logprobs, entropies)
-        ),
-        rearrange(truncated, "(m g) -> m g", **group),
+        Args:
+            step: runs `Growth.step`.
+            shrinks: when nothing waits any more, hold only slots that go on as soon as they are
+                half of all.
+        """
+        while True:
+            beat()
+            if self._schedule.num_going:
+                self._look(shrinks)
+            moves = list(self._schedule.moves())
+            num_reads = sum(isinstance(move, Read) for move in moves)
+            company = agree(num_reads) - num_reads
+            for move in moves:
+                self._do(move, prefill)
+            for _ in range(company):
+                with prefill():
+                    self._slots.idle_read()
+
+            for _ in range(steps := agree(look_every if self._schedule.num_going else 0)):
+                step()
+            if not steps:
+                return
+
+    def _look(self, shrinks: bool) -> None:
+        """Free the slots whose thoughts have ended."""
+        schedule, seen = self._schedule, self._growth.look()
+        ended = (schedule.thought >= 0) & ~seen.going
+        if not ended.any():
+            return
+        slots = np.flatnonzero(ended).tolist()
+        self._growth.end(slots, schedule.thought[slots], seen)
+        schedule.end(slots)
+        self._slots.free(slots, broken=bool(seen.broken[slots].any()))
+
+        fewer = max(FEWEST_SLOTS, schedule.num_going)
+        if shrinks and schedule.is_drained and 2 * fewer <= self._slots.num_slots:
+            kept = np.argsort(schedule.thought < 0, kind="stable")[:fewer].tolist()
+            for part in (schedule, self._slots, self._growth):
+                part.keep(kept)
+
+    def _do(self, move: Read | Fill, prefill: Callable[[], AbstractContextManager]) -> None:
+        if isinstance(move, Read):
+            with prefill():
+                self._slots.read(move.places, move.trunks)
+            return
+        self._slots.fill(move.slots, move.places, move.prefix)
+        uniforms = np.stack([self._uniforms(thought) for thought in move.thoughts])
+        self._growth.begin(move.slots, move.thoughts, uniforms)
+
+
+def _prefill_work(trunks: list[Trunk], group_size: int, num_open: int) -> Work:
+    """Each trunk once, and the open marker in every thought."""
+    prefix = np.array([prefix for trunk in trunks for _, prefix in trunk.members], dtype=np.int64)
+    opening = np.full_like(prefix, num_open)
+    lengths = np.array([len(trunk.tokens) for trunk in trunks], dtype=np.int64)
+    return row_work(lengths, 0) + row_work(
+        opening, group_size * int(opening.sum()), before=prefix, count=group_size
     )
-
-
-def _ends_with(tokens: Tensor, close: Tensor) -> Tensor:
-    """[R] bool, whether sampled tokens [R, L] end with the close marker."""
-    if tokens.shape[1] < len(close):
-        return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    return (tokens[:, -len(close) :] == close).all(dim=1)

@@ -48,7 +48,7 @@ class Room:
     """How much is held."""
 
     num_slots: int
-    """N that is asked for."""
+    """N, at least `FEWEST_SLOTS`."""
     slot_tokens: int
     """The most that a slot runs: open marker and thought, but for its last token."""
     num_trunks: int
@@ -75,7 +75,7 @@ class Slots(ABC):
     """[N] int64, how many tokens of its thought a slot has run, those of the open marker included.
     The same tensor as long as `num_slots` is the same; `next` adds to it."""
     num_slots: int
-    """N, at least `FEWEST_SLOTS`."""
+    """N."""
 
     reads_trunks: ClassVar[bool]
     """Whether `next` reads the trunk of a thought: its place is free when the last of its thoughts

@@ -23,8 +23,8 @@ from rlp.measure.plan_memory import (
     weight_bytes,
 )
 from rlp.measure.plan_work import FormatTokens, positions_per_document
-from rlp.model import attention
 from rlp.model.layout import LAYOUTS
+from rlp.model.slot_attention import key_room
 from tests import REPOSITORY
 from tests.measure.small_plans import SHAPES, flops_of, parts, plan_of, small_run
 
@@ -139,55 +139,45 @@ def test_cache_by_hand() -> None:
     assert cache_bytes(SHAPES, 3, 16, 2) == 3 * (16 * 32 * 2 + 50 * 4)
 
 
-@pytest.mark.parametrize("branch_tokens", [1, 16, 17, 2049])
-def test_shared_cache_by_hand(branch_tokens: int) -> None:
-    """10 tokens of documents and 5 branches, each with the room that it needs."""
-    assert shared_cache_bytes(SHAPES, 10, 5, branch_tokens, 2) == (10 + 5 * branch_tokens) * 32 * 2
+@pytest.mark.parametrize("tokens, room", [(1, 16), (16, 16), (17, 32), (128, 128), (129, 384)])
+def test_shared_cache_by_hand(tokens: int, room: int) -> None:
+    """2 documents of 10 tokens and 5 slots, each with the room that its longest needs."""
+    assert shared_cache_bytes(SHAPES, 2, 10, 5, tokens, 2) == (2 * 16 + 5 * room) * 32 * 2
+    assert key_room(2049) == 2176
 
 
-@pytest.mark.parametrize("most", [1, 15, 16, 17, 200, 2049])
-def test_the_room_of_a_branch_ends_where_its_budget_does(most: int) -> None:
-    """A thought of 2,048 tokens behind a marker of two has 2,049 places and not 4,096. On the way
-    at most 128 are empty."""
-    rooms = [attention.next_room(0, most)]
-    while rooms[-1] < most:
-        rooms.append(attention.next_room(rooms[-1], most))
-    assert rooms[-1] == most and rooms == sorted(set(rooms))
-    assert (
-        all(later - earlier <= 128 for earlier, later in zip([0, *rooms], rooms))
-        and len(rooms) <= 5 + most // 128
-    )
-
-
-# Two documents a rank. With more positions than rows, those side by side may belong to a part of a
-# document, to one or to both.
+# Four slots at least; three places for documents and two more for each time that the slots are
+# filled by one document's thoughts, and no more than there are documents.
 @pytest.mark.parametrize(
-    "overrides, rows, documents, trunks",
+    "overrides, slots, documents",
     [
-        ([], 6, 2, 4),
-        (["sampling.slots=3"], 3, 1, 4),
-        (["position.per_document=2", "sampling.slots=3"], 3, 1, 8),
-        (["position.per_document=2", "sampling.slots=8"], 6, 1, 4),
-        (["position.per_document=3", "sampling.slots=8"], 6, 2, 8),
+        ([], 6, 2),
+        (["sampling.slots=3"], 4, 2),
+        (["optim.batch_size=40", "sampling.slots=3"], 4, 3 * 2 + 2),
+        (["position.per_document=2", "sampling.slots=8"], 8, 2),
+        (["optim.batch_size=40", "position.per_document=4", "sampling.slots=8"], 8, 3 + 2),
     ],
 )
 def test_documents_are_held_once_while_their_thoughts_are_sampled(
-    tmp_path: Path, overrides: list[str], rows: int, documents: int, trunks: int
+    tmp_path: Path, overrides: list[str], slots: int, documents: int
 ) -> None:
-    """Of each document 9 tokens; and they are run once for each time that it is held, over all
-    ranks."""
+    """Room for 16 tokens of each document, which has 9, and of each slot, which has 6; and each
+    document is run once."""
     config = small_run(tmp_path, *overrides)
-    assert parts(config, "tree")["keys, values and states"] == (documents * 9 + rows * 6) * 64
-    markers = config.optim.batch_size * config.position.per_document * 3 * (200 + 10 * 64 + 70)
-    assert flops_of(config, "tree")["prefill"] == trunks * (9 * 200 + 45 * 64) + markers
+    held = parts(config, "tree")["keys, values and states"]
+    assert held == (documents * 16 + slots * 16) * 64
+    batch = config.optim.batch_size
+    markers = batch * config.position.per_document * 3 * (200 + 10 * 64 + 70)
+    assert flops_of(config, "tree")["prefill"] == batch * (9 * 200 + 45 * 64) + markers
 
 
 @pytest.mark.parametrize(
     "layout, cache, tokens",
     [
-        # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long.
+        # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long; where
+        # keys are shared, in room for 16 tokens of a document and of a thought.
         ("repeated", 6 * (15 * 64 + 200), 3 * 17),
-        ("tree", (2 * 9 + 6 * 6) * 64, 9 + 3 * 8),
+        ("tree", (2 * 16 + 6 * 16) * 64, 9 + 3 * 8),
     ],
 )
 def test_parts_of_a_run_by_hand(tmp_path: Path, layout: str, cache: int, tokens: int) -> None:
@@ -473,8 +463,8 @@ def test_the_rendered_plan_says_what_does_not_fit(tmp_path: Path) -> None:
     "module, above",
     [
         ("ledger", {"process.ranks", "model.shapes", "sampling.rollout"}),
-        ("plan_work", {"config", "model.shapes"}),
-        ("plan_memory", {"config", "model.shapes", "measure.plan_work"}),
+        ("plan_work", {"config", "model.shapes", "sampling.schedule"}),
+        ("plan_memory", {"config", "model.shapes", "model.slot_attention", "measure.plan_work"}),
     ],
 )
 def test_the_arithmetic_imports_only_what_is_above_it(module: str, above: set[str]) -> None:

@@ -20,12 +20,12 @@ from rlp.data.positions import Positions
 from rlp.measure.plan import plan_run
 from rlp.measure.plan_memory import LOGITS_TILE_BYTES, activation_bytes
 from rlp.measure.plan_work import FormatTokens, step_flops
-from rlp.model import attention
+from rlp.model import attention, slot_attention
 from rlp.model.layout import LAYOUTS, Layout, tree_layout
 from rlp.model.markers import Markers
 from rlp.model.shapes import forward_flops, model_shapes
 from rlp.model.thoughts import ThoughtFormat, Thoughts
-from rlp.sampling import branches
+from rlp.sampling import shared_slots
 from rlp.sampling.rollout import NoiseKey
 from tests.measure.small_plans import CPU, EIGHTY_GB, SHAPES, flops_of, plan_of, small_run
 from tests.sampled import sample_thoughts
@@ -190,29 +190,20 @@ def test_sampling_is_planned_as_it_is_counted(
         plan = plan_run(config, shapes, 1, layout=layout, format_tokens=step.tokens)
         assert {part.name: part.num_bytes for part in plan.memory}[
             "keys, values and states"
-        ] == max(held_bytes(keys) for keys in held)
+        ] == sum(keys.num_bytes() for keys in held)
 
 
-def watched_keys(monkeypatch: pytest.MonkeyPatch) -> list[attention.SharedKeys]:
+def watched_keys(monkeypatch: pytest.MonkeyPatch) -> list[slot_attention.SlotKeys]:
     """All that a rollout makes."""
     made = []
 
-    class Watched(attention.SharedKeys):
-        def __init__(self, **arguments: torch.Tensor | int) -> None:
+    class Watched(slot_attention.SlotKeys):
+        def __init__(self, **arguments: object) -> None:
             super().__init__(**arguments)
             made.append(self)
 
-    monkeypatch.setattr(branches, "SharedKeys", Watched)
+    monkeypatch.setattr(shared_slots, "SlotKeys", Watched)
     return made
-
-
-def held_bytes(keys: attention.SharedKeys) -> int:
-    """Of documents and of branches."""
-    trunks, branches = (
-        sum(part.numel() * part.element_size() for pair in layers.values() for part in pair)
-        for layers in (keys._trunk_keys, keys._own)
-    )
-    return trunks + branches
 
 
 def test_a_baseline_on_some_steps_and_a_kl_term_change_the_teacher_phase(tmp_path: Path) -> None:
