@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlp.model.attention import Attends, SharedKeys, Tree
+from rlp.model.attention import Attends, Tree
 from rlp.model.markers import Markers
 from rlp_kernels import token_argmax, token_entropy, token_logprobs
 
@@ -217,16 +217,6 @@ class Policy(nn.Module):
             input_ids=tokens, use_cache=True, **{self._cache_name: cache}, **optional
         )
         return self._logits(output.last_hidden_state[:, -1]), getattr(output, self._cache_name)
-
-    def prefill_trunks(self, tokens: Tensor, position: Tensor, keys: SharedKeys) -> None:
-        """Run packed trunks [1, T] once and keep their keys and values."""
-        self("shared_logits", tokens, position, keys, False)
-
-    def decode_branches(self, token: Tensor, position: Tensor, keys: SharedKeys) -> Tensor:
-        """Append one token [N] at its position [N] to every branch; logits [N, V] float32 after
-        it."""
-        keys.next_token()
-        return self("shared_logits", token[None], position[None], keys, True)
 
     def read_trunks(self, tokens: Tensor, position: Tensor, keys: Attends) -> None:
         """Run packed trunks [T], their keys and values held by what attends."""

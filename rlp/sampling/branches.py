@@ -1,7 +1,6 @@
 """Rows of thoughts while they are sampled: how a model holds what it has read.
 
     ForkedBranches   a cache per row, forked from that of its prefix: any causal model
-    SharedBranches   keys of a document once, and of each thought beside them: attention-only models
 
 Which token is drawn, and when a thought has ended, is not known here.
 
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.model.attention import SharedKeys
-from rlp.model.layout import padded_places, padded_rows
+from rlp.model.layout import padded_rows
 from rlp.model.policy import Policy
 from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat
@@ -108,62 +106,3 @@ class ForkedBranches(Branches):
     def _keep(self, index: Tensor) -> None:
         self._policy.fork(self._cache, index)
         self._mask, self._position = self._mask[index], self._position[index]
-
-
-class SharedBranches(Branches):
-    """Each document run once for all its positions, its keys held once: models that run trees."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        documents: list[Document],
-        positions: Positions,
-        thought_format: ThoughtFormat,
-        group_size: int,
-        max_thought_tokens: int,
-    ) -> None:
-        used = sorted(set(positions.document.tolist()))
-        trunks = [thought_format.context(documents[d].tokens, positions.last_of(d)) for d in used]
-        lengths = np.array([len(trunk) for trunk in trunks])
-        prefix = np.array(
-            [len(thought_format.context(documents[d].tokens, t)) for d, t in positions.places()]
-        )
-        places, mask = padded_places(np.cumsum(lengths) - lengths, lengths)
-
-        def on_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(policy.device)
-
-        self._open = thought_format.markers.open
-        self._tokens = on_device(np.concatenate(trunks))
-        self._trunk_position = on_device(np.concatenate([np.arange(length) for length in lengths]))
-        self._position = on_device(np.repeat(prefix, group_size))
-        self._keys = SharedKeys(
-            trunk=on_device(places),
-            place=on_device(np.flatnonzero(mask)),
-            trunk_of=on_device(np.repeat(np.searchsorted(used, positions.document), group_size)),
-            prefix=self._position,
-            # The last token of a thought is drawn and not run.
-            most=len(self._open) + max_thought_tokens - 1,
-        )
-
-        opening = np.full_like(prefix, len(self._open))
-        branch_work = row_work(
-            opening, group_size * int(opening.sum()), before=prefix, count=group_size
-        )
-        self.prefill_work = row_work(lengths, 0) + branch_work
-        super().__init__(policy, len(self._position))
-
-    def first(self) -> Tensor:
-        self._policy.prefill_trunks(self._tokens[None], self._trunk_position[None], self._keys)
-        for token in self._open:
-            logits = self._append(torch.full_like(self._held, token))
-        return logits
-
-    def _append(self, tokens: Tensor) -> Tensor:
-        logits = self._policy.decode_branches(tokens, self._position, self._keys)
-        self._position = self._position + 1
-        return logits
-
-    def _keep(self, index: Tensor) -> None:
-        self._keys.keep(index)
-        self._position = self._position[index]
