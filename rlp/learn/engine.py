@@ -259,7 +259,7 @@ class Engine:
         return StepResult(grad_norm=norm(), applied=may_step())
 
     @property
-    def _decodes_together(self) -> bool:
+    def decodes_together(self) -> bool:
         """Whether a forward during sampling is a collective, so that ranks must decode in step."""
         return self._stage == 3 and self._config.engine.generation == "synced"
 
@@ -275,7 +275,7 @@ class Engine:
             yield
 
     def _whole_weights(self) -> AbstractContextManager:
-        if self._stage < 3 or self._decodes_together:
+        if self._stage < 3 or self.decodes_together:
             return nullcontext()
         return self._gathered_apart()
 
@@ -303,7 +303,7 @@ class Engine:
         """`agree` of a sampler, inside `generation`: the largest claim of any rank where they
         decode in step, else this rank's own."""
         self._watchdog.mark()
-        if not self._decodes_together:
+        if not self.decodes_together:
             self._preemption.look()
             return claim
         stop = 2**30

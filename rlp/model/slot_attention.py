@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 FEWEST_ROWS = 4
@@ -121,15 +121,16 @@ class SlotKeys:
         """No branch stands in these slots.
 
         Args:
-            broken: make their values zero. Scores are masked where a slot does not look, but a
-                weight of zero times a value that is not finite is not a number.
+            broken: make their keys and values zero: what a slot does not look at counts nothing
+                only where it is finite.
         """
         self._place[slots] = -1
         if not broken:
             return
         index = self.on_device(slots)
-        for _, value in self._own_keys.values():
-            value.index_fill_(0, index, 0)
+        for pair in self._own_keys.values():
+            for part in pair:
+                part.index_fill_(0, index, 0)
 
     def keep(self, slots: list[int]) -> None:
         """Hold only these slots, in this order."""
@@ -209,7 +210,7 @@ class SlotKeys:
         )
         heads, key_heads = self._heads
         row = torch.arange(self.num_slots * key_heads, device=self._device)
-        place = row * self._own_room + own.repeat_interleave(key_heads)
+        place = row * self._own_room + repeat(own, "n -> (n c)", c=key_heads)
         self.length += going
         bias = torch.zeros(outside.shape, device=self._device).masked_fill_(outside, float("-inf"))
         return SlotStep(self, place, room, bias[:, None])

@@ -215,6 +215,7 @@ def build_sampler(config: Config, opened: Opened, engine: Engine) -> Sampler:
         shared=opened.layout == "tree",
         lend=engine.generation,
         agree=engine.agree,
+        together=engine.decodes_together,
     )
 
 

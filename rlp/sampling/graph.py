@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from rlp.config import ConfigError
+from rlp.model.policy import Policy
 
 WARM_UP = 2
 """Steps that are run as they are before one is recorded: libraries make their workspaces, and what
@@ -71,31 +72,35 @@ class Recorded:
         self._num_run += 1
 
 
-def wants_graph(
-    choice: str, *, device: torch.device, shared: bool, together: bool, dynamic_positions: bool
-) -> bool:
-    """Whether steps are recorded.
+SCALED_POSITIONS = {"dynamic", "longrope"}
+"""Rotary embeddings whose scale follows from the longest position, which is read on the host."""
+
+
+def recorder_for(
+    choice: str, policy: Policy, *, shared: bool, together: bool
+) -> Callable[[], Recorder] | None:
+    """What makes a recorder of steps; None where steps are run as they are.
 
     Args:
         choice: `sampling.graph`.
-        shared: whether thoughts share the keys of documents, in slots whose step can be recorded.
+        shared: whether thoughts share the keys of their documents.
         together: whether a forward during sampling is a collective.
-        dynamic_positions: whether the model scales its positions by the longest one, which it reads
-            on the host.
 
     Raises:
         ConfigError: on is asked for where it can not be.
     """
+    device = policy.device.type
+    kinds = {getattr(module, "rope_type", None) for module in policy.lm.modules()}
     why_not = {
-        f"the device is {device.type}": device.type != "cuda",
-        "this model's thoughts do not share the keys of their documents": not shared,
-        "engine.generation=synced gathers weights for each forward": together,
-        "this model reads its longest position on the host": dynamic_positions,
+        f"the device is {device}": device != "cuda",
+        "thoughts of this model do not share the keys of their documents": not shared,
+        "with engine.generation=synced each forward gathers weights": together,
+        "this model reads its longest position on the host": bool(kinds & SCALED_POSITIONS),
     }
     found = [reason for reason, holds in why_not.items() if holds]
     if choice == "on" and found:
         raise ConfigError(
-            f"sampling.graph=on: a step of sampling can not be recorded here: {'; '.join(found)}."
+            f"sampling.graph: on, but a step of sampling can not be recorded: {'; '.join(found)}."
             " Write sampling.graph=auto, which records where it can."
         )
-    return choice != "off" and not found
+    return None if choice == "off" or found else CudaRecorder

@@ -84,8 +84,8 @@ class Growth:
         counts = self._going & thinks
         place = torch.where(counts, self._first + u, self._nowhere)
         self._tokens.index_copy_(0, place, token)
-        self._logprobs.index_copy_(0, place, logprob)
-        self._entropies.index_copy_(0, place, entropy)
+        self._logprobs.index_copy_(0, place, logprob.float())
+        self._entropies.index_copy_(0, place, entropy.float())
 
         closed, broken = self._closes(token, place, u) & counts, logprob.isnan() & counts
         self._closed |= closed
@@ -124,16 +124,17 @@ class Growth:
 
     def thoughts(self, group_size: int) -> Thoughts:
         """All of them [M, G, longest]."""
-        longest = int(self._lengths.max())
+        longest = int(self._lengths.max(initial=0))
+        groups = len(self._lengths) // group_size
         device = self._token.device
         lengths = torch.from_numpy(self._lengths).to(device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
 
         def grouped(part: Tensor) -> Tensor:
-            return part.unflatten(0, (-1, group_size))
+            return part.unflatten(0, (groups, group_size))
 
         def of_all(part: Tensor) -> Tensor:
-            part = part[:-1].unflatten(0, (-1, self._budget))[:, :longest]
+            part = part[:-1].unflatten(0, (len(self._lengths), self._budget))[:, :longest]
             return grouped(part.masked_fill(~mask, 0))
 
         return Thoughts(

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
@@ -21,7 +22,7 @@ from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.faults import fault, poisoned
 from rlp.sampling.blocks import sample_in_blocks
-from rlp.sampling.graph import CudaRecorder, Recorded
+from rlp.sampling.graph import Recorded, Recorder
 from rlp.sampling.growth import Growth
 from rlp.sampling.rollout import NoiseKey, Rollout, decode_work
 from rlp.sampling.schedule import Fill, Read, Schedule, num_slots, trunk_places
@@ -42,7 +43,7 @@ class NativeSampler:
         *,
         slots: int,
         shared: bool = False,
-        graph: bool = False,
+        recorder: Callable[[], Recorder] | None = None,
         lend: Callable[[], AbstractContextManager] = nullcontext,
         agree: Callable[[int], int] = int,
         look_every: int | None = None,
@@ -52,7 +53,7 @@ class NativeSampler:
             slots: thoughts that grow side by side.
             shared: run each document once for all its positions and hold its keys once, for models
                 that run trees; else run each context once and copy its cache.
-            graph: record a step and replay it (`wants_graph`).
+            recorder: makes what records a step and replays it; None: steps are run as they are.
             lend: makes the context in which the policy's weights are whole (`Engine.generation`).
             agree: told how many forwards this rank wants to make, answers how many any rank does.
                 Ranks that gather weights together during sampling must make the same number of
@@ -60,7 +61,7 @@ class NativeSampler:
                 stop.
             look_every: tokens between two looks at the slots; by default `LOOK_EVERY`.
         """
-        self._policy, self._num_slots, self._graph = policy, slots, graph
+        self._policy, self._num_slots, self._recorder = policy, slots, recorder
         self._kind: type[Slots] | None = SharedSlots if shared else None
         self._lend, self._agree = lend, agree
         self._look_every = look_every
@@ -68,8 +69,13 @@ class NativeSampler:
     @contextmanager
     def phase(self) -> Iterator[None]:
         """As `Sampler.phase`."""
-        with self._lend(), self._policy.sampling():
-            yield
+        try:
+            with self._lend(), self._policy.sampling():
+                yield
+        finally:
+            # What a graph was recorded in is a pool of its own, which nothing else is given.
+            if self._recorder is not None:
+                torch.cuda.empty_cache()
 
     def sample(
         self,
@@ -114,7 +120,7 @@ class NativeSampler:
         filling = Filling(slots, growth, Schedule.of(trunks, group_size, slots, room), uniforms)
         device = self._policy.device.type
         filling.run(
-            Recorded(growth.step, CudaRecorder()) if self._graph else growth.step,
+            Recorded(growth.step, self._recorder()) if self._recorder else growth.step,
             look_every=self._look_every or LOOK_EVERY[device],
             shrinks=not room.static,
             agree=self._agree,
@@ -135,7 +141,8 @@ class NativeSampler:
         sample keeps others company."""
         thoughts = [len(trunk.members) * group_size for trunk in trunks] or [1]
         slots = num_slots(self._num_slots, sum(thoughts))
-        static = self._policy.device.type != "cpu" and self._kind.can_be_recorded
+        on_cpu = self._policy.device.type == "cpu"
+        static = self._kind.can_be_recorded and not (on_cpu and self._recorder is None)
         return Room(
             num_slots=slots,
             slot_tokens=slot_tokens,

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from rlp.config import ConfigError, SamplingConfig
 from rlp.model.policy import Policy
+from rlp.sampling.graph import recorder_for
 from rlp.sampling.native import NativeSampler
 from rlp.sampling.sampler import Sampler
 
@@ -16,11 +17,13 @@ def open_sampler(
     shared: bool,
     lend: Callable[[], AbstractContextManager] = nullcontext,
     agree: Callable[[int], int] = int,
+    together: bool = False,
 ) -> Sampler:
     """The sampler of a config's section.
 
     Args:
         shared, lend, agree: of `NativeSampler`.
+        together: whether a forward during sampling is a collective.
 
     Raises:
         ConfigError: it can not be had here.
@@ -30,4 +33,11 @@ def open_sampler(
             "sampling.engine: vllm is not here. Write sampling.engine=native, which runs every"
             " model that trains."
         )
-    return NativeSampler(policy, slots=sampling.slots, shared=shared, lend=lend, agree=agree)
+    return NativeSampler(
+        policy,
+        slots=sampling.slots,
+        shared=shared,
+        recorder=recorder_for(sampling.graph, policy, shared=shared, together=together),
+        lend=lend,
+        agree=agree,
+    )

@@ -85,7 +85,7 @@ class SharedSlots(Slots):
         self._keys.fill(slots, places, prefix)
 
     def free(self, slots: list[int], *, broken: bool) -> None:
-        """Their seats are free; values that are not finite become zero."""
+        """Their seats are free; what is not finite becomes zero."""
         self._keys.free(slots, broken=broken)
 
     def next(self, token: Tensor, going: Tensor) -> Tensor:
