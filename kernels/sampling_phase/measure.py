@@ -1,13 +1,16 @@
 """What is measured of a contender: its turns, its steps, its operations, and its memory."""
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
 
 from rlp.model.shapes import forward_flops, model_shapes, row_work
 from sampling_phase.contenders import Contender, Sampled
@@ -60,6 +63,33 @@ def audit(contender: Contender, network: nn.Module, rows: int) -> Audit:
 def _attention_flops(query, key, value, *_, out_shape=None, **__) -> int:
     """As torch counts its other attentions; it has no entry for this one."""
     return sdpa_flop_count(query, key, value)
+
+
+@torch.no_grad()
+def parting_distance(lm: PreTrainedModel, setting: Setting, ours: Sampled, other: Sampled) -> float:
+    """Of all thoughts that two samplers with the same numbers do not share: how far, at the token
+    at which they part, the number is from the boundary between the two tokens.
+
+    In float64, from the probabilities of the tokens before. Rounding can part thoughts at a
+    boundary and nowhere else; 0 where all thoughts are the same.
+    """
+    noise, farthest = setting.noise(), 0.0
+    differs = (ours.tokens != other.tokens).any(axis=1)
+    exact = copy.deepcopy(lm).double() if differs.any() else None
+    for thought in np.flatnonzero(differs):
+        m, g = divmod(int(thought), setting.group_size)
+        u = int((ours.tokens[thought] != other.tokens[thought]).argmax())
+        d, t = setting.positions.places()[m]
+        prefix = THOUGHT_FORMAT.prefix(setting.documents[d].tokens, t)
+        row = np.concatenate([prefix, ours.tokens[thought, :u]])
+        logits = exact(input_ids=torch.from_numpy(row)[None].to(lm.device)).logits[0, -1]
+        below = (logits / THOUGHT_FORMAT.temperature).softmax(dim=0).cumsum(dim=0)
+
+        pair = (ours.tokens[thought, u], other.tokens[thought, u])
+        ends = below[[min(pair), max(pair) - 1]]
+        number = noise.uniforms(setting.documents[d], t, g, setting.max_thought_tokens)[u]
+        farthest = max(farthest, float((ends - number).abs().max()))
+    return farthest
 
 
 def useful_flops(setting: Setting, config) -> float:

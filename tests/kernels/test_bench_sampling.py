@@ -33,7 +33,7 @@ def test_contenders_sample_the_same_phase(report):
         assert 0 < report["useful_over_spent_flops"][name] <= 1
         assert report["tokens_per_s"][name] > 0 and report["seconds"][name] > 0
     # Each block lasts as long as its longest thought, and one more for the open marker, less one.
-    longest = recorded_lengths(64, 48).reshape(-1, 8).max(axis=1)
+    longest = recorded_lengths(32, 24).reshape(-1, 8).max(axis=1)
     assert report["decode_steps"]["blocks"] == longest.sum()
     assert report["slots_steps_over_blocks"] == (
         report["decode_steps"]["slots"] / report["decode_steps"]["blocks"]
