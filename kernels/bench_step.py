@@ -1,6 +1,7 @@
 """What one update step costs when its thoughts are given: ours, and TRL's GRPOTrainer doing it.
 
     python kernels/bench_step.py --shape 256,4,8,32 --json step.json
+    python kernels/bench_step.py --with-sampling --shape 256,4,8,128 --json sampled_step.json
 
 Every contender computes the same numbers: the reward of each thought (eq. 5), its advantage (eq.
 7), the gradient of the clipped surrogate (eq. 8), one AdamW step, one EMA step. That is checked
@@ -15,6 +16,10 @@ take turns, A B A B, on one process and one thread. The parts are in `update_ste
     TRL naive     GRPOTrainer, micro-batch 8, with a reward function that computes all logits of
                   every completion, and asks the teacher once per completion
 
+With sampling, ours samples in slots and TRL generates all completions in one batch, with the
+lengths of `sampling_phase/lengths.json` imposed on both, their mean a sixth of the budget; the
+thoughts are each one's own. TRL returns no log-probabilities of what it samples, ours does.
+
 What is fair
     Same weights from a seed, document, positions, thoughts, dtype, temperature, AdamW, EMA teacher.
     The peers run TRL's own `training_step`: its preparing, rewards, advantages, loss and backward,
@@ -28,7 +33,7 @@ What is fair
 What is not
     TRL pads all prompts of a step to the longest, and computes an entropy for its metrics: both are
     left as they are, and both are in its time. Our monitors (a few means per step) are left out of
-    ours. Nobody clips gradients. Nothing is sampled, so nothing is said about sampling. On a GPU
+    ours. Nobody clips gradients. Unless asked to, nothing is sampled. On a GPU
     all run in bfloat16, weights, moments and EMA too, which nobody should train with, but which
     costs all of them the same; TRL rounds logits to bfloat16 there and ours does not.
 Not driven by TRL
@@ -64,6 +69,7 @@ from update_step.architecture import architecture
 from update_step.given import Shape
 from update_step.memory import answer_alone
 from update_step.report import over_shapes, provenance, summary, table
+from update_step.sampled_step import measure_sampled, sampled_table
 from update_step.turns import (
     CAREFUL,
     CHECKPOINTED,
@@ -81,7 +87,7 @@ void."""
 CAVEATS = (
     "Equal-MFU ratios flatter nobody at L 2048: they are about 2x at most, because long thoughts"
     " leave little prefix to share.",
-    "Nothing is claimed against a vLLM-backed peer: none is measured here, and nothing is sampled.",
+    "Nothing is claimed against a vLLM-backed peer: none is measured here.",
 )
 
 
@@ -100,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
 
         report = announce(options, benches[0])
+        if options.with_sampling:
+            return with_sampling(options, benches, report)
         results = []
         for bench in benches:
             result = measure(bench, options)
@@ -112,6 +120,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         report |= over_shapes(results) | {"caveats": CAVEATS, "shapes": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def with_sampling(options: argparse.Namespace, benches: list[Bench], report: dict) -> int:
+    """The steps of all shapes with their sampling."""
+    results = []
+    for bench in benches:
+        bench = replace(bench, micro_batch=fastest_micro_batch(bench))
+        results.append(measure_sampled(bench, options.warmups, options.repeats))
+        print(sampled_table(results[-1]), flush=True)
+    if options.json:
+        report |= {"speedup_vs_trl": min(result["speedup_vs_trl"] for result in results)}
+        options.json.write_text(json.dumps(report | {"shapes": results}, indent=1) + "\n")
     return 0
 
 
@@ -200,6 +221,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--checkpointing",
         action="store_true",
         help="add the careful peer with gradient checkpointing",
+    )
+    parser.add_argument(
+        "--with-sampling",
+        action="store_true",
+        help="a whole step with its sampling, beside the careful peer with its own generation",
     )
     parser.add_argument(
         "--quick",

@@ -17,14 +17,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlp.model import attention
 from rlp.model.policy import Policy
 from rlp.sampling.native import NativeSampler
 from rlp.sampling.sampler import Sampler
 from sampling_phase.blocks import BlockSampler
+from sampling_phase.closing import Closing
 from sampling_phase.setting import Setting
 from update_step.given import CLOSE, PAD, TEMPERATURE, THOUGHT_FORMAT
 
@@ -72,23 +72,6 @@ class Ours:
         return Sampled(mask.sum(axis=1), tokens)
 
 
-class Closing(LogitsProcessor):
-    """Ends each row where it is recorded to end."""
-
-    def __init__(self, lengths: Tensor, prompt_tokens: int, budget: int) -> None:
-        """
-        Args:
-            lengths: [R].
-        """
-        self._lengths, self._prompt, self._budget = lengths, prompt_tokens, budget
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        u = input_ids.shape[1] - self._prompt
-        if u + 1 < self._budget:
-            scores[:, CLOSE].masked_fill_(self._lengths == u + 1, 1e4)
-        return scores
-
-
 class Generate:
     """`generate` of transformers as TRL's GRPOTrainer calls it: prompts repeated G times and padded
     on the left, R rows until the last of them has ended."""
@@ -127,11 +110,10 @@ class Generate:
         most, device = max(len(prompt) for prompt in prompts), self._lm.device
         tokens = torch.tensor([[PAD] * (most - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (most - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        closing = Closing(
-            torch.from_numpy(lengths).to(device), most, self._setting.max_thought_tokens
-        )
+        tokens = tokens.to(device)
+        closing = Closing(lengths, tokens, self._setting.max_thought_tokens)
         found = self._lm.generate(
-            input_ids=tokens.to(device),
+            input_ids=tokens,
             attention_mask=mask.to(device),
             generation_config=self._settings,
             logits_processor=[closing],

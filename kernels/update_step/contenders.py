@@ -65,13 +65,13 @@ class Stopwatch:
         self._spans.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Of `scoring`, of the whole `step`, and of the `update`, which is the rest."""
+        """Of `sampling`, of `scoring`, of the whole `step`, and of the `update`, the rest of it."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        total = {"scoring": 0.0, "step": 0.0}
+        total = {"sampling": 0.0, "scoring": 0.0, "step": 0.0}
         for name, start, stop in self._spans:
             total[name] += start.elapsed_time(stop) / 1000 if self._on_gpu else stop - start
-        return total | {"update": total["step"] - total["scoring"]}
+        return total | {"update": total["step"] - total["scoring"] - total["sampling"]}
 
     def _now(self) -> object:
         if not self._on_gpu:
@@ -84,11 +84,22 @@ class Stopwatch:
 class Network:
     """The policy, its EMA and its optimizer: the same for every contender."""
 
-    def __init__(self, config: Qwen3Config, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Qwen3Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        prepare: Callable[[nn.Module], None] = lambda lm: None,
+    ) -> None:
+        """
+        Args:
+            prepare: changes the policy before its EMA is copied from it.
+        """
         torch.manual_seed(SEED)
         self.lm = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation="sdpa", dtype=dtype
         ).to(device)
+        prepare(self.lm)
         self.teacher = copy.deepcopy(self.lm).eval().requires_grad_(False)
         # Fused on a GPU: the other form needs temporaries as large as the weights, which would hide
         # what a step needs.
@@ -122,14 +133,14 @@ class Ours:
         if lay_out is not repeated_layout:
             for lm in (network.lm, network.teacher):
                 lm.set_attn_implementation(attention.register("sdpa"))
-        self._policy = Policy(network.lm, THOUGHT_FORMAT.markers)
+        self.policy = Policy(network.lm, THOUGHT_FORMAT.markers)
         self._teacher = Policy(network.teacher, THOUGHT_FORMAT.markers)
 
     def prepare(self, given: Given) -> Given:
         """The thoughts with the log-probabilities of this policy, as if it had sampled them."""
-        given = given.at(self._policy.device)
+        given = given.at(self.policy.device)
         with torch.no_grad():
-            scores = score(self._policy, self._layout(given, given.thoughts, no_think=False))
+            scores = score(self.policy, self._layout(given, given.thoughts, no_think=False))
         logprob = rearrange(scores.thought, "(m g) l -> m g l", g=given.thoughts.tokens.shape[1])
         return replace(given, thoughts=replace(given.thoughts, behavior_logprob=logprob))
 
@@ -140,7 +151,7 @@ class Ours:
             with watch.part("scoring"), torch.no_grad():
                 baseline = score(self._teacher, self._layout(given, None, no_think=True))
                 baseline_logprob = log_evidence(baseline.no_think)
-            scores = score(self._policy, self._layout(given, thoughts, no_think=False))
+            scores = score(self.policy, self._layout(given, thoughts, no_think=False))
 
         reasoned_logprob = rearrange(
             log_evidence(scores.target), "(m g) -> m g", g=thoughts.tokens.shape[1]
@@ -171,7 +182,7 @@ class Ours:
             THOUGHT_FORMAT,
             lm=False,
             no_think=no_think,
-            device=self._policy.device,
+            device=self.policy.device,
         )
 
 
@@ -187,9 +198,11 @@ class Peer:
         careful: bool,
         micro_batch: int,
         checkpointing: bool = False,
+        samples: bool = False,
     ) -> None:
         """
         Args:
+            samples: whether TRL samples the completions itself; else they are given.
             folder: for TRL's output, which stays empty.
             micro_batch: completions per forward; N is a multiple of it.
         """
@@ -197,7 +210,13 @@ class Peer:
         self._num_micro_batches = shape.num_thoughts // micro_batch
         self._device = next(network.lm.parameters()).device
         self._trainer = make_trainer(
-            network, shape, folder, micro_batch, checkpointing, self._give, self._reward
+            network,
+            shape,
+            folder,
+            micro_batch,
+            checkpointing,
+            None if samples else self._give,
+            self._reward,
         )
         self._trainer.current_gradient_accumulation_steps = self._num_micro_batches
 
@@ -211,11 +230,15 @@ class Peer:
     def gradient_of(self, rows: Rows, watch: Stopwatch) -> Tensor:
         """Leave the gradient in the weights; returns the rewards [M, G]."""
         self._rows, self._watch = rows, watch
-        prompts = [{"prompt": str(m)} for m in rows.position_of]
+        prompts = [{"prompt": self._prompt(n)} for n in range(len(rows.prompts))]
         with self._head_on_completions_alone():
             for _ in range(self._num_micro_batches):
                 self._trainer.training_step(self._trainer.model, prompts, num_items_in_batch=None)
         return rearrange(torch.tensor(self._rewards), "(m g) -> m g", m=len(rows.position))
+
+    def _prompt(self, n: int) -> str:
+        """Where completions are given nobody reads it; TRL wants the same for all of a group."""
+        return str(self._rows.position_of[n])
 
     def _head_on_completions_alone(self) -> AbstractContextManager:
         """On a CPU, TRL's fused head would score the prompts too.
@@ -297,7 +320,7 @@ def make_trainer(
     folder: Path,
     micro_batch: int,
     checkpointing: bool,
-    give: Callable,
+    give: Callable | None,
     reward: Callable,
 ):
     """A `trl.GRPOTrainer` whose loss is eq. 8 with eq. 7's advantage."""
@@ -338,12 +361,14 @@ def make_trainer(
 
 @functools.cache
 def word_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
-    """One token per word: TRL decodes completions, whatever the reward reads."""
-    from tokenizers import Tokenizer, models
+    """One token per word: TRL reads prompts and decodes completions, whatever the reward reads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{token}": token for token in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w4"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w4")),
+        tokenizer_object=tokenizer,
         pad_token=f"w{PAD}",
         eos_token=f"w{EOS}",
     )
