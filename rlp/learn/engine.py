@@ -299,6 +299,36 @@ class Engine:
                 lambda module, *given: offload.get_param_coordinator().reset_step()
             )
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around sampling by another program than the policy: `look` leaves it.
+
+        Raises:
+            StopRequested: as `generation`.
+        """
+        with self._preemption.leaving_early():
+            yield
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter of the policy as it is, in its compute dtype, whole, by its name in the
+        Hugging Face model; tied ones once. Under stage 3 they are gathered and copied one by one:
+        a collective, to be gone through to its end."""
+        for name, p in self.shards.parameters():
+            if self._stage < 3:
+                yield name, p.detach()
+                continue
+            import deepspeed
+
+            # A copy: the buffer that it is gathered in is DeepSpeed's to use again.
+            with deepspeed.zero.GatheredParameters([p]):
+                whole = p.detach().clone()
+            yield name, whole
+
+    def look(self) -> None:
+        """Mark the watchdog, and leave `apart` or `generation` where the run is to stop."""
+        self._watchdog.mark()
+        self._preemption.look()
+
     def agree(self, claim: int) -> int:
         """`agree` of a sampler, inside `generation`: the largest claim of any rank where they
         decode in step, else this rank's own."""

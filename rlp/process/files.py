@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -287,6 +288,14 @@ def name_folder(temporary: Path, final: Path, *, point: str) -> None:
             sync(path)
     fault(point)
     give_name(temporary, final)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what another program reads at once, in the machine's place for such things; it
+    is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="rlp.") as name:
+        yield Path(name)
 
 
 def make_folder(path: Path, *, exist_ok: bool = False) -> None:

@@ -9,7 +9,7 @@ from rlp.process.files import FolderLostError, open_log
 from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder
 
-_LIBRARIES = ("transformers", "datasets", "torch", "py.warnings", "DeepSpeed")
+_LIBRARIES = ("transformers", "datasets", "torch", "py.warnings", "DeepSpeed", "vllm")
 
 
 class _OnlyTo(logging.Filter):

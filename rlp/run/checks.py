@@ -46,6 +46,7 @@ from rlp.process.run_folder import RunFolder, open_run_folder
 from rlp.process.run_logs import json_lines
 from rlp.process.schemas import STATE, WHOLE_LEDGER
 from rlp.run.budget import fraction_spent
+from rlp.sampling.opening import refuse_vllm
 
 CHECKED_PARAMETERS = 400_000_000
 """Of the largest model whose weights a dry run loads, to check them: 1.6 GB in float32, and some
@@ -80,6 +81,8 @@ class Opened:
         self.match = open_budget_match(config)
         self.setup = RunSetup(config, warn, record, progress)
         self.layout, self.why_layout = choose_layout(config, self.setup.architecture)
+        if config.objective.thinks or self.setup.held_out is not None:
+            refuse_vllm(config.sampling, self.setup.markers)
         begin_ledger(config, self.setup.shapes)
         thought_format = self.setup.thought_format
         self.format_tokens = FormatTokens(

@@ -42,7 +42,7 @@ from rlp.run.checks import (
 from rlp.run.saved import resume
 from rlp.run.state import Host, OpenRun, Progression
 from rlp.run.trial import ReplaceableParts, try_parts
-from rlp.sampling.opening import open_sampler
+from rlp.sampling.opening import longest_row, open_sampler
 from rlp.sampling.sampler import Sampler
 from rlp.step.packing import Cutter
 from rlp.step.parts import StepParts
@@ -216,6 +216,10 @@ def build_sampler(config: Config, opened: Opened, engine: Engine) -> Sampler:
         lend=engine.generation,
         agree=engine.agree,
         together=engine.decodes_together,
+        weights=engine.weights,
+        apart=engine.apart,
+        look=engine.look,
+        longest=longest_row(config, opened.setup.thought_format),
     )
 
 

@@ -7,13 +7,13 @@ import torch
 
 from rlp.learn.engine import StepResult
 from rlp.learn.guard import MAX_REFUSED_IN_A_ROW, NumericsError
-from rlp.measure.monitor import mismatch_of
 from rlp.measure.thought_statistics import combine_parts
 from rlp.process.faults import fault
 from rlp.process.run_logs import append_json_line, refused_logs
 from rlp.run.budget import fraction_spent
 from rlp.run.saved import save
 from rlp.run.state import OpenRun
+from rlp.sampling.mismatch import mismatch_of
 from rlp.step.record import StepRecord
 
 

@@ -25,7 +25,14 @@ class NoiseKey:
 
     def uniforms(self, document: Document, position: int, thought: int, length: int) -> np.ndarray:
         """[length] float64 in [0, 1), one per thought token."""
-        noise = keyed_noise(
+        return self._noise(document, position, thought).random(length)
+
+    def seed_of(self, document: Document, position: int, thought: int) -> int:
+        """63 bits, for a sampler that has a generator of its own for each thought."""
+        return int(self._noise(document, position, thought).integers(2**63))
+
+    def _noise(self, document: Document, position: int, thought: int) -> np.random.Generator:
+        return keyed_noise(
             seed=self.seed,
             purpose=self.purpose,
             step=self.step,
@@ -34,7 +41,6 @@ class NoiseKey:
             position=position,
             thought=thought,
         )
-        return noise.random(length)
 
 
 @dataclass(frozen=True, slots=True)

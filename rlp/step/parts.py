@@ -226,6 +226,9 @@ class StepParts:
             num_thoughts=step.num_thoughts,
             num_tokens=step.num_tokens,
             weights=self.config.objective,
+            ratio_cap=(
+                self.config.objective.ratio_cap if self.config.sampling.engine == "vllm" else None
+            ),
         )
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ from torch import Tensor
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure.journal import Journal
-from rlp.measure.monitor import MISMATCH_METRICS
 from rlp.measure.thought_statistics import (
     TokenScripts,
     thought_lengths,
@@ -27,6 +26,7 @@ from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, kl_to_start
 from rlp.process.ranks import Ranks
 from rlp.process.tally import Tally
+from rlp.sampling.mismatch import MISMATCH_METRICS
 from rlp.step.loss import Scored
 from rlp.step.reward import Evidence
 

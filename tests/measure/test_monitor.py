@@ -17,8 +17,7 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure import monitor, thought_statistics
 from rlp.measure.metrics import METRICS
-from rlp.measure.monitor import MISMATCH_METRICS as ONLY
-from rlp.measure.monitor import STREAK_STEPS, Watch, mismatch_of
+from rlp.measure.monitor import STREAK_STEPS, Watch
 from rlp.measure.thought_statistics import (
     combine_parts,
     token_scripts,
@@ -31,6 +30,8 @@ from rlp.model.thoughts import Thoughts
 from rlp.process.exit_codes import DONE
 from rlp.process.ranks import start_ranks
 from rlp.process.tally import Tally
+from rlp.sampling.mismatch import MISMATCH_METRICS as ONLY
+from rlp.sampling.mismatch import mismatch_of
 from tests.tiny_models import WORDS
 from tests.training import read_lines, tiny_config, train, write_corpus
 
