@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from rlp.model.policy import Policy
 from rlp.model.running_rows import SHRUNK
 from rlp.sampling.forked_slots import ForkedSlots
 from rlp.sampling.slots import FEWEST_SLOTS, Room, Trunk
-from tests.tiny_models import ARCHITECTURES, WORDS, tiny_policy
+from tests.tiny_models import ARCHITECTURES, MARKERS, WORDS, tiny_policy
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 """As in `test_rollout`: sums of some 100 products of order one in another order."""
@@ -234,3 +235,19 @@ def test_a_place_is_read_anew():
         play.standing = {0: (1, 0), 1: (5, 0)}
         play.slots.idle_read()
         play.run([])
+
+
+def test_a_slot_that_holds_nothing_asks_for_no_position():
+    """A table of positions has an end; the row of a thought that has ended stays before it, however
+    long others go on."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=4, n_positions=PREFIXES[3] + LENGTHS[3]
+    )
+    policy = Policy(AutoModelForCausalLM.from_config(config).float().eval(), MARKERS)
+    with policy.sampling():
+        play = Play(policy, Thoughts(policy))
+        play.read(3, 4)
+        play.fill({0: 3, 1: 4})
+        play.run([])
+        assert LENGTHS[4] > LENGTHS[3] + 1
