@@ -203,20 +203,20 @@ class CachedRows:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = columns
 
-    def replace(self, rows: Tensor, source: DynamicCache, chosen: Tensor, columns: int) -> None:
+    def replace(self, rows: Tensor, source: DynamicCache, chosen: Tensor) -> None:
         """Rows become copies of rows of another cache.
 
         Args:
             rows: [R] int64, each once.
-            source: that a forward of the same model has left.
+            source: that a forward of the same model has left. Of its columns those that are held
+                here are enough for these rows.
             chosen: [R] int64, the row of `source` that each becomes.
-            columns: the last ones, that those rows need of it; no more than are held here.
         """
         for mine, other in zip(self.cache.layers, source.layers, strict=True):
             taken = _with_columns(other)
             for name, held in _columns(mine).items():
                 tensor, axis = taken[name]
-                count = min(columns, tensor.shape[axis], held.tensor().shape[axis])
+                count = min(tensor.shape[axis], held.tensor().shape[axis])
                 tensor = tensor.narrow(axis, tensor.shape[axis] - count, count)
                 held.write(rows, tensor.index_select(0, chosen))
             for (states, number), (others, _) in zip(_states(mine), _states(other), strict=True):

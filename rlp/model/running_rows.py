@@ -55,11 +55,17 @@ class RunningRows:
     def __init__(self, policy: Policy, num_rows: int) -> None:
         self._policy = policy
         self._position = torch.zeros(num_rows, dtype=torch.int64, device=policy.device)
-        # Tokens of each row that goes on; of others, those since they ended.
+        self._goes_on = np.zeros(num_rows, dtype=bool)
+        # Tokens of each row that goes on, else 0.
         self._length, self._columns = np.zeros(num_rows, dtype=np.int64), 0
         self._mask = self._position[:, None]
         self._rows: CachedRows | None = None
         self._cache: object = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to run."""
+        return self._cache is not None
 
     def begin(self, rows: list[int], read: ReadRows, chosen: list[int]) -> None:
         """Some rows become copies of prefixes.
@@ -69,14 +75,16 @@ class RunningRows:
                 `read` is used up.
             chosen: the prefix of each.
         """
+        assert read.unknown is None or not self._goes_on.any(), "these rows begin together"
         if read.unknown is None:
             self._replace(rows, read, chosen)
         else:
             of_all = np.zeros(len(self._length), dtype=np.int64)
             of_all[rows] = chosen
             self._cache, self._columns = read.cache, read.columns
-            self._length = read.length[of_all]
+            self._length[rows] = read.length[chosen]
             self._policy.fork(self._cache, self._on_device(of_all))
+        self._goes_on[rows] = True
         self._position[self._on_device(rows)] = self._on_device(read.length[chosen])
         self._make_mask()
 
@@ -90,10 +98,10 @@ class RunningRows:
         Returns:
             [N, V] float32, the logits after it.
         """
+        if self._columns == self._mask.shape[1]:
+            self._fit()
         self._columns += 1
-        self._length += 1
-        if self._columns > self._mask.shape[1]:
-            self._make_mask()
+        self._length += self._goes_on
         mask = self._mask[:, : self._columns]
         logits = self._policy.decode(token, mask, self._position, self._cache)
         self._position += going
@@ -101,18 +109,15 @@ class RunningRows:
 
     def end(self, rows: list[int]) -> None:
         """Some rows go no further, until they begin anew."""
-        self._length[rows] = 0
+        self._goes_on[rows], self._length[rows] = False, 0
         self._position[self._on_device(rows)] = 0
-        longest = max(1, int(self._length.max()))
-        if self._rows is not None and longest <= SHRUNK * self._columns:
-            self._columns = longest
-            self._rows.resize(longest)
-            self._make_mask()
+        self._fit()
 
     def keep(self, rows: list[int]) -> None:
         """Hold these rows only, in this order."""
         index = self._on_device(rows)
-        self._length, self._position = self._length[rows], self._position[index]
+        self._goes_on, self._length = self._goes_on[rows], self._length[rows]
+        self._position = self._position[index]
         if self._rows is None:
             self._policy.fork(self._cache, index)
         else:
@@ -128,12 +133,18 @@ class RunningRows:
         self._columns = max(1, int(self._length.max()))
         self._rows.resize(self._columns)
 
-        longest = max(1, int(read.length[chosen].max()))
-        source = self._on_device(chosen)
-        self._rows.replace(self._on_device(rows), read.cache, source, longest)
+        self._rows.replace(self._on_device(rows), read.cache, self._on_device(chosen))
         # Where a prefill has one column, or one row, some scans take padding for a token.
         empty = [row for row in rows if not self._length[row]]
         self._rows.clear(self._on_device(empty))
+
+    def _fit(self) -> None:
+        """Let go of columns that no row needs, and mask as many as come next."""
+        longest = max(1, int(self._length.max()))
+        if self._rows is not None and longest <= SHRUNK * self._columns:
+            self._columns = longest
+            self._rows.resize(longest)
+        self._make_mask()
 
     def _make_mask(self) -> None:
         """[N, T] int64, 1 on the tokens of a row: its last columns, and all that come."""

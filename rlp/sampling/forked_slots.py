@@ -41,8 +41,12 @@ class ForkedSlots(Slots):
         self._held |= {place: (read, row) for row, place in enumerate(places)}
 
     def idle_read(self) -> None:
-        """As `Slots.idle_read`."""
-        ReadRows(self._policy, [np.zeros(1, dtype=np.int64)])
+        """As `Slots.idle_read`. Slots that have never begun have something to run beside others."""
+        read = ReadRows(self._policy, [np.zeros(1, dtype=np.int64)])
+        if not self._running.has_begun:
+            everywhere = list(range(self.num_slots))
+            self._running.begin(everywhere, read, [0] * self.num_slots)
+            self._running.end(everywhere)
 
     def fill(self, slots: list[int], places: list[int], prefix: list[int]) -> None:
         """As `Slots.fill`; a trunk is always continued from its end."""

@@ -21,7 +21,7 @@ from rlp.model.policy import Policy
 from rlp.model.shapes import Work, row_work
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.faults import fault, poisoned
-from rlp.sampling.blocks import sample_in_blocks
+from rlp.sampling.forked_slots import ForkedSlots
 from rlp.sampling.graph import Recorded, Recorder
 from rlp.sampling.growth import Growth
 from rlp.sampling.rollout import NoiseKey, Rollout, decode_work
@@ -62,7 +62,7 @@ class NativeSampler:
             look_every: tokens between two looks at the slots; by default `LOOK_EVERY`.
         """
         self._policy, self._num_slots, self._recorder = policy, slots, recorder
-        self._kind: type[Slots] | None = SharedSlots if shared else None
+        self._kind: type[Slots] = SharedSlots if shared else ForkedSlots
         self._lend, self._agree = lend, agree
         self._look_every = look_every
 
@@ -91,20 +91,6 @@ class NativeSampler:
     ) -> Rollout:
         """As `Sampler.sample`."""
         fault("rollout")
-        if self._kind is None:
-            return sample_in_blocks(
-                self._policy,
-                documents,
-                positions,
-                thought_format,
-                noise,
-                group_size=group_size,
-                max_thought_tokens=max_thought_tokens,
-                rows=self._num_slots,
-                told=self._agree,
-                beat=beat,
-                prefill=prefill,
-            )
         trunks = self._kind.trunks(documents, positions, thought_format)
         num_open = len(thought_format.markers.open)
         places = positions.places()
@@ -114,10 +100,13 @@ class NativeSampler:
             d, t = places[m]
             return noise.uniforms(documents[d], t, g, max_thought_tokens)
 
-        room = self._room(trunks, group_size, num_open + max_thought_tokens - 1)
+        together = self._kind is ForkedSlots and self._policy.why_together is not None
+        slot_tokens = num_open + max_thought_tokens - 1
+        room = self._room(trunks, group_size, slot_tokens, together=together)
         slots = self._kind(self._policy, room)
         growth = Growth(slots, thought_format, len(places) * group_size, max_thought_tokens)
-        filling = Filling(slots, growth, Schedule.of(trunks, group_size, slots, room), uniforms)
+        schedule = Schedule.of(trunks, group_size, slots, room, together=together)
+        filling = Filling(slots, growth, schedule, uniforms)
         device = self._policy.device.type
         filling.run(
             Recorded(growth.step, self._recorder()) if self._recorder else growth.step,
@@ -136,19 +125,23 @@ class NativeSampler:
             thoughts, _prefill_work(trunks, group_size, num_open), decode_work(prefixes, thoughts)
         )
 
-    def _room(self, trunks: list[Trunk], group_size: int, slot_tokens: int) -> Room:
+    def _room(
+        self, trunks: list[Trunk], group_size: int, slot_tokens: int, *, together: bool
+    ) -> Room:
         """What a call of `sample` needs; at least one of everything, for a rank that has nothing to
         sample keeps others company."""
         thoughts = [len(trunk.members) * group_size for trunk in trunks] or [1]
         slots = num_slots(self._num_slots, sum(thoughts))
+        places = trunk_places(slots, max(thoughts), len(thoughts), lasting=self._kind.reads_trunks)
+        if together:
+            slots = max(slots, group_size)
+            places = slots // group_size
         on_cpu = self._policy.device.type == "cpu"
         static = self._kind.can_be_recorded and not (on_cpu and self._recorder is None)
         return Room(
             num_slots=slots,
             slot_tokens=slot_tokens,
-            num_trunks=trunk_places(
-                slots, max(thoughts), len(thoughts), lasting=self._kind.reads_trunks
-            ),
+            num_trunks=places,
             trunk_tokens=max((len(trunk.tokens) for trunk in trunks), default=1),
             seats=min(slots, max(thoughts)),
             static=static,

@@ -69,13 +69,17 @@ class Schedule:
         num_places: int,
         *,
         lasting: bool,
+        together: bool = False,
     ) -> None:
         """
         Args:
             lasting: a trunk's place is free when the last of its thoughts has ended, else when all
                 have been begun.
+            together: thoughts begin when none goes on, in whole groups, behind trunks of one read:
+                as many as there are places.
         """
         self._trunks, self._group, self._lasting = trunks, group_size, lasting
+        self._together = together
         members = [len(trunk.members) for trunk in trunks]
         self._trunk_of = np.repeat(np.arange(len(trunks)), members)
         """[M]"""
@@ -95,9 +99,18 @@ class Schedule:
         self._place = np.zeros(num_slots, dtype=np.int64)
 
     @classmethod
-    def of(cls, trunks: list[Trunk], group_size: int, slots: Slots, room: Room) -> "Schedule":
+    def of(
+        cls, trunks: list[Trunk], group_size: int, slots: Slots, room: Room, *, together: bool
+    ) -> "Schedule":
         """Of the thoughts behind these trunks, in these slots."""
-        return cls(trunks, group_size, slots.num_slots, room.num_trunks, lasting=slots.reads_trunks)
+        return cls(
+            trunks,
+            group_size,
+            slots.num_slots,
+            room.num_trunks,
+            lasting=slots.reads_trunks,
+            together=together,
+        )
 
     @property
     def num_going(self) -> int:
@@ -121,6 +134,8 @@ class Schedule:
     def moves(self) -> Iterator[Read | Fill]:
         """What to do for the slots that are free, in order."""
         slots = np.flatnonzero(self.thought < 0).tolist()
+        if self._together:
+            slots = [] if self.num_going else slots[: len(self._thoughts_at) * self._group]
         fill = Fill([], [], [], [])
         while slots and not self.is_drained:
             trunk = int(self._trunk_of[self._begun // self._group])
@@ -162,7 +177,7 @@ class Schedule:
             self._held[self._next_trunk] = place
             self._next_trunk += 1
             tokens += len(trunk.tokens)
-            if not reads or tokens > READ_TOKENS:
+            if not reads or tokens > READ_TOKENS and not self._together:
                 reads.append(Read([], []))
                 tokens = len(trunk.tokens)
             reads[-1].places.append(place)

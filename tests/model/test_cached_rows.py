@@ -108,6 +108,7 @@ def test_rows_of_a_cache_that_is_not_known_begin_together(monkeypatch: pytest.Mo
     with policy.sampling():
         rows = RunningRows(policy, 4)
         for begun in ((2, 0, 1), (1, 2, 0)):
+            rows.end([0, 1, 3])
             prefixes = [tokens[one][: 3 + one] for one in begun]
             rows.begin([3, 1, 0], ReadRows(policy, prefixes), [0, 1, 2])
             at = [begun[2], begun[1], begun[0], begun[0]]  # row 2 is left over

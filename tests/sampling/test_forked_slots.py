@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from rlp.model import running_rows
 from rlp.model.policy import Policy
 from rlp.model.running_rows import SHRUNK
 from rlp.sampling.forked_slots import ForkedSlots
@@ -64,6 +65,7 @@ class Play:
         self.slots = ForkedSlots(policy, Room(num_slots, 14, len(PREFIXES), 25, 1, static=False))
         self.standing: dict[int, tuple[int, int]] = {}
         """Slot -> (thought, tokens of it that were run)."""
+        self.num_steps = 0
 
     def read(self, *some: int) -> None:
         """Their prefixes together, each at the place of its number."""
@@ -81,7 +83,10 @@ class Play:
         going = torch.zeros(self.slots.num_slots, dtype=torch.bool)
         for slot, (thought, count) in self.standing.items():
             token[slot], going[slot] = int(self.thoughts.tokens[thought][count]), True
+        length = self.slots.length.clone()
         logits = self.slots.next(token, going)
+        assert torch.equal(self.slots.length, length + going)
+        self.num_steps += 1
 
         for slot, (thought, count) in list(self.standing.items()):
             assert_close(logits[slot], self.thoughts.logits[thought][count], **FLOAT32)
@@ -204,8 +209,11 @@ class Widths:
         self._handle.remove()
 
 
-def test_no_more_columns_are_held_than_the_longest_row_that_goes_on_has():
+def test_no_more_columns_are_held_than_the_longest_row_that_goes_on_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Give or take an eighth: what a token costs does not grow with what has ended."""
+    monkeypatch.setattr(running_rows, "MORE_COLUMNS", 3)
     policy = tiny_policy("gemma2")
     with policy.sampling():
         play = Play(policy, Thoughts(policy))
@@ -238,8 +246,8 @@ def test_a_place_is_read_anew():
 
 
 def test_a_slot_that_holds_nothing_asks_for_no_position():
-    """A table of positions has an end; the row of a thought that has ended stays before it, however
-    long others go on."""
+    """A table of positions has an end; the row of a thought that has ended stays before it, and one
+    that never began, however long others go on."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=4, n_positions=PREFIXES[3] + LENGTHS[3]
@@ -248,6 +256,26 @@ def test_a_slot_that_holds_nothing_asks_for_no_position():
     with policy.sampling():
         play = Play(policy, Thoughts(policy))
         play.read(3, 4)
-        play.fill({0: 3, 1: 4})
+        play.fill({0: 3})
         play.run([])
-        assert LENGTHS[4] > LENGTHS[3] + 1
+        while play.num_steps <= config.n_positions:
+            play.fill({1: 4})
+            play.run([])
+
+
+def test_slots_beside_ranks_that_still_sample_run_along():
+    """One that never had a thought, and one whose thoughts have ended: they hold less and less."""
+    policy = tiny_policy("gemma2")
+    thoughts, nothing = Thoughts(policy), torch.zeros(FEWEST_SLOTS, dtype=torch.bool)
+    with policy.sampling(), Widths(policy) as widths:
+        for num_thoughts in (0, 1):
+            play = Play(policy, thoughts)
+            play.slots.idle_read()
+            if num_thoughts:
+                play.read(3)
+                play.fill({0: 3})
+                play.run([])
+            for _ in range(4 * running_rows.MORE_COLUMNS):
+                play.slots.next(torch.zeros(FEWEST_SLOTS, dtype=torch.int64), nothing)
+            assert max(widths.seen) <= 1 + running_rows.MORE_COLUMNS / SHRUNK
+            assert play.slots.length.tolist() == [num_thoughts * LENGTHS[3], 0, 0, 0]

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from rlp.data.documents import Document
 from rlp.data.noise import PANEL_NOISE
 from rlp.data.positions import Positions
+from rlp.model import cached_rows
+from rlp.model.admission import why_together
 from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
@@ -228,6 +230,19 @@ def test_thoughts_do_not_depend_on_how_many_are_decoded_side_by_side(
         same_thoughts(think(policy, thought_format, rows=rows).thoughts, one_by_one)
 
 
+@pytest.mark.parametrize("rows", [1, 2 * GROUP + 3, 1000])
+def test_where_rows_begin_together_thoughts_are_the_same(
+    policy: Policy, endless: list[list[int]], monkeypatch: pytest.MonkeyPatch, rows: int
+):
+    """In whole groups, when none goes on: a cache that is not known row by row changes no
+    thought."""
+    thought_format = format_of(marker_within(endless, 1))
+    one_by_one = think(policy, thought_format, rows=rows).thoughts
+    monkeypatch.setattr(cached_rows, "KNOWN", {})
+    monkeypatch.setattr(policy, "why_together", why_together(policy))
+    same_thoughts(think(policy, thought_format, rows=rows).thoughts, one_by_one)
+
+
 def test_thoughts_do_not_depend_on_the_order_or_the_choice_of_documents(policy: Policy):
     """A rank that holds document 2 alone, or holds them in another order, thinks the same about
     it."""
@@ -336,25 +351,27 @@ class Calls:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mamba2"])
-@pytest.mark.parametrize("rows, blocks", [(1000, [(0, 5)]), (2 * GROUP, [(0, 2), (2, 4), (4, 5)])])
+@pytest.mark.parametrize("slots, reads", [(1000, [(0, 5)]), (2 * GROUP, [(0, 2), (2, 4), (4, 5)])])
 def test_each_prefix_is_computed_once_for_its_group(
-    name: str, rows: int, blocks: list[tuple[int, int]]
+    name: str, slots: int, reads: list[tuple[int, int]]
 ):
-    """One prefill per block, of M rows and not M * G; then one column per further token."""
+    """A forward for the prefixes that begin together, of M rows and not M * G; then one column per
+    further token, of the open marker too."""
     policy, thought_format = tiny_policy(name), format_of()
-    prefix = [2 + t + 1 for t in POSITIONS.position.tolist()]  # instruction, document, open marker
+    prefix = [2 + t for t in POSITIONS.position.tolist()]  # instruction, document
+    num_slots = min(slots, len(prefix) * GROUP)
     with Calls(policy) as calls:
-        think(policy, thought_format, rows=rows)
+        think(policy, thought_format, rows=slots)
     expected = []
-    for start, stop in blocks:
+    for start, stop in reads:
         expected += [(stop - start, max(prefix[start:stop]), sum(prefix[start:stop]))] + [
-            ((stop - start) * GROUP, 1, (stop - start) * GROUP)
-        ] * (BUDGET - 1)
+            (num_slots, 1, num_slots)
+        ] * (1 + BUDGET - 1)
     assert calls.sizes == expected
 
 
 def test_decoding_stops_when_every_thought_has_ended():
-    """The last token of a thought is never run."""
+    """The open marker and all tokens of a thought but its last are run."""
     policy = tiny_policy()
     endless = token_lists(
         think(policy, format_of(), positions=places((0, 2)), group_size=1).thoughts
@@ -364,7 +381,7 @@ def test_decoding_stops_when_every_thought_has_ended():
     with Calls(policy) as calls:
         thoughts = think(policy, format_of(close), positions=places((0, 2)), group_size=1).thoughts
     assert thoughts.tokens.shape == (1, 1, 4) and not thoughts.truncated.any()
-    assert len(calls.sizes) == 1 + 3
+    assert len(calls.sizes) == 1 + 1 + 3
 
 
 def test_the_work_of_a_rollout_by_hand():
