@@ -64,7 +64,7 @@ def think(run: StepParts, step: StepRecord) -> MicroBatch:
     positions = run.choose_positions(step.number, documents)  # t  [M]
     thoughts = run.sample_thoughts(step.number, documents, positions)  # c  [M, G, L]  eq. 2
     step.see_thoughts(documents, positions, thoughts, run.scripts)
-    return MicroBatch(documents, positions, thoughts)
+    return MicroBatch(documents, positions, thoughts, host=thoughts.to("cpu"))
 
 
 def predict(run: StepParts, step: StepRecord, whole: MicroBatch) -> MicroBatch:
@@ -125,7 +125,8 @@ def learn_thoughts(
 
     if first:
         whole = batch.evidence(torch.cat(evidence, dim=1), None)
-        step.see_rewards(whole, fed, advantage, measured=is_measured(run.reward, whole))
+        measured = is_measured(run.reward, whole)
+        step.see_rewards(whole, batch.on_host(), fed, advantage, measured=measured)
 
 
 def learn_text(run: StepParts, step: StepRecord, batch: MicroBatch) -> None:

@@ -69,6 +69,7 @@ def token_logprobs(
     softcap: float = 0.0,
     bias: Tensor | None = None,
     form: str = "auto",
+    wait: bool = True,
 ) -> Tensor:
     """Log-probability of each row's target, with the row's excluded token out of the softmax.
 
@@ -90,6 +91,8 @@ def token_logprobs(
         softcap: c, 0 for none (Gemma 2 uses 30).
         bias: [V], same dtype, None for none (Phi and GPT-J have one). Under ZeRO-3 as the head.
         form: one of `FORMS`, or "auto" to take what `choose_form` says.
+        wait: for the device, to refuse a target, a temperature or an excluded token that can not be
+            with the row that has it. False: an assertion of the device does, which says less.
 
     Returns:
         [N], nats.
@@ -98,7 +101,12 @@ def token_logprobs(
     _check_rows("token_logprobs", "target", target, hidden, torch.int64)
     _check_inverse_temperature("token_logprobs", inverse_temperature, hidden)
     _check_values(
-        "token_logprobs", head, excluded, target=target, inverse_temperature=inverse_temperature
+        "token_logprobs",
+        head,
+        excluded,
+        target=target,
+        inverse_temperature=inverse_temperature,
+        wait=wait,
     )
 
     module = _module("token_logprobs", form, FORMS, hidden, head)
@@ -267,6 +275,7 @@ def token_entropy(
     excluded: Tensor,
     softcap: float = 0.0,
     bias: Tensor | None = None,
+    wait: bool = True,
 ) -> Tensor:
     """Entropy of each row's softmax, -sum_v p_v log p_v, without gradient.
 
@@ -277,7 +286,9 @@ def token_entropy(
     """
     _check_logits("token_entropy", hidden, head, excluded, softcap, bias)
     _check_inverse_temperature("token_entropy", inverse_temperature, hidden)
-    _check_values("token_entropy", head, excluded, inverse_temperature=inverse_temperature)
+    _check_values(
+        "token_entropy", head, excluded, inverse_temperature=inverse_temperature, wait=wait
+    )
 
     return chunked.token_entropy(
         hidden,
@@ -296,6 +307,7 @@ def token_argmax(
     excluded: Tensor,
     softcap: float = 0.0,
     bias: Tensor | None = None,
+    wait: bool = True,
 ) -> Tensor:
     """Most probable token of each row, the lowest index on ties.
 
@@ -306,7 +318,7 @@ def token_argmax(
         [N] int64.
     """
     _check_logits("token_argmax", hidden, head, excluded, softcap, bias)
-    _check_values("token_argmax", head, excluded)
+    _check_values("token_argmax", head, excluded, wait=wait)
     return chunked.token_argmax(hidden, head, excluded=excluded, softcap=softcap, bias=bias)
 
 
@@ -440,11 +452,13 @@ def _check_values(
     *,
     target: Tensor | None = None,
     inverse_temperature: Tensor | None = None,
+    wait: bool = True,
 ) -> None:
     """Refuse tokens and temperatures that would give a wrong or infinite number.
 
     One [N] comparison and one answer back from the device; the row is looked up only to say
-    which it is.
+    which it is. Without `wait` an assertion of the device says so, as it does of a token that has
+    no embedding.
     """
     vocabulary = head.shape[0]
     wrong = {
@@ -458,6 +472,10 @@ def _check_values(
     if inverse_temperature is not None:
         positive = (inverse_temperature > 0) & inverse_temperature.isfinite()
         wrong["inverse_temperature must be positive and finite"] = ~positive
+    if not wait:
+        for expected, rows in wrong.items():
+            torch._assert_async(~rows.any(), f"{where}: {expected}.")
+        return
     if not torch.stack(list(wrong.values())).any():
         return
 

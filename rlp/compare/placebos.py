@@ -60,9 +60,11 @@ class ForeignThought(Judge):
         self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]
     ) -> None:
         refuse_single_position(run, step, whole)
-        before = run.ranks.gather(whole.thoughts[-1:].to("cpu"))[run.ranks.rank - 1]
-        foreign = whole.thoughts.exchanged(before.to(run.ranks.device))
-        exchanged = run.cut.update(replace(whole, thoughts=foreign))
+        before = run.ranks.gather(whole.on_host()[-1:])[run.ranks.rank - 1]
+        foreign = whole.on_host().exchanged(before)
+        exchanged = run.cut.update(
+            replace(whole, thoughts=foreign.to(run.ranks.device), host=foreign)
+        )
         rewards = []
         for batch in exchanged:
             run.pulse.between_passes(run.engine.forward_is_collective)

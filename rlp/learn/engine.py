@@ -60,6 +60,8 @@ def deepspeed_config(config: Config, ranks: Ranks, dtype: torch.dtype) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # It waits for the device at each forward and at each step, and nobody reads it.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}

@@ -84,7 +84,8 @@ class Ledger:
         self._total = Account()
         self._carried = Account()
         self._running: str | None = None
-        self._seconds_inside = 0.0
+        self._spans: list[_Span] = []
+        self._span: _Span | None = None
 
     @property
     def steps(self) -> int:
@@ -184,7 +185,8 @@ class Ledger:
 
     @contextmanager
     def time(self, *phases: str) -> Iterator[None]:
-        """Add the seconds of the block to its phases; waits for the GPU at both ends.
+        """Add the seconds of the block to its phases, when the step is closed: on a GPU those
+        between two moments of its queue, for which nobody waits here.
 
         Blocks may lie in each other: the seconds of an inner one are not the outer one's as well.
         Phases that share a pass through the model can not be timed apart: its seconds are divided
@@ -192,17 +194,15 @@ class Ledger:
         """
         counts = [self._phase(phase) for phase in phases]
         outer, self._running = self._running, phases[0]
-        seconds_outside, self._seconds_inside = self._seconds_inside, 0.0
         self._on_phase(self._running)
-        _wait_for_device()
-        start = time.perf_counter()
+        span, around = _Span(counts, _Moment()), self._span
+        (self._spans if around is None else around.inside).append(span)
+        self._span = span
         try:
             yield
         finally:
-            _wait_for_device()
-            seconds = time.perf_counter() - start
-            _divide(seconds - self._seconds_inside, counts)
-            self._running, self._seconds_inside = outer, seconds_outside + seconds
+            span.end(_Moment())
+            self._span, self._running = around, outer
             if outer is not None:
                 self._on_phase(outer)
 
@@ -217,6 +217,9 @@ class Ledger:
             The step's totals, in the form of `to_json`.
         """
         self._step.steps = 1
+        for span in self._spans:
+            span.settle()
+        self._spans = []
         step = _over_ranks(self._step, ranks)
         _add_to(self._total, step)
         self._step = Account()
@@ -244,7 +247,7 @@ class Ledger:
 
     def drop_step(self) -> None:
         """Forget what was counted since the last `close_step`: the step is given up."""
-        self._step = Account()
+        self._step, self._spans = Account(), []
 
     def to_json(self) -> dict:
         """The run so far, over all ranks, as `ledger.json` holds it: a plain dict of numbers, and
@@ -259,17 +262,53 @@ class Ledger:
         return self._step.phases[phase]
 
 
-def _divide(seconds: float, counts: list[PhaseCount]) -> None:
-    """Add seconds to phases in proportion to their FLOPs; to the first of them where none has
-    any."""
-    flops = sum(count.flops for count in counts)
-    for index, count in enumerate(counts):
-        count.seconds += seconds * (count.flops / flops if flops else float(index == 0))
+class _Moment:
+    """A moment: on a GPU, of its queue."""
+
+    def __init__(self) -> None:
+        self._event = None
+        if torch.cuda.is_initialized():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def seconds_since(self, start: "_Moment") -> float:
+        """Waits for the GPU to come to this moment."""
+        if self._event is None or start._event is None:
+            return self._time - start._time
+        self._event.synchronize()
+        return start._event.elapsed_time(self._event) / 1000
 
 
-def _wait_for_device() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+class _Span:
+    """A block whose seconds belong to phases."""
+
+    def __init__(self, counts: list[PhaseCount], start: _Moment) -> None:
+        self._counts, self._start = counts, start
+        self.inside: list[_Span] = []
+        """Blocks that lie in it."""
+
+    def end(self, moment: _Moment) -> None:
+        """It is over: phases that share it have theirs of its seconds in proportion to the FLOPs
+        counted so far; the first has all where none has any."""
+        self._end = moment
+        flops = sum(count.flops for count in self._counts)
+        self._shares = [
+            count.flops / flops if flops else float(index == 0)
+            for index, count in enumerate(self._counts)
+        ]
+
+    def settle(self) -> float:
+        """Add its seconds, without those of the blocks in it, to its phases.
+
+        Returns:
+            all its seconds.
+        """
+        seconds = self._end.seconds_since(self._start)
+        own = seconds - sum(span.settle() for span in self.inside)
+        for count, share in zip(self._counts, self._shares):
+            count.seconds += own * share
+        return seconds
 
 
 def _sum_of(account: Account, name: str) -> float:

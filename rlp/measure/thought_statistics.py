@@ -122,7 +122,7 @@ def watch_thoughts(
     tally.add("thought/max_length_frac", thoughts.mask.sum(dim=2) == max_thought_tokens)
     tally.add("thought/empty_frac", lengths == 0)
     if thoughts.entropy is not None:
-        tally.add("policy/entropy", thoughts.entropy[thoughts.mask])
+        tally.add("policy/entropy", thoughts.entropy, thoughts.mask)
 
     per_position = thoughts.tokens[0].numel() + int(positions.position.max())
     size = max(1, TOKENS_AT_ONCE // per_position)
@@ -260,15 +260,16 @@ def watch_ratio(
         first: whether no update was made with these thoughts yet: the two are the same policy then.
     """
     mask = rearrange(thoughts.mask, "m g l -> (m g) l")
-    log_ratio = (logprob.detach() - rearrange(thoughts.behavior_logprob, "m g l -> (m g) l"))[mask]
+    log_ratio = logprob.detach() - rearrange(thoughts.behavior_logprob, "m g l -> (m g) l")
+    log_ratio = log_ratio.masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     if first:
         # Float64: of ratios near 1 a float32 sum has nothing left.
         exact = log_ratio.double()
         tally.add_largest("policy/behavior_mismatch_max", exact.abs())
-        tally.add("policy/behavior_mismatch_kl", exact.expm1() - exact)
+        tally.add("policy/behavior_mismatch_kl", exact.expm1() - exact, mask)
     tally.add_largest("policy/ratio_max_deviation", (ratio - 1).abs())
-    tally.add("policy/clip_frac", (ratio < 1 - clip_low) | (ratio > 1 + clip_high))
+    tally.add("policy/clip_frac", (ratio < 1 - clip_low) | (ratio > 1 + clip_high), mask)
 
 
 def combine_parts(means: dict[str, float]) -> None:

@@ -63,12 +63,18 @@ class Layout:
     """[Q] float32."""
     excluded: Tensor
     """[Q] int64, token left out of the softmax, or -1."""
+    asked: Tensor
+    """int64, the queries that leave one out."""
     sizes: tuple[int, int, int, int, int]
     """Queries in each block: thought, target, document, no_think, open_marker."""
     thought_mask: Tensor
     """[N, L] bool."""
+    thought_place: Tensor
+    """int64, the places of its True entries, row by row."""
     document_mask: Tensor
     """[B, P - 1] bool, True on the tokens of the LM loss."""
+    document_place: Tensor
+    """int64, likewise."""
     horizon: int
     """H."""
     thought_work: Work
@@ -201,7 +207,7 @@ def tree_layout(
         _thought_mask(thoughts),
         documents,
         device,
-        position=torch.from_numpy(position[None]).to(device),
+        position=to_device(position[None], device),
         tree=tree,
         thought_work=branch_work if plain else branch_work + trunk_work,
         document_work=trunk_work if plain else Work(),
@@ -228,12 +234,17 @@ def continuation_layout(
     mask = row_mask(np.array([len(continuation) for continuation in continuations]))
     return builder.finish(
         padded_rows(builder.rows)[0],
-        torch.from_numpy(mask),
+        mask,
         [],
         device,
         thought_work=row_work(builder.lengths(), builder.num_thought_queries()),
         document_work=Work(),
     )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on a device, which is not waited for."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def row_mask(lengths: np.ndarray) -> np.ndarray:
@@ -274,9 +285,7 @@ def _tree(
         blocks.append(block)
         places.append(before + np.flatnonzero(mask))
         before += mask.size
-    trunk, branch, place = (
-        torch.from_numpy(part).to(device) for part in (*blocks, np.concatenate(places))
-    )
+    trunk, branch, place = (to_device(part, device) for part in (*blocks, np.concatenate(places)))
     return Tree(trunk=trunk, branch=branch, place=place, trunk_of=trunk_of, prefix=prefix)
 
 
@@ -315,11 +324,11 @@ def _branches(
             yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, positions.target[m])
 
 
-def _thought_mask(thoughts: Thoughts | None) -> Tensor:
+def _thought_mask(thoughts: Thoughts | None) -> np.ndarray:
     """[N, L] bool."""
     if thoughts is None:
-        return torch.zeros(0, 0, dtype=torch.bool)
-    return rearrange(thoughts.mask, "m g l -> (m g) l")
+        return np.zeros((0, 0), dtype=bool)
+    return rearrange(thoughts.mask.cpu().numpy(), "m g l -> (m g) l")
 
 
 def _targets(
@@ -416,7 +425,7 @@ class _Builder:
     def finish(
         self,
         tokens: np.ndarray,
-        thought_mask: Tensor,
+        thought_mask: np.ndarray,
         documents: list[Document],
         device: torch.device,
         *,
@@ -427,13 +436,14 @@ class _Builder:
     ) -> Layout:
         """The layout of what was collected."""
         collected = [part for block in self._blocks for part in block]
+        columns = [np.concatenate(parts) for parts in zip(*collected)]
         row, column, target, inverse_temperature, excluded = (
-            torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*collected)
+            to_device(part, device) for part in columns
         )
         document_mask = row_mask(np.array([len(document.tokens) - 1 for document in documents]))
 
         return Layout(
-            tokens=torch.from_numpy(tokens).to(device),
+            tokens=to_device(tokens, device),
             position=position,
             tree=tree,
             row=row,
@@ -441,9 +451,12 @@ class _Builder:
             target=target,
             inverse_temperature=inverse_temperature.float(),
             excluded=excluded,
+            asked=to_device(np.flatnonzero(columns[-1] >= 0), device),
             sizes=self._sizes(),
-            thought_mask=thought_mask.to(device),
-            document_mask=torch.from_numpy(document_mask).to(device),
+            thought_mask=to_device(thought_mask, device),
+            thought_place=to_device(np.flatnonzero(thought_mask), device),
+            document_mask=to_device(document_mask, device),
+            document_place=to_device(np.flatnonzero(document_mask), device),
             horizon=self._format.horizon,
             thought_work=thought_work,
             document_work=document_work,

@@ -115,6 +115,7 @@ class Policy(nn.Module):
         target: Tensor,
         inverse_temperature: Tensor,
         excluded: Tensor,
+        asked: Tensor,
     ) -> Tensor:
         """One pass over rows, and a number for each query: of its `target` after
         `tokens[row, : column + 1]`.
@@ -132,6 +133,7 @@ class Policy(nn.Module):
             target: [Q] int64, the predicted token.
             inverse_temperature: [Q] float32.
             excluded: [Q] int64, a token left out of the softmax, or -1.
+            asked: int64, which queries have one.
 
         Returns:
             [Q] float32; for `logprob_and_greedy` [Q] bool too, which is False where no token is
@@ -141,7 +143,8 @@ class Policy(nn.Module):
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
         queried = hidden[row, column] * self.logit_scale
 
-        transform = {"softcap": self.softcap, "bias": self.head_bias}
+        # A layout's numbers are made on the host: nobody waits for the device to look at them.
+        transform = {"softcap": self.softcap, "bias": self.head_bias, "wait": False}
         tempered = {"inverse_temperature": inverse_temperature, "excluded": excluded, **transform}
         if statistic == "entropy":
             return token_entropy(queried, self.head, **tempered)
@@ -149,10 +152,10 @@ class Policy(nn.Module):
         if statistic == "logprob":
             return logprobs
 
-        asked = excluded >= 0
         with torch.no_grad():
             best = token_argmax(queried[asked], self.head, excluded=excluded[asked], **transform)
-        return logprobs, torch.zeros_like(asked).masked_scatter(asked, best == target[asked])
+        matched = torch.zeros_like(target, dtype=torch.bool)
+        return logprobs, matched.index_copy(0, asked, best == target[asked])
 
     def _packed(self, tokens: Tensor, position: Tensor, tree: Tree | Attends) -> dict:
         """What a forward of a packed row is given besides. A mask of four dimensions is passed

@@ -82,6 +82,7 @@ def ask(model: Callable, statistic: str, layout: Layout) -> Tensor:
         layout.target,
         layout.inverse_temperature,
         layout.excluded,
+        layout.asked,
     )
 
 
@@ -90,9 +91,9 @@ def unpack(layout: Layout, answers: Tensor) -> Scores:
     blocks = answers.split(layout.sizes)
     document = blocks[DOCUMENT]
     if layout.sizes[DOCUMENT]:
-        document = _spread(layout.document_mask, document)
+        document = _spread(layout.document_mask, layout.document_place, document)
     return Scores(
-        thought=_spread(layout.thought_mask, blocks[THOUGHT]),
+        thought=_spread(layout.thought_mask, layout.thought_place, blocks[THOUGHT]),
         target=rearrange(blocks[TARGET], "(n h) -> n h", h=layout.horizon),
         document=document,
         no_think=rearrange(blocks[NO_THINK], "(m h) -> m h", h=layout.horizon),
@@ -100,25 +101,30 @@ def unpack(layout: Layout, answers: Tensor) -> Scores:
     )
 
 
-def _spread(mask: Tensor, values: Tensor) -> Tensor:
-    """Values in row-major order at the True places of a mask, 0 elsewhere."""
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+def _spread(mask: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    """Values at the True places of a mask, whose numbers are `place`, 0 elsewhere. Nobody waits for
+    the device, as who counts the places of a mask does."""
+    return values.new_zeros(mask.numel()).index_copy(0, place, values).view_as(mask)
 
 
 @torch.no_grad()
-def difficulty(model: Callable, layout: Layout, selector: str) -> list[np.ndarray]:
-    """Per-position scores for the selectors `entropy` and `surprisal`, without thinking.
+def difficulty(model: Callable, layout: Layout, selector: str) -> Tensor:
+    """Per-token scores for the selectors `entropy` and `surprisal`, without thinking.
 
     Args:
         layout: document rows that ask for every token (`lm`).
 
     Returns:
-        one [P] float32 array per document: at index t the entropy before token t, or -log p(x_t |
-        x_<t), nats; index 0, which has no context, is 0.
+        [Q] nats, for each token of each document but its first: the entropy before it, or -log
+        p(x_t | x_<t).
     """
-    answers = (
-        ask(model, "entropy", layout) if selector == "entropy" else -ask(model, "logprob", layout)
-    )
-    padded = torch.nn.functional.pad(unpack(layout, answers).document, (1, 0)).cpu().numpy()
-    lengths = layout.document_mask.sum(dim=1).tolist()
-    return [row[: length + 1] for row, length in zip(padded, lengths)]
+    if selector == "entropy":
+        return ask(model, "entropy", layout)
+    return -ask(model, "logprob", layout)
+
+
+def by_document(difficulties: Tensor, lengths: list[int]) -> list[np.ndarray]:
+    """One [P] float32 array per document, of P = `lengths` tokens: index 0, which has no context,
+    is 0."""
+    parts = np.split(difficulties.cpu().numpy(), np.cumsum([length - 1 for length in lengths])[:-1])
+    return [np.concatenate([np.zeros(1, dtype=part.dtype), part]) for part in parts]

@@ -28,6 +28,8 @@ class MicroBatch:
     """[M, G, L]; likewise."""
     baseline_logprob: Tensor | None = None
     """[M] S_ema; None on a step that does not score it."""
+    host: Thoughts | None = None
+    """`thoughts`, in the memory of the host, where they were copied for the whole step at once."""
     rows: Tensor | None = None
     """[M] int64, which positions of the step these are; None where it is the whole step."""
     groups: tuple[slice, ...] = ()
@@ -53,17 +55,21 @@ class MicroBatch:
         chosen = [self.documents[document] for document in documents]
         if self.positions is None:
             return MicroBatch(chosen)
-        rows = torch.from_numpy(self.positions.rows_of(documents))
+        rows = there = torch.from_numpy(self.positions.rows_of(documents))
+        thoughts = known = host = None
         if self.thoughts is not None:
-            rows = rows.to(self.thoughts.tokens.device)
-        known = self.baseline_logprob
+            host = self.on_host()[rows]
+            there = rows.to(self.thoughts.tokens.device, non_blocking=True)
+            thoughts = self.thoughts[there]
+            known = None if self.baseline_logprob is None else self.baseline_logprob[there]
         return MicroBatch(
-            chosen,
-            self.positions.of_list(documents),
-            None if self.thoughts is None else self.thoughts[rows],
-            None if known is None else known[rows],
-            rows,
+            chosen, self.positions.of_list(documents), thoughts, known, host=host, rows=there
         )
+
+    def on_host(self) -> Thoughts:
+        """Its thoughts in the memory of the host: a copy waits for the device, so there is one for
+        a step."""
+        return self.thoughts.to("cpu") if self.host is None else self.host
 
     def slices_of(self, size: int | None) -> tuple[slice, ...]:
         """Its groups in parts of `size` thoughts (`optim.thoughts_per_forward`); nothing, without a
@@ -77,9 +83,15 @@ class MicroBatch:
         """It in the parts that are run by themselves: one pass each."""
         if self.thoughts is None:
             return [self]
-        groups = self.groups or (slice(0, self.thoughts.tokens.shape[1]),)
+        groups, host = self.groups or (slice(0, self.thoughts.tokens.shape[1]),), self.on_host()
         return [
-            replace(self, thoughts=self.thoughts.siblings(group), group=group) for group in groups
+            replace(
+                self,
+                thoughts=self.thoughts.siblings(group),
+                host=host.siblings(group),
+                group=group,
+            )
+            for group in groups
         ]
 
     def evidence(self, reasoned_logprob: Tensor, matched: Tensor | None) -> Evidence:

@@ -63,8 +63,9 @@ class Lengths:
         self.group_size = 0
         if step.thoughts is None:
             return
-        self._thoughts = step.thoughts.mask.sum(dim=2).cpu().numpy()  # [M, G]
-        forced = step.thoughts.truncated.cpu().numpy() * len(thought_format.markers.close)
+        thoughts = step.on_host()
+        self._thoughts = thoughts.mask.sum(dim=2).numpy()  # [M, G]
+        forced = thoughts.truncated.numpy() * len(thought_format.markers.close)
         around = len(thought_format.markers.open) + thought_format.horizon - 1
         self._branches = self._thoughts + forced + around
         self.group_size = self._thoughts.shape[1]
@@ -243,7 +244,7 @@ class Cutter:
     def documents(self, step: MicroBatch, *, lm: bool, no_think: bool) -> list[MicroBatch]:
         """What a pass over documents alone runs, without gradient. A collective where forwards are,
         under stage 3. Other arguments as those of a layout."""
-        step = replace(step, thoughts=None)
+        step = replace(step, thoughts=None, host=None)
         if not self.by_length:
             return [step.part(chunk) for chunk in self._chunks(step)]
         lengths = Lengths(step, self._format)

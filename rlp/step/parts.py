@@ -22,9 +22,9 @@ from rlp.learn.guard import Guard
 from rlp.learn.teacher import Teacher
 from rlp.measure.ledger import Ledger
 from rlp.measure.thought_statistics import TokenScripts
-from rlp.model.layout import Layout
+from rlp.model.layout import DOCUMENT, THOUGHT, Layout
 from rlp.model.policy import Policy
-from rlp.model.scoring import Scores, difficulty, score
+from rlp.model.scoring import Scores, by_document, difficulty, score
 from rlp.model.setup import RunSetup
 from rlp.model.shapes import Work
 from rlp.model.thoughts import Thoughts
@@ -91,14 +91,16 @@ class StepParts:
         )
 
     def _difficulty(self, documents: list[Document], statistic: str) -> list[np.ndarray]:
-        scores = {}
+        scores, scored = [], []
         with self.ledger.time("score"):
             for some in self.cut.documents(MicroBatch(documents), lm=True, no_think=False):
                 layout = self._rows_of(some, lm=True, no_think=False)
-                found = difficulty(self.engine.policy, layout, statistic)
-                scores |= dict(zip(map(id, some.documents), found))
+                scores.append(difficulty(self.engine.policy, layout, statistic))
+                scored += some.documents
                 self.count("score", layout.document_work, passes=1)
-        return [scores[id(document)] for document in documents]
+            found = by_document(torch.cat(scores), [len(document.tokens) for document in scored])
+        of_document = dict(zip(map(id, scored), found))
+        return [of_document[id(document)] for document in documents]
 
     def sample_thoughts(
         self, step: int, documents: list[Document], positions: Positions
@@ -141,9 +143,9 @@ class StepParts:
         """
         lm = batch.is_first_slice and self.config.objective.lm_weight > 0
         layout = self._rows_of(batch, lm=lm, no_think=lm and batch.thoughts is not None)
-        trained = int(layout.thought_mask.sum())
+        trained = layout.sizes[THOUGHT]
         self.count("train", layout.thought_work, passes=3, tokens_trained=trained)
-        trained = int(layout.document_mask.sum()) if lm else 0
+        trained = layout.sizes[DOCUMENT]
         self.count("lm", layout.document_work, passes=3, tokens_trained=trained)
         return layout, score(self.engine, layout, matched=matched and self.asks_for_matches)
 
@@ -244,7 +246,7 @@ class StepParts:
         return self.lay_out(
             batch.documents,
             batch.positions,
-            batch.thoughts if thoughts else None,
+            batch.on_host() if thoughts and batch.thoughts is not None else None,
             self.setup.thought_format,
             lm=lm,
             no_think=no_think,

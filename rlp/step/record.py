@@ -101,7 +101,7 @@ class StepRecord:
                 first=first,
             )
         if scored.document_logprob.numel():
-            self.tally.add("lm/loss", -scored.document_logprob[scored.document_mask])
+            self.tally.add("lm/loss", -scored.document_logprob, scored.document_mask)
             if open_marker.numel():
                 self.tally.add("policy/open_marker_mass", open_marker.exp())
 
@@ -114,11 +114,18 @@ class StepRecord:
         self.on_ratios(self.tally.reduce(ranks, MISMATCH_METRICS))
 
     def see_rewards(
-        self, evidence: Evidence, reward: Tensor, advantage: Tensor, *, measured: bool
+        self,
+        evidence: Evidence,
+        thoughts: Thoughts,
+        reward: Tensor,
+        advantage: Tensor,
+        *,
+        measured: bool,
     ) -> None:
         """What the thoughts of a micro-batch were worth.
 
         Args:
+            thoughts: those of the evidence, on the host.
             reward: [M, G] that eq. 7 is fed.
             measured: whether its values mean something by themselves (`is_measured`).
         """
@@ -139,7 +146,7 @@ class StepRecord:
             self.told.offer(
                 evidence.documents,
                 evidence.positions,
-                evidence.thoughts,
+                thoughts,
                 values,
                 self.close_tokens,
             )

@@ -470,6 +470,35 @@ def test_an_inner_block_takes_its_seconds_from_the_outer_one(monkeypatch) -> Non
     assert phases == ["train", "teacher", "train", "score", "train"]
 
 
+def test_a_gpu_is_waited_for_when_the_step_is_closed_and_not_before(monkeypatch) -> None:
+    """Its moments are events in its queue, read at the end: blocks in each other as on a clock."""
+    waits, queue = [], iter([0.0, 1000.0, 4000.0, 10_000.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_ms = next(queue)
+
+        def synchronize(self) -> None:
+            waits.append(self.at_ms)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at_ms - self.at_ms
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("all"))
+    ledger = Ledger(HAND)
+    with ledger.time("train"), ledger.time("teacher"):
+        pass
+    assert not waits
+    phases = ledger.close_step(ALONE)["phases"]
+    assert (phases["train"]["seconds"], phases["teacher"]["seconds"]) == (7.0, 3.0)
+    assert sorted(waits) == [4000.0, 10_000.0]
+
+
 def test_phases_that_share_a_pass_divide_its_seconds_as_its_flops(monkeypatch) -> None:
     """Three quarters of the FLOPs, three quarters of the seconds; to the first phase where none has
     any."""

@@ -17,7 +17,7 @@ from rlp.model.admission import why_unsound
 from rlp.model.layout import repeated_layout
 from rlp.model.markers import Markers
 from rlp.model.policy import Policy
-from rlp.model.scoring import Scores, difficulty, score
+from rlp.model.scoring import Scores, by_document, difficulty, score
 from rlp.model.thoughts import ThoughtFormat, Thoughts
 from tests.tiny_models import ARCHITECTURES, WORDS, random_documents, tiny_policy
 
@@ -450,8 +450,8 @@ def test_difficulty_is_the_entropy_or_the_surprisal_before_each_token(name: str)
         documents, None, None, format_of(), lm=True, no_think=False, device=CPU
     )
     entropy, surprisal = (
-        difficulty(policy, layout, "entropy"),
-        difficulty(policy, layout, "surprisal"),
+        by_document(difficulty(policy, layout, statistic), [11, 2, 6])
+        for statistic in ("entropy", "surprisal")
     )
     for document, entropies, surprisals in zip(documents, entropy, surprisal):
         with torch.no_grad():
