@@ -369,14 +369,16 @@ def _splice(arguments: argparse.Namespace) -> int:
         )
 
     try:
-        told = splice(config, documents, arguments.out, start_ranks())
+        ranks = start_ranks(config.run.watchdog_s)
+        told = splice(config, documents, arguments.out, ranks)
     finally:
         stop_ranks()
-    print(
-        f"{arguments.out}: {told['documents']} documents, {told['with_thought_frac']:.1%} with a"
-        f" thought; reward of the best of {told['group_size']} {told['best_reward_mean_nats']:+.3f}"
-        f" nats, of all {told['reward_mean_nats']:+.3f}"
-    )
+    if ranks.is_first:
+        print(
+            f"{arguments.out}: {told['documents']} documents, {told['with_thought_frac']:.1%} with"
+            f" a thought; reward of the best of {told['group_size']}"
+            f" {told['best_reward_mean_nats']:+.3f} nats, of all {told['reward_mean_nats']:+.3f}"
+        )
     return 0
 
 

@@ -17,18 +17,23 @@ Dimensions
 """
 
 import json
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from rlp.config import Config, ConfigError, to_yaml
+from rlp.data.batches import Batches
 from rlp.data.documents import Document
 from rlp.data.positions import Positions, choose_positions
 from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
 from rlp.measure.panel_scoring import ThinkingModel
+from rlp.model.loading import choose_layout
 from rlp.model.scoring import score
 from rlp.model.setup import RunSetup
 from rlp.model.thoughts import Thoughts
@@ -38,13 +43,20 @@ from rlp.process.files import new_folder, refuse_existing, write_new
 from rlp.process.json_files import write_json
 from rlp.process.ranks import Ranks
 from rlp.sampling.rollout import NoiseKey
+from rlp.step.micro_batch import MicroBatch, in_order
+from rlp.step.packing import Cutter
 
 
 def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
-    """Make a folder of spliced documents with the model of a config, in this process alone.
+    """Make a folder of spliced documents with the model of a config. A collective: each rank thinks
+    about its documents of each batch, and the first one writes.
+
+    The folder is the same for any number of ranks: documents that are scored together in one
+    process are so in several.
 
     Args:
-        config: of an RLP run; its model, training data, positions and thoughts count.
+        config: of an RLP run; its model, training data, positions, thoughts and micro-batches
+            count.
         num_documents: documents to read, in the order that a run reads them.
         out: folder to make; one that exists is refused.
 
@@ -61,85 +73,127 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
             "position.selector: documents are spliced at positions that do not depend on the"
             f" policy, got {config.position.selector}. Write position.selector=uniform or marker."
         )
-    setup = RunSetup(config, warn=print)
-    for note in setup.marker_notes():
-        print(visible_text(note))
-    frozen = load_frozen(setup, ranks)
-    ledger = Ledger(setup.shapes)
 
-    rows, longest = [], 0
-    batch_size = config.optim.batch_size
-    for step, start in enumerate(range(0, num_documents, batch_size), start=1):
-        documents = setup.stream.next_documents(min(batch_size, num_documents - start))
+    def say(text: str) -> None:
+        if ranks.is_first:
+            print(visible_text(text))
+
+    setup = RunSetup(config, warn=say)
+    for note in setup.marker_notes():
+        say(note)
+    splicer = Splicer(setup, load_frozen(setup, ranks), Ledger(setup.shapes), ranks)
+    optim, lines = config.optim, []
+    reading = Batches(setup.stream, optim.batch_size, ranks, together=optim.micro_batch_size)
+    with closing(reading):
+        for step, start in enumerate(range(0, num_documents, optim.batch_size), start=1):
+            documents = reading.next_share(min(optim.batch_size, num_documents - start))
+            mine = splicer.splice_step(step, documents)
+            lines += [line for of_rank in ranks.gather(mine) for line in of_rank]
+
+    told = _counts(lines)
+    if ranks.is_first:
+        text = "".join(line.text for line in lines)
+        with new_folder(out, point="splice.before_rename") as new:
+            write_new(new / "config.yaml", to_yaml(config).encode(), point="splice.torn_config")
+            write_new(new / "documents.jsonl", text.encode(), point="splice.torn_documents")
+            write_json(new / "ledger.json", splicer.ledger.to_json(), point="splice.torn_ledger")
+            write_json(new / "splice.json", told, point="splice.torn_counts")
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of documents.jsonl, and what is counted of it."""
+
+    text: str
+    group_rewards: list[float]
+    insert_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Splicer:
+    """What documents are spliced with."""
+
+    setup: RunSetup
+    model: ThinkingModel
+    ledger: Ledger
+    ranks: Ranks
+
+    @torch.no_grad()
+    def splice_step(self, step: int, documents: list[Document]) -> list[Line]:
+        """The lines of this rank's documents of a step, of which there may be none; what they cost
+        is added to the ledger. A collective."""
+        config = self.setup.config
         positions = choose_positions(
             documents,
-            setup.candidates,
+            self.setup.candidates,
             config.position,
             horizon=config.target.horizon,
             seed=config.run.seed,
             step=step,
         )
-        thoughts, reward = _rewarded_thoughts(
-            setup, frozen, documents, positions, NoiseKey(config.run.seed, step), ledger
-        )
-        ledger.add_documents(sum(len(document.tokens) for document in documents))
-        ledger.close_step(ranks)
+        thoughts = self._think(NoiseKey(config.run.seed, step), documents, positions)
+        rewards = self._rewards(documents, positions, thoughts)
+        self.ledger.add_documents(sum(len(document.tokens) for document in documents))
+        self.ledger.close_step(self.ranks)
+        return [
+            _spliced(self.setup, documents[d], t, thoughts[m : m + 1], rewards[m])
+            for m, (d, t) in enumerate(positions.places())
+        ]
 
-        for m, d in enumerate(positions.document):
-            position, group = int(positions.position[m]), thoughts[m : m + 1]
-            row = _spliced(setup, documents[d], position, group, reward[m])
-            longest = max(longest, len(row["tokens"]) - len(documents[d].tokens))
-            rows.append(row)
+    def _think(self, noise: NoiseKey, documents: list[Document], positions: Positions) -> Thoughts:
+        """[M, G, L] a group at each position. A collective where sampling is."""
+        thought, sampler = self.setup.config.thought, self.model.sampler
+        with self.ledger.time("decode"), sampler.phase():
+            rollout = sampler.sample(
+                documents,
+                positions,
+                self.setup.thought_format,
+                noise,
+                group_size=thought.group_size,
+                max_thought_tokens=thought.max_thought_tokens,
+                prefill=lambda: self.ledger.time("prefill"),
+            )
+        self.ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
+        return rollout.thoughts
 
-    told = _counts(rows, longest)
-    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    with new_folder(out, point="splice.before_rename") as new:
-        write_new(new / "config.yaml", to_yaml(config).encode(), point="splice.torn_config")
-        write_new(new / "documents.jsonl", lines.encode(), point="splice.torn_documents")
-        write_json(new / "ledger.json", ledger.to_json(), point="splice.torn_ledger")
-        write_json(new / "splice.json", told, point="splice.torn_counts")
-    return told
+    def _rewards(
+        self, documents: list[Document], positions: Positions, thoughts: Thoughts
+    ) -> np.ndarray:
+        """[M, G] nats: the thoughts' information gain over the model's own no-think prediction,
+        scored in the micro-batches of a run."""
+        config = self.setup.config
+        layout, _ = choose_layout(config, self.setup.architecture)
+        cut = Cutter(config, layout, self.setup.thought_format, None, self.ranks)
+        batches = cut.update(MicroBatch(documents, positions, thoughts))
+        if not batches:
+            return np.zeros((0, config.thought.group_size), dtype=np.float32)
+        with self.ledger.time("score"):
+            rewards = [self._rewards_of(batch) for batch in batches]
+        return in_order(batches, rewards).cpu().numpy()
 
-
-@torch.no_grad()
-def _rewarded_thoughts(
-    setup: RunSetup,
-    frozen: ThinkingModel,
-    documents: list[Document],
-    positions: Positions,
-    noise: NoiseKey,
-    ledger: Ledger,
-) -> tuple[Thoughts, np.ndarray]:
-    """G thoughts at each position and their information gain over the policy's own no-think
-    prediction, [M, G] nats; what they cost is added to the ledger."""
-    thought = setup.config.thought
-    with ledger.time("decode"), frozen.sampler.phase():
-        rollout = frozen.sampler.sample(
-            documents,
-            positions,
-            setup.thought_format,
-            noise,
-            group_size=thought.group_size,
-            max_thought_tokens=thought.max_thought_tokens,
-            prefill=lambda: ledger.time("prefill"),
-        )
-    with ledger.time("score"):
-        layout = frozen.rows(documents, positions, rollout.thoughts, no_think=True)
-        scores = score(frozen.policy, layout)
-
-    scoring = layout.thought_work + layout.document_work
-    ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
-    ledger.add("score", scoring, passes=1, tokens_in=scoring.tokens)
-
-    reasoned_logprob = rearrange(log_evidence(scores.target), "(m g) -> m g", g=thought.group_size)
-    reward = information_gain(reasoned_logprob, log_evidence(scores.no_think))
-    return rollout.thoughts, reward.cpu().numpy()
+    def _rewards_of(self, batch: MicroBatch) -> Tensor:
+        """[M, G] of a micro-batch, in the parts that are run by themselves."""
+        reasoned_logprob, no_think = [], None
+        for part in batch.slices():
+            layout = self.model.rows(
+                part.documents, part.positions, part.thoughts, no_think=part.is_first_slice
+            )
+            scores = score(self.model.policy, layout)
+            work = layout.thought_work + layout.document_work
+            self.ledger.add("score", work, passes=1, tokens_in=work.tokens)
+            evidence = log_evidence(scores.target)
+            reasoned_logprob.append(
+                rearrange(evidence, "(m g) -> m g", m=len(part.positions.position))
+            )
+            no_think = log_evidence(scores.no_think) if part.is_first_slice else no_think
+        return information_gain(torch.cat(reasoned_logprob, dim=1), no_think)
 
 
 def _spliced(
     setup: RunSetup, document: Document, position: int, thoughts: Thoughts, reward: np.ndarray
-) -> dict:
-    """A line of documents.jsonl: the document with the best of a group's thoughts in it, if that
+) -> Line:
+    """The document with the best of a group's thoughts in it, if that
     one helps.
 
     Args:
@@ -154,7 +208,7 @@ def _spliced(
         close = markers.close if bool(thoughts.truncated[0, best]) else ()
         parts = [tokens[:position], markers.open, thought, close, tokens[position:]]
         tokens = np.concatenate(parts).astype(np.int64)
-    return {
+    row = {
         "tokens": tokens.tolist(),
         "text": setup.tokenizer.decode(tokens),
         "document": document.id,
@@ -162,20 +216,18 @@ def _spliced(
         "reward": float(reward[best]),
         "group_rewards": reward.tolist(),
     }
+    text = json.dumps(row, allow_nan=False) + "\n"
+    return Line(text, row["group_rewards"], len(tokens) - len(document.tokens))
 
 
-def _counts(rows: list[dict], longest: int) -> dict:
-    """What `splice.json` tells of the lines of documents.jsonl.
-
-    Args:
-        longest: of the inserts, in tokens.
-    """
-    reward = np.array([row["group_rewards"] for row in rows], dtype=np.float32)
+def _counts(lines: list[Line]) -> dict:
+    """What `splice.json` tells of the lines of documents.jsonl."""
+    reward = np.array([line.group_rewards for line in lines], dtype=np.float32)
     return {
-        "documents": len(rows),
+        "documents": len(lines),
         "with_thought_frac": float((reward.max(axis=1) > 0).mean()),
         "best_reward_mean_nats": float(reward.max(axis=1).mean()),
         "reward_mean_nats": float(reward.mean()),
         "group_size": reward.shape[1],
-        "longest_insert_tokens": longest,
+        "longest_insert_tokens": max(line.insert_tokens for line in lines),
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlp.data.documents import Document
 from rlp.data.reader import Found, ReadAhead
-from rlp.data.stream import DocumentStream, share_of_rank
+from rlp.data.stream import DocumentStream
 
 if TYPE_CHECKING:
     from rlp.process.ranks import Ranks
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 class Batches:
     """This rank's share of batch after batch."""
 
-    def __init__(self, stream: DocumentStream, size: int, ranks: "Ranks") -> None:
+    def __init__(
+        self, stream: DocumentStream, size: int, ranks: "Ranks", *, together: int = 1
+    ) -> None:
         """
         Args:
             size: documents of a batch, all ranks together.
+            together: so many documents, from the first of a batch on, fall to one rank.
         """
-        self._stream, self._size, self._ranks = stream, size, ranks
-        self._share = share_of_rank(size, ranks.rank, ranks.world_size)
+        self._stream, self._usual, self._ranks = stream, size, ranks
+        self._together = together
+        self._size = size
+        """Of this batch."""
         self._first = 0
         """Number of the batch's first document, since the beginning of the stream."""
         self._judged: dict[int, Exception | None] = {}
@@ -37,19 +42,23 @@ class Batches:
         """Rows that this rank has read for this batch."""
         self._ahead: ReadAhead | None = None
 
-    def next_share(self) -> list[Document]:
+    def next_share(self, size: int | None = None) -> list[Document]:
         """This rank's documents of the next batch. A collective.
+
+        Args:
+            size: of this batch, where it is another.
 
         Raises:
             DataError: on all ranks; as `DocumentStream.take`.
         """
-        self._first = self._stream.given
+        self._first, self._size = self._stream.given, size or self._usual
         self._judged, self._read = {}, self._ahead.found() if self._ahead else {}
 
-        mine = self._stream.take(self._size, self._judge)[self._share]
+        mine = self._stream.take(self._size, self._judge)[self._share()]
         documents = [Document(row, self._tokens(row), times) for row, times in mine]
 
-        self._first, self._judged, self._read = self._stream.given, {}, {}
+        self._first, self._size = self._stream.given, self._usual
+        self._judged, self._read = {}, {}
         self._ahead = ReadAhead(self._stream.reader, self._expected()[1])
         return documents
 
@@ -78,8 +87,14 @@ class Batches:
         fall to this rank."""
         taken = self._stream.given - self._first
         rows = self._stream.expected(self._size - taken)
-        first, last = self._share.start - taken, self._share.stop - taken
-        return rows, rows[max(0, first) : max(0, last)]
+        share = self._share()
+        return rows, rows[max(0, share.start - taken) : max(0, share.stop - taken)]
+
+    def _share(self) -> slice:
+        """Of the batch: as equal as can be, in the order of the ranks."""
+        pieces, rank = -(-self._size // self._together), self._ranks.rank
+        ends = [pieces * of // self._ranks.world_size for of in (rank, rank + 1)]
+        return slice(*(min(self._size, end * self._together) for end in ends))
 
     def _find(self, row: int) -> Found:
         if row not in self._read:

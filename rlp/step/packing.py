@@ -210,16 +210,19 @@ class Cutter:
         config: Config,
         layout: str,
         thought_format: ThoughtFormat,
-        engine: Engine,
+        engine: Engine | None,
         ranks: Ranks,
     ) -> None:
         """
         Args:
             layout: `repeated` or `tree`.
+            engine: that trains the model; None where nothing does, and no pass is a collective.
         """
         self._optim, self._lm = config.optim, config.objective.lm_weight > 0
         self._layout, self._format = layout, thought_format
-        self._engine, self._ranks = engine, ranks
+        self._ranks = ranks
+        self._backward_together = engine is not None and engine.backward_is_collective
+        self._forward_together = engine is not None and engine.forward_is_collective
 
     @property
     def by_length(self) -> bool:
@@ -239,7 +242,7 @@ class Cutter:
             lm = self._lm and group.start == 0
             return lengths.extent(document, group, lm=lm, no_think=lm and thinks)
 
-        return self._packed(step, extent, lengths.group_size, self._engine.backward_is_collective)
+        return self._packed(step, extent, lengths.group_size, self._backward_together)
 
     def documents(self, step: MicroBatch, *, lm: bool, no_think: bool) -> list[MicroBatch]:
         """What a pass over documents alone runs, without gradient. A collective where forwards are,
@@ -252,14 +255,14 @@ class Cutter:
         def extent(document: int, group: slice) -> Extent:
             return lengths.extent(document, group, lm=lm, no_think=no_think)
 
-        return self._packed(step, extent, 0, self._engine.forward_is_collective)
+        return self._packed(step, extent, 0, self._forward_together)
 
     def ahead(self, batches: list[MicroBatch]) -> list[bool]:
         """Which micro-batches are rewarded before their pass with gradient: those that go in
         slices, for each thought is compared with all its siblings; and where forwards are
         collectives, all, if any rank has such a one. A collective there."""
         sliced = [len(batch.groups) > 1 for batch in batches]
-        if not (self.by_length and self._engine.forward_is_collective):
+        if not (self.by_length and self._forward_together):
             return sliced
         return [self._ranks.any(any(sliced))] * len(batches)
 
