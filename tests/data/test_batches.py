@@ -5,9 +5,6 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,48 +13,7 @@ import pytest
 from rlp.data.batches import Batches
 from rlp.data.errors import DataError
 from tests.data.reading import Reader, numbered, write
-
-DEADLINE_S = 60.0
-"""Far beyond what anything here takes."""
-
-
-class Meeting:
-    """Where ranks that are threads of this process gather."""
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=DEADLINE_S)
-        self._brought: list[object] = [None] * world_size
-
-    def gather(self, rank: int, value: object) -> list:
-        self._brought[rank] = value
-        self._barrier.wait()
-        gathered = list(self._brought)
-        self._barrier.wait()
-        return gathered
-
-
-@dataclass(frozen=True)
-class ThreadRank:
-    """One of them, with what `Batches` asks of `Ranks`."""
-
-    rank: int
-    world_size: int
-    meeting: Meeting
-
-    def gather(self, value: object) -> list:
-        return self.meeting.gather(self.rank, value)
-
-
-def alone() -> ThreadRank:
-    return ThreadRank(0, 1, Meeting(1))
-
-
-def on_ranks(world_size: int, work: Callable[[ThreadRank], object]) -> list:
-    """What each rank returns."""
-    meeting = Meeting(world_size)
-    with ThreadPoolExecutor(world_size) as pool:
-        ranks = [ThreadRank(rank, world_size, meeting) for rank in range(world_size)]
-        return list(pool.map(work, ranks))
+from tests.rank_threads import DEADLINE_S, ThreadRank, on_ranks
 
 
 def count_reads(reader: Reader) -> Counter:
@@ -197,7 +153,7 @@ def test_the_next_batch_is_tokenized_while_a_step_is_made(tmp_path: Path):
     when it asks for that batch, it reads nothing itself."""
     reader = Reader([numbered(tmp_path / "x.jsonl", 20)])
     gate = Gate(reader, row=5)
-    batches = Batches(reader.stream, 4, alone())
+    batches = Batches(reader.stream, 4, ThreadRank())
     first = batches.next_share()
     assert gate.arrived.wait(DEADLINE_S)
     assert [document.id for document in first] == [0, 1, 2, 3]
@@ -215,7 +171,7 @@ def test_what_is_read_ahead_changes_no_cursor(tmp_path: Path):
     stream that is set back elsewhere goes on from there."""
     path = numbered(tmp_path / "x.jsonl", 20)
     reader = Reader([path], shuffle=True)
-    batches = Batches(reader.stream, 4, alone())
+    batches = Batches(reader.stream, 4, ThreadRank())
     begun = json.loads(json.dumps(reader.stream.state()))
     first = batches.next_share()
     batches._ahead.found()
@@ -224,7 +180,7 @@ def test_what_is_read_ahead_changes_no_cursor(tmp_path: Path):
 
     other = Reader([path], shuffle=True)
     other.stream.load_state(saved)
-    resumed = Batches(other.stream, 4, alone())
+    resumed = Batches(other.stream, 4, ThreadRank())
     second = [document.id for document in resumed.next_share()]
     assert second == [document.id for document in batches.next_share()]
 
@@ -267,7 +223,7 @@ def test_what_nobody_foresaw_is_raised_in_its_step(tmp_path: Path):
     reader = Reader([numbered(tmp_path / "x.jsonl", 20)])
     read = reader.reader._tokens
     reader.reader._tokens = lambda row: 1 // (row != 6) and read(row)
-    batches = Batches(reader.stream, 4, alone())
+    batches = Batches(reader.stream, 4, ThreadRank())
     batches.next_share()
     assert list(batches._ahead.found()) == [4, 5]
     with pytest.raises(ZeroDivisionError):
@@ -294,7 +250,7 @@ def test_data_that_is_too_bad_is_refused_on_all_ranks_alike(tmp_path: Path):
 def test_a_run_that_ends_waits_for_one_row_and_no_more(tmp_path: Path):
     reader = Reader([numbered(tmp_path / "x.jsonl", 20)])
     gate = Gate(reader, row=5)
-    batches = Batches(reader.stream, 4, alone())
+    batches = Batches(reader.stream, 4, ThreadRank())
     batches.next_share()
     assert gate.arrived.wait(DEADLINE_S)
     closing = threading.Thread(target=batches.close)
@@ -310,7 +266,7 @@ def test_a_fork_while_rows_are_read_ahead_goes_on(tmp_path: Path):
     """The thread stays behind: the child reads what it lacks itself."""
     reader = Reader([numbered(tmp_path / "x.jsonl", 20)])
     gate = Gate(reader, row=5)
-    batches = Batches(reader.stream, 4, alone())
+    batches = Batches(reader.stream, 4, ThreadRank())
     batches.next_share()
     assert gate.arrived.wait(DEADLINE_S)
     child = os.fork()

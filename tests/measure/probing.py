@@ -1,7 +1,5 @@
 """A panel on a tiny policy, probed by one rank or by two that stand in for each other."""
 
-import threading
-
 import numpy as np
 import torch
 
@@ -16,36 +14,12 @@ from rlp.model.policy import Policy
 from rlp.model.thoughts import ThoughtFormat
 from rlp.sampling.native import NativeSampler
 from tests import REPOSITORY
+from tests.rank_threads import ThreadRank
 from tests.tiny_models import random_documents, tiny_policy
 
 OPEN, CLOSE = 2, 3
 MARKERS = Markers(open=(OPEN,), close=(CLOSE,))
 WORLD = REPOSITORY / "experiments" / "world"
-
-
-class Alone:
-    """One process, without a process group."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def gather(self, value: object) -> list:
-        return [value]
-
-
-class Together:
-    """One of several ranks that are threads of this process."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, board: list) -> None:
-        self.rank, self.world_size, self._barrier, self._board = rank, world_size, barrier, board
-
-    def gather(self, value: object) -> list:
-        self._board[self.rank] = value
-        self._barrier.wait(timeout=60)
-        everyone = list(self._board)
-        self._barrier.wait(timeout=60)
-        return everyone
 
 
 def settings(*overrides: str) -> Config:
@@ -109,7 +83,7 @@ def probe(
 ) -> Decomposition:
     config = config or settings()
     model = thinking_model(policy or tiny_policy(), config, lay_out=lay_out, horizon=horizon)
-    return measure_panel(model, given, config, ranks or Alone(), start_logprob=start)
+    return measure_panel(model, given, config, ranks or ThreadRank(), start_logprob=start)
 
 
 @torch.no_grad()

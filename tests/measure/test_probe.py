@@ -1,7 +1,6 @@
 """The held-out panel: what each prediction is, what does not change it, and what the command says
 about it."""
 
-import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,14 +25,13 @@ from rlp.sampling.rollout import Rollout
 from tests.measure.probing import (
     CLOSE,
     OPEN,
-    Alone,
-    Together,
     panel,
     probe,
     settings,
     target_logprob,
     thinking_model,
 )
+from tests.rank_threads import ThreadRank, on_ranks
 from tests.tiny_models import ARCHITECTURES, tiny_policy
 from tests.training import read_lines
 
@@ -158,7 +156,7 @@ def test_the_panel_samples_in_one_phase_and_runs_thoughts_once(monkeypatch):
     model = replace(
         thinking_model(policy, settings()), sampler=Counted(policy, slots=8, shared=False)
     )
-    measure_panel(model, panel(), settings(), Alone())
+    measure_panel(model, panel(), settings(), ThreadRank())
     counts = Counter(told)
     assert counts["phase"] == counts["sample"] == 1
     assert {task: count for task, count in counts.items() if "logprob" in task} == {
@@ -172,7 +170,7 @@ def test_gains_are_differences_of_columns():
     another model's."""
     given = panel()
     other = thinking_model(tiny_policy(seed=1), settings())
-    start = no_think_logprob(other, given, settings(), Alone())
+    start = no_think_logprob(other, given, settings(), ThreadRank())
     found = probe(given, start=start)
     columns = found.columns
     np.testing.assert_allclose(columns["start_logprob_nats"], start)
@@ -367,17 +365,7 @@ def test_the_probe_does_not_depend_on_batches_or_the_seed_of_a_run(change):
 def test_the_probe_does_not_depend_on_the_number_of_ranks():
     """Five documents in batches of two are three batches: two ranks take two each, one of them for
     company only. A donor may sit on the other rank."""
-    barrier, board, found = threading.Barrier(2), [None, None], [None, None]
-    policies = [tiny_policy(), tiny_policy()]
-
-    def take_part(rank: int) -> None:
-        found[rank] = probe(panel(), policy=policies[rank], ranks=Together(rank, 2, barrier, board))
-
-    threads = [threading.Thread(target=take_part, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = on_ranks(2, lambda rank: probe(panel(), policy=tiny_policy(), ranks=rank))
     for one in found:
         assert_same_probe(probe(panel()), one, 0)
 
