@@ -123,6 +123,21 @@ class Splicer:
     def splice_step(self, step: int, documents: list[Document]) -> list[Line]:
         """The lines of this rank's documents of a step, of which there may be none; what they cost
         is added to the ledger. A collective."""
+        with self.ledger.time("decode"), self.model.sampler.phase():
+            positions, thoughts = self._think(step, documents) if documents else (None, None)
+        lines = []
+        if documents:
+            rewards = self._rewards(documents, positions, thoughts)
+            lines = [
+                _spliced(self.setup, documents[d], t, thoughts[m : m + 1], rewards[m])
+                for m, (d, t) in enumerate(positions.places())
+            ]
+        self.ledger.add_documents(sum(len(document.tokens) for document in documents))
+        self.ledger.close_step(self.ranks)
+        return lines
+
+    def _think(self, step: int, documents: list[Document]) -> tuple[Positions, Thoughts]:
+        """The positions of some documents, and [M, G, L] a group of thoughts at each."""
         config = self.setup.config
         positions = choose_positions(
             documents,
@@ -132,30 +147,17 @@ class Splicer:
             seed=config.run.seed,
             step=step,
         )
-        thoughts = self._think(NoiseKey(config.run.seed, step), documents, positions)
-        rewards = self._rewards(documents, positions, thoughts)
-        self.ledger.add_documents(sum(len(document.tokens) for document in documents))
-        self.ledger.close_step(self.ranks)
-        return [
-            _spliced(self.setup, documents[d], t, thoughts[m : m + 1], rewards[m])
-            for m, (d, t) in enumerate(positions.places())
-        ]
-
-    def _think(self, noise: NoiseKey, documents: list[Document], positions: Positions) -> Thoughts:
-        """[M, G, L] a group at each position. A collective where sampling is."""
-        thought, sampler = self.setup.config.thought, self.model.sampler
-        with self.ledger.time("decode"), sampler.phase():
-            rollout = sampler.sample(
-                documents,
-                positions,
-                self.setup.thought_format,
-                noise,
-                group_size=thought.group_size,
-                max_thought_tokens=thought.max_thought_tokens,
-                prefill=lambda: self.ledger.time("prefill"),
-            )
-        self.ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
-        return rollout.thoughts
+        rollout = self.model.sampler.sample(
+            documents,
+            positions,
+            self.setup.thought_format,
+            NoiseKey(config.run.seed, step),
+            group_size=config.thought.group_size,
+            max_thought_tokens=config.thought.max_thought_tokens,
+            prefill=lambda: self.ledger.time("prefill"),
+        )
+        self.ledger.add_rollout(rollout, max_thought_tokens=config.thought.max_thought_tokens)
+        return positions, rollout.thoughts
 
     def _rewards(
         self, documents: list[Document], positions: Positions, thoughts: Thoughts
@@ -166,8 +168,6 @@ class Splicer:
         layout, _ = choose_layout(config, self.setup.architecture)
         cut = Cutter(config, layout, self.setup.thought_format, None, self.ranks)
         batches = cut.update(MicroBatch(documents, positions, thoughts))
-        if not batches:
-            return np.zeros((0, config.thought.group_size), dtype=np.float32)
         with self.ledger.time("score"):
             rewards = [self._rewards_of(batch) for batch in batches]
         return in_order(batches, rewards).cpu().numpy()

@@ -107,7 +107,7 @@ def choose_positions(
     selector: Part | None = None,
     statistics: Mapping[str, list[np.ndarray]] | None = None,
 ) -> Positions:
-    """K positions of each document (fewer where it has fewer candidates); without a document none.
+    """K positions of each document (fewer where it has fewer candidates).
 
     Args:
         selector: chooses among more than K candidates; None: uniformly at random.
@@ -131,9 +131,6 @@ def choose_positions(
             )
         chosen.append(may_be)
 
-    if not documents:
-        nothing = np.zeros(0, dtype=np.int64)
-        return Positions(nothing, nothing, nothing.reshape(0, horizon))
     position = np.concatenate(chosen)
     document = np.repeat(np.arange(len(documents)), [len(part) for part in chosen])
     target = np.stack([documents[d].tokens[t : t + horizon] for d, t in zip(document, position)])
