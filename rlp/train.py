@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
         ranks = start_ranks(config.run.watchdog_s)
         trainer = Trainer(config, ranks=ranks)
         if options.dry_run:
-            print(visible_text(trainer.plan(options.machine)))
+            print(visible_text(trainer.plan(options.machine, options.mean_thought_tokens)))
             return exit_codes.DONE
         code = trainer.fit().code
         stop_ranks()
@@ -90,12 +90,16 @@ def parse(arguments: list[str] | None, name: str | None) -> argparse.Namespace:
     )
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    if options.machine and not options.dry_run:
-        parser.error(
-            f"--machine {options.machine} plans for a machine, and without --dry-run this would"
-            f" start a real run on this one. Write --dry-run --machine {options.machine}, or leave"
-            " --machine out."
-        )
+    planning = {
+        "--machine": options.machine,
+        "--mean-thought-tokens": options.mean_thought_tokens,
+    }
+    for name, value in planning.items():
+        if value and not options.dry_run:
+            parser.error(
+                f"{name} {value} is for a plan, and without --dry-run this would start a real run"
+                f" on this machine. Write --dry-run {name} {value}, or leave {name} out."
+            )
     return options
 
 
@@ -106,13 +110,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the resolved config, one example, memory, FLOPs and disk, and exit",
+        help="show the resolved config, one example, memory, FLOPs, seconds and disk, and exit",
     )
     parser.add_argument(
         "--machine",
         default="",
-        metavar="8x80",
-        help="with --dry-run: plan for 8 devices of 80 GB instead of this machine",
+        metavar="8xH100",
+        help=(
+            "with --dry-run: plan for 8 H100 (also A100, H200), or with 8x80 for the memory of 8"
+            " devices of 80 GB, instead of this machine"
+        ),
+    )
+    parser.add_argument(
+        "--mean-thought-tokens",
+        type=float,
+        metavar="N",
+        help=(
+            "with --dry-run: plan seconds for thoughts of N tokens in the mean, instead of every"
+            " thought at its budget"
+        ),
     )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
 

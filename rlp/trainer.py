@@ -8,14 +8,14 @@
 `rlp train`, `train.py` and `python -m rlp.train` are the same from a command line.
 """
 
-import re
-
 import torch
 
 from rlp.algorithm import train_step
-from rlp.config import Config, ConfigError, to_yaml
+from rlp.config import Config, to_yaml
 from rlp.data.selectors import Selector
-from rlp.measure.plan import plan_run, render_plan
+from rlp.measure.machines import machine_named
+from rlp.measure.plan import plan_run
+from rlp.measure.plan_text import render_plan
 from rlp.measure.top_thoughts import TopThoughts
 from rlp.process.exit_codes import NOT_WRITTEN, PREEMPTED
 from rlp.process.lock import RunLock
@@ -23,7 +23,15 @@ from rlp.process.preemption import Preemption, StopRequested
 from rlp.process.ranks import Ranks, start_ranks
 from rlp.process.watchdog import Watchdog
 from rlp.run.budget import fraction_spent, is_due, is_spent, learning_rate_at
-from rlp.run.checks import Opened, plan_here, refuse_sizes, rehearse, run_dtype, slow_scans
+from rlp.run.checks import (
+    Opened,
+    plan_here,
+    refuse_sizes,
+    rehearse,
+    run_dtype,
+    slow_scans,
+    speed_here,
+)
 from rlp.run.ending import Ending, already_complete, finish
 from rlp.run.held_out import HeldOut
 from rlp.run.opening import discard, open_run
@@ -106,43 +114,44 @@ class Trainer:
         """The run, open and where it left off, before its next step."""
         return open_run(self.config, host, self._parts)
 
-    def plan(self, machine: str = "") -> str:
-        """What a run would read, hold and cost; nothing is written.
+    def plan(self, machine: str = "", mean_thought_tokens: float | None = None) -> str:
+        """What a run would read, hold and cost; nothing that it writes stays.
 
         Args:
-            machine: `8x80` plans for 8 devices of 80 GB; empty, for the ranks and devices of this
-                process.
+            machine: `8xH100` plans for 8 of these, `8x80` for 8 devices of 80 GB; empty, for the
+                ranks and devices of this process, whose speed is measured for a second or two.
+            mean_thought_tokens: that seconds are planned with; None for the worst case.
 
         Raises:
             ConfigError, CheckpointError, DataError: what the run would raise.
         """
-        if machine and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", machine):
-            raise ConfigError(
-                f"--machine {machine!r}: expected RANKSxGIGABYTES, such as 8x80; leave it out for"
-                " this machine."
-            )
+        asked = machine_named(machine) if machine else None
         config, ranks = self.config, self._ranks
-        world_size, gigabytes = map(int, machine.split("x")) if machine else (ranks.world_size, 0)
+        world_size = asked.devices if asked else ranks.world_size
         notes: list[str] = []
-        if not machine:
+        if asked is None:
             refuse_sizes(config, world_size)
         try_parts(config, self._parts, config.thought.group_size)
         opened = Opened(config, world_size, 0, warn=lambda text: notes.append(f"data: {text}"))
         setup = opened.setup
-        if machine:
+        notes += setup.notes() + rehearse(config, opened, ranks)
+        if asked is not None:
             plan = plan_run(
                 config,
                 setup.shapes,
                 world_size,
-                gigabytes * 10**9,
+                asked.memory_bytes,
                 layout=opened.layout,
                 format_tokens=opened.format_tokens,
+                speed=asked.speed,
+                mean_thought_tokens=mean_thought_tokens,
             )
         else:
-            plan = plan_here(config, opened, ranks, run_dtype(config, setup.shapes.width, ranks))
+            dtype = run_dtype(config, setup.shapes.width, ranks)
+            speed = speed_here(config, setup.shapes, ranks, dtype[0])
+            plan = plan_here(config, opened, ranks, dtype, speed, mean_thought_tokens)
             warning = slow_scans(setup.shapes, ranks.device, plan)
             notes += [warning] if warning else []
-        notes += setup.notes() + rehearse(config, opened, ranks)
         return "\n\n".join([to_yaml(config), *notes, setup.show_example(), render_plan(plan)])
 
 

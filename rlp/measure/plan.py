@@ -33,8 +33,8 @@ import psutil
 import torch
 
 from rlp.config import BudgetConfig, Config
+from rlp.measure.machines import Speed
 from rlp.measure.plan_memory import (
-    GB,
     USABLE_FRACTION,
     MemoryPart,
     activation_bytes,
@@ -46,6 +46,7 @@ from rlp.measure.plan_memory import (
     state_parts,
     update_parts,
 )
+from rlp.measure.plan_time import TimePlan, plan_time
 from rlp.measure.plan_work import (
     QWEN3_TOKENS,
     FormatTokens,
@@ -55,7 +56,6 @@ from rlp.measure.plan_work import (
     step_flops,
 )
 from rlp.model.loading import choose_dtype
-from rlp.model.scans import DISTRIBUTIONS
 from rlp.model.shapes import ModelShapes
 from rlp.process.machine import available_memory_bytes
 from rlp.process.ranks import ranks_of_this_machine
@@ -69,6 +69,8 @@ class Plan:
     zero_stage: int
     dtype: str
     why_dtype: str
+    number_bytes: int
+    """Of a number in it."""
     layout: str
     """`repeated` or `tree`."""
     activation_checkpointing: bool
@@ -99,6 +101,10 @@ class Plan:
     disk_bytes: int
     """Largest use of the disk: the checkpoints kept, and the one being written or the export."""
     disk_free_bytes: int
+    evaluations: int | None = None
+    """Of the held-out panel, over the run; None where its steps are not known."""
+    time: TimePlan | None = None
+    """None where the speed of the devices is not known."""
     counted_without: tuple[str, ...] = ()
     """What the FLOPs leave out (`ModelShapes.uncounted`)."""
     scan_packages: tuple[str, ...] = ()
@@ -154,6 +160,8 @@ def plan_run(
     format_tokens: FormatTokens = QWEN3_TOKENS,
     dtype: tuple[torch.dtype, str] | None = None,
     missing_packages: tuple[str, ...] = (),
+    speed: Speed | None = None,
+    mean_thought_tokens: float | None = None,
 ) -> Plan:
     """Add up a run.
 
@@ -164,6 +172,8 @@ def plan_run(
         layout: `repeated` or `tree` (`choose_layout`).
         dtype: and why; None chooses (`choose_dtype`).
         missing_packages: of `ModelShapes.scan_packages`, those that can not be imported.
+        speed: of the devices, for the seconds of a step; None plans none.
+        mean_thought_tokens: that seconds are planned with; None for the worst case.
 
     Raises:
         ConfigError: documents are too short for the positions asked for, or too long for
@@ -180,12 +190,24 @@ def plan_run(
         missing_packages=missing_packages,
     )
     plan = plan_of(config)
-    if fits(plan):
-        return plan
     sizes = StepSizes.of(config, ranks_world_size, format_tokens, layout=layout)
-    return replace(
-        plan, relief=_relief(config, plan_of, partial(longest_document_tokens, sizes, layout))
+    if not fits(plan):
+        tokens_of = partial(longest_document_tokens, sizes, layout)
+        plan = replace(plan, relief=_relief(config, plan_of, tokens_of))
+    if speed is None:
+        return plan
+    time = plan_time(
+        config,
+        shapes,
+        sizes,
+        speed,
+        world_size=ranks_world_size,
+        layout=layout,
+        number_bytes=plan.number_bytes,
+        phase_flops=plan.phase_flops,
+        mean_thought_tokens=mean_thought_tokens,
     )
+    return replace(plan, time=time)
 
 
 def _relief(
@@ -260,6 +282,7 @@ def _add_up(
         zero_stage=config.engine.zero_stage,
         dtype=str(dtype).removeprefix("torch."),
         why_dtype=why_dtype,
+        number_bytes=dtype.itemsize,
         layout=layout,
         activation_checkpointing=config.engine.activation_checkpointing,
         memory=memory,
@@ -281,7 +304,16 @@ def _add_up(
         plain_scans=plain,
         plain_scan_bytes=forward_tokens(sizes, layout) * shapes.plain_scan_bytes,
     )
-    return replace(plan, steps=_steps(config.budget, plan))
+    steps = _steps(config.budget, plan)
+    return replace(plan, steps=steps, evaluations=_evaluations(config, steps))
+
+
+def _evaluations(config: Config, steps: int | None) -> int | None:
+    """Before and after the run, and every so many steps."""
+    if not config.data.held_out:
+        return 0
+    every = config.evaluation.every_n_steps
+    return None if steps is None else 2 + ((steps - 1) // every if every else 0)
 
 
 def _memory(
@@ -311,7 +343,15 @@ def _memory(
     memory = (
         *state,
         *(process_parts(shapes, [*state, *update], world_size, number_bytes) if on_cpu else ()),
-        *evaluation_parts(config, shapes, sizes, layout, number_bytes, plain_scans=plain),
+        *evaluation_parts(
+            config,
+            shapes,
+            sizes,
+            layout,
+            number_bytes,
+            world_size=world_size,
+            plain_scans=plain,
+        ),
         *sampling_parts(config, shapes, sizes, layout, number_bytes),
         *update,
         *(plain_scan_parts(config, shapes, sizes, layout) if plain else ()),
@@ -346,105 +386,3 @@ def _disk_free(run_dir: Path) -> int:
     """Free bytes where the run folder will be: at its nearest ancestor that exists."""
     parent = next(path for path in run_dir.absolute().parents if path.exists())
     return shutil.disk_usage(parent).free
-
-
-def render_plan(plan: Plan) -> str:
-    """The plan as plain text, for `--dry-run`. GB are 10^9 bytes."""
-    lines = [
-        f"Memory per device, GB ({plan.world_size} ranks, ZeRO stage {plan.zero_stage}, layout"
-        f" {plan.layout})",
-        f"  {plan.dtype}: {plan.why_dtype}",
-        *_memory_lines(plan),
-        *_fit_lines(plan),
-        "",
-        "FLOPs per step, all ranks (an upper bound: longest documents and thoughts)",
-        *(_line(phase, f"{flops:.3e}") for phase, flops in plan.phase_flops.items() if flops),
-        _line("sum", f"{plan.step_flops:.3e}"),
-        *(f"  counted without {name}, whose cost is not known" for name in plan.counted_without),
-        "",
-        "Tokens and budget",
-        _line("input tokens per step", f"{plan.input_tokens:,}"),
-        _line("thought tokens per step", f"{plan.thought_tokens:,}"),
-        *_run_lines(plan),
-        "",
-        "Disk, GB",
-        _gb_line("one checkpoint", plan.checkpoint_bytes),
-        _gb_line("the export", plan.export_bytes),
-        _gb_line("checkpoints kept and one being written", plan.disk_bytes),
-        _gb_line("free", plan.disk_free_bytes),
-    ]
-    if plan.disk_bytes > plan.disk_free_bytes:
-        lines.append("  NOT ENOUGH DISK: lower checkpoint.keep or choose another run.dir")
-    return "\n".join(lines)
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    """The parts, their sums over each time of a step, and the peak."""
-    lines = []
-    for part in plan.memory:
-        if part.num_bytes:
-            lines.append(_gb_line(f"{part.name} [{part.when}]", part.num_bytes))
-    for when, verb in (
-        ("sampling", "sampling"),
-        ("update", "updating"),
-        ("evaluation", "evaluating"),
-    ):
-        if any(part.when == when and part.num_bytes for part in plan.memory):
-            lines.append(_gb_line(f"sum while {verb}", plan.bytes_during(when)))
-    lines.append(_gb_line("peak", plan.peak_bytes))
-
-    other = "without" if plan.activation_checkpointing else "with"
-    lines.append(
-        _gb_line(f"activations {other} activation checkpointing", plan.other_activation_bytes)
-    )
-    if plan.plain_scan_bytes and not plan.plain_scans:
-        names = " and ".join(DISTRIBUTIONS[package] for package in plan.scan_packages)
-        lines.append(_gb_line("one state-space layer in plain torch", plan.plain_scan_bytes))
-        lines.append(f"    beside its activations, without {names} (docs/install.md)")
-    if plan.host_bytes:
-        lines.append(_gb_line("host memory per rank (offloaded optimizer)", plan.host_bytes))
-    return lines
-
-
-def _fit_lines(plan: Plan) -> list[str]:
-    """Whether the run fits, and what to write where it does not."""
-    if plan.device_bytes is not None:
-        where = f"{plan.device_bytes / GB:.2f} GB, {USABLE_FRACTION:.0%} of it usable"
-    elif plan.available_bytes is not None:
-        where = f"the {plan.available_bytes / GB:.2f} GB that this machine has for a rank"
-    else:
-        return []
-    if fits(plan):
-        return [f"  fits in {where}"]
-
-    told = [f"  DOES NOT FIT in {where}"]
-    if plan.relief:
-        told.append("  write, in this order until it fits:")
-        told += [_line(f"  {setting}", f"peak {peak / GB:.2f}") for setting, peak in plan.relief]
-    return [*told, "  else shorter documents or thoughts, or a smaller model"]
-
-
-def _run_lines(plan: Plan) -> list[str]:
-    """The whole run, as far as it is known before a step has been timed."""
-    lines = [] if plan.seconds is None else [_line("seconds", f"{plan.seconds:,g}")]
-    if plan.steps is None:
-        return [
-            *lines,
-            _line("steps", "as the seconds allow"),
-            _line("the paper's T_flop of a step, tokens", f"{plan.step_paper_flops:.3e}"),
-        ]
-    return [
-        *lines,
-        _line("steps" if plan.seconds is None else "steps, at most", f"{plan.steps:,}"),
-        _line("input tokens of the run", f"{plan.steps * plan.input_tokens:,}"),
-        _line("FLOPs of the run", f"{plan.steps * plan.step_flops:.3e}"),
-        _line("the paper's T_flop of the run, tokens", f"{plan.steps * plan.step_paper_flops:.3e}"),
-    ]
-
-
-def _line(name: str, value: str) -> str:
-    return f"  {name:<46}{value:>22}"
-
-
-def _gb_line(name: str, num_bytes: int) -> str:
-    return _line(name, f"{num_bytes / GB:.2f}")

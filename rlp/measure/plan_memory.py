@@ -218,6 +218,15 @@ def sampling_parts(
     ]
 
 
+def panel_share(config: Config, world_size: int) -> tuple[int, int]:
+    """Documents of the held-out panel on one rank, which samples all of its share at once, and
+    thoughts of each, where every document has the positions that are asked for."""
+    panel = config.evaluation
+    positions = min(positions_per_document(config), panel.panel_positions)
+    documents = ceil_div(ceil_div(panel.panel_positions, positions), world_size)
+    return documents, positions * panel.thoughts_per_position
+
+
 def evaluation_parts(
     config: Config,
     shapes: ModelShapes,
@@ -225,29 +234,27 @@ def evaluation_parts(
     layout: str,
     number_bytes: int,
     *,
+    world_size: int = 1,
     plain_scans: bool = False,
 ) -> list[MemoryPart]:
-    """Of the held-out panel, document batch by document batch: keys while it thinks, or one layer
-    of a forward without gradient."""
+    """Of the held-out panel: keys while a rank thinks over its share of it, or one layer of a
+    forward without gradient over a batch of documents."""
     if not config.data.held_out:
         return []
-    documents = min(config.evaluation.batch_size, config.evaluation.panel_positions)
-    thoughts = (
-        min(config.evaluation.panel_positions, documents * positions_per_document(config))
-        * config.evaluation.thoughts_per_position
-    )
+    panel, documents, each = config.evaluation, *panel_share(config, world_size)
+    thinking = documents * each
+    scored = min(panel.batch_size, documents)
+    thoughts = scored * each
     if layout == "repeated":
-        rows = min(thoughts, max(config.sampling.slots, config.evaluation.thoughts_per_position))
+        rows = min(thinking, max(config.sampling.slots, panel.thoughts_per_position))
         cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
-        tokens = (thoughts + documents) * (sizes.context_tokens + sizes.branch_tokens)
+        tokens = (thoughts + scored) * (sizes.context_tokens + sizes.branch_tokens)
     else:
-        rows, held = slots_and_trunks(
-            config.sampling.slots, documents, ceil_div(thoughts, documents)
-        )
+        rows, held = slots_and_trunks(config.sampling.slots, documents, each)
         cache = shared_cache_bytes(
             shapes, held, sizes.context_tokens, rows, sizes.decoded_tokens, number_bytes
         )
-        tokens = documents * sizes.document_tokens + thoughts * sizes.branch_tokens
+        tokens = scored * sizes.document_tokens + thoughts * sizes.branch_tokens
     sampling = cache + rows * shapes.vocabulary * SAMPLING_BYTES_PER_LOGIT
     of_a_token = (shapes.layer_activation_elements + 2 * shapes.width) * number_bytes
     of_a_token += plain_scans * shapes.plain_scan_bytes

@@ -277,7 +277,7 @@ def step_flops(
     thinks, updates = config.objective.thinks, config.optim.updates_per_rollout
     selects = thinks and config.position.selector not in ("uniform", "marker")
     score = _times_ahead(config, sizes, ranks_world_size) * forward_flops(
-        shapes, _thought_work(sizes, layout, lm=False)
+        shapes, thought_work(sizes, layout, lm=False)
     )
     if selects:
         queries = sizes.documents * (sizes.document_tokens - 1)
@@ -285,8 +285,8 @@ def step_flops(
         score += forward_flops(shapes, document_pass)
 
     update = {
-        "train": forward_flops(shapes, _thought_work(sizes, layout, lm=sizes.lm)),
-        "lm": forward_flops(shapes, _document_work(sizes, layout)),
+        "train": forward_flops(shapes, thought_work(sizes, layout, lm=sizes.lm)),
+        "lm": forward_flops(shapes, document_work(sizes, layout)),
     }
     teacher = 0.0
     if thinks and config.baseline.kind != "none":
@@ -338,7 +338,7 @@ def _decode_work(sizes: StepSizes) -> Work:
     return row_work(run, sizes.thoughts * run, before=prefix, count=sizes.thoughts)
 
 
-def _thought_work(sizes: StepSizes, layout: str, *, lm: bool) -> Work:
+def thought_work(sizes: StepSizes, layout: str, *, lm: bool) -> Work:
     """One forward over all thoughts.
 
     repeated    N rows of context + branch tokens
@@ -356,7 +356,7 @@ def _thought_work(sizes: StepSizes, layout: str, *, lm: bool) -> Work:
     )
 
 
-def _document_work(sizes: StepSizes, layout: str) -> Work:
+def document_work(sizes: StepSizes, layout: str) -> Work:
     """One forward of the LM loss: the documents, where there is such a loss, and in a tree with an
     instruction their contexts.
 

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -395,3 +396,34 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def disk_bytes_per_s(folder: Path, num_bytes: int, limit_s: float = 1.0) -> float | None:
+    """How fast the disk of a folder takes what is written, measured with a file that never has a
+    name and is gone with this call.
+
+    Args:
+        folder: or the nearest above it that is there.
+        num_bytes: written at most; less where that would take longer than `limit_s`.
+
+    Returns:
+        None where it can not be written to, or knows no files without a name.
+    """
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    block = os.urandom(4 * 2**20)
+    try:
+        file = os.open(parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        start, written = time.perf_counter(), 0
+        while True:
+            written += os.write(file, block)
+            os.fsync(file)
+            took = time.perf_counter() - start
+            if written >= num_bytes or took >= limit_s:
+                return written / took
+    except OSError:
+        return None
+    finally:
+        os.close(file)

@@ -26,9 +26,11 @@ from rlp.learn.checkpoint import (
 from rlp.learn.continuing import changed_settings, refuse_other_inputs
 from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
+from rlp.measure.machines import Speed
 from rlp.measure.panel import held_out_panel
 from rlp.measure.plan import Plan, fits, plan_run
 from rlp.measure.plan_work import FormatTokens, positions_per_document
+from rlp.measure.speed_here import measure_speed
 from rlp.measure.wandb_log import require_wandb
 from rlp.model.loading import choose_dtype, choose_layout
 from rlp.model.scans import how_to_install, missing_packages
@@ -232,8 +234,24 @@ def announce(plan: Plan, run_dir: Path) -> list[str]:
     return said
 
 
-def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.dtype, str]) -> Plan:
-    """The plan of a run on the devices of its ranks."""
+def speed_here(config: Config, shapes: ModelShapes, ranks: Ranks, dtype: torch.dtype) -> Speed:
+    """Of the ranks' devices, measured by all of them at once; the first rank's for all."""
+    return ranks.broadcast(measure_speed(shapes, dtype, ranks.device, Path(config.run.dir)))
+
+
+def plan_here(
+    config: Config,
+    opened: Opened,
+    ranks: Ranks,
+    dtype: tuple[torch.dtype, str],
+    speed: Speed | None = None,
+    mean_thought_tokens: float | None = None,
+) -> Plan:
+    """The plan of a run on the devices of its ranks.
+
+    Args:
+        speed, mean_thought_tokens: as `plan_run`.
+    """
     on_gpu = ranks.device.type == "cuda"
     device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else None
     missing = missing_packages(opened.setup.shapes.scan_packages) if on_gpu else {}
@@ -246,6 +264,8 @@ def plan_here(config: Config, opened: Opened, ranks: Ranks, dtype: tuple[torch.d
         format_tokens=opened.format_tokens,
         dtype=dtype,
         missing_packages=tuple(missing),
+        speed=speed,
+        mean_thought_tokens=mean_thought_tokens,
     )
 
 

@@ -1,8 +1,10 @@
 """A plan of a run that can be added up by hand."""
 
+import json
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from rlp.config import Config, load_config
 from rlp.measure.plan import Plan, plan_run
@@ -67,3 +69,10 @@ def parts(config: Config, layout: str = "repeated", **options: object) -> dict[s
 
 def flops_of(config: Config, layout: str = "repeated", **options: FormatTokens) -> dict[str, float]:
     return step_flops(config, SHAPES, 2, layout=layout, **options)
+
+
+def published(name: str) -> PretrainedConfig:
+    """The config of a model of full size."""
+    return AutoConfig.for_model(
+        **json.loads((Path(__file__).parent / "shapes" / f"{name}.json").read_text())
+    )

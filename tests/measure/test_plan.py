@@ -10,7 +10,7 @@ import pytest
 
 from rlp.config import ConfigError
 from rlp.measure.ledger import PHASES
-from rlp.measure.plan import fits, render_plan
+from rlp.measure.plan import fits
 from rlp.measure.plan_memory import (
     BUCKET_ELEMENTS,
     LOGITS_TILE_BYTES,
@@ -22,6 +22,7 @@ from rlp.measure.plan_memory import (
     shared_cache_bytes,
     weight_bytes,
 )
+from rlp.measure.plan_text import render_plan
 from rlp.measure.plan_work import FormatTokens, positions_per_document
 from rlp.model.layout import LAYOUTS
 from rlp.model.slot_attention import key_room

@@ -1,11 +1,9 @@
 """The committed configs: they load, fit, say what the plan says, and hold the paper's values."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig
 
 from rlp.config import Config, load_config
 from rlp.measure.plan import Plan, fits, plan_run
@@ -13,13 +11,7 @@ from rlp.measure.plan_memory import activation_bytes
 from rlp.model.loading import choose_layout
 from rlp.model.shapes import model_shapes
 from tests import REPOSITORY
-from tests.measure.small_plans import EIGHTY_GB
-
-
-def published(name: str) -> PretrainedConfig:
-    return AutoConfig.for_model(
-        **json.loads((Path(__file__).parent / "shapes" / f"{name}.json").read_text())
-    )
+from tests.measure.small_plans import EIGHTY_GB, published
 
 
 @pytest.mark.parametrize(

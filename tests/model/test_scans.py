@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MambaConfig, NemotronHConfig, PretrainedConfig
 
-from rlp.measure.plan import render_plan
+from rlp.measure.plan_text import render_plan
 from rlp.model.scans import how_to_install, is_scan, missing_packages
 from rlp.model.shapes import ModelShapes, model_shapes
 from rlp.run import checks, opening

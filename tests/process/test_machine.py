@@ -13,7 +13,8 @@ from rlp import train
 from rlp.config import ConfigError, load_config
 from rlp.learn import optimizer as optimizer_module
 from rlp.measure import plan as plan_module
-from rlp.measure.plan import plan_run, render_plan
+from rlp.measure.plan import plan_run
+from rlp.measure.plan_text import render_plan
 from rlp.model.loading import choose_dtype
 from rlp.model.shapes import model_shapes
 from rlp.process import machine
