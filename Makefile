@@ -47,11 +47,15 @@ test-avx2: $(VENV)/test.ok
 	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} \
 		$(BIN)/python -m pytest --numprocesses 1 $(NUMERICAL)
 
-# On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python
+# On a GPU machine, with the Python that has torch for it: make gpu PYTHON=python. What it must have
+# besides is in kernels/README.md.
 gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/kernels/test_triton.py \
 		tests/model/test_tree.py
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_logprobs.py --json bench_logprobs.json
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_draw.py --json bench_draw.json
+	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_sampling.py --dtype bfloat16 --shape 1024,4,16,256 \
+		--rows 128 --d 2048 --layers 28 --vocabulary 151936 --json bench_sampling.json
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_step.py --quick --json bench_step.json
 
 setup: $(VENV)/run.ok

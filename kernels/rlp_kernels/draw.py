@@ -64,10 +64,10 @@ def draw_tokens(
     if form == "triton":
         return _triton().draw_tokens(logits, uniform, temperature)
 
-    with torch.no_grad():
-        if logits.shape[1] <= TILE:
-            return _from_one_tile(logits, uniform, temperature)
-        return _from_tiles(logits, uniform, temperature, TILE)
+    logits = logits.detach()
+    if logits.shape[1] <= TILE:
+        return _from_one_tile(logits, uniform, temperature)
+    return _from_tiles(logits, uniform, temperature, TILE)
 
 
 def _check(logits: Tensor, uniform: Tensor, temperature: float) -> None:
@@ -103,15 +103,17 @@ def _triton():
 def _from_one_tile(
     logits: Tensor, uniform: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a small vocabulary, where every operator costs more than its numbers."""
+    """Of a small vocabulary, where every operator costs more than its numbers, and an index with
+    brackets as much as an operator."""
+    last = logits.shape[1] - 1
     logprobs = torch.log_softmax(logits / temperature, dim=1)
     probs = logprobs.exp()
     cumulative = probs.cumsum(dim=1, dtype=torch.float64)
-    token = _first_above(cumulative, uniform[:, None] * cumulative[:, -1:])
-    token = token.clamp_(max=logits.shape[1] - 1)  # of a row with NaN
-    logprob = logprobs.gather(1, token)[:, 0]
-    entropy = -logprobs.clamp_(min=_lowest(logits)).mul_(probs).sum(dim=1)
-    return token[:, 0], logprob, entropy
+    wanted = cumulative.narrow(1, last, 1) * uniform.unsqueeze(1)
+    token = _first_above(cumulative, wanted).clamp_(max=last)  # in range for a row with NaN
+    logprob = logprobs.gather(1, token).squeeze(1)
+    entropy = logprobs.clamp_(min=_lowest(logits)).mul_(probs).sum(dim=1).neg_()
+    return token.squeeze(1), logprob, entropy
 
 
 def _from_tiles(

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rlp.model import attention
 from rlp.model.policy import Policy
+from rlp.sampling.graph import CudaRecorder
 from rlp.sampling.native import NativeSampler
 from rlp.sampling.sampler import Sampler
 from sampling_phase.blocks import BlockSampler
@@ -183,7 +184,8 @@ def build(name: str, lm: PreTrainedModel, setting: Setting, rows: int) -> Conten
 
 
 def _native(lm: PreTrainedModel, rows: int, graph: bool) -> Sampler:
-    return NativeSampler(_policy(lm), slots=rows, shared=True)
+    recorder = CudaRecorder if graph else None
+    return NativeSampler(_policy(lm), slots=rows, shared=True, recorder=recorder)
 
 
 def _policy(lm: PreTrainedModel) -> Policy:

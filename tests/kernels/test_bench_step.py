@@ -53,3 +53,28 @@ def test_contenders_compute_the_same_step(tmp_path):
     assert {shape["ours"], "repeated", "TRL careful", "TRL naive"} <= set(shape["medians"])
     for name, parts in shape["raw_seconds"].items():
         assert all(len(values) >= 1 and min(values) > 0 for values in parts.values()), name
+
+
+@pytest.mark.slow
+def test_a_whole_step_with_its_sampling_takes_its_turns(tmp_path):
+    """Both sample thoughts of the lengths that are recorded (else the program fails), and each part
+    of a step has its time."""
+    pytest.importorskip("trl", reason="TRL is not installed (the extra `post`)")
+    out = tmp_path / "step.json"
+    command = [sys.executable, str(BENCH), "--quick", "--with-sampling", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--json", str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["speedup_vs_trl"] > 0 and {"hardware", "versions", "commit"} <= set(report)
+    for name in ("ours", "TRL careful"):
+        parts = report["shapes"][0]["medians"][name]
+        assert min(parts["sampling"], parts["scoring"], parts["update"]) > 0
+        assert parts["step"] == pytest.approx(
+            parts["sampling"] + parts["scoring"] + parts["update"], rel=0.5
+        )
