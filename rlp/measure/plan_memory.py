@@ -193,6 +193,8 @@ def sampling_parts(
 ) -> list[MemoryPart]:
     if not config.objective.thinks:
         return []
+    if config.sampling.engine == "vllm":
+        return vllm_parts(config, shapes, sizes, number_bytes)
     gathered = _gathered_bytes(config, shapes.parameters, number_bytes)
     if config.engine.zero_stage == 3 and config.engine.generation == "gathered":
         gathered = shapes.parameters * number_bytes
@@ -225,6 +227,20 @@ def panel_share(config: Config, world_size: int) -> tuple[int, int]:
     positions = min(positions_per_document(config), panel.panel_positions)
     documents = ceil_div(ceil_div(panel.panel_positions, positions), world_size)
     return documents, positions * panel.thoughts_per_position
+
+
+def vllm_parts(
+    config: Config, shapes: ModelShapes, sizes: StepSizes, number_bytes: int
+) -> list[MemoryPart]:
+    """What vLLM holds while it samples: a copy of the weights, with a head of its own where it is
+    tied, and keys and values, which `sampling.vllm_memory_frac` may make fewer."""
+    head = shapes.tied * shapes.width * shapes.vocabulary
+    tokens = sizes.context_tokens + sizes.horizon + sizes.decoded_tokens + 1
+    cache = cache_bytes(shapes, config.sampling.slots, tokens, number_bytes)
+    return [
+        MemoryPart("weights in vLLM", (shapes.parameters + head) * number_bytes, "sampling"),
+        MemoryPart("keys, values and states", cache, "sampling"),
+    ]
 
 
 def evaluation_parts(

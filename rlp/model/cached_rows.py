@@ -13,8 +13,8 @@ Dimensions
 import copy
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -153,10 +153,12 @@ KNOWN: dict[type, type] = {
     LinearAttentionAndFullAttentionLayer: _StateAndFullLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: _StateAndWindowLayer,
     LinearAttentionLayer: LinearAttentionLayer,
-    DummyLayer: DummyLayer,
 }
 """Layers of a cache all of whose tensors are known here, each of them and no descendant, and what
 holds the same in place."""
+
+if hasattr(cache_utils, "DummyLayer"):  # of layers without a cache; transformers 5.17 has none
+    KNOWN[cache_utils.DummyLayer] = cache_utils.DummyLayer
 
 
 def unknown_part(cache: object, columns: int) -> str | None:

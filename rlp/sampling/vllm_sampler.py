@@ -220,20 +220,14 @@ class VllmSampler:
 
     @torch.no_grad()
     def _own_logprobs(self, prompts: np.ndarray, answers: list[Answer]) -> Tensor:
-        """Of the tokens of answers of equal length to prompts [R, P], under the policy, row by
-        row."""
-        said = np.array([answer.tokens for answer in answers], dtype=np.int64)
-        tokens = np.concatenate([prompts, said], axis=1)
-        row, column = np.indices(said.shape)
-        queries = (row, column + prompts.shape[1] - 1, said)
-        given, row, column, target = (
-            torch.from_numpy(part).to(self._policy.device)
-            for part in (tokens, *(part.flatten() for part in queries))
-        )
-        nothing = torch.full_like(target, -1)
-        inverse_temperature = torch.ones_like(target, dtype=torch.float32)
-        arguments = (given, None, None, row, column, target, inverse_temperature, nothing)
-        return self._policy("logprob", *arguments)
+        """Of the tokens of the answers to prompts [R, P], under the policy, row by row."""
+        found = []
+        for prompt, answer in zip(prompts.tolist(), answers):
+            row = torch.tensor([prompt + answer.tokens], device=self._policy.device)
+            _, logits = self._policy("check", row)
+            said = row[0, len(prompt) :, None]
+            found.append(logits[len(prompt) - 1 : -1].log_softmax(dim=-1).gather(1, said)[:, 0])
+        return torch.cat(found)
 
 
 def _prefill_work(requests: list[Request], answers: list[Answer]) -> Work:

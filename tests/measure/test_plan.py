@@ -202,6 +202,18 @@ def test_parts_of_a_run_by_hand(tmp_path: Path, layout: str, cache: int, tokens:
     }
 
 
+def test_vllm_holds_a_copy_of_the_weights_and_keys_for_all_its_slots(tmp_path: Path) -> None:
+    """1,000 weights and a head of 5 x 7 of its own in bfloat16; 4 rows of 10 + 1 + 6 tokens, each
+    32 numbers, and their states."""
+    config = small_run(tmp_path, "sampling.engine=vllm", "sampling.slots=4")
+    plan = plan_of(config, shapes=dataclasses.replace(SHAPES, tied=True))
+    found = {part.name: part.num_bytes for part in plan.memory if part.when == "sampling"}
+    assert found == {
+        "weights in vLLM": 2 * (1000 + 35),
+        "keys, values and states": 4 * (17 * 64 + 200),
+    }
+
+
 def test_stage_3_shards_the_copies_and_gathers_to_sample(tmp_path: Path) -> None:
     config = small_run(tmp_path, "engine.zero_stage=3", "objective.kl_weight=0.1")
     found = parts(config)
