@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +23,11 @@ from rlp.data.documents import Document
 from rlp.data.noise import BENCHMARK_ANSWER_NOISE, BENCHMARK_THOUGHT_NOISE, keyed_noise
 from rlp.data.positions import Positions
 from rlp.model.layout import continuation_layout
-from rlp.model.markers import Markers
 from rlp.model.policy import Policy
+from rlp.model.running_rows import ReadRows, RunningRows
 from rlp.model.scoring import ask, unpack
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.progress import Progress
-from rlp.sampling.branches import ForkedBranches
 from rlp.sampling.draw import draw
 from rlp.sampling.rollout import NoiseKey
 from rlp.sampling.sampler import Sampler
@@ -36,6 +35,11 @@ from rlp.sampling.sampler import Sampler
 GREEDY = 1e-6
 """The sampling temperature that stands for 0: a token 2e-5 in logit below the best one is never
 drawn."""
+
+
+QUEUED = 4
+"""Answers that are written after each other in one row of a chunk; it ends when the longest of all
+does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,6 @@ class Thinker:
         self._tokenizer, self._thought_format = tokenizer, thought_format
         self._thinks, self._thought_tokens = thinks, thought_tokens
         self._answer_temperature, self._seed, self._rows = answer_temperature, seed, rows
-        close = thought_format.markers.close
-        self._plain = replace(thought_format, markers=Markers(open=(), close=close), instruction=())
 
         text_config = policy.lm.config.get_text_config()
         self._limit = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -159,7 +161,7 @@ class Thinker:
         texts = list(dict.fromkeys(prompts))
         encoded = [self.encode(text) for text in texts]
         found: dict[str, list[Reply]] = {}
-        for chunk in self._chunks(encoded, samples):
+        for chunk in self._chunks(encoded, samples, QUEUED):
             tokens = [encoded[index] for index in chunk]
             groups = self._contexts(tokens, samples, answer_tokens)
             contexts = [context for group in groups for context in group]
@@ -204,11 +206,13 @@ class Thinker:
             found += self._score(asked[start : start + self._rows])
         return found
 
-    def _chunks(self, prompts: list[np.ndarray], samples: int) -> Iterator[list[int]]:
-        """Indices of prompts that are worked on together, longest first; how far that is, is
-        told."""
+    def _chunks(
+        self, prompts: list[np.ndarray], samples: int, queued: int = 1
+    ) -> Iterator[list[int]]:
+        """Indices of prompts that are worked on together, longest first, so many for each that goes
+        through the model at a time; how far that is, is told."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        size = max(1, self._rows // samples)
+        size = max(1, queued * self._rows // samples)
         title = "thinking and answering" if self._thinks else "answering"
         with Progress(title, len(order), "prompts") as progress:
             for start in range(0, len(order), size):
@@ -286,39 +290,77 @@ class Thinker:
         Args:
             keys: (prompt, sample) of each, for the noise.
         """
-        device = self._policy.device
-        documents = [
-            Document(id=key, tokens=context.tokens) for context, (key, _) in zip(contexts, keys)
-        ]
         uniforms = self._uniforms(keys, budget) if self._answer_temperature > 0 else None
         written: list[list[int]] = [[] for _ in contexts]
         texts: list[str | None] = [None] * len(contexts)
-        going = list(range(len(contexts)))
+        queue = list(range(len(contexts)))
+        num_rows = min(self._rows, len(contexts))
+        # [N], which answer is written in a row; -1 for none.
+        rows, answer = RunningRows(self._policy, num_rows), np.full(num_rows, -1)
 
         with self._policy.sampling():
-            branches = ForkedBranches(self._policy, documents, _ends_of(documents), self._plain, 1)
-            logits = branches.first()
-            for step in range(budget):
-                logits[:, self._thought_format.markers.excluded] = -torch.inf
+            while queue or (answer >= 0).any():
+                self._begin_answers(rows, answer, queue, contexts)
+                going = np.flatnonzero(answer >= 0)
+                logits = self._next_logits(rows, answer, contexts, written)[going]
                 if uniforms is None:
                     token = logits.argmax(dim=1)
                 else:
-                    uniform = uniforms[going, step].to(device)
+                    places = [len(written[one]) for one in answer[going]]
+                    uniform = uniforms[answer[going], places].to(logits.device)
                     token = draw(logits, uniform, self._answer_temperature)[0]
-                for row, one in zip(going, token.tolist()):
-                    written[row].append(one)
-                    texts[row] = self._ended(written[row], until)
 
-                still = [place for place, row in enumerate(going) if texts[row] is None]
-                going = [going[place] for place in still]
-                if not going or step + 1 == budget:
-                    break
-                logits = branches.next(torch.tensor(going, device=device), token[still])
+                ended = []
+                for row, new in zip(going.tolist(), token.tolist()):
+                    one = answer[row]
+                    written[one].append(new)
+                    texts[one] = self._ended(written[one], until)
+                    if texts[one] is not None or len(written[one]) == budget:
+                        ended.append(row)
+                answer[ended] = -1
+                if ended:
+                    rows.end(ended)
+                still = np.flatnonzero(answer >= 0)
+                if not queue and 0 < 2 * len(still) <= len(answer):
+                    rows.keep(still.tolist())
+                    answer = answer[still]
 
         return [
             (self._text(tokens) if text is None else text, len(tokens), text is None)
             for tokens, text in zip(written, texts)
         ]
+
+    def _begin_answers(
+        self, rows: RunningRows, answer: np.ndarray, queue: list[int], contexts: list[_Context]
+    ) -> None:
+        """Put the next answers into the rows that are free, behind all of their contexts but the
+        last token, which is run next."""
+        free = np.flatnonzero(answer < 0)
+        if not queue or not len(free) or self._policy.why_together and len(free) < len(answer):
+            return
+        begun = queue[: len(free)]
+        del queue[: len(free)]
+        read = ReadRows(self._policy, [contexts[one].tokens[:-1] for one in begun])
+        rows.begin(free[: len(begun)].tolist(), read, list(range(len(begun))))
+        answer[free[: len(begun)]] = begun
+
+    def _next_logits(
+        self,
+        rows: RunningRows,
+        answer: np.ndarray,
+        contexts: list[_Context],
+        written: list[list[int]],
+    ) -> Tensor:
+        """[N, V], after one token more of each answer, or the last of its context."""
+        token = np.zeros(len(answer), dtype=np.int64)
+        for row in np.flatnonzero(answer >= 0):
+            one = answer[row]
+            token[row] = written[one][-1] if written[one] else contexts[one].tokens[-1]
+        device = self._policy.device
+        going = torch.from_numpy(answer >= 0).to(device)
+        logits = rows.next(torch.from_numpy(token).to(device), going)
+        logits[:, self._thought_format.markers.excluded] = -torch.inf
+        return logits
 
     def _uniforms(self, keys: list[tuple[int, int]], length: int) -> Tensor:
         """[N, length] float64 in [0, 1), one per answer token, by (prompt, sample)."""
