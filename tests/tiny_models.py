@@ -108,6 +108,74 @@ def tiny_policy(name: str = "qwen3", *, seed: int = 0, markers: Markers = MARKER
     return Policy(AutoModelForCausalLM.from_config(architecture(name)).float().eval(), markers)
 
 
+WIDTH, LAYERS, HEADS, EXPERTS = 32, 2, 4, 4
+TINY_FIELDS = {
+    "vocab_size": len(WORDS),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "attention_hidden_size", "lru_width"), WIDTH
+    ),
+    **dict.fromkeys(
+        (
+            "n_layer",
+            "num_hidden_layers",
+            "num_layers",
+            "n_layers",
+            "decoder_layers",
+            "encoder_layers",
+        ),
+        LAYERS,
+    ),
+    **dict.fromkeys(
+        (
+            "n_head",
+            "num_attention_heads",
+            "n_heads",
+            "num_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+        ),
+        HEADS,
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff"),
+        2 * WIDTH,
+    ),
+    "num_key_value_heads": 2,
+    "head_dim": WIDTH // HEADS,
+    "rotary_dim": 4,
+    "state_size": 8,
+    "initializer_range": 0.3,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "full_attention_interval": 2,
+}
+MAX_PARAMETERS = 4_000_000
+"""A model of more has sizes by other names; it would take too long."""
+
+
+def tiny(name: str, **others: object) -> PretrainedConfig:
+    """A small config of any architecture of transformers, by the names that most of them give to
+    their sizes, and others by their own."""
+    cls = CONFIG_MAPPING[name]
+    known = {**cls().to_dict(), **cls.attribute_map}
+    fields = {
+        key: value for key, value in TINY_FIELDS.items() if key in known or key == "vocab_size"
+    }
+    if "qk_rope_head_dim" in fields:  # which is then what a head is as wide as
+        fields.pop("head_dim", None)
+    return cls(**fields | others)
+
+
 def random_documents(lengths: list[int], *, seed: int = 0) -> list[Document]:
     """Documents of random words, no special token in them."""
     generator = np.random.default_rng(seed)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from rlp.compare.arms import write_arm
 from rlp.config import Config, ConfigError
 from rlp.data.positions import Positions
+from rlp.model import cached_rows
 from rlp.model.admission import check_model, context_limit, why_unfit, why_unsound
 from rlp.model.layout import repeated_layout, sequence_parts, tree_layout
 from rlp.model.markers import Markers
@@ -554,3 +556,28 @@ def test_a_head_with_a_bias_trains_alike_whole_and_sharded(
         )
     torch.testing.assert_close(biases[1], biases[0], rtol=1e-4, atol=1e-4)
     assert (biases[0] - policy.head_bias.detach()).abs().max() > 1e-3
+
+
+# --- What can not be begun row by row.
+
+
+def test_a_run_whose_thoughts_begin_together_says_so_once(
+    tmp_path: Path, tokenizer, corpus: Path, ranks, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """And makes its steps."""
+    monkeypatch.delitem(cached_rows.KNOWN, DynamicLayer)
+    model = written(tmp_path / "model", config_of("phi"), tokenizer)
+    run = tiny_config(
+        tmp_path / "run",
+        model,
+        corpus,
+        model__init="random",
+        budget__steps=1,
+        data__max_document_tokens=32,
+    )
+    assert train(run, ranks) == DONE
+    said = (
+        "thoughts are sampled in whole blocks, none begins before all have ended: its cache holds"
+        " a DynamicLayer, which is not known row by row"
+    )
+    assert capsys.readouterr().out.count(said) == 1

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rlp.config import ConfigError
 from rlp.model import running_rows
+from rlp.model.admission import check_model, why_unfit
 from rlp.model.policy import Policy
 from rlp.model.running_rows import SHRUNK
 from rlp.sampling.forked_slots import ForkedSlots
 from rlp.sampling.slots import FEWEST_SLOTS, Room, Trunk
-from tests.tiny_models import ARCHITECTURES, MARKERS, WORDS, tiny_policy
+from tests.tiny_models import ARCHITECTURES, MARKERS, MAX_PARAMETERS, WORDS, tiny, tiny_policy
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 """As in `test_rollout`: sums of some 100 products of order one in another order."""
@@ -279,3 +282,140 @@ def test_slots_beside_ranks_that_still_sample_run_along():
                 play.slots.next(torch.zeros(FEWEST_SLOTS, dtype=torch.int64), nothing)
             assert max(widths.seen) <= 1 + running_rows.MORE_COLUMNS / SHRUNK
             assert play.slots.length.tolist() == [num_thoughts * LENGTHS[3], 0, 0, 0]
+
+
+# --- Every architecture of transformers.
+
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "mamba_n_groups": 1,
+}
+LATENT = {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1}
+WITH_ATTENTION = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+OWN_FIELDS: dict[str, dict[str, object]] = {
+    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], **MAMBA},
+    "deepseek_v2": LATENT | {"head_dim": 8},
+    "deepseek_v3": LATENT | {"head_dim": 8, "first_k_dense_replace": 1},
+    "deepseek_v4": {"num_hidden_layers": 3},
+    "falcon": {"alibi": True, "new_decoder_architecture": False},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": len(WORDS),
+        "hidden_size_per_layer_input": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "vocab_size_per_layer_input": len(WORDS),
+        "hidden_size_per_layer_input": 8,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 16,
+        **MAMBA,
+    },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+    },
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "lfm3": {"num_hidden_layers": 4},
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},
+    "olmo_hybrid": {"num_hidden_layers": 4},
+    "qwen2": {
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3_5_text": WITH_ATTENTION | LINEAR,
+    "qwen3_next": WITH_ATTENTION | LINEAR,
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "num_mem_blocks": 1,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "adapter_rank": 8,
+    },
+}
+"""What makes a tiny model of these hold all kinds of layers that they are made of."""
+
+TOGETHER = {"deepseek_v4"}
+"""Models that sample, whose caches are not known row by row."""
+
+WRONG_ALONE = {"deepseek_v32"}
+"""Models whose own decoding, of one sequence, differs from a forward pass without a cache."""
+
+
+def tiny_policy_of(name: str) -> Policy:
+    """One that is admitted, with windows that thoughts cross; else the test is skipped."""
+    try:
+        config = tiny(name, **OWN_FIELDS.get(name, {}))
+        window = getattr(config, "sliding_window", None)
+        if window and name not in TOGETHER:
+            config = tiny(name, **OWN_FIELDS.get(name, {}) | {"sliding_window": 6})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            parameters = sum(p.numel() for p in model.parameters())
+    except Exception as error:  # of any type: what a config of these fields lacks
+        pytest.skip(f"no tiny {name}: {error}")
+    if parameters > MAX_PARAMETERS:
+        pytest.skip(f"no tiny {name}: {parameters:,} parameters")
+    if obstacle := why_unfit(config):
+        pytest.skip(f"{name}: {obstacle}")
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config).float().eval(), MARKERS)
+    try:
+        check_model(policy)
+    except ConfigError as refusal:
+        pytest.skip(f"{name}: {refusal}")
+    return policy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - WRONG_ALONE))
+def test_slots_of_every_model_that_samples_are_filled_anew(
+    monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """Or it says of itself that its cache is not known row by row."""
+    policy = tiny_policy_of(name)
+    assert (policy.why_together is not None) == (name in TOGETHER)
+    if policy.why_together is None:
+        # Sixteen passes through one layer, or factors that decay: these round ten times as much.
+        monkeypatch.setitem(FLOAT32, "atol", 1e-3)
+        with policy.sampling():
+            thoughts = Thoughts(policy)
+            for key in ORDERS.values():
+                Play(policy, thoughts).run(sorted(range(len(PREFIXES)), key=key))
