@@ -31,12 +31,11 @@ LOOP_FLOPS = 500_000
 
 
 def key_room(tokens: int) -> int:
-    """Places for the keys of so many tokens, so that a product over them has the same bits with
-    more places of weight zero: 16 at a time up to 128, then 128 at a time from 384 on, where a
-    CPU's library begins to split sums alike."""
-    if tokens <= 128:
-        return 16 * -(-tokens // 16)
-    return max(384, 128 * -(-tokens // 128))
+    """Places for the keys of so many tokens, 16 at a time, so that a product over them has the same
+    bits with more places of weight zero. A CPU's library sums up to 192 terms at once, and from 384
+    on in blocks of 192; in between it takes halves."""
+    room = 16 * -(-tokens // 16)
+    return room if room <= 192 else max(384, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,25 +297,20 @@ class SlotStep:
         (trunk_key, trunk_value), own = self.keys._trunk_keys[layer], self.keys._own_keys[layer]
         for held, part in zip(own, (key, value)):
             rows = rearrange(part, "1 c n e -> (n c) e").to(held.dtype)
-            held.view(-1, held.shape[3]).index_copy_(0, self.place, rows)
+            held.flatten(0, 2).index_copy_(0, self.place, rows)
         own_key, own_value = (part[:, :, : self.room].flatten(0, 1) for part in own)
 
-        heads = query.shape[1]
+        by_slot, by_key = (self.keys.num_slots, query.shape[1]), (len(own_key), -1)
         rows = rearrange(query, "1 a n e -> (n a) e").to(trunk_key.dtype)
-        by_slot = {"n": self.keys.num_slots, "c": key.shape[1]}
-
-        def of_own(part: Tensor) -> Tensor:
-            return rearrange(part, "(n c f) y -> (n c) f y", **by_slot)
-
         on_trunk = self._by_trunk(rows, trunk_key.mT)
-        on_own = _product(of_own(rows), own_key.mT).flatten(0, 1)
-        scores = rearrange(torch.cat([on_trunk, on_own], dim=1), "(n a) y -> n a y", a=heads)
+        on_own = _product(rows.unflatten(0, by_key), own_key.mT).flatten(0, 1)
+        scores = torch.cat([on_trunk, on_own], dim=1).unflatten(0, by_slot)
         weights = torch.add(self.bias, scores, alpha=scale).softmax(dim=2).to(trunk_key.dtype)
 
         on_trunk, on_own = weights.flatten(0, 1).split([trunk_key.shape[2], self.room], dim=1)
         out = self._by_trunk(on_trunk, trunk_value)
-        out = out + _product(of_own(on_own), own_value).flatten(0, 1)
-        return rearrange(out, "(n a) e -> 1 n a e", a=heads).to(query.dtype)
+        out = out + _product(on_own.unflatten(0, by_key), own_value).flatten(0, 1)
+        return out.unflatten(0, by_slot)[None].to(query.dtype)
 
     def _by_trunk(self, rows: Tensor, other: Tensor) -> Tensor:
         """Of each slot's rows [N * A, X], the product with its trunk's part of `other`
@@ -324,7 +318,7 @@ class SlotStep:
         products = []
         for table in self.keys._tables:
             trunks = other[table.places].flatten(0, 1)
-            folded = rearrange(rows.index_select(0, table.fold), "(x y) e -> x y e", x=len(trunks))
+            folded = rows.index_select(0, table.fold).unflatten(0, (len(trunks), -1))
             products.append(_product(folded, trunks).flatten(0, 1))
         product = products[0] if len(products) == 1 else torch.cat(products)
         return product.index_select(0, self.keys._unfold)
