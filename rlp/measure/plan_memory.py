@@ -13,6 +13,7 @@ from rlp.measure.plan_work import (
 )
 from rlp.model.shapes import NORM_COPIES, ModelShapes
 from rlp.model.slot_attention import key_room
+from rlp.sampling.schedule import READ_TOKENS, num_slots, trunk_places
 
 GB = 1e9
 
@@ -107,6 +108,16 @@ def cache_bytes(shapes: ModelShapes, rows: int, tokens: int, number_bytes: int) 
     return rows * (tokens * shapes.key_value_elements * number_bytes + shapes.state_elements * 4)
 
 
+def forked_cache_bytes(
+    shapes: ModelShapes, sizes: StepSizes, slots: int, trunks: int, number_bytes: int
+) -> int:
+    """Of `slots` thoughts, and of the contexts that are copied into them."""
+    longest = sizes.context_tokens + sizes.decoded_tokens
+    return cache_bytes(shapes, slots, longest, number_bytes) + cache_bytes(
+        shapes, trunks, sizes.context_tokens, number_bytes
+    )
+
+
 def shared_cache_bytes(
     shapes: ModelShapes,
     trunks: int,
@@ -175,7 +186,8 @@ def plain_scan_parts(
     """What state-space layers hold where they run in plain torch, beside their activations: one
     layer at a time, and in an update without activation checkpointing all of them."""
     layers = 1 if config.engine.activation_checkpointing else shapes.scan_layers
-    prefill = sizes.sampling_positions * (sizes.context_tokens + sizes.format_tokens.open)
+    held = sizes.held_positions * sizes.context_tokens
+    prefill = min(held, max(READ_TOKENS, sizes.context_tokens))
     update = forward_tokens(sizes, layout)
     of_a_token = shapes.plain_scan_bytes
     return [
@@ -198,11 +210,10 @@ def sampling_parts(
     gathered = _gathered_bytes(config, shapes.parameters, number_bytes)
     if config.engine.zero_stage == 3 and config.engine.generation == "gathered":
         gathered = shapes.parameters * number_bytes
+    rows = sizes.slots
     if layout == "repeated":
-        rows = sizes.sampling_positions * sizes.group_size
-        cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
+        cache = forked_cache_bytes(shapes, sizes, rows, sizes.held_positions, number_bytes)
     else:
-        rows = sizes.slots
         cache = shared_cache_bytes(
             shapes,
             sizes.held_documents,
@@ -262,8 +273,9 @@ def evaluation_parts(
     scored = min(panel.batch_size, documents)
     thoughts = scored * each
     if layout == "repeated":
-        rows = min(thinking, max(config.sampling.slots, panel.thoughts_per_position))
-        cache = cache_bytes(shapes, rows, sizes.context_tokens + sizes.decoded_tokens, number_bytes)
+        rows = num_slots(config.sampling.slots, thinking)
+        held = trunk_places(rows, panel.thoughts_per_position, thinking, lasting=False)
+        cache = forked_cache_bytes(shapes, sizes, rows, held, number_bytes)
         tokens = (thoughts + scored) * (sizes.context_tokens + sizes.branch_tokens)
     else:
         rows, held = slots_and_trunks(config.sampling.slots, documents, each)

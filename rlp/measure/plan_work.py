@@ -49,12 +49,12 @@ class StepSizes:
     """Documents of one forward pass on one rank, at most."""
     tokens_per_micro_batch: int | None
     """Token positions, and rows of the LM head, of that pass at most; None: no limit."""
-    sampling_positions: int
-    """Groups decoded side by side on one rank."""
     slots: int
     """Thoughts that grow side by side on one rank."""
     held_documents: int
     """Documents that a rank holds behind them, where thoughts share the keys of a document."""
+    held_positions: int
+    """Positions whose context it holds to copy into them, where they do not."""
 
     @classmethod
     def of(
@@ -68,7 +68,6 @@ class StepSizes:
         group = config.thought.group_size
         documents = ceil_div(config.optim.batch_size, world_size)
         per_document = positions_per_document(config) if config.objective.thinks else 0
-        at_once = min(max(1, config.sampling.slots // group), documents * per_document)
         limit = config.optim.tokens_per_micro_batch
         slots, held = slots_and_trunks(config.sampling.slots, documents, per_document * group)
         sizes = cls(
@@ -85,9 +84,9 @@ class StepSizes:
                 documents if limit else min(config.optim.micro_batch_size, documents)
             ),
             tokens_per_micro_batch=limit,
-            sampling_positions=at_once,
             slots=slots,
             held_documents=held,
+            held_positions=trunk_places(slots, group, documents * per_document, lasting=False),
         )
         return sizes if limit is None else _cut(sizes, limit, layout)
 
@@ -319,14 +318,14 @@ def _times_ahead(config: Config, sizes: StepSizes, world_size: int) -> float:
 def _prefill_work(sizes: StepSizes, layout: str) -> Work:
     """What runs before the first token of a thought is drawn:
 
-    repeated    each position's prefix, context + O tokens
-    tree        the context of each document, and the open marker in every branch
+    repeated    the context of each position
+    tree        the context of each document
+
+    and in both the open marker in every thought.
     """
     opening, context = sizes.format_tokens.open, sizes.context_tokens
-    if layout == "repeated":
-        return row_work(context + opening, sizes.positions, count=sizes.positions)
-    trunks = row_work(context, 0, count=sizes.documents)
-    return trunks + row_work(
+    trunks = sizes.positions if layout == "repeated" else sizes.documents
+    return row_work(context, 0, count=trunks) + row_work(
         opening, sizes.thoughts * opening, before=context, count=sizes.thoughts
     )
 

@@ -175,9 +175,10 @@ def test_documents_are_held_once_while_their_thoughts_are_sampled(
 @pytest.mark.parametrize(
     "layout, cache, tokens",
     [
-        # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long; where
+        # Two documents a rank, all six thoughts side by side, each 9 + 1 + 5 tokens long, and the
+        # two contexts of 9 that are copied into them; where
         # keys are shared, in room for 16 tokens of a document and of a thought.
-        ("repeated", 6 * (15 * 64 + 200), 3 * 17),
+        ("repeated", 6 * (15 * 64 + 200) + 2 * (9 * 64 + 200), 3 * 17),
         ("tree", (2 * 16 + 6 * 16) * 64, 9 + 3 * 8),
     ],
 )
@@ -304,8 +305,8 @@ def test_flops_of_a_step_by_hand(tmp_path: Path) -> None:
     """B 4, G 3, P 10, L 6. Per token 200, per pair 2 * 2 * 16 = 64, per head row 70."""
     flops = flops_of(small_run(tmp_path, "objective.lm_weight=0.1", "position.selector=surprisal"))
     assert tuple(flops) == PHASES
-    # Prefix of 9 tokens and the open marker; then 5 tokens see 10 before them.
-    assert flops["prefill"] == 4 * (10 * 200 + 55 * 64 + 70)
+    # Context of 9 tokens, and an open marker in each thought; then 5 tokens see 10 before them.
+    assert flops["prefill"] == 4 * (9 * 200 + 45 * 64) + 12 * (200 + 10 * 64 + 70)
     assert flops["decode"] == 12 * (5 * 200 + (50 + 15) * 64 + 5 * 70)
     # Prefix, open marker, 6 tokens, close marker; heads for the 6 tokens and the target.
     assert flops["train"] == 3 * 12 * (17 * 200 + 153 * 64 + 7 * 70)
@@ -477,7 +478,16 @@ def test_the_rendered_plan_says_what_does_not_fit(tmp_path: Path) -> None:
     [
         ("ledger", {"process.ranks", "model.shapes", "sampling.rollout"}),
         ("plan_work", {"config", "model.shapes", "sampling.schedule"}),
-        ("plan_memory", {"config", "model.shapes", "model.slot_attention", "measure.plan_work"}),
+        (
+            "plan_memory",
+            {
+                "config",
+                "model.shapes",
+                "model.slot_attention",
+                "sampling.schedule",
+                "measure.plan_work",
+            },
+        ),
     ],
 )
 def test_the_arithmetic_imports_only_what_is_above_it(module: str, above: set[str]) -> None:
