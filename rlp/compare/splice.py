@@ -65,7 +65,7 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
 
     Raises:
         ConfigError: the folder exists, or the config chooses positions by the policy's own
-            difficulty.
+            difficulty; or the model gives no numbers (`refuse_unusable`).
     """
     refuse_existing(out)
     if config.position.selector not in ("uniform", "marker"):
@@ -87,8 +87,9 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
     with closing(reading):
         for step, start in enumerate(range(0, num_documents, optim.batch_size), start=1):
             documents = reading.next_share(min(optim.batch_size, num_documents - start))
-            mine = splicer.splice_step(step, documents)
-            lines += [line for of_rank in ranks.gather(mine) for line in of_rank]
+            spliced, unusable = zip(*ranks.gather(splicer.splice_step(step, documents)))
+            refuse_unusable(config, [id for of_rank in unusable for id in of_rank])
+            lines += [line for of_rank in spliced for line in of_rank]
 
     told = _counts(lines)
     if ranks.is_first:
@@ -99,6 +100,24 @@ def splice(config: Config, num_documents: int, out: Path, ranks: Ranks) -> dict:
             write_json(new / "ledger.json", splicer.ledger.to_json(), point="splice.torn_ledger")
             write_json(new / "splice.json", told, point="splice.torn_counts")
     return told
+
+
+def refuse_unusable(config: Config, documents: list[int]) -> None:
+    """Refuse a model that gives rewards that are not finite.
+
+    Args:
+        documents: ids of those for which it does.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if documents:
+        more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+        raise ConfigError(
+            f"model.path: {config.model.path!r} gives rewards that are not finite, for documents"
+            f" {documents[:8]}{more}. Its weights, or the logits they lead to, are of no use; write"
+            " another checkpoint."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +139,24 @@ class Splicer:
     ranks: Ranks
 
     @torch.no_grad()
-    def splice_step(self, step: int, documents: list[Document]) -> list[Line]:
-        """The lines of this rank's documents of a step, of which there may be none; what they cost
-        is added to the ledger. A collective."""
+    def splice_step(self, step: int, documents: list[Document]) -> tuple[list[Line], list[int]]:
+        """The lines of this rank's documents of a step, of which there may be none, and the ids of
+        documents that have none, as their rewards are not finite; what they cost is added to the
+        ledger. A collective."""
         with self.ledger.time("decode"), self.model.sampler.phase():
             positions, thoughts = self._think(step, documents) if documents else (None, None)
-        lines = []
+        lines, unusable = [], []
         if documents:
             rewards = self._rewards(documents, positions, thoughts)
-            lines = [
-                _spliced(self.setup, documents[d], t, thoughts[m : m + 1], rewards[m])
-                for m, (d, t) in enumerate(positions.places())
-            ]
+            for m, (d, t) in enumerate(positions.places()):
+                if np.isfinite(rewards[m]).all():
+                    group = thoughts[m : m + 1]
+                    lines.append(_spliced(self.setup, documents[d], t, group, rewards[m]))
+                else:
+                    unusable.append(documents[d].id)
         self.ledger.add_documents(sum(len(document.tokens) for document in documents))
         self.ledger.close_step(self.ranks)
-        return lines
+        return lines, unusable
 
     def _think(self, step: int, documents: list[Document]) -> tuple[Positions, Thoughts]:
         """The positions of some documents, and [M, G, L] a group of thoughts at each."""
