@@ -384,10 +384,15 @@ def rehearse(config: Config, opened: Opened, ranks: Ranks) -> list[str]:
                 "starts"
             ),
         ]
-    lm = load_frozen(opened.setup, ranks).policy.lm
+    frozen = load_frozen(opened.setup, ranks)
+    lm = frozen.policy.lm
     if checkpoint is not None:
         refuse_other_model(checkpoint, {name: list(p.shape) for name, p in lm.named_parameters()})
-    return [*said, "weights: loaded and checked"]
+    said.append("weights: loaded and checked")
+    if config.sampling.engine == "vllm" and config.objective.thinks:
+        with frozen.sampler.phase():  # its first: it starts, and is compared with the policy
+            said.append("vLLM: started with these weights, and computes the same model")
+    return said
 
 
 def _checkpoint(config: Config, ranks: Ranks, said: list[str]) -> Checkpoint | None:

@@ -24,6 +24,7 @@ from rlp.process.preemption import Preemption, StopRequested
 from rlp.sampling.opening import open_sampler
 from rlp.sampling.rollout import NoiseKey, Rollout
 from rlp.sampling.vllm_sampler import VllmSampler
+from rlp.trainer import Trainer
 from tests.sampling.vllm_double import VllmDouble
 from tests.tiny_models import MARKERS, random_documents, tiny_policy
 from tests.training import open_run, read_lines, tiny_config, train
@@ -304,6 +305,19 @@ def test_a_run_learns_from_the_thoughts_of_another_engine(
     assert not any("policy/entropy" in line for line in lines)
     assert [double.wakes for double in doubled] == [4] and not doubled[0].awake
     assert not (tmp_path / "run" / "alarms.jsonl").exists()
+
+
+def test_a_dry_run_tries_vllm_with_the_weights(
+    tmp_path, model_folder, corpus, ranks, doubled, monkeypatch
+):
+    """What a run would refuse at its first phase is refused."""
+    config = tiny_config(tmp_path / "run", model_folder, corpus, sampling__engine="vllm")
+    assert "vLLM: started with these weights" in Trainer(config, ranks=ranks).plan()
+    assert [double.wakes for double in doubled] == [1]
+
+    monkeypatch.setattr("rlp.sampling.opening.VllmEngine", lambda *_, **__: Headless(tiny_policy()))
+    with pytest.raises(ConfigError, match="vLLM computes another model"):
+        Trainer(config, ranks=ranks).plan()
 
 
 def test_ratios_are_capped_where_another_program_samples(

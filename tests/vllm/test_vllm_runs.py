@@ -11,8 +11,9 @@ from rlp.config import Config, load_config
 from rlp.process.exit_codes import DONE
 from rlp.world.folder import write_world
 from tests import REPOSITORY
-from tests.training import read_lines, train
-from tests.vllm.models import write_wide
+from tests.training import assert_same_run, launch, read_lines, train
+from tests.vllm.models import random_policy, write_wide
+from tests.vllm.two_ranks import STAGES
 
 STEPS, SEEDS = 40, 4
 
@@ -92,3 +93,21 @@ def test_a_run_through_vllm_learns_as_one_without(world, tmp_path, ranks, capsys
     assert not (folder / "alarms.jsonl").exists()
     with capsys.disabled():
         print("\n" + "\n".join(said) + f"\nlargest |log ratio| of a run: {worst:.1e}")
+
+
+def test_two_ranks_think_what_one_thinks(tmp_path, tokenizer, corpus):
+    """An engine on each rank, and under stage 3 weights that are gathered one by one: thoughts are
+    keyed, so the runs are one run, up to the order of sums."""
+    model = tmp_path / "model"
+    random_policy(tied=True).lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    script = ["-m", "tests.vllm.two_ranks"]
+    for world_size, port in ((1, 29631), (2, 29632)):
+        folder = tmp_path / f"ranks{world_size}"
+        folder.mkdir()
+        launch([*script, str(folder), str(model), str(corpus)], world_size, port, timeout=600)
+    for stage in STAGES:
+        alone, together = (tmp_path / f"ranks{n}" / f"stage{stage}" for n in (1, 2))
+        assert_same_run(alone, together, 1e-4)
+        lines = read_lines(together / "metrics.jsonl")
+        assert max(line["policy/behavior_mismatch_max"] for line in lines) < 1e-4
