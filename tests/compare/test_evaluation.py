@@ -18,7 +18,7 @@ from rlp.compare.answers import AnswerPool, Verdict
 from rlp.compare.benchmarks import mean_and_error, run_benchmark, thought_gain
 from rlp.compare.harness import thinking_lm
 from rlp.compare.tasks import Benchmark, load_benchmarks, settle_samples
-from rlp.compare.thinker import Thinker
+from rlp.compare.thinker import Reply, Thinker
 from rlp.config import ConfigError, ThoughtConfig
 from rlp.data.sources import open_rows
 from rlp.model.markers import Markers
@@ -159,6 +159,19 @@ def test_answers_depend_on_neither_batch_nor_company(policy, tokenizer):
     assert ask(PROMPTS[2:3], 1) == {PROMPTS[2]: together[PROMPTS[2]]}
     assert all(len({reply.thought for reply in group}) > 1 for group in together.values())
     assert all(len({reply.answer for reply in group}) > 1 for group in together.values())
+
+
+def test_answers_that_have_ended_leave_the_others_as_they_are(policy, tokenizer):
+    """A word of eleven among 48 ends an answer: rows are taken by others, or given up, at any
+    time."""
+
+    def ask(rows: int) -> list[list[Reply]]:
+        thinker = thinker_of(policy, tokenizer, thinks=False, answer_temperature=1.0, rows=rows)
+        return thinker.replies(PROMPTS, 4, until=["w1"], answer_tokens=12)
+
+    one_by_one = ask(1)
+    assert ask(5) == one_by_one and ask(64) == one_by_one
+    assert len({reply.answer_tokens for group in one_by_one for reply in group}) > 3
 
 
 def test_an_answer_ends_before_a_stop_text(policy, tokenizer):
