@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict:
     }
     seldom = {GENERATE} if device.type == "cpu" else set()
     raw = take_turns(contenders, device, options.repeats, seldom)
-    peak = {} if options.quick else {name: peak_alone(name, options) for name in names}
+    peak = {} if not options.memory else {name: peak_alone(name, options) for name in names}
 
     medians = {name: statistics.median(values) for name, values in raw.items()}
     useful = useful_flops(setting, lm.config)
@@ -245,6 +245,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--d", type=int, default=256, help="width of the Qwen3 architecture")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="peak memory too: a phase more of each, in a process of its own",
+    )
     parser.add_argument("--without", action="append", default=[], metavar="CONTENDER")
     parser.add_argument(
         "--quick",
@@ -256,6 +262,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.documents, options.rows = Shape(48, 2, 4, 24), 4, 8
+        options.memory = False
         options.repeats, options.d, options.layers, options.vocabulary = 2, 64, 2, 512
     return options
 

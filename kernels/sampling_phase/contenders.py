@@ -10,6 +10,7 @@ Dimensions
 
 import copy
 import importlib.util
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import Protocol
@@ -127,6 +128,7 @@ class Vllm:
     """vLLM alone, one request a thought, with its prefix cache. A request ends by its length."""
 
     def __init__(self, lm: PreTrainedModel, setting: Setting, rows: int) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its time is this process's
         from vllm import LLM
 
         self._setting = setting
@@ -139,6 +141,7 @@ class Vllm:
             skip_tokenizer_init=True,
             dtype=str(lm.dtype).removeprefix("torch."),
             max_num_seqs=rows,
+            max_model_len=max(map(len, setting.prompts())) + setting.max_thought_tokens,
             enable_prefix_caching=True,
             gpu_memory_utilization=0.5,
         )

