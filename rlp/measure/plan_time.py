@@ -254,9 +254,16 @@ def _is_recorded(run: _Run) -> bool:
     """Whether a step is replayed as one graph: slots that share trunks, and forwards that are no
     collectives (`sampling.opening.wants_graph`)."""
     engine, asked = run.config.engine, run.config.sampling.graph
+    if _samples_apart(run):
+        return run.speed.graphed_s is not None
     together = engine.zero_stage == 3 and engine.generation == "synced"
     possible = run.speed.graphed_s is not None and run.layout == "tree" and not together
     return possible and asked != "off"
+
+
+def _samples_apart(run: _Run) -> bool:
+    """Whether vLLM samples: with graphs of its own, and no keys that thoughts share."""
+    return run.config.sampling.engine == "vllm"
 
 
 def decode_work(sizes: StepSizes, lengths: np.ndarray) -> Work:
@@ -279,7 +286,7 @@ def step_bytes(run: _Run, sampled: Decoding) -> float:
     # At a random moment, the thought of a random slot has run half of its length, and long ones
     # are met more often.
     own = (lengths**2).sum() / lengths.sum() / 2
-    if run.layout == "repeated":
+    if run.layout == "repeated" or _samples_apart(run):
         tokens = going * (sizes.context_tokens + own)
     elif run.device == "cuda":
         tokens = sizes.held_documents * key_room(sizes.context_tokens)

@@ -200,6 +200,15 @@ def test_operators_cost_what_they_cost(tmp_path: Path) -> None:
     assert rows == pytest.approx(8 * calls * 1e3)
 
 
+def test_vllm_reads_the_context_of_each_thought(tmp_path: Path) -> None:
+    """In graphs of its own: weights and states as in `held`, and in each slot that is busy 9 tokens
+    of context and 3 of its own; six thoughts of six tokens in eight steps keep 4.5 slots busy."""
+    gpu = dataclasses.replace(SLOW, flops=1e9, launch_s=1e3, graphed_s=0.0, runs_ahead=True)
+    vllm = timed(tmp_path, "sampling.engine=vllm", "sampling.graph=off", speed=gpu)
+    read = 135 * 2 + 4.5 * (12 * 32 * 2 + 50 * 4 * 2)
+    assert seconds(vllm)["decode"] == pytest.approx(8 * read / 100)
+
+
 def test_a_save_is_spread_over_the_steps_between_two(tmp_path: Path) -> None:
     """16 bytes a parameter; nothing where the disk is not known."""
     assert seconds(timed(tmp_path, "checkpoint.every_n_steps=8"))["save"] == 16_000 / 50 / 8
