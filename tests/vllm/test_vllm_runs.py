@@ -62,14 +62,21 @@ def figures(folder: Path) -> dict[str, float]:
         "first half": mean(rewards[: STEPS // 2]),
         "second half": mean(rewards[STEPS // 2 :]),
         "gain": last["gain_over_start_nats"],
-        "accuracy": last["accuracy_with_thought"],
     }
+
+
+def panel_noise(folder: Path) -> float:
+    """Standard deviation of the gain at the end that the panel's own thoughts make: native runs
+    share them, whatever their seed, and vLLM draws others."""
+    last = read_lines(folder / "evaluation.jsonl")[-1]
+    return last["reward_group_std_nats"] / (4 * last["panel_positions"]) ** 0.5
 
 
 def test_a_run_through_vllm_learns_as_one_without(world, tmp_path, ranks, capsys):
     """The quickstart, cut to 40 steps. Thoughts are others, as those of another seed are: each
     figure lies within what four native seeds vary by, at 99 % of Student's t with 3 degrees of
-    freedom for one more draw (5.84 sqrt(1 + 1/4) standard deviations)."""
+    freedom for one more draw (5.84 sqrt(1 + 1/4) standard deviations); the gain's has the noise of
+    two panels besides."""
     natives = []
     for seed in range(SEEDS):
         folder = tmp_path / f"native{seed}"
@@ -80,8 +87,11 @@ def test_a_run_through_vllm_learns_as_one_without(world, tmp_path, ranks, capsys
     found, said = figures(folder), []
     for name, value in found.items():
         native = [run[name] for run in natives]
-        spread = 5.84 * (1 + 1 / SEEDS) ** 0.5 * stdev(native)
-        said.append(f"{name}: vllm {value:.3f}, native {mean(native):.3f} +- {stdev(native):.3f}")
+        noise = stdev(native)
+        if name == "gain":
+            noise = (noise**2 + 2 * panel_noise(tmp_path / "native0") ** 2) ** 0.5
+        spread = 5.84 * (1 + 1 / SEEDS) ** 0.5 * noise
+        said.append(f"{name}: vllm {value:.3f}, native {mean(native):.3f} +- {noise:.3f}")
         assert abs(value - mean(native)) <= spread, said[-1]
 
     before = read_lines(folder / "evaluation.jsonl")[0]["gain_over_start_nats"]
