@@ -51,7 +51,7 @@ test-avx2: $(VENV)/test.ok
 # besides is in kernels/README.md.
 gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest -o addopts= -m gpu tests/kernels/test_triton.py \
-		tests/model/test_tree.py
+		tests/model/test_tree.py tests/sampling/test_slots.py
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_logprobs.py --json bench_logprobs.json
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_draw.py --json bench_draw.json
 	PYTHONPATH=kernels:. $(PYTHON) kernels/bench_sampling.py --dtype bfloat16 --shape 1024,4,16,256 \

@@ -382,7 +382,8 @@ class SamplingConfig:
     """What samples: `native`, the very module that is trained, or `vllm`, a copy of its weights in
     vLLM, whose thoughts are others of the same distribution. auto: native."""
     slots: int = 128
-    """Thoughts decoded side by side on one rank."""
+    """Thoughts that grow side by side on one rank; one that ends leaves its slot to the next. Four
+    at least are run, whatever is asked for."""
     graph: str = "auto"
     """Replay the decoding of a token as one CUDA graph: on, off, or auto: where it can be."""
     vllm_memory_frac: float = 0.3

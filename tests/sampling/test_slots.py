@@ -443,6 +443,7 @@ def test_a_graph_where_none_can_be_is_refused(policy: Policy, options: dict, sai
         open_sampler(SamplingConfig(graph=choice), policy, **options)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_graph_thinks_what_an_eager_loop_thinks_and_gives_its_memory_back():
     """On a GPU: same tokens and numbers to the bit, since a graph runs the same kernels."""
