@@ -204,7 +204,7 @@ def _measure(
     name: str, subject: Subject, start: str | None, console: Console
 ) -> tuple[Decomposition, PreTrainedTokenizerBase]:
     """What the panel says of the subject, and the tokenizer that it is read with."""
-    ranks = start_ranks()
+    ranks = start_ranks(subject.config.run.watchdog_s)
     try:
         setup = PanelSetup(
             subject.config, lambda text: console.print(visible_text(f"data: {text}"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from rlp.learn.checkpoint import open_checkpoint
 from tests.training import assert_same_run, curve, launch, read_lines
-from tests.whole.two_ranks import JOBS
+from tests.whole.two_ranks import JOBS, WATCHDOG_S
 
 SETTINGS = {
     name: {key: value for key, value in settings.items() if value != "CORPUS"}
@@ -138,3 +138,10 @@ def test_the_ledger_counts_the_work_of_all_ranks(two_ranks, trained):
     shared = json.loads((two_ranks / "stage2" / "ledger.json").read_text())
     assert shared["flops"] == pytest.approx(alone["flops"])
     assert shared["input_tokens"] == alone["input_tokens"]
+
+
+def test_no_collective_of_a_run_gives_up_before_the_watchdog(two_ranks):
+    """In every process group that these runs have made, under all stages."""
+    for rank in range(2):
+        waits = json.loads((two_ranks / f"waits_{rank}.json").read_text())
+        assert len(waits) > 1 and min(waits) > WATCHDOG_S

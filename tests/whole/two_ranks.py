@@ -5,11 +5,14 @@ Each job is a run in FOLDER/NAME; the tests read the run folders and compare the
 rank.
 """
 
+import json
 import sys
 from pathlib import Path
 
+from torch.distributed import distributed_c10d
+
 from rlp.process.exit_codes import DONE
-from rlp.process.ranks import start_ranks, stop_ranks
+from rlp.process.ranks import Ranks, start_ranks, stop_ranks
 from tests.training import tiny_config, train
 
 BY_LENGTH = {
@@ -17,6 +20,9 @@ BY_LENGTH = {
     "data__max_document_tokens": 16,
     "optim__tokens_per_micro_batch": 70,
 }
+WATCHDOG_S = 2400.0
+"""More than the default of any backend."""
+
 JOBS = {
     "stage0": {"engine__zero_stage": 0},
     "stage1": {
@@ -72,7 +78,7 @@ JOBS = {
 
 
 def main(folder: Path, model: Path, corpus: Path) -> None:
-    ranks = start_ranks()
+    ranks = start_ranks(WATCHDOG_S)
     for name, settings in JOBS.items():
         settings = {
             key: f"[{corpus}]" if value == "CORPUS" else value for key, value in settings.items()
@@ -91,7 +97,16 @@ def main(folder: Path, model: Path, corpus: Path) -> None:
     )
     resumed.run.dir = str(folder / "resumed")
     assert train(resumed, ranks) == DONE
+    (folder / f"waits_{ranks.rank}.json").write_text(json.dumps(waits_s(ranks)))
     stop_ranks()
+
+
+def waits_s(ranks: Ranks) -> list[float]:
+    """How long a collective waits, in seconds, in each process group of this process."""
+    return [
+        group._get_backend(ranks.device).options._timeout.total_seconds()
+        for group in distributed_c10d._world.pg_map
+    ]
 
 
 if __name__ == "__main__":
