@@ -76,6 +76,20 @@ def test_a_rank_that_leaves_before_its_first_forward_leaves_nobody_waiting(harne
     )
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_signal_to_one_rank_stops_both_between_passes(harness, stage):
+    """Of four micro-batches a rank: where passes are its own the rank leaves by itself and is
+    waited for; where they are collectives both leave after the same one."""
+    answer = stops(
+        harness,
+        f"passes_{stage}",
+        "backward:1:term@rank1",
+        ranks=2,
+        settings={"engine.zero_stage": stage, "optim.batch_size": 8},
+    )
+    assert "step 0 is saved; the step begun after it is not counted" in answer["text"]
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_asks(ranks, number):
     signal.signal(number, signal.SIG_DFL)

@@ -3,12 +3,15 @@ how many micro-batches it has."""
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlp.step.pulse import Pulse
 from rlp.trainer import take_step
 from tests.training import open_run, tiny_config
 
@@ -26,7 +29,14 @@ READS = {
 }
 """Methods of a tensor that wait for the device that it is on."""
 
-SIZED_BY_VALUES = {"nonzero", "masked_select", "_local_scalar_dense", "_unique2", "unique_dim"}
+SIZED_BY_VALUES = {
+    "nonzero",
+    "masked_select",
+    "masked_scatter_backward",
+    "_local_scalar_dense",
+    "_unique2",
+    "unique_dim",
+}
 """Operators whose result, or its size, is known when the device has come to them."""
 
 ON_THE_HOST = ("layout.py", "top_thoughts.py")
@@ -104,3 +114,20 @@ def test_a_step_waits_as_often_however_many_micro_batches_it_has(
         found.append((reads.found, waits.found))
     assert found[0] == found[1]
     assert found[0][0]["tolist"] > 0 and found[0][1]["c10d::allreduce_"] > 0
+
+
+def test_ranks_whose_passes_are_collectives_vote_every_few_seconds(monkeypatch):
+    """Passes of a second: after the first, whose seconds nobody knows, and then after five each. Of
+    a minute, which they are not expected to take: after five more, and then after each."""
+    now, votes, clock = [0.0], [], "rlp.step.pulse.time.perf_counter"
+    monkeypatch.setattr(clock, lambda: now[0])
+    preemption = SimpleNamespace(
+        leaving_early=nullcontext, vote=lambda ms: votes.append(now[0]) or ms
+    )
+    watchdog = SimpleNamespace(mark=lambda *phase: None, phase="")
+    pulse = Pulse(preemption, watchdog, lambda *told: None)
+    with pulse.may_be_left():
+        for seconds in [1] * 16 + [60] * 7:
+            now[0] += seconds
+            pulse.between_passes(True)
+    assert votes == [1, 6, 11, 16, 316, 376, 436]
