@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import rlp  # noqa: F401, before torch: see rlp/process/machine.py
+
+# isort: split
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM

@@ -90,12 +90,13 @@ def recorder_for(
         ConfigError: on is asked for where it can not be.
     """
     device = policy.device.type
-    kinds = {getattr(module, "rope_type", None) for module in policy.lm.modules()}
     why_not = {
         f"the device is {device}": device != "cuda",
         "thoughts of this model do not share the keys of their documents": not shared,
         "with engine.generation=synced each forward gathers weights": together,
-        "this model reads its longest position on the host": bool(kinds & SCALED_POSITIONS),
+        "this model reads its longest position on the host": bool(
+            _position_kinds(policy) & SCALED_POSITIONS
+        ),
     }
     found = [reason for reason, holds in why_not.items() if holds]
     if choice == "on" and found:
@@ -104,3 +105,10 @@ def recorder_for(
             " Write sampling.graph=auto, which records where it can."
         )
     return None if choice == "off" or found else CudaRecorder
+
+
+def _position_kinds(policy: Policy) -> set[str]:
+    """How rotary embeddings scale positions, in any layer."""
+    kinds = [getattr(module, "rope_type", None) for module in policy.lm.modules()]
+    of_layers = [kind.values() if isinstance(kind, dict) else [kind] for kind in kinds]
+    return {kind for some in of_layers for kind in some if kind is not None}

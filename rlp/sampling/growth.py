@@ -36,8 +36,18 @@ class Growth:
     """The numbers of N slots, and all that is drawn in them."""
 
     def __init__(
-        self, slots: Slots, thought_format: ThoughtFormat, num_thoughts: int, budget: int
+        self,
+        slots: Slots,
+        thought_format: ThoughtFormat,
+        num_thoughts: int,
+        budget: int,
+        *,
+        dtype: torch.dtype,
     ) -> None:
+        """
+        Args:
+            dtype: of log-probabilities, that of the logits.
+        """
         self._slots, self._format, self._budget = slots, thought_format, budget
         device, num_slots = slots.length.device, slots.num_slots
         self._open = torch.tensor(thought_format.markers.open, device=device)
@@ -56,7 +66,7 @@ class Growth:
         """One place behind all others takes what counts nowhere."""
         count = num_thoughts * budget + 1
         self._tokens = numbers(count, torch.int64)
-        self._logprobs, self._entropies = (numbers(count, torch.float32) for _ in range(2))
+        self._logprobs, self._entropies = (numbers(count, dtype) for _ in range(2))
         self._lengths = np.zeros(num_thoughts, dtype=np.int64)
         self._truncated = np.zeros(num_thoughts, dtype=bool)
 
@@ -84,8 +94,8 @@ class Growth:
         counts = self._going & thinks
         place = torch.where(counts, self._first + u, self._nowhere)
         self._tokens.index_copy_(0, place, token)
-        self._logprobs.index_copy_(0, place, logprob.float())
-        self._entropies.index_copy_(0, place, entropy.float())
+        self._logprobs.index_copy_(0, place, logprob)
+        self._entropies.index_copy_(0, place, entropy)
 
         closed, broken = self._closes(token, place, u) & counts, logprob.isnan() & counts
         self._closed |= closed

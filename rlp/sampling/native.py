@@ -104,7 +104,13 @@ class NativeSampler:
         slot_tokens = num_open + max_thought_tokens - 1
         room = self._room(trunks, group_size, slot_tokens, together=together)
         slots = self._kind(self._policy, room)
-        growth = Growth(slots, thought_format, len(places) * group_size, max_thought_tokens)
+        growth = Growth(
+            slots,
+            thought_format,
+            len(places) * group_size,
+            max_thought_tokens,
+            dtype=torch.promote_types(self._policy.head.dtype, torch.float32),
+        )
         schedule = Schedule.of(trunks, group_size, slots, room, together=together)
         filling = Filling(slots, growth, schedule, uniforms)
         device = self._policy.device.type

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-import rlp.sampling.native
+import rlp.sampling.growth
 import rlp.step.loss
 from rlp.config import OptimConfig
 from rlp.learn.guard import Guard, NumericsError
@@ -258,14 +258,14 @@ def test_the_limit_of_a_spike_is_over_a_full_window_of_made_updates(ranks):
 
 def sampled(monkeypatch, token: int) -> None:
     """Every thought token is this one."""
-    draw = rlp.sampling.native.draw
+    draw = rlp.sampling.growth.draw
 
     def same(logits, uniform, temperature):
         _, _, entropy = draw(logits, uniform, temperature)
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
         return torch.full_like(logits[:, 0], token, dtype=torch.int64), logprobs[:, token], entropy
 
-    monkeypatch.setattr(rlp.sampling.native, "draw", same)
+    monkeypatch.setattr(rlp.sampling.growth, "draw", same)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

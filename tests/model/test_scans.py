@@ -115,8 +115,8 @@ def with_scans() -> ModelShapes:
 
 
 def test_without_the_packages_the_plan_counts_what_scans_hold(tmp_path: Path) -> None:
-    """Three rows of 17 tokens in the update, and while sampling six prefixes of ten; one layer at a
-    time where activations are made again."""
+    """Three rows of 17 tokens in the update, and while sampling six contexts of nine; one layer at
+    a time where activations are made again."""
     config, shapes = small_run(tmp_path), with_scans()
     ready = plan_of(config, shapes=shapes)
     lacking = plan_of(config, shapes=shapes, missing_packages=("mamba_ssm",))
@@ -126,7 +126,7 @@ def test_without_the_packages_the_plan_counts_what_scans_hold(tmp_path: Path) ->
     }
     again = small_run(tmp_path, "engine.activation_checkpointing=true")
     one = parts(again, shapes=shapes, missing_packages=("mamba_ssm",))
-    assert grown == {"update": 4 * 51_000, "sampling": 2 * 10_000, "always": 0}
+    assert grown == {"update": 4 * 51_000, "sampling": 2 * 9_000, "always": 0}
     assert one["state-space scans in plain torch"] == 51_000
     assert plan_of(config, device_bytes=None, shapes=shapes).plain_scans
 

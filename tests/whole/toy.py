@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from rlp.algorithm import learn
-from rlp.config import ObjectiveConfig, RewardConfig
+from rlp.config import ObjectiveConfig, RewardConfig, SamplingConfig
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.data.selectors import open_selector
@@ -245,6 +245,7 @@ def toy_parts(
     config = SimpleNamespace(
         objective=weights,
         optim=SimpleNamespace(thoughts_per_forward=None, tokens_per_micro_batch=None),
+        sampling=SamplingConfig(),
         reward=RewardConfig(),
         baseline=SimpleNamespace(every_n_steps=1),
     )
