@@ -404,7 +404,9 @@ TOLD = [
     path
     for pattern in ("*.md", "*.cff", "Makefile", "configs/*", "docs/**/*", "experiments/**/*")
     for path in sorted(REPOSITORY.glob(pattern))
-    if path.suffix in ("", ".md", ".yaml", ".py", ".cff") and path.is_file()
+    if path.suffix in ("", ".md", ".yaml", ".py", ".cff")
+    and path.is_file()
+    and REPOSITORY / "experiments" / "world" / "data" not in path.parents  # `make` writes it
 ]
 
 LEADS_ELSEWHERE = re.compile(

@@ -163,8 +163,8 @@ def read_resume(folder: Path, case: tuple[bytes, object]) -> None:
 
 
 def resume_metas() -> st.SearchStrategy[object]:
-    """Changes of the whole meta, which mostly meet the config or a shape, and of the rest of the
-    state alone."""
+    """The meta as it is; changes of the whole, which mostly meet the config or a shape; and of the
+    rest of the state alone."""
     meta = resuming()[1]
     state, config = (
         {name: part for name, part in meta["state"].items() if name != "config"},
@@ -174,7 +174,10 @@ def resume_metas() -> st.SearchStrategy[object]:
         mutated(state, most).map(lambda tree: meta | {"state": tree | config}) for most in (1, 1, 2)
     ]
     return st.one_of(
-        *parts, mutated(meta), mutated(config).map(lambda tree: meta | {"state": state | tree})
+        st.just(meta),
+        *parts,
+        mutated(meta),
+        mutated(config).map(lambda tree: meta | {"state": state | tree}),
     )
 
 
