@@ -49,7 +49,7 @@ def test_a_stalled_rank_shows_every_stack_and_the_run_ends(harness):
     assert "in fault" in (harness.folder / "stalled.log.rank1").read_text()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_was_stopped_for_too_long_says_so_when_it_wakes(harness, stopped):
     """Its peer shows what it waited in, and ends; whichever of the two keeps the store where ranks
     meet."""
