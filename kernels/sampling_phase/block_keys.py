@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlp.model.attention import attend_trunks
+
 ATTENTION = "rlp_blocks_sdpa"
 """sdpa unless a forward is given `blocks=`."""
 
@@ -146,30 +148,6 @@ def next_room(room: int, most: int) -> int:
     """Places that a branch gets where `room` are full: twice as many, `LARGEST_GROWTH` more at
     most, and never more than `most`."""
     return min(max(FIRST_ROOM, room + min(room, LARGEST_GROWTH)), most)
-
-
-def attend_trunks(
-    query: Tensor, key: Tensor, value: Tensor, trunk: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of each trunk of a packed row: out [B * P, A, E], and the trunks' keys and
-    values [B, C, P, E]."""
-    trunk_query, trunk_key, trunk_value = (_segment(part, trunk) for part in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(
-        trunk_query,
-        trunk_key,
-        trunk_value,
-        is_causal=True,
-        scale=scale,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return rearrange(out, "b a p e -> (b p) a e"), trunk_key, trunk_value
-
-
-def _segment(part: Tensor, index: Tensor) -> Tensor:
-    """[A, T, E] -> [X, A, Y, E], the tokens that an index [X, Y] names."""
-    return rearrange(
-        part.index_select(1, index.flatten()), "a (x y) e -> x a y e", x=index.shape[0]
-    )
 
 
 def attend(

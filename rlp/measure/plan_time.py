@@ -89,9 +89,8 @@ class TimePlan:
 class _Run:
     """What all phases are planned from."""
 
-    mean_thought_tokens: float | None
-
     config: Config
+    mean_thought_tokens: float | None
     shapes: ModelShapes
     sizes: StepSizes
     speed: Speed
