@@ -426,7 +426,7 @@ class RewardConfig:
 
     kind: str = "information_gain"
     """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token
-    after the thought, else 0 (the next-token reward of RPT, arXiv 2506.08007).
+    after the thought, else 0.
     `package.module:name`: a reward of yours (docs/extending.md)."""
     placebo: str = "none"
     """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the

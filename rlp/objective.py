@@ -44,8 +44,9 @@ def information_gain(reasoned_logprob: Tensor, baseline_logprob: Tensor) -> Tens
 
 
 def greedy_match(matched: Tensor) -> Tensor:
-    """Reward of RPT (arXiv 2506.08007), a control: 1 where the most probable continuation after the
-    thought is the real one, else 0.
+    """A control: 1 where the most probable continuation after the thought is the real one, else 0.
+
+    Nothing is generated for it and nothing but the thought is trained.
 
     Args:
         matched: [M, G] bool.

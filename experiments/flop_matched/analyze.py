@@ -31,7 +31,7 @@ ARMS = {
     "cpt_tokens": "CPT (same tokens)",
     "cpt_flops": "CPT (same FLOPs)",
     "mixed_sft": "mixed SFT",
-    "rpt": "RPT",
+    "greedy_match": "greedy match",
     "rlp": "RLP",
     "rlp_lm": "RLP + LM",
     "shuffled_reward": "placebo (shuffled reward)",

@@ -4,8 +4,8 @@ after each stage.
     python experiments/flop_matched/run.py --seeds 5
 
 For every seed S there is a base (experiments/world/bases/seed_S, made by make_bases.py where it is
-missing). RLP trains on it with configs/quickstart.yaml in paper mode (`objective.lm_weight=0`),
-`run.seed` S. Every other arm is matched with that run by `rlp match`, and its own program asserts
+missing). RLP trains on it with configs/quickstart.yaml without the LM loss
+(`objective.lm_weight=0`), `run.seed` S. Every other arm is matched with that run by `rlp match`, and its own program asserts
 the match to 1 %. Then each arm's exported folder gets the same supervised fine-tuning and after it
 the same reinforcement learning from verifiable rewards (`post_train.py`, TRL), and is probed with
 and without thoughts on the same held-out positions after each stage.
@@ -38,7 +38,7 @@ ARMS = {
     "cpt_tokens": ("cpt", "tokens"),
     "cpt_flops": ("cpt", "flops"),
     "mixed_sft": ("mixed_sft", "flops"),
-    "rpt": ("rpt", "flops"),
+    "greedy_match": ("greedy_match", "flops"),
     "rlp": None,
     "rlp_lm": ("rlp_lm", "flops"),
     "shuffled_reward": ("shuffled_reward", "flops"),

@@ -30,7 +30,7 @@ _LM = {**_RLP, "objective.policy_weight": 0.0, "objective.lm_weight": 1.0}
 ARMS: dict[str, dict[str, object]] = {
     "cpt": _LM,
     "mixed_sft": _LM,
-    "rpt": {**_RLP, "reward.kind": "greedy_match"},
+    "greedy_match": {**_RLP, "reward.kind": "greedy_match"},
     "rlp": _RLP,
     "rlp_lm": {**_RLP, "objective.lm_weight": 0.1},
     "shuffled_reward": {**_RLP, "reward.placebo": "shuffled_reward"},
@@ -38,8 +38,8 @@ ARMS: dict[str, dict[str, object]] = {
 }
 """What makes an arm of a run; everything else stays as it was. cpt: the LM loss on the same
 documents. mixed_sft: the LM loss on documents with the start's own best thoughts in them (`rlp
-splice`). rpt: reward for the right greedy token. rlp: the paper. rlp_lm: with LM loss.
-shuffled_reward, foreign_thought: placebos."""
+splice`). greedy_match: 1 where the greedy next token is right. rlp: the paper's objective, without
+the LM loss. rlp_lm: with it. shuffled_reward, foreign_thought: placebos."""
 
 OTHER_DOCUMENTS, OTHER_SECONDS = 1.1, 1.5
 """How much more a step may spend than the steps of the run did on average: on longer documents and

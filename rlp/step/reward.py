@@ -76,7 +76,7 @@ class InformationGain:
 
 
 class GreedyMatch:
-    """1 where the most probable continuation is the real one, else 0 (RPT, arXiv 2506.08007)."""
+    """1 where the most probable continuation is the real one, else 0."""
 
     needs = ("matched",)
 

@@ -1,4 +1,4 @@
-"""The controls: RPT's reward, the placebos, spliced documents, and arms that spend what a run has
+"""The controls: greedy match, the placebos, spliced documents, and arms that spend what a run has
 spent."""
 
 import json
@@ -156,10 +156,10 @@ def told_groups(folder: Path, name: str) -> torch.Tensor:
 ALL_TOLD = {"budget__steps": 1, "logging__thoughts": 64, "optim__micro_batch_size": 4}
 
 
-def test_rpt_rewards_the_right_greedy_token(trained):
+def test_greedy_match_rewards_the_right_greedy_token(trained):
     """The reward that is told is the one that the advantage is made of, 0 or 1; the gain stands
     beside it."""
-    folder = trained("rpt", reward__kind="greedy_match", target__horizon=1, **ALL_TOLD)
+    folder = trained("greedy", reward__kind="greedy_match", target__horizon=1, **ALL_TOLD)
     line = read_lines(folder / "metrics.jsonl")[0]
     same = read_lines(trained("rlp", **ALL_TOLD) / "metrics.jsonl")[0]
     assert line["gain/mean"] == same["gain/mean"] == same["reward/mean"]
@@ -316,7 +316,7 @@ def test_an_arm_that_misses_says_so(trained, tmp_path, ranks, capsys):
     """Documents of another number than the config was written for: the run ends, with its own exit
     code and the table."""
     run = open_run_folder(trained("rlp", budget__steps=1))
-    config = write_arm(run, "rpt", "tokens", tmp_path / "arm.yaml", None, [])
+    config = write_arm(run, "greedy_match", "tokens", tmp_path / "arm.yaml", None, [])
     config.optim.batch_size, config.optim.micro_batch_size = 6, 3
     assert train(config, ranks) == NOT_MATCHED
     assert "NOT MATCHED" in capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_an_arm_that_may_miss_is_refused_with_a_batch_that_can_not(
     with pytest.raises(ConfigError, match="Not even optim.batch_size=1"):
         write_arm(
             open_run_folder(trained("short", budget__steps=1)),
-            "rpt",
+            "greedy_match",
             "flops",
             tmp_path / "other.yaml",
             None,

@@ -50,7 +50,15 @@ def test_the_page_on_comparing_repeats_the_verdict(results):
 
 def test_the_main_readme_has_the_means_of_the_results(results):
     """Accuracy with a thought over the five seeds, the arms in the order of its columns."""
-    arms = ["rlp", "rpt", "mixed_sft", "cpt_flops", "shuffled_reward", "foreign_thought", "base"]
+    arms = [
+        "rlp",
+        "greedy_match",
+        "mixed_sft",
+        "cpt_flops",
+        "shuffled_reward",
+        "foreign_thought",
+        "base",
+    ]
     readme = (REPOSITORY / "README.md").read_text()
     for title, stage in (("after pretraining", "pretrain"), ("and the same SFT and RLVR", "rlvr")):
         (line,) = [line for line in readme.splitlines() if line.startswith(f"| {title} |")]
@@ -66,7 +74,7 @@ def test_matched_arms_spend_the_same(results):
         "cpt_tokens": "input_tokens",
         "cpt_flops": "flops",
         "mixed_sft": "flops",
-        "rpt": "flops",
+        "greedy_match": "flops",
         "rlp_lm": "flops",
         "shuffled_reward": "flops",
         "foreign_thought": "flops",
