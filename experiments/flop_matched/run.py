@@ -4,10 +4,10 @@ after each stage.
     python experiments/flop_matched/run.py --seeds 5
 
 For every seed S there is a base (experiments/world/bases/seed_S, made by make_bases.py where it is
-missing). RLP trains on it with configs/quickstart.yaml without the LM loss
-(`objective.lm_weight=0`), `run.seed` S. Every other arm is matched with that run by `rlp match`, and its own program asserts
-the match to 1 %. Then each arm's exported folder gets the same supervised fine-tuning and after it
-the same reinforcement learning from verifiable rewards (`post_train.py`, TRL), and is probed with
+missing). RLP trains on it with configs/quickstart.yaml without the LM loss, `run.seed` S. Every
+other arm is matched with that run by `rlp match`, and its own program asserts the match to 1 %.
+Then each arm's exported folder gets the same supervised fine-tuning and after it the same
+reinforcement learning from verifiable rewards (`post_train.py`, TRL), and is probed with
 and without thoughts on the same held-out positions after each stage.
 
 Files written to --out (default runs/flop_matched): a run folder for each arm and seed, and
