@@ -99,6 +99,7 @@ COMMAND_POINTS: dict[str, str] = {
     ),
     "eval.torn_rows": "`rlp eval`: half of the answers of a benchmark are on disk.",
     "eval.torn_json": "Half of the results are.",
+    "results.torn_line": "Half of a line of an experiment's results.jsonl is on disk.",
     "world.torn_file": "`rlp world`: half of one more file is on disk.",
     "world.before_rename": "The folder is written and does not have its name yet.",
 }
