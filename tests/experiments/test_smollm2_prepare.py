@@ -23,11 +23,10 @@ from transformers import (
 from rlp.config import ConfigError
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.files import NotWrittenError
-from tests import REPOSITORY
-from tests.experiments.test_experiments import load
+from tests.experiments.scripts import script
 from tests.tiny_models import tiny_policy, word_tokenizer
 
-prepare = load(REPOSITORY / "experiments" / "smollm2" / "prepare.py")
+prepare = script("smollm2", "prepare.py")
 
 MERGES = [("Ċ", "Ċ"), ("Ġ", "a")]
 VOCABULARY = [
