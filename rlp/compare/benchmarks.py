@@ -26,7 +26,7 @@ from rlp.compare.answers import AnswerPool
 from rlp.compare.asked_model import AskedModel
 from rlp.compare.checking import Checked, by_question, check_by_task, check_mathematics
 from rlp.compare.harness import thinking_lm
-from rlp.compare.tasks import Benchmark, data_errors, settle_samples
+from rlp.compare.tasks import FEWSHOT_SEED, Benchmark, data_errors, settle_samples
 from rlp.compare.thinker import Reply, Thinker
 from rlp.config import ConfigError
 
@@ -97,6 +97,8 @@ def run_benchmark(
     start = time.monotonic()
     scores, rows, metrics = [], [], set()
     for task in tasks:
+        # Each mode draws the same examples, those that lm_eval draws in its one pass.
+        task.set_fewshot_seed(FEWSHOT_SEED)
         # lm_eval draws a bar for each task.
         with redirect_stderr(io.StringIO()), data_errors(name, benchmark):
             task.build_all_requests(limit=limit)

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 MOST_SAMPLES, MOST_TOKENS = 10_000, 2**24
 """Of a benchmark: more is a slip of the pen, and would be memory asked for."""
 
+FEWSHOT_SEED = 1234
+"""lm_eval's own, so that its examples are ours."""
+
 _FIELDS = re.compile(r"\{\{\s*([\w-]+(?:\s+or\s+[\w-]+)*)\s*\}\}")
 """One reference to fields of a row. It is all that stands for something in a prompt: a template
 engine would run what a stranger wrote."""
@@ -270,7 +273,6 @@ def load_tasks(benchmarks: dict[str, Benchmark]) -> dict[str, list["Task"]]:
                 )
             if benchmarks[name].shots is not None:
                 task.set_config("num_fewshot", benchmarks[name].shots)
-            task.set_fewshot_seed(1234)  # lm_eval's own
         loaded[name] = tasks
     return loaded
 

@@ -283,6 +283,73 @@ def test_lm_eval_itself_finds_the_same_accuracy(policy, tokenizer, pool, tmp_pat
     assert 0 < theirs < 1
 
 
+def written_task(folder: Path, **more: object) -> dict:
+    """A task of lm_eval that reads files: a written answer after two examples, which are drawn."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 9), ("test", 7)):
+        lines = [
+            json.dumps({"q": " ".join(f"w{i}" for i in generator.integers(0, 40, size=size))})
+            for size in generator.integers(2, 9, size=count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return {
+        "task": "written",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
+        },
+        "test_split": "test",
+        "fewshot_split": "train",
+        "num_fewshot": 2,
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}} .",
+        "doc_to_target": "w2",
+        "generation_kwargs": {"until": ["w7"], "max_gen_toks": 12, "do_sample": False} | more,
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [
+            {
+                "name": "first",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "(w[12])"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+    }
+
+
+def test_plain_lm_eval_on_the_same_folder_gives_the_same_answers(policy, tokenizer, pool, tmp_path):
+    """Problem by problem, in prompts and to the letter: lm_eval's own model of transformers, told
+    to leave the open marker out, and ours without thoughts. With thoughts the prompts are the same
+    too: examples that are drawn are drawn alike in both modes."""
+    import lm_eval.evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    spec = written_task(tmp_path, suppress_tokens=[OPEN])
+    manager = TaskManager(include_defaults=False)
+    plain = HFLM(pretrained=policy.lm, tokenizer=tokenizer, batch_size=3, device="cpu")
+    theirs = lm_eval.evaluator.simple_evaluate(
+        plain, tasks=[spec], task_manager=manager, bootstrap_iters=0
+    )
+    expected = [
+        (sample["arguments"][0][0], sample["resps"][0][0], sample["exact_match"])
+        for sample in sorted(theirs["samples"]["written"], key=lambda sample: sample["doc_id"])
+    ]
+
+    loaded, said = list(manager.load([spec])["tasks"].values()), {}
+    for mode in ("think", "no_think"):
+        thinker = thinker_of(policy, tokenizer, thinks=mode == "think")
+        asked = Benchmark(task="written")
+        result, rows = run_benchmark("written", asked, loaded, thinker, pool, mode=mode, limit=None)
+        said[mode] = [(row["prompt"], row["answer"], row["score"]) for row in rows]
+
+    assert said["no_think"] == expected
+    assert 0 < result.accuracy == theirs["results"]["written"]["exact_match,first"] < 1
+    assert [prompt for prompt, *_ in said["think"]] == [prompt for prompt, *_ in expected]
+    assert len({answer for _, answer, _ in expected}) > 3
+
+
 def test_pass_at_1_is_the_mean_over_samples_and_its_error_is_over_questions():
     """Two samples of one question are no two questions."""
     accuracy, error = mean_and_error(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
