@@ -13,6 +13,15 @@ A policy that gets worse without thoughts raises the gain over the EMA and over 
 prediction, and not that over the start. A thought that says something about its prefix gains over
 the shuffled one.
 
+The best of G thoughts gains even where thoughts are noise, if the targets that it is chosen by are
+those that it is scored on. So what there is to select is measured in two other ways. With a horizon
+of 2 or more one half of the targets chooses and the other half scores, each in turn, a and b:
+
+    [S_a(argmax_c S_b(c)) + S_b(argmax_c S_a(c))] - S_no_think,    S(c) = S_a(c) + S_b(c)
+
+And the thought after which the model is surest of its next token, whatever that is, is scored on
+all of them; no target chooses it, so this works with a horizon of 1 too.
+
 A panel is a sample of documents: intervals draw documents, with all their positions, with
 replacement.
 
@@ -118,7 +127,24 @@ def _columns(
     columns["open_marker_mass"] = answers["open_marker"]
     if reasoned.shape[1] > 1:
         columns["reward_group_std_nats"] = reasoned.std(axis=1, ddof=1)
+        columns |= _selected(answers)
     return {name: values.astype(np.float64) for name, values in columns.items()}
+
+
+def _selected(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a thought is worth that was not chosen by what it is scored on: [M] each."""
+    surest = answers["surest"].argmax(axis=1)[:, None]
+    found = {
+        f"surest_thought_{name}": np.take_along_axis(answers[values], surest, axis=1)[:, 0]
+        for name, values in (("gain_nats", "reasoned"), ("accuracy", "right_with"))
+    }
+    found["surest_thought_gain_nats"] -= answers["no_think"]
+    if "reasoned_halves" in answers:
+        halves, without = answers["reasoned_halves"], answers["no_think_halves"]
+        chosen_by_other = halves.argmax(axis=1)[:, None, ::-1]
+        scored = np.take_along_axis(halves, chosen_by_other, axis=1)[:, 0]
+        found["cross_selected_gain_nats"] = (scored - without).sum(axis=1)
+    return found
 
 
 def _ratios(

@@ -198,6 +198,22 @@ EVALUATION: dict[str, Metric] = {
         "Mean S_pred minus the policy's own log-probability after the thoughts of another document:"
         " what a thought owes to its own prefix. Left out for a panel of one document.",
     ),
+    "cross_selected_gain_nats": Metric(
+        "nats",
+        "What the best of a position's thoughts gains over the policy's own no-think prediction,"
+        " chosen by one half of the target tokens and scored on the other, each half in turn: what"
+        " there is to select. Left out with a horizon of 1, where choosing and scoring would be the"
+        " same, and for one thought a position.",
+    ),
+    "surest_thought_gain_nats": Metric(
+        "nats",
+        "What that thought of a position gains over the policy's own no-think prediction after"
+        " which the policy gives its most probable next token the largest probability: chosen"
+        " without the target. Left out for one thought a position.",
+    ),
+    "surest_thought_accuracy": Metric(
+        "fraction", "The most probable token is the target, after that thought."
+    ),
     "positive_gain_frac": Metric(
         "fraction", "Positions whose mean gain over the starting checkpoint is above 0."
     ),

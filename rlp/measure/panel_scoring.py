@@ -168,8 +168,10 @@ def _score_documents(
     teacher: Policy | None,
 ) -> dict[str, np.ndarray]:
     """Every prediction of some documents' targets: log-evidence in nats, [m, G] after thoughts and
-    [m] else; whether the most probable tokens are the targets; the LM loss [b] of each document,
-    summed over its tokens. What is not asked for is absent.
+    [m] else; whether the most probable tokens are the targets; what the two halves of the targets
+    add to it, [m, G, 2] and [m, 2], with a horizon of 2 or more; how sure of its first token the
+    model is after each thought, [m, G]; the LM loss [b] of each document, summed over its tokens.
+    What is not asked for is absent.
     """
     policy, where = model.policy, (documents, positions)
 
@@ -177,7 +179,7 @@ def _score_documents(
         return rearrange(values, "(m g) -> m g", m=len(positions.position))
 
     layout = model.rows(*where, thoughts.on(policy.device), no_think=True)
-    scores = score(policy, layout, matched=True)
+    scores = score(policy, layout, surest=True)
     others = _after_an_empty_one(foreign, len(positions.position))
     controls = score(policy, model.rows(*where, others.on(policy.device), lm=True))
     control = of_groups(log_evidence(controls.target))
@@ -187,15 +189,29 @@ def _score_documents(
         "empty": control[:, 0],
         "right_with": of_groups(scores.matched),
         "right_without": scores.no_think_matched,
+        "surest": of_groups(scores.surest[:, 0]),
         "open_marker": scores.open_marker.exp(),
         "document_loss": -controls.document.double().sum(dim=1),
     }
+    if scores.target.shape[1] > 1:
+        answers["reasoned_halves"] = torch.stack(
+            [of_groups(half) for half in _halves(scores.target)], dim=-1
+        )
+        answers["no_think_halves"] = torch.stack(_halves(scores.no_think), dim=-1)
     if foreign is not None:
         answers["shuffled"] = control[:, 1:]
     if teacher is not None:
         alone = score(teacher, model.rows(*where, None, no_think=True))
         answers["baseline"] = log_evidence(alone.no_think)
     return {name: values.double().cpu().numpy() for name, values in answers.items()}
+
+
+def _halves(target_logprob: Tensor) -> list[Tensor]:
+    """What the first and the second half of H target tokens add to their log-evidence: two parts
+    [n] of [n, H]; of an odd number the second half has one more."""
+    horizon = target_logprob.shape[1]
+    parts = target_logprob.split([horizon // 2, horizon - horizon // 2], dim=1)
+    return [part.sum(dim=1) / horizon for part in parts]
 
 
 def _after_an_empty_one(thoughts: PanelThoughts | None, num_positions: int) -> PanelThoughts:

@@ -90,9 +90,9 @@ class Policy(nn.Module):
         `forward`.
 
         Args:
-            task: `logprob`, `logprob_and_greedy`, `entropy` (arguments of `_answer`),
-                `next_logits` (of `_next_logits`), `shared_logits` (of `_shared_logits`) or `check`
-                (of `_check`).
+            task: `logprob`, `logprob_and_greedy`, `logprob_greedy_and_surest`, `entropy`
+                (arguments of `_answer`), `next_logits` (of `_next_logits`), `shared_logits` (of
+                `_shared_logits`) or `check` (of `_check`).
         """
         if task in ("next_logits", "shared_logits", "check"):
             return getattr(self, f"_{task}")(*arguments)
@@ -124,8 +124,9 @@ class Policy(nn.Module):
         queried.
 
         Args:
-            statistic: `logprob` (nats, with gradient), `entropy` (nats, of the whole softmax), or
-                `logprob_and_greedy` (and whether target is the most probable token).
+            statistic: `logprob` (nats, with gradient), `entropy` (nats, of the whole softmax),
+                `logprob_and_greedy` (and whether target is the most probable token), or
+                `logprob_greedy_and_surest` (and the log-probability of that one).
             tokens: [R, T] int64, padded on the right.
             position: [R, T] int64, or None where a token's position is its column.
             tree: which token attends to which, or None for rows that are plain sequences.
@@ -136,8 +137,9 @@ class Policy(nn.Module):
             asked: int64, which queries have one.
 
         Returns:
-            [Q] float32; for `logprob_and_greedy` [Q] bool too, which is False where no token is
-            excluded (thought tokens and documents, whose most probable token nobody asks for).
+            [Q] float32; for `logprob_and_greedy` [Q] bool too, and for the last one [Q] float32
+            nats; both are 0 where no token is excluded (thought tokens and documents, whose most
+            probable token nobody asks for).
         """
         packed = {} if tree is None else self._packed(tokens, position, tree)
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False, **packed).last_hidden_state
@@ -152,10 +154,14 @@ class Policy(nn.Module):
         if statistic == "logprob":
             return logprobs
 
-        with torch.no_grad():
-            best = token_argmax(queried[asked], self.head, excluded=excluded[asked], **transform)
+        chosen = {name: tempered[name][asked] for name in ("inverse_temperature", "excluded")}
+        form = self.logprob_form if statistic == "logprob_greedy_and_surest" else None
+        best, surest = _most_probable(queried[asked], self.head, chosen, transform, form)
         matched = torch.zeros_like(target, dtype=torch.bool)
-        return logprobs, matched.index_copy(0, asked, best == target[asked])
+        matched = matched.index_copy(0, asked, best == target[asked])
+        if surest is None:
+            return logprobs, matched
+        return logprobs, matched, torch.zeros_like(logprobs).index_copy(0, asked, surest)
 
     def _packed(self, tokens: Tensor, position: Tensor, tree: Tree | Attends) -> dict:
         """What a forward of a packed row is given besides. A mask of four dimensions is passed
@@ -291,3 +297,15 @@ def _scan_as_decoded(lm: nn.Module) -> tuple[float, float] | None:
                 stock = tuple(module.time_step_limit)
             module.time_step_limit = limit
     return stock
+
+
+@torch.no_grad()
+def _most_probable(
+    queried: Tensor, head: Tensor, tempered: dict, transform: dict, form: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """The most probable token after each hidden state; and its log-probability, where the form that
+    it is to be computed in is given."""
+    best = token_argmax(queried, head, excluded=tempered["excluded"], **transform)
+    if form is None:
+        return best, None
+    return best, token_logprobs(queried, head, best, **tempered, **transform, form=form)

@@ -39,25 +39,33 @@ class Scores:
     asked for."""
     no_think_matched: Tensor | None = None
     """[M] bool, likewise without a thought."""
+    surest: Tensor | None = None
+    """[N, H] log-probability of the most probable token in the place of each target; None unless
+    asked for. The first one knows nothing of the targets."""
 
 
-def score(model: Callable, layout: Layout, *, matched: bool = False) -> Scores:
+def score(
+    model: Callable, layout: Layout, *, matched: bool = False, surest: bool = False
+) -> Scores:
     """Run a layout once and put the answers back in shape.
 
     Args:
         model: the policy or the teacher, or the engine that trains the policy.
         matched: ask for `Scores.matched` and `Scores.no_think_matched` too.
+        surest: for these and for `Scores.surest`.
     """
     fault("score")
-    if matched:
-        logprob, greedy = ask(model, "logprob_and_greedy", layout)
+    matches = {}
+    if matched or surest:
+        statistic = "logprob_greedy_and_surest" if surest else "logprob_and_greedy"
+        logprob, greedy, *best = ask(model, statistic, layout)
         found = unpack(layout, greedy)
-        matches = {
-            "matched": found.target.all(dim=1),
-            "no_think_matched": found.no_think.all(dim=1),
-        }
+        matches["matched"] = found.target.all(dim=1)
+        matches["no_think_matched"] = found.no_think.all(dim=1)
+        if surest:
+            matches["surest"] = unpack(layout, *best).target
     else:
-        logprob, matches = ask(model, "logprob", layout), {}
+        logprob = ask(model, "logprob", layout)
 
     scores = unpack(layout, logprob)
     return replace(

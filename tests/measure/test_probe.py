@@ -11,7 +11,7 @@ import torch
 
 from rlp.config import load_config
 from rlp.learn.checkpoint import open_checkpoint
-from rlp.measure.decomposition import Decomposition, bootstrap_intervals
+from rlp.measure.decomposition import Decomposition, _selected, bootstrap_intervals
 from rlp.measure.frozen import measure_model
 from rlp.measure.metrics import EVALUATION
 from rlp.measure.panel_scoring import measure_panel, no_think_logprob
@@ -117,6 +117,73 @@ def test_accuracy_is_how_often_the_most_probable_token_is_the_target():
     assert 0 < expected.mean() < 1 and not (np.array(without) == target).all()
 
 
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_a_thought_is_not_chosen_by_what_it_is_scored_on(horizon):
+    """Against a loop over thoughts, with log-probabilities of transformers: one half of the targets
+    chooses and the other scores, in turn; and the surest thought is the one whose most probable
+    next token has most."""
+    config = settings("evaluation.thoughts_per_position=4")
+    given, plain = panel(horizon=horizon), tiny_policy()
+    found = probe(given, horizon=horizon, config=config)
+
+    def logprobs(m: int, thought: list[int] | None) -> tuple[np.ndarray, float]:
+        """[H] of the targets, and that of the most probable first one."""
+        d, t = given.positions.document[m], given.positions.position[m]
+        context = [*given.documents[d].tokens[:t].tolist(), *(thought or [])]
+        target = given.positions.target[m].tolist()
+        with torch.no_grad():
+            logits = plain.lm(torch.tensor([[*context, *target]])).logits[0, len(context) - 1 : -1]
+        logits[:, OPEN] = -torch.inf
+        all_of_them = torch.log_softmax(logits, dim=-1)
+        own = all_of_them.gather(1, torch.tensor(target)[:, None])[:, 0]
+        return own.numpy(), float(all_of_them[0].max())
+
+    half = horizon // 2
+    for m in range(len(given)):
+        group = zip(found.thoughts.tokens[m], found.thoughts.truncated[m])
+        rows = [[OPEN, *thought, *([CLOSE] if cut else [])] for thought, cut in group]
+        scored = [logprobs(m, row) for row in rows]
+        without = logprobs(m, None)[0].mean()
+        surest = max(scored, key=lambda one: one[1])[0].mean()
+        assert found.columns["surest_thought_gain_nats"][m] == pytest.approx(
+            surest - without, abs=2e-5
+        )
+        if horizon > 1:
+            first = max(scored, key=lambda one: one[0][half:].sum())[0][:half].sum()
+            second = max(scored, key=lambda one: one[0][:half].sum())[0][half:].sum()
+            expected = (first + second) / horizon - without
+            assert found.columns["cross_selected_gain_nats"][m] == pytest.approx(expected, abs=2e-5)
+    assert ("cross_selected_gain_nats" in found.means) == (horizon > 1)
+    assert ("cross_selected_gain_nats" in found.intervals) == (horizon > 1)
+
+
+def test_chance_is_nothing_to_select():
+    """Thoughts whose predictions are noise about that without one: the best of eight gains 1.4
+    standard deviations where it is scored on what chose it, and nothing where it is not. Noise of a
+    thought that both halves share is selected."""
+    random, positions, siblings = np.random.default_rng(0), 20_000, 8
+    halves = random.normal(size=(positions, siblings, 2))
+    shared = random.normal(size=(positions, siblings, 1))
+    zeros = np.zeros((positions, siblings))
+    answers = {"surest": zeros, "right_with": zeros, "no_think": zeros[:, 0]}
+
+    def selected(of_halves: np.ndarray) -> float:
+        of_halves = of_halves / 2
+        found = _selected(
+            answers
+            | {
+                "reasoned": of_halves.sum(axis=2),
+                "reasoned_halves": of_halves,
+                "no_think_halves": np.zeros((positions, 2)),
+            }
+        )
+        return found["cross_selected_gain_nats"].mean()
+
+    assert halves.mean(axis=2).max(axis=1).mean() > 0.9
+    assert selected(halves) == pytest.approx(0, abs=4 * 0.5**0.5 / positions**0.5)
+    assert selected(np.repeat(shared, 2, axis=2)) == pytest.approx(shared.max(axis=1).mean())
+
+
 def test_the_loss_of_the_documents_is_that_of_transformers():
     """Per token, over all tokens of all documents: plain perplexity."""
     policy, given = tiny_policy(), panel()
@@ -160,7 +227,7 @@ def test_the_panel_samples_in_one_phase_and_runs_thoughts_once(monkeypatch):
     counts = Counter(told)
     assert counts["phase"] == counts["sample"] == 1
     assert {task: count for task, count in counts.items() if "logprob" in task} == {
-        "logprob_and_greedy": 3,
+        "logprob_greedy_and_surest": 3,
         "logprob": 3,
     }
 
