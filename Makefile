@@ -92,7 +92,7 @@ $(VLLM_VENV)/test.ok: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-$(WORLD)/train.jsonl: $(VENV)/run.ok $(wildcard rlp/world/*.py)
+$(WORLD)/train.jsonl: $(VENV)/run.ok $(wildcard rlp/world/*.py rlp/world/*.yaml)
 	rm -rf $(WORLD)
 	$(BIN)/rlp world $(WORLD)
 

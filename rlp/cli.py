@@ -12,7 +12,7 @@
     rlp splice RUN      documents with the start's own best thoughts in them, for the control
                         mixed_sft
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
-    rlp world FOLDER    the heading world, with its base and a config: something to train at once
+    rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
                                 learn from?
 
@@ -420,19 +420,41 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _add_world(commands: argparse._SubParsersAction) -> None:
     world = commands.add_parser(
         "world",
-        help="write the heading world: documents, a tiny base model, and the config that trains it",
+        help="write a small world: documents, a tiny base model, and the config that trains it",
     )
     world.add_argument(
         "folder", type=Path, metavar="FOLDER", help="the folder to make; it may be there, empty"
+    )
+    world.add_argument(
+        "--kind",
+        default="rare",
+        help="rare: of the base's thoughts few are of use, and none at a low temperature;"
+        " headings: all are, but for slips, which a low temperature leaves out",
+    )
+    world.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of questions, documents and panel; 0, which the committed base is for, by default",
     )
     world.set_defaults(command=_world)
 
 
 def _world(arguments: argparse.Namespace) -> int:
-    from rlp.world.folder import write_world
+    from rlp.world.folder import WORLDS, write_world
 
-    write_world(arguments.folder)
-    print(f"{arguments.folder}: train on it with\n  rlp train {arguments.folder}/quickstart.yaml")
+    folder, kind = arguments.folder, arguments.kind
+    with_base = write_world(folder, kind=kind, seed=arguments.seed)
+    train = f"  rlp train {folder}/{WORLDS[kind].config}"
+    if with_base:
+        print(f"{folder}: train on it with\n{train}")
+        return 0
+    print(
+        f"{folder}: no base comes with seed {arguments.seed}. Make it, and train on it, with\n"
+        f"  rlp train {folder}/base.yaml run.dir={folder}/base_run\n"
+        f"{train} model.path={folder}/base_run/export"
+    )
     return 0
 
 

@@ -246,6 +246,10 @@ class DataConfig:
         )
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
 def _is_delimiter(text: str) -> bool:
     return len(text) == 1 and text.isascii() and text not in '"\r\n'
 
@@ -281,8 +285,7 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.per_document == "all"
-            or (isinstance(self.per_document, int) and self.per_document >= 1),
+            self.per_document == "all" or _is_count(self.per_document),
             "position.per_document",
             self.per_document,
             "must be a whole number of at least 1, or all",
@@ -750,8 +753,20 @@ class EvaluationConfig:
 
     panel_positions: int = 256
     """Positions in the panel."""
+    selector: str | None = None
+    """Where the panel thinks: `uniform` at random, or `marker`: right after `evaluation.marker`.
+    None: where the run may, by `position.selector`; of those that the policy chooses (`entropy`,
+    `surprisal`, one of yours) any may be drawn, or the panel would be another one each time."""
+    marker: str | None = None
+    """Text whose end is a position, for `evaluation.selector: marker`."""
+    per_document: int | str | None = None
+    """Positions of each document of the panel, or `all`. None: as `position.per_document`."""
     thoughts_per_position: int = 4
     """Thoughts sampled for each."""
+    cold_temperature: float | None = None
+    """Think on the panel at this temperature too, such as 0.3, each time that it is scored: what
+    careful sampling gains without any training is no merit of the training. None: at
+    `thought.temperature` alone, as a second temperature doubles what an evaluation costs."""
     every_n_steps: int = 0
     """Score the panel during the run every n steps; 0: before and after only."""
     batch_size: int = 32
@@ -765,6 +780,30 @@ class EvaluationConfig:
             thoughts_per_position=1,
             every_n_steps=0,
             batch_size=1,
+        )
+        require(
+            self.cold_temperature is None or self.cold_temperature > 0,
+            "evaluation.cold_temperature",
+            self.cold_temperature,
+            "must be above 0, or null for none",
+        )
+        require(
+            self.selector in (None, "uniform", "marker"),
+            "evaluation.selector",
+            self.selector,
+            "must be uniform or marker, or null for the positions of the run",
+        )
+        require(
+            (self.selector == "marker") == bool(self.marker),
+            "evaluation.marker",
+            self.marker,
+            f"goes with evaluation.selector: marker and only with it (selector is {self.selector})",
+        )
+        require(
+            self.per_document in (None, "all") or _is_count(self.per_document),
+            "evaluation.per_document",
+            self.per_document,
+            "must be a whole number of at least 1, or all, or null for position.per_document",
         )
 
 
@@ -866,13 +905,11 @@ class Config:
             " optim.batch_size=2 or more",
         )
 
-        require(
-            self.sampling.engine != "vllm" or self.thought.temperature >= VLLM_LEAST_TEMPERATURE,
-            "thought.temperature",
-            self.thought.temperature,
-            f"must be at least {VLLM_LEAST_TEMPERATURE} with sampling.engine: vllm, which samples"
-            " at no lower one; write sampling.engine=native",
-        )
+        for key, temperature in (
+            ("thought.temperature", self.thought.temperature),
+            ("evaluation.cold_temperature", self.evaluation.cold_temperature),
+        ):
+            self._refuse_below_vllm(key, temperature)
 
         shortest = self.position.min_prefix_tokens + self.target.horizon
         require(
@@ -880,6 +917,16 @@ class Config:
             "data.max_document_tokens",
             self.data.max_document_tokens,
             f"must hold position.min_prefix_tokens + target.horizon = {shortest} tokens",
+        )
+
+    def _refuse_below_vllm(self, key: str, temperature: float | None) -> None:
+        reached = temperature is None or temperature >= VLLM_LEAST_TEMPERATURE
+        require(
+            self.sampling.engine != "vllm" or reached,
+            key,
+            temperature,
+            f"must be at least {VLLM_LEAST_TEMPERATURE} with sampling.engine: vllm, which samples"
+            " at no lower one; write sampling.engine=native",
         )
 
     def _refuse_budget(self) -> None:
@@ -905,6 +952,17 @@ def _refuse_beyond_machines(key: str, value: object) -> None:
     elif isinstance(value, int) and key not in NO_COUNTS:
         rule = f"must be at most {MAX_COUNT:,}, which is more than any machine holds"
         require(value <= MAX_COUNT, key, value, rule)
+
+
+def panel_position(config: Config) -> PositionConfig:
+    """Which tokens of a held-out document may be in the panel: those of the run, but for what
+    `evaluation` says otherwise."""
+    position, panel = config.position, config.evaluation
+    if panel.selector is not None:
+        position = dataclasses.replace(position, selector=panel.selector, marker=panel.marker)
+    if panel.per_document is not None:
+        position = dataclasses.replace(position, per_document=panel.per_document)
+    return position
 
 
 def keeps_ema(config: Config) -> bool:

@@ -1,10 +1,11 @@
 """Small questions about the settings of RLP, answered on the heading world over seeds.
 
-    python experiments/world/make_bases.py --seeds 5
+    rlp world experiments/world/headings --kind headings
+    python experiments/world/make_bases.py --kind headings --seeds 5
     python experiments/questions/ask.py lm_weight --seeds 5      # or all
     python experiments/questions/ask.py --tables                 # those of README.md
 
-Every run is configs/quickstart.yaml with the overrides of one setting, from the base of its seed
+Every run is configs/headings.yaml with the overrides of one setting, from the base of its seed
 and with that `run.seed`, evaluated before and after only. So two settings differ, seed by seed, in
 nothing but their overrides, and their difference is taken in pairs. One line of results.jsonl per
 finished run; run again, only missing runs are made.
@@ -28,8 +29,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
 README = HERE / "README.md"
-BASES = ROOT / "experiments" / "world" / "bases"
-HELD_OUT = ROOT / "experiments" / "world" / "data" / "held_out.jsonl"
+BASES = ROOT / "experiments" / "world" / "heading_seeds"
+HELD_OUT = ROOT / "experiments" / "world" / "headings" / "held_out.jsonl"
 RUNS = ROOT / "runs" / "questions"
 
 DEFAULT = "default"
@@ -259,7 +260,7 @@ def one_run(
     from rlp import Trainer
     from rlp.process.exit_codes import DONE
 
-    base, run = BASES / f"seed_{seed}", RUNS / f"{question}_{setting}_seed_{seed}"
+    base, run = BASES / str(seed) / "base", RUNS / f"{question}_{setting}_seed_{seed}"
     shutil.rmtree(run, ignore_errors=True)  # left by an interrupted call
     code = Trainer(quickstart(base, run, seed, *overrides), ranks=ranks).fit().code
     if code != DONE:
@@ -314,7 +315,7 @@ def quickstart(model: Path, run: Path, seed: int, *overrides: str) -> object:
     from rlp.config import load_config
 
     return load_config(
-        ROOT / "configs" / "quickstart.yaml",
+        ROOT / "configs" / "headings.yaml",
         [
             f"model.path={model}",
             f"run.dir={run}",
@@ -336,9 +337,9 @@ def evaluate_answers(model: Path, run: Path, ranks: object) -> dict:
     shutil.rmtree(run, ignore_errors=True)
     config = quickstart(model, run, 0)
     opened = Trainer(config, ranks=ranks).open_on(Host.unwatched(config, ranks))
-    values = HeldOut(opened).evaluate()
+    evaluation = HeldOut(opened).evaluate()
     shutil.rmtree(run)
-    return values
+    return evaluation.values
 
 
 def read_weights(model: Path) -> dict[str, np.ndarray]:
@@ -487,20 +488,11 @@ def main() -> int:
 
 def counting_seeds(wanted: int) -> list[int]:
     """The first seeds whose base counts; makes the bases that are missing."""
-    subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "experiments" / "world" / "make_bases.py"),
-            "--seeds",
-            str(wanted),
-            "--out",
-            str(BASES),
-        ],
-        check=True,
-    )
-    return [row["seed"] for row in json.loads((BASES / "bases.json").read_text()) if row["counts"]][
-        :wanted
-    ]
+    make = ROOT / "experiments" / "world" / "make_bases.py"
+    wanted_of = ["--kind", "headings", "--seeds", str(wanted), "--out", str(BASES)]
+    subprocess.run([sys.executable, str(make), *wanted_of], check=True)
+    rows = [json.loads(path.read_text()) for path in BASES.glob("*/base.json")]
+    return sorted(row["seed"] for row in rows if row["counts"])[:wanted]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,33 @@ class Positions:
         return slice(int(first), int(last))
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Which positions of a document may be chosen, as `candidate_positions` has them."""
+
+    section: str
+    """Of the config, that says so: `position` or `evaluation`."""
+    config: PositionConfig
+    horizon: int
+    excluded: int
+    marker: tuple[int, ...]
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Of a document [P]: int64, ascending."""
+        return candidate_positions(
+            tokens,
+            self.config,
+            horizon=self.horizon,
+            excluded=self.excluded,
+            marker=self.marker,
+        )
+
+    def count(self, tokens: np.ndarray) -> int:
+        """How many are chosen of a document: K, or as many as it has."""
+        limit, wanted = len(self(tokens)), self.config.per_document
+        return limit if wanted == "all" else min(limit, wanted)
+
+
 def candidate_positions(
     tokens: np.ndarray,
     config: PositionConfig,
@@ -137,14 +164,16 @@ def choose_positions(
     return Positions(document=document, position=position, target=target)
 
 
-def marker_ids(tokenizer: PreTrainedTokenizerBase, config: PositionConfig) -> tuple[int, ...]:
-    """Token ids of `position.marker`, empty where there is none."""
+def marker_ids(
+    tokenizer: PreTrainedTokenizerBase, config: PositionConfig, section: str = "position"
+) -> tuple[int, ...]:
+    """Token ids of the marker of a section of the config, empty where there is none."""
     if config.marker is None:
         return ()
     ids = tuple(tokenizer.encode(config.marker, add_special_tokens=False))
     require(
         len(ids) > 0 and tokenizer.unk_token_id not in ids,
-        "position.marker",
+        f"{section}.marker",
         config.marker,
         f"must be text that the tokenizer can write (token ids {list(ids)})",
     )

@@ -31,7 +31,14 @@ MAY_CHANGE = {
 is sharded, measured and told, which rows it puts up with, and how large its updates are from here
 on."""
 
-MUST_STAY = {"run.seed", "evaluation.panel_positions"}
+MUST_STAY = {
+    "run.seed",
+    "evaluation.panel_positions",
+    "evaluation.selector",
+    "evaluation.marker",
+    "evaluation.per_document",
+    "evaluation.cold_temperature",
+}
 """In spite of their section. The dtype that a run computes in must stay too, whatever
 `engine.dtype` calls it: it is in the state."""
 

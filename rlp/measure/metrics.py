@@ -279,8 +279,18 @@ for _name, _metric in list(EVALUATION.items()):
     EVALUATION[f"{_name}_high"] = Metric(
         _metric.unit, f"Upper end of the 95 % bootstrap interval of {_name}."
     )
-"""What one evaluation of the held-out panel says: a line of `evaluation.jsonl`, and `before` and
-`after` of `summary.json`."""
+"""What one evaluation of the held-out panel says at one temperature of the thoughts: `before`,
+`after`, `before_cold` and `after_cold` of `summary.json`."""
+
+COLD = "cold/"
+"""Prefix, in a line of `evaluation.jsonl`, of what was measured at
+`evaluation.cold_temperature`."""
+
+EVALUATION_LINE = EVALUATION | {
+    f"{COLD}{_name}": Metric(_metric.unit, f"{_name}, thinking at evaluation.cold_temperature.")
+    for _name, _metric in EVALUATION.items()
+}
+"""A line of `evaluation.jsonl`."""
 
 TIMING_PREFIX = "perf/"
 """Metrics of the machine and not of the run: two runs of the same config differ in them."""

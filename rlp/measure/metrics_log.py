@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from rlp.config import Config
-from rlp.measure.metrics import EVALUATION, METRICS, TIMING_PREFIX, in_table_order
+from rlp.measure.metrics import EVALUATION_LINE, METRICS, TIMING_PREFIX, in_table_order
 from rlp.measure.wandb_log import WandbAdapter, require_wandb
 from rlp.process.console import format_bytes, format_duration, say_line
 from rlp.process.progress import LINE_EVERY_S
@@ -94,9 +94,9 @@ class MetricsLog:
             self._said_at = time.monotonic()
 
     def evaluation(self, step: int, values: dict[str, float | None]) -> None:
-        """Record one evaluation of the held-out panel, by name in `EVALUATION`; `step` 0 is before
-        the first update."""
-        measured = in_table_order(values, EVALUATION)
+        """Record one evaluation of the held-out panel, by name in `EVALUATION_LINE`; `step` 0 is
+        before the first update."""
+        measured = in_table_order(values, EVALUATION_LINE)
         if not self._first_rank:
             return
         append_json_line(self._folder.evaluation_jsonl, {"step": step, **measured})

@@ -73,8 +73,9 @@ def held_out_panel(setup: PanelSetup) -> Panel:
     """The first held-out documents, in the order of `PANEL_SEED`, that together have
     `evaluation.panel_positions` positions, each read once.
 
-    Positions are drawn uniformly among the candidates, for the selectors `entropy` and `surprisal`
-    too: a panel that the policy chose would be another one after a resume, and in another run.
+    `panel_position` says where. Positions are drawn uniformly among the candidates, for the
+    selectors `entropy` and `surprisal` too: a panel that the policy chose would be another one
+    after a resume, and in another run.
     """
     config = setup.config
     if setup.held_out is None:
@@ -89,13 +90,12 @@ def held_out_panel(setup: PanelSetup) -> Panel:
         if stream.cursor > len(setup.held_out):
             break
         documents.append(document)
-        limit, per_document = len(setup.candidates(document.tokens)), config.position.per_document
-        found += limit if per_document == "all" else min(limit, per_document)
+        found += setup.panel_candidates.count(document.tokens)
 
     positions = choose_positions(
         documents,
-        setup.candidates,
-        config.position,
+        setup.panel_candidates,
+        setup.panel_candidates.config,
         horizon=config.target.horizon,
         seed=PANEL_SEED,
         step=0,

@@ -6,7 +6,7 @@ Dimensions
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ def measure_panel(
     *,
     teacher: Policy | None = None,
     start_logprob: list[float] | None = None,
+    temperature: float | None = None,
     progress: Tell = Progress,
 ) -> Decomposition:
     """Think at every panel position and measure what that was worth. A collective; the ledger does
@@ -101,8 +102,12 @@ def measure_panel(
         teacher: scores the baseline; None leaves `gain_over_ema_nats` out.
         start_logprob: [M], `no_think_logprob` of the starting checkpoint; None: the model is the
             starting checkpoint.
+        temperature: of the thoughts; None: `thought.temperature`.
         progress: makes a `Progress`.
     """
+    if temperature is not None:
+        thought_format = replace(model.thought_format, temperature=temperature)
+        model = replace(model, thought_format=thought_format)
     with model.policy.sampling():
         with progress("thinking on the held-out panel", None, "rounds") as thinking:
             thoughts = _think(model, panel, config, ranks, thinking)

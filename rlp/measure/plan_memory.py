@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlp.config import Config, keeps_ema, needs_copies
+from rlp.config import Config, keeps_ema, needs_copies, panel_position
 from rlp.measure.plan_work import (
     StepSizes,
     ceil_div,
@@ -235,7 +235,7 @@ def panel_share(config: Config, world_size: int) -> tuple[int, int]:
     """Documents of the held-out panel on one rank, which samples all of its share at once, and
     thoughts of each, where every document has the positions that are asked for."""
     panel = config.evaluation
-    positions = min(positions_per_document(config), panel.panel_positions)
+    positions = min(positions_per_document(config, panel_position(config)), panel.panel_positions)
     documents = ceil_div(ceil_div(panel.panel_positions, positions), world_size)
     return documents, positions * panel.thoughts_per_position
 

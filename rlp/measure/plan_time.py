@@ -399,11 +399,12 @@ def _evaluation(run: _Run) -> PhaseTime | None:
     scored, why = run.passes(
         2 * run.thought_share * thoughts + 3 * texts, forwards, OPERATORS["read"]
     )
+    twice = settings.cold_temperature is not None
     return PhaseTime(
         "evaluation",
-        decode.seconds + draw.seconds + scored,
-        f"{settings.panel_positions:,} positions x {group} thoughts: {decode.rests_on}; scored by"
-        f" {why}",
+        (1 + twice) * (decode.seconds + draw.seconds + scored),
+        f"{settings.panel_positions:,} positions x {group} thoughts"
+        f"{' at two temperatures, each' if twice else ''}: {decode.rests_on}; scored by {why}",
     )
 
 

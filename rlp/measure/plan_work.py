@@ -3,7 +3,7 @@ rows."""
 
 from dataclasses import dataclass, replace
 
-from rlp.config import Config, ConfigError
+from rlp.config import Config, ConfigError, PositionConfig
 from rlp.model.shapes import ModelShapes, Work, forward_flops, row_work
 from rlp.sampling.schedule import num_slots, trunk_places
 
@@ -227,24 +227,25 @@ def forward_queries(sizes: StepSizes) -> int:
     return min(queries, sizes.tokens_per_micro_batch or queries)
 
 
-def positions_per_document(config: Config) -> int:
-    """K; for `all`, every position of the longest document that has a prefix and a target."""
+def positions_per_document(config: Config, position: PositionConfig | None = None) -> int:
+    """K; for `all`, every position of the longest document that has a prefix and a target.
+
+    Args:
+        position: of the held-out panel; None: of the run.
+    """
+    position = position or config.position
     possible = (
-        config.data.max_document_tokens
-        - config.target.horizon
-        - config.position.min_prefix_tokens
-        + 1
+        config.data.max_document_tokens - config.target.horizon - position.min_prefix_tokens + 1
     )
-    if config.position.per_document == "all":
+    if position.per_document == "all":
         return possible
-    if config.position.per_document > possible:
+    if position.per_document > possible:
         raise ConfigError(
             "position.per_document: a document of"
             f" data.max_document_tokens={config.data.max_document_tokens} has {possible} positions,"
-            f" got {config.position.per_document}. Write position.per_document=all or a longer"
-            " document."
+            f" got {position.per_document}. Write position.per_document=all or a longer document."
         )
-    return config.position.per_document
+    return position.per_document
 
 
 def ceil_div(amount: int, parts: int) -> int:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlp.config import Config, ConfigError, load_config
+from rlp.config import Config, ConfigError, load_config, panel_position
 from rlp.learn.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from rlp.learn.export import read_thought_format
 from rlp.measure.decomposition import Decomposition
@@ -234,7 +234,7 @@ def _measure(
 
 def describe(name: str, data: str, found: Decomposition, config: Config) -> str:
     """What was probed, in two lines."""
-    thought, position = config.thought, config.position
+    thought, position = config.thought, panel_position(config)
     where = f"after {position.marker!r}" if position.marker else "drawn uniformly"
     return (
         f"{name} on {data}: {len(found.panel)} positions {where} in {len(found.panel.documents)}"

@@ -7,14 +7,15 @@ Whatever a user may have got wrong in files and names is refused here, before a 
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlp.config import Config, ConfigError, first_line
+from rlp.config import Config, ConfigError, PositionConfig, first_line, panel_position
 from rlp.data.documents import Document
-from rlp.data.positions import candidate_positions, choose_positions, marker_ids
+from rlp.data.positions import Candidates, choose_positions, marker_ids
 from rlp.data.reader import DocumentReader
 from rlp.data.sources import Rows, open_rows
 from rlp.data.stream import DocumentStream
@@ -136,7 +137,9 @@ class PanelSetup(ModelSetup):
             )
         self._refuse_long_sequences()
         self._warn = warn
-        self._position_marker = marker_ids(self.tokenizer, config.position)
+        self.candidates = self._candidates("position", config.position)
+        own = "evaluation" if config.evaluation.selector else "position"
+        self.panel_candidates = self._candidates(own, panel_position(config))
 
         data = config.data
         self.held_out: Rows | None = None
@@ -215,19 +218,19 @@ class PanelSetup(ModelSetup):
             self.held_out,
             self.tokenizer,
             self.config.data,
-            candidates=self.candidates,
-            why_none=self.why_no_position,
+            candidates=self.panel_candidates,
+            why_none=partial(self.why_no_position, candidates=self.panel_candidates),
         )
         return DocumentStream(reader, seed=seed, warn=self._warn)
 
-    def candidates(self, tokens: np.ndarray) -> np.ndarray:
-        """Positions of a document that may be chosen."""
-        return candidate_positions(
-            tokens,
-            self.config.position,
+    def _candidates(self, section: str, position: PositionConfig) -> Candidates:
+        """Of the documents that a section of the config says it for."""
+        return Candidates(
+            section,
+            position,
             horizon=self.config.target.horizon,
             excluded=self.markers.excluded,
-            marker=self._position_marker,
+            marker=marker_ids(self.tokenizer, position, section),
         )
 
     def _pieces(self, tokens: np.ndarray) -> str:
@@ -235,10 +238,15 @@ class PanelSetup(ModelSetup):
         texts = [self.tokenizer.decode([token]) for token in tokens.tolist()]
         return "|" + "|".join(texts).replace("\n", "\\n") + "|"
 
-    def why_no_position(self, tokens: np.ndarray) -> str:
-        """Why a document has no position that may be chosen: above all, a `position.marker` that is
-        not in it, and what was searched."""
-        marker, position = self._position_marker, self.config.position
+    def why_no_position(self, tokens: np.ndarray, candidates: Candidates | None = None) -> str:
+        """Why a document has no position that may be chosen: above all, a marker that is not in it,
+        and what was searched.
+
+        Args:
+            candidates: the positions that were asked for; None: those of the run.
+        """
+        candidates = candidates or self.candidates
+        marker, position = candidates.marker, candidates.config
         if not marker:
             return (
                 f"a position needs {position.min_prefix_tokens} tokens before it"
@@ -263,8 +271,8 @@ class PanelSetup(ModelSetup):
         else:
             said = "does not occur"
         return (
-            f"position.marker {position.marker!r} {said}; searched: token ids {list(marker)},"
-            f" {self._pieces(np.array(marker))}"
+            f"{candidates.section}.marker {position.marker!r} {said}; searched: token ids"
+            f" {list(marker)}, {self._pieces(np.array(marker))}"
         )
 
 

@@ -373,7 +373,7 @@ RUN_FILES: dict[str, Schema] = {
     "summary.json": Fields(
         {},
         {
-            **each(Maybe(MEASURED), "before", "after"),
+            **each(Maybe(MEASURED), "before", "after", "before_cold", "after_cold"),
             **each(AMOUNT, "seconds", "flops"),
             "steps": STEP,
             "bad_documents": Table(COUNT),

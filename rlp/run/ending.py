@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlp.config import ConfigError
+from rlp.config import Config, ConfigError
 from rlp.learn.export import export_model, model_card
 from rlp.measure.report import write_report
 from rlp.measure.verdict import verdict
@@ -13,7 +13,7 @@ from rlp.process.files import remove
 from rlp.process.json_files import DamagedFileError, read_json, write_json
 from rlp.process.run_folder import RunFolder
 from rlp.process.run_logs import settle_logs
-from rlp.run.held_out import HEADLINE
+from rlp.run.held_out import HEADLINE, Evaluation
 from rlp.run.state import OpenRun
 
 
@@ -29,7 +29,7 @@ class Ending:
     """What summary.json holds; None where the run was stopped before its end."""
 
 
-def finish(run: OpenRun, before: dict | None, after: dict | None) -> Ending:
+def finish(run: OpenRun, before: Evaluation | None, after: Evaluation | None) -> Ending:
     """Export the model, write ledger, summary and report, and tell where everything is.
 
     Args:
@@ -41,21 +41,23 @@ def finish(run: OpenRun, before: dict | None, after: dict | None) -> Ending:
     run.host.watchdog.mark("export")
     export(run, before, after)
     summary = {
-        "before": before,
-        "after": after,
+        "before": before and before.values,
+        "after": after and after.values,
+        "before_cold": before and before.cold,
+        "after_cold": after and after.cold,
         "steps": state.step,
         "seconds": state.seconds,
         "wall_s": run.wall.so_far(),
         "flops": ledger.flops,
         "counted_without": list(run.opened.setup.shapes.uncounted),
         "bad_documents": run.opened.setup.stream.bad,
-        "verdict": verdict([before or {}], [after or {}]),
+        "verdict": verdict([before.values if before else {}], [after.values if after else {}]),
         "match": match and {"by": match.by, "ratio": match.ratio(spent)},
     }
     run.host.on_first_rank(
         run.folder, lambda: write_end(run, summary), "the end of the run could not be written"
     )
-    run.log.say(closing_words(run, before, after))
+    run.log.say(closing_words(run, before, after, summary["verdict"]))
     if match:
         run.log.say(match.table(spent))
     run.log.close()
@@ -63,11 +65,15 @@ def finish(run: OpenRun, before: dict | None, after: dict | None) -> Ending:
     return Ending(DONE if holds else NOT_MATCHED, run.folder, summary)
 
 
-def export(run: OpenRun, before: dict | None, after: dict | None) -> None:
+def export(run: OpenRun, before: Evaluation | None, after: Evaluation | None) -> None:
     """The model as a Hugging Face folder. A collective."""
     engine, folder = run.parts.engine, run.folder
     card = model_card(
-        run.config, before, after, run.state.step, engine.policy.stock_time_step_limit
+        run.config,
+        before and before.values,
+        after and after.values,
+        run.state.step,
+        engine.policy.stock_time_step_limit,
     )
     if run.ranks.is_first:
         for left in (folder.export, *folder.path.glob(".tmp.export.*")):
@@ -116,7 +122,9 @@ def write_page(run: OpenRun) -> None:
         )
 
 
-def closing_words(run: OpenRun, before: dict | None, after: dict | None) -> str:
+def closing_words(
+    run: OpenRun, before: Evaluation | None, after: Evaluation | None, judged: list[str]
+) -> str:
     """What the run took, what it gained, and where everything is."""
     took = format_duration(run.state.seconds)
     lines = [
@@ -125,14 +133,29 @@ def closing_words(run: OpenRun, before: dict | None, after: dict | None) -> str:
         f"this process took {run.wall.told()}",
     ]
     if before and after:
-        positions = after["panel_positions"]
-        lines += [f"held-out panel of {positions} positions      before    after"]
-        for name, words in HEADLINE.items():
-            lines += [f"  {words:<34}{before[name]:>8.3f} {after[name]:>8.3f}"]
-    lines += verdict([before or {}], [after or {}])
+        lines += panel_table(before, after, run.config)
+    lines += judged
     places = {
         "run folder": run.folder.path,
         "report": run.folder.report_html,
         "model": run.folder.export,
     }
     return "\n".join(lines + [f"{what:<12}{path}" for what, path in places.items()])
+
+
+def panel_table(before: Evaluation, after: Evaluation, config: Config) -> list[str]:
+    """The numbers that a run is told by, before and after, and those of cold thoughts at their
+    side."""
+    columns, head = [(before.values, after.values)], ""
+    if before.cold and after.cold:
+        temperatures = (config.thought.temperature, config.evaluation.cold_temperature)
+        columns.append((before.cold, after.cold))
+        head = " " * 36 + "".join(f"{f'thoughts at T {t:g}':>18}" for t in temperatures)
+    positions = after.values["panel_positions"]
+    title = f"held-out panel of {positions:.0f} positions"
+    lines = [head] if head else []
+    lines.append(f"{title:<36}" + f"{'before':>9} {'after':>8}" * len(columns))
+    for name, words in HEADLINE.items():
+        cells = "".join(f"{first[name]:>9.3f} {last[name]:>8.3f}" for first, last in columns)
+        lines.append(f"  {words:<34}{cells}")
+    return lines

@@ -1,1 +1,1 @@
-"""The heading world, to try everything on: documents, their tiny base model, and the quickstart."""
+"""Two small worlds to try everything on: documents, their tiny base models, and configs."""

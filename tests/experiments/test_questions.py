@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from rlp.world.folder import WORLDS, jsonl, make_documents
 from tests import REPOSITORY
 
 EXPERIMENTS = REPOSITORY / "experiments"
@@ -136,52 +137,80 @@ def test_the_interval_of_two_values_spans_them():
     assert ask.interval([0.0, 1.0]) == (0.0, 1.0)
 
 
+def write_card(folder: Path, accuracy: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        f"| | before | after |\n|---|---|---|\n| accuracy_with_thought | 0.1 | {accuracy} |\n"
+    )
+
+
+@pytest.fixture
+def worlds(monkeypatch) -> list[tuple[str, int]]:
+    """Stands for `write_world`: kind and seed of each folder that it was asked for."""
+    written = []
+
+    def write(folder: Path, *, kind: str, seed: int) -> None:
+        written.append((kind, seed))
+        write_card(folder / "base", 0.6)
+        (folder / "train.jsonl").touch()
+
+    monkeypatch.setattr("rlp.world.folder.write_world", write)
+    return written
+
+
 def fake_training(accuracies: dict[int, float], trained: list[int]):
     """Stands for the training of bases: an export whose card says the accuracy of its seed."""
 
-    def train(seed: int, out: Path) -> Path:
+    def train(folder: Path, seed: int) -> Path:
         trained.append(seed)
-        export = out / f".run_{seed}" / "export"
-        export.mkdir(parents=True)
-        (export / "model.safetensors").write_bytes(bytes([seed]))
-        (export / "README.md").write_text(
-            "| | before | after |\n|---|---|---|\n| accuracy_with_thought | 0.1 |"
-            f" {accuracies[seed]} |\n"
-        )
-        return export
+        write_card(folder / "base_run" / "export", accuracies[seed])
+        return folder / "base_run" / "export"
 
     return train
 
 
-def test_a_base_before_its_phase_change_is_rejected_and_stays_on_record(tmp_path):
+def test_a_base_before_its_phase_change_is_rejected_and_stays_on_record(tmp_path, worlds):
     trained: list[int] = []
-    assert bases.make_bases(3, tmp_path, fake_training({1: 0.3, 2: 0.5, 3: 0.41}, trained)) == [
-        0,
-        2,
-        3,
-    ]
+    train = fake_training({1: 0.3, 2: 0.5, 3: 0.41}, trained)
+    assert bases.make_bases(3, "headings", tmp_path, train) == [0, 2, 3]
     assert trained == [1, 2, 3]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "seed_0",
-        "seed_2",
-        "seed_3",
-        "bases.json",
-    }
-    record = json.loads((tmp_path / "bases.json").read_text())
-    assert [(row["seed"], row["counts"], row["accuracy_with_thought"]) for row in record] == [
-        (0, True, 0.6348),
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3"}
+    records = [json.loads((tmp_path / str(seed) / "base.json").read_text()) for seed in range(4)]
+    assert [(row["seed"], row["counts"], row["accuracy_with_thought"]) for row in records] == [
+        (0, True, 0.6),
         (1, False, 0.3),
         (2, True, 0.5),
         (3, True, 0.41),
     ]
+    assert worlds == [("headings", 0)] * 4
 
 
-def test_bases_that_exist_are_not_made_again(tmp_path):
+def test_bases_that_exist_are_not_made_again(tmp_path, worlds):
     trained: list[int] = []
     train = fake_training({1: 0.3, 2: 0.5, 3: 0.6}, trained)
-    bases.make_bases(2, tmp_path, train)
-    assert bases.make_bases(3, tmp_path, train) == [0, 2, 3]
+    bases.make_bases(2, "headings", tmp_path, train)
+    assert bases.make_bases(3, "headings", tmp_path, train) == [0, 2, 3]
     assert trained == [1, 2, 3]
+
+
+def test_every_seed_of_the_rare_world_has_documents_of_its_own(tmp_path, worlds, monkeypatch):
+    """And is judged by what it computes, not by its accuracy, which is at chance."""
+    computed = {"0": 1.0, "1": 0.5, "2": 0.95}
+    monkeypatch.setattr(bases, "computed_frac", lambda export, _: computed[export.parent.name])
+    train = fake_training(dict.fromkeys(range(3), 0.27), [])
+    assert bases.make_bases(2, "rare", tmp_path, train) == [0, 2]
+    assert worlds == [("rare", 0), ("rare", 1), ("rare", 2)]
+
+
+def test_the_committed_base_computes_where_it_is_made_to(tmp_path):
+    """The rule that a base counts by, on the real one, and on questions that it has not read."""
+    export = REPOSITORY / "rlp" / "world" / "base"
+    folder = tmp_path / "0"
+    folder.mkdir()
+    (folder / "held_out.jsonl").write_bytes(
+        jsonl(make_documents(WORLDS["rare"], 0)["held_out"][:64])
+    )
+    assert bases.computed_frac(export, folder / "held_out.jsonl") > bases.MIN_COMPUTED
 
 
 def test_a_card_without_numbers_is_refused(tmp_path):

@@ -13,13 +13,11 @@ from rlp.model.markers import Markers
 from rlp.model.policy import Policy
 from rlp.model.thoughts import ThoughtFormat
 from rlp.sampling.native import NativeSampler
-from tests import REPOSITORY
 from tests.rank_threads import ThreadRank
 from tests.tiny_models import random_documents, tiny_policy
 
 OPEN, CLOSE = 2, 3
 MARKERS = Markers(open=(OPEN,), close=(CLOSE,))
-WORLD = REPOSITORY / "experiments" / "world"
 
 
 def settings(*overrides: str) -> Config:

@@ -1,6 +1,7 @@
 """`rlp probe`: what it says about a model, a base or a checkpoint, and what it refuses."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -13,7 +14,9 @@ from rlp.cli import main
 from rlp.measure.frozen import measure_model
 from rlp.measure.panel import PanelThoughts
 from rlp.model.setup import PanelSetup
-from tests.measure.probing import CLOSE, WORLD, settings
+from rlp.world.problems import plain_documents, split_questions
+from tests import REPOSITORY
+from tests.measure.probing import CLOSE, settings
 from tests.tiny_models import WORDS, word_tokenizer
 from tests.training import read_lines, write_corpus
 
@@ -90,15 +93,13 @@ def test_the_command_on_a_random_model_finds_no_signal(said, model_folder, tmp_p
     assert {path: path.read_bytes() for path in out.iterdir()} == content
 
 
-@pytest.mark.skipif(
-    not (WORLD / "data" / "held_out.jsonl").exists(),
-    reason="experiments/world/data is not made; rlp world experiments/world/data makes it",
-)
-def test_the_command_on_the_base_of_the_world_finds_signal(said):
+def test_the_command_on_the_base_of_the_heading_world_finds_signal(said, tmp_path):
     """Its thoughts are about their own problem: clearly better than those about another one."""
+    questions = split_questions(0)["held_out"]
+    texts = plain_documents(questions, 1, random.Random("held_out 0"))
     code, printed, _ = said(
-        WORLD / "data" / "base",
-        WORLD / "data" / "held_out.jsonl",
+        REPOSITORY / "rlp" / "world" / "headings_base",
+        write_corpus(tmp_path / "held_out.jsonl", texts),
         "position.selector=marker",
         "position.marker=faces",
         "evaluation.panel_positions=64",

@@ -1,14 +1,31 @@
-"""Claims about the heading world: its splits, its thoughts, its words."""
+"""Claims about the two worlds: their splits, their thoughts, their words."""
 
 import pytest
 
+from rlp.cli import main
+from rlp.config import load_config
+from rlp.world import headings, rare
 from rlp.world import problems as world
-from rlp.world.folder import make_model_config, make_tokenizer, write_documents, write_world
+from rlp.world.folder import (
+    WORLDS,
+    make_documents,
+    make_model_config,
+    make_tokenizer,
+    write_documents,
+    write_world,
+)
+
+KINDS = sorted(WORLDS)
 
 
 @pytest.fixture(scope="module")
-def documents() -> dict[str, list[str]]:
-    return world.make_documents(seed=0)
+def of_kind() -> dict[str, dict[str, list[str]]]:
+    return {kind: make_documents(WORLDS[kind], seed=0) for kind in KINDS}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def documents(request, of_kind) -> dict[str, list[str]]:
+    return of_kind[request.param]
 
 
 def problems(document: str) -> list[tuple[str, list[str], str]]:
@@ -21,9 +38,12 @@ def problems(document: str) -> list[tuple[str, list[str], str]]:
     return found
 
 
+TURNS = [1, 3, 2, 0, 1, 3]
+
+
 def test_worked_problem_of_the_docstring():
     assert (
-        world.problem_text([1, 3, 2, 0, 1, 3], [1, 3, 2, 0, 1, 3])
+        world.problem_text(TURNS, world.computed(TURNS))
         == "one right two left three around four straight five right six left faces "
         "<think> one east two north three south four south five west six south </think> south ."
     )
@@ -45,10 +65,38 @@ def test_blocks_are_all_the_questions_there_are():
     assert sorted(question for block in blocks for question in block) == list(range(4**6))
 
 
-def test_a_clean_thought_ends_in_the_answer(documents):
-    for text in documents["base_train"][: world.CLEAN_DOCUMENTS]:
+@pytest.mark.parametrize("module, kind", [(headings, "headings"), (rare, "rare")])
+def test_a_clean_thought_ends_in_the_answer(of_kind, module, kind):
+    for text in of_kind[kind]["base_train"][: module.CLEAN_DOCUMENTS]:
         for _, thought, answer in problems(text):
             assert not thought or thought[-1] == answer
+
+
+def test_an_echo_repeats_the_question_and_is_as_long_as_a_computing_thought(of_kind):
+    """Two kinds and no third; length does not tell them apart, and the echo names no heading."""
+    assert len(world.echo(TURNS)) == len(world.computed(TURNS)) == 12
+    seen = set()
+    for text in of_kind["rare"]["base_train"][rare.CLEAN_DOCUMENTS :]:
+        for question, thought, _ in problems(text):
+            turns = [world.TURNS.index(word) for word in question.split()[1::2]]
+            if thought:
+                assert thought in (question.split(), world.computed(turns))
+                seen.add(thought == question.split())
+    assert seen == {True, False}
+
+
+def test_computing_thoughts_are_as_rare_as_stated(of_kind):
+    """Four standard errors of a share of 0.05 at about 5,100 thoughts are 0.012."""
+    thoughts = [
+        thought == question.split()
+        for text in of_kind["rare"]["base_train"][rare.CLEAN_DOCUMENTS :]
+        for question, thought, _ in problems(text)
+        if thought
+    ]
+    echoes = sum(thoughts) / len(thoughts)
+    assert 1 - echoes == pytest.approx(rare.COMPUTING_SHARE, abs=0.012)
+    share = len(thoughts) / (rare.MIXED_DOCUMENTS * world.PROBLEMS_PER_DOCUMENT)
+    assert share == pytest.approx(rare.MIXED_THOUGHT_FRAC, abs=0.02)
 
 
 def test_every_answer_is_the_sum_of_the_turns(documents):
@@ -60,18 +108,15 @@ def test_every_answer_is_the_sum_of_the_turns(documents):
                 assert answer == world.HEADINGS[sum(turns) % 4]
 
 
-def test_slipping_thoughts_are_wrong_at_the_stated_rate(documents):
+def test_slipping_thoughts_are_wrong_at_the_stated_rate(of_kind):
     """P(every step right) = (1 - SLIP)^6; four standard errors at about 9,600 thoughts are 0.02."""
     right = []
-    for text in documents["base_train"][world.CLEAN_DOCUMENTS :]:
+    for text in of_kind["headings"]["base_train"][headings.CLEAN_DOCUMENTS :]:
         for question, thought, _ in problems(text):
             if thought:
                 turns = [world.TURNS.index(word) for word in question.split()[1::2]]
-                right.append(
-                    [world.HEADINGS.index(word) for word in thought[1::2]]
-                    == world.headings_after(turns)
-                )
-    assert sum(right) / len(right) == pytest.approx((1 - world.SLIP) ** 6, abs=0.02)
+                right.append(thought == world.computed(turns))
+    assert sum(right) / len(right) == pytest.approx((1 - headings.SLIP) ** 6, abs=0.02)
 
 
 def test_thoughts_are_in_base_train_only(documents):
@@ -102,17 +147,56 @@ def test_tokenizer_round_trips_one_token_per_word(documents):
             assert tokenizer.decode(ids) == text
 
 
-def test_files_are_a_function_of_the_seed(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_a_function_of_the_seed(tmp_path, kind):
+    """Every file of documents is another with another seed, and so is the panel."""
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
     for out, seed in ((first, 0), (again, 0), (other, 1)):
         out.mkdir()
-        write_documents(out, seed)
+        write_documents(out, WORLDS[kind], seed)
     names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert {"base_train.jsonl", "train.jsonl", "held_out.jsonl", "model_config.json"} <= {
-        str(name) for name in names
-    }
+    jsonl = {f"{name}.jsonl" for name in world.BLOCKS}
+    assert jsonl | {"model_config.json"} <= {str(name) for name in names}
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
-    assert (first / "held_out.jsonl").read_bytes() != (other / "held_out.jsonl").read_bytes()
+    assert all((first / name).read_bytes() != (other / name).read_bytes() for name in jsonl)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_the_committed_seed_has_a_base_and_another_a_config_for_one(
+    tmp_path, kind, capsys
+):
+    """The base of one seed has read questions that another seed holds out."""
+    for seed in (0, 5):
+        folder = tmp_path / str(seed)
+        assert main(["world", str(folder), "--kind", kind, "--seed", str(seed)]) == 0
+        said = capsys.readouterr().out
+        assert (folder / "base").is_dir() == (seed == 0)
+        assert ("base.yaml" in said) == (seed != 0)
+        for name in ("base.yaml", WORLDS[kind].config):
+            config = load_config(folder / name)
+            assert config.run.seed == seed
+            assert config.data.held_out == [str(folder / "held_out.jsonl")]
+        assert config.model.path == str(folder / "base")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--kind", "heading"], "--kind must be one of rare, headings, got 'heading'"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 2 ** 63, got -1"),
+        (["--seed", str(2**63)], "--seed must be at least 0 and below 2 ** 63"),
+        (["--seed", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_what_is_no_world_is_refused_in_one_line_and_makes_nothing(
+    tmp_path, capsys, words, message
+):
+    try:
+        code = main(["world", str(tmp_path / "w"), *words])
+    except SystemExit as refused:  # argparse, after its usage
+        code = refused.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
