@@ -143,5 +143,5 @@ def count_thoughts(batch: MicroBatch) -> int:
 
 
 def count_targets(batch: MicroBatch) -> int:
-    """Predicted tokens of the documents of a micro-batch."""
-    return sum(len(document.tokens) - 1 for document in batch.documents)
+    """Tokens of the documents of a micro-batch that the LM loss is taken on."""
+    return sum(int(document.predicted.sum()) for document in batch.documents)

@@ -189,6 +189,11 @@ class DataConfig:
     tokens_field: str | None = None
     """Field of the rows of `train` that holds token ids, read in place of text (documents with
     thoughts made by `rlp splice`)."""
+    loss_field: str | None = None
+    """Field of those rows that holds the tokens which the LM loss is taken on, as spans `[[start,
+    stop], ...]` of `tokens_field`, stop not included (`loss_spans` of `rlp splice`: thoughts and
+    their targets). Only they count, in its divisor and in the ledger too; a row without one is
+    passed over. None: every token."""
     ledger: str | None = None
     """The ledger.json of what made the data. Its tokens, FLOPs and seconds are counted as this
     run's from the start."""
@@ -215,6 +220,12 @@ class DataConfig:
             "data.weights",
             self.weights,
             "must be finite and above 0; leave out an entry that is not to be read",
+        )
+        require(
+            self.loss_field is None or self.tokens_field is not None,
+            "data.loss_field",
+            self.loss_field,
+            "holds spans of the tokens of data.tokens_field; write that too",
         )
         require_one_of(
             "data.format", self.format, ("auto", "jsonl", "parquet", "csv", "tsv", "text")

@@ -7,9 +7,8 @@ they tell each other which of these are bad: words, not tokens. Where none is, o
 the batch. What is read ahead is only tokens of rows: the stream moves on when its step comes.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from rlp.data.documents import Document
 from rlp.data.reader import Found, ReadAhead
@@ -55,7 +54,7 @@ class Batches:
         self._judged, self._read = {}, self._ahead.found() if self._ahead else {}
 
         mine = self._stream.take(self._size, self._judge)[self._share()]
-        documents = [Document(row, self._tokens(row), times) for row, times in mine]
+        documents = [replace(self._document(row), occurrence=times) for row, times in mine]
 
         self._first, self._size = self._stream.given, self._usual
         self._judged, self._read = {}, {}
@@ -101,7 +100,7 @@ class Batches:
             self._read[row] = self._stream.reader.read(row)
         return self._read[row]
 
-    def _tokens(self, row: int) -> np.ndarray:
+    def _document(self, row: int) -> Document:
         """Of a row that some rank has found good."""
         found = self._find(row)
         if isinstance(found, Exception):

@@ -30,6 +30,16 @@ class Document:
     """How often it came before in the same step, over all ranks and in the order of the stream. A
     small corpus, a weighted source or the end of an epoch gives a document twice: it is then
     thought about twice, with other noise."""
+    loss_mask: np.ndarray | None = None
+    """[P] bool, the tokens that the LM loss is taken on (`data.loss_field`); None: all. The first
+    is never predicted."""
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """[P - 1] bool, which of the tokens behind the first the LM loss is taken on."""
+        if self.loss_mask is None:
+            return np.ones(len(self.tokens) - 1, dtype=bool)
+        return self.loss_mask[1:]
 
 
 def fill_template(template: str, row: dict) -> str:
@@ -99,6 +109,36 @@ def given_ids(row: dict, field: str, vocabulary: int) -> list[int]:
             f" {vocabulary - 1}; expected ids of this model's tokenizer",
         )
     return ids
+
+
+NO_LOSS = "no token with a loss"
+"""Why a row of `data.loss_field` is passed over, which is no fault of the data."""
+
+
+def given_loss(row: dict, field: str, count: int) -> np.ndarray:
+    """[count] bool, the tokens of the spans that a row holds under `data.loss_field`.
+
+    Args:
+        count: token ids of the row, before they are cut.
+    """
+    if field not in row:
+        raise BadDocument(
+            "missing field",
+            f"no field {field!r}; the row has {', '.join(row) or 'none'}; write data.loss_field"
+            " with one that it has, or null for a loss on every token",
+        )
+
+    spans, mask = row[field], np.zeros(count, dtype=bool)
+    for span in spans if isinstance(spans, list) else [spans]:
+        whole = isinstance(span, list) and [type(edge) for edge in span] == [int, int]
+        if not whole or not 0 <= span[0] < span[1] <= count:
+            raise BadDocument(
+                "loss span outside the document",
+                f"field {field!r} holds {span!r}; expected a list of [start, stop] with"
+                f" 0 <= start < stop <= {count}, the tokens of the row",
+            )
+        mask[slice(*span)] = True
+    return mask
 
 
 def first_ids(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:

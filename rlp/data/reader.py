@@ -14,12 +14,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlp.config import DataConfig, require
-from rlp.data.documents import encode, ended, fill_template, given_ids, short
+from rlp.data.documents import (
+    NO_LOSS,
+    Document,
+    encode,
+    ended,
+    fill_template,
+    given_ids,
+    given_loss,
+    short,
+)
 from rlp.data.errors import BadDocument, DataError
 from rlp.data.sources import Rows
 
-Found = np.ndarray | BadDocument | DataError
-"""What reading a row gives: [P] int64; or why it is no document, or can not be read."""
+Found = Document | BadDocument | DataError
+"""What reading a row gives: the document; or why it is none, or can not be read."""
 
 
 class DocumentReader:
@@ -61,25 +70,41 @@ class DocumentReader:
     def read(self, index: int) -> Found:
         """What a row holds; an error without the row that it came from, which may be long."""
         try:
-            return self._tokens(index)
+            return self._document(index)
         except BadDocument as error:
             reason, detail = error.args
             return BadDocument(reason, short(detail))
         except DataError as error:
             return error.with_traceback(None)
 
-    def _tokens(self, index: int) -> np.ndarray:
+    def _document(self, index: int) -> Document:
         row = self.rows.read(index)
         if self._tokens_field is None:
             text = fill_template(self.config.template, row)
-            tokens = encode(text, self._tokenizer, self.config)
+            document = Document(index, encode(text, self._tokenizer, self.config))
         else:
-            ids = given_ids(row, self._tokens_field, self._vocabulary)
-            tokens = ended(ids, self._tokenizer, self.config)
+            document = self._given(index, row)
 
+        tokens = document.tokens
         if len(self._candidates(tokens)) == 0:
             raise BadDocument("no position", f"{len(tokens)} tokens, and {self._why_none(tokens)}")
-        return tokens
+        if not document.predicted.any():
+            raise BadDocument(
+                NO_LOSS,
+                f"field {self.config.loss_field!r} has none among the {len(tokens)} tokens that are"
+                " read, but for the first, which is never predicted",
+            )
+        return document
+
+    def _given(self, index: int, row: dict) -> Document:
+        """A row that holds its token ids, and perhaps where their loss is taken; an end-of-sequence
+        token that is put behind them has none there."""
+        ids = given_ids(row, self._tokens_field, self._vocabulary)
+        tokens, field = ended(ids, self._tokenizer, self.config), self.config.loss_field
+        if field is None:
+            return Document(index, tokens)
+        given = given_loss(row, field, len(ids))[: len(tokens)]
+        return Document(index, tokens, loss_mask=np.pad(given, (0, len(tokens) - len(given))))
 
 
 class ReadAhead:

@@ -7,17 +7,22 @@ A row that can not become a document is skipped and counted by reason, up to
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from rlp.config import require
-from rlp.data.documents import Document, short
+from rlp.data.documents import NO_LOSS, Document, short
 from rlp.data.errors import BadDocument, DataError
 from rlp.data.noise import ORDER_NOISE, SOURCE_NOISE, keyed_noise
 from rlp.data.reader import DocumentReader
 
 LISTED_PER_REASON = 100
 """Bad rows told one by one for each reason; the counts go on."""
+
+NO_FAULTS = ("empty line", NO_LOSS)
+"""Why a row is passed over, and the data is none the worse: a blank line between documents; a
+document in which no thought helped, where the loss is on thoughts alone."""
 
 FEWEST_JUDGED = 100
 """Rows of a large corpus before which its bad ones are no fraction of it: the first row may be
@@ -108,7 +113,7 @@ class DocumentStream:
         Raises:
             DataError: as `take`.
         """
-        read: dict[int, np.ndarray] = {}
+        read: dict[int, Document] = {}
 
         def judge(row: int) -> Exception | None:
             found = read.get(row)
@@ -118,7 +123,8 @@ class DocumentStream:
             read[row] = found
             return None
 
-        return [Document(row, read[row], times) for row, times in self.take(count, judge)]
+        taken = self.take(count, judge)
+        return [replace(read[row], occurrence=times) for row, times in taken]
 
     def take(self, count: int, judge: Callable[[int], Exception | None]) -> list[tuple[int, int]]:
         """Move on by the next `count` good documents: those of one step, of all ranks.
@@ -222,8 +228,7 @@ class DocumentStream:
         if count <= LISTED_PER_REASON:
             self._record({"reason": reason, "count": count, "where": where, "detail": detail})
 
-        # A blank line between documents is no fault of the data.
-        num_bad = sum(self.bad.values()) - self.bad.get("empty line", 0)
+        num_bad = sum(self.bad.values()) - sum(self.bad.get(reason, 0) for reason in NO_FAULTS)
         num_rows = self._rows_to_judge_by()
         if num_bad > self._config.max_bad_fraction * num_rows:
             enough = min(1.0, math.ceil(200 * num_bad / num_rows) / 100)

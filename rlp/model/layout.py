@@ -6,7 +6,7 @@ blocks:
 
     thought       each sampled token of each thought, at the sampling temperature        [N, L]
     target        the H target tokens after each thought, open marker excluded           [N, H]
-    document      each token of each document but its first: the LM loss                 [B, P - 1]
+    document      the tokens of the LM loss: all of a document but its first, or some    [B, P - 1]
     no_think      the H target tokens without a thought, open marker excluded            [M, H]
     open_marker   the open marker where a thought may start, nothing excluded            [M]
 
@@ -126,7 +126,7 @@ def repeated_layout(
 
     Args:
         thoughts: None for no thought rows.
-        lm: ask for every token of every document.
+        lm: ask for the tokens of every document that the LM loss is taken on.
         no_think: ask for the targets and the open marker without a thought.
     """
     builder = _Builder(thought_format)
@@ -331,6 +331,13 @@ def _thought_mask(thoughts: Thoughts | None) -> np.ndarray:
     return rearrange(thoughts.mask.cpu().numpy(), "m g l -> (m g) l")
 
 
+def _document_mask(documents: list[Document]) -> np.ndarray:
+    """[B, P - 1] bool."""
+    mask = row_mask(np.array([len(document.tokens) - 1 for document in documents]))
+    mask[mask] = np.concatenate([np.zeros(0, bool), *(each.predicted for each in documents)])
+    return mask
+
+
 def _targets(
     positions: Positions | None, document: int, wanted: bool
 ) -> list[tuple[int, np.ndarray]]:
@@ -381,8 +388,8 @@ class _Builder:
         """Tokens and no-think targets (position, target) of a document that begins at column
         `start`."""
         if lm:
-            following = document.tokens[1:]
-            self.ask(DOCUMENT, row, start + np.arange(len(following)), following, 1.0, -1)
+            before = np.flatnonzero(document.predicted)
+            self.ask(DOCUMENT, row, start + before, document.tokens[before + 1], 1.0, -1)
         for t, target in targets:
             last = start + t - 1
             self._ask_target(NO_THINK, row, last, target)
@@ -440,7 +447,7 @@ class _Builder:
         row, column, target, inverse_temperature, excluded = (
             to_device(part, device) for part in columns
         )
-        document_mask = row_mask(np.array([len(document.tokens) - 1 for document in documents]))
+        document_mask = _document_mask(documents)
 
         return Layout(
             tokens=to_device(tokens, device),

@@ -29,7 +29,7 @@ class Scores:
     target: Tensor
     """[N, H] log p(x_{t+h} | prefix, thought, x_t..), open marker excluded."""
     document: Tensor
-    """[B, P - 1] log p(x_t | x_<t) of the LM loss; 0 off the document."""
+    """[B, P - 1] log p(x_t | x_<t) of the LM loss; 0 off its tokens."""
     no_think: Tensor
     """[M, H] as `target`, without a thought."""
     open_marker: Tensor
@@ -120,7 +120,7 @@ def difficulty(model: Callable, layout: Layout, selector: str) -> Tensor:
     """Per-token scores for the selectors `entropy` and `surprisal`, without thinking.
 
     Args:
-        layout: document rows that ask for every token (`lm`).
+        layout: document rows that ask for every token (`lm`, of documents without a `loss_mask`).
 
     Returns:
         [Q] nats, for each token of each document but its first: the entropy before it, or -log

@@ -42,10 +42,10 @@ class Scored:
     """[N, L] nats: log-probabilities of the sampled tokens under the starting checkpoint. None
     unless the loss needs them."""
     document_logprob: Tensor
-    """[B, P - 1] nats, with gradient: log p(x_t | x_<t), 0 off the document. Empty in a pass
-    without documents."""
+    """[B, P - 1] nats, with gradient: log p(x_t | x_<t), 0 where `document_mask` is False. Empty in
+    a pass without documents."""
     document_mask: Tensor
-    """[B, P - 1] bool."""
+    """[B, P - 1] bool, True on the tokens of the LM loss."""
     num_thoughts: float
     """Of the whole step, all ranks."""
     num_tokens: float

@@ -78,7 +78,8 @@ class Lengths:
             here = self._step.positions.slice_of_documents(document, document + 1)
         plain, num_positions = lm or no_think, here.stop - here.start
         alone = num_tokens * plain
-        queries = lm * (num_tokens - 1) + no_think * num_positions * (self._format.horizon + 1)
+        predicted = int(self._step.documents[document].predicted.sum()) if lm else 0
+        queries = predicted + no_think * num_positions * (self._format.horizon + 1)
         if group.start == group.stop or num_positions == 0:
             return Extent(int(plain), alone, alone, queries)
 

@@ -6,7 +6,7 @@ Dimensions
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,16 +91,17 @@ class StepParts:
         )
 
     def _difficulty(self, documents: list[Document], statistic: str) -> list[np.ndarray]:
+        whole = [replace(document, loss_mask=None) for document in documents]
         scores, scored = [], []
         with self.ledger.time("score"):
-            for some in self.cut.documents(MicroBatch(documents), lm=True, no_think=False):
+            for some in self.cut.documents(MicroBatch(whole), lm=True, no_think=False):
                 layout = self._rows_of(some, lm=True, no_think=False)
                 scores.append(difficulty(self.engine.policy, layout, statistic))
                 scored += some.documents
                 self.count("score", layout.document_work, passes=1)
             found = by_document(torch.cat(scores), [len(document.tokens) for document in scored])
         of_document = dict(zip(map(id, scored), found))
-        return [of_document[id(document)] for document in documents]
+        return [of_document[id(document)] for document in whole]
 
     def sample_thoughts(
         self, step: int, documents: list[Document], positions: Positions

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from rlp.config import ConfigError, DataConfig
 from rlp.data import unpacked
 from rlp.data.errors import DataError
 from rlp.data.sources import identity
@@ -314,6 +315,50 @@ def test_token_ids_that_the_model_lacks_are_bad_documents(tmp_path: Path, ids: o
     reader = Reader([path], tokens_field="ids")
     assert reader.tokens(1) == [[7, 8]]
     assert reader.stream.bad == {reason: 1} and reason in reader.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"loss": [[1, 4]]}, "loss span outside the document"),
+        ({"loss": [[-1, 2]]}, "loss span outside the document"),
+        ({"loss": [[2, 2]]}, "loss span outside the document"),
+        ({"loss": [[1, True]]}, "loss span outside the document"),
+        ({"loss": [1, 2]}, "loss span outside the document"),
+        ({"loss": "1-2"}, "loss span outside the document"),
+        ({}, "missing field"),
+    ],
+)
+def test_loss_spans_that_are_none_are_bad_documents(tmp_path: Path, row: dict, reason: str):
+    rows = [{"ids": [5, 6, 7]} | row, {"ids": [7, 8], "loss": [[1, 2]]}]
+    path = write(tmp_path / "x.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    reader = Reader([path], tokens_field="ids", loss_field="loss")
+    assert reader.tokens(1) == [[7, 8]]
+    assert reader.stream.bad == {reason: 1} and reason in reader.warnings[0]
+
+
+def test_a_row_without_a_loss_is_passed_over_and_no_fault(tmp_path: Path):
+    """It has no span, or one of its first token, which nothing predicts, or one behind the cut; the
+    spans of the others are cut with their tokens, and an end-of-sequence token has no loss."""
+    rows = [[], [[0, 1]], [[3, 4]], [[1, 2], [2, 4]]]
+    lines = [json.dumps({"ids": [5, 6, 7, 8], "loss": spans}) for spans in rows]
+    path = write(tmp_path / "x.jsonl", "\n".join(lines).encode())
+    settings = {"tokens_field": "ids", "loss_field": "loss", "max_bad_fraction": 0.0}
+    (document,) = Reader([path], max_document_tokens=3, **settings).stream.next_documents(1)
+    assert document.predicted.tolist() == [True, True]
+
+    reader = Reader([path], append_eos=True, **settings)
+    ended = reader.stream.next_documents(2)
+    assert [document.predicted.tolist() for document in ended] == [
+        [False, False, True, False],
+        [True, True, True, False],
+    ]
+    assert reader.stream.bad == {"no token with a loss": 2}
+
+
+def test_spans_without_token_ids_are_refused():
+    with pytest.raises(ConfigError, match="data.loss_field holds spans of the tokens"):
+        DataConfig(loss_field="loss")
 
 
 # --- The record of what was skipped.

@@ -7,10 +7,10 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rlp.data.batches import Batches
+from rlp.data.documents import Document
 from rlp.data.errors import DataError
 from tests.data.reading import Reader, numbered, write
 from tests.rank_threads import DEADLINE_S, ThreadRank, on_ranks
@@ -199,14 +199,14 @@ def test_a_row_that_can_not_be_read_ends_the_step_that_needs_it(tmp_path: Path, 
 
     def work(rank: ThreadRank) -> str:
         reader = Reader([path])
-        read = reader.reader._tokens
+        read = reader.reader._document
 
-        def breaking(row: int) -> np.ndarray:
+        def breaking(row: int) -> Document:
             if row == 7:
                 raise DataError("x.jsonl has changed")
             return read(row)
 
-        reader.reader._tokens = breaking
+        reader.reader._document = breaking
         batches = Batches(reader.stream, 4, rank)
         batches.next_share()
         batches._ahead.found()
@@ -221,8 +221,8 @@ def test_a_row_that_can_not_be_read_ends_the_step_that_needs_it(tmp_path: Path, 
 def test_what_nobody_foresaw_is_raised_in_its_step(tmp_path: Path):
     """An error of a tokenizer, say: not in the thread that reads ahead, and as it is."""
     reader = Reader([numbered(tmp_path / "x.jsonl", 20)])
-    read = reader.reader._tokens
-    reader.reader._tokens = lambda row: 1 // (row != 6) and read(row)
+    read = reader.reader._document
+    reader.reader._document = lambda row: 1 // (row != 6) and read(row)
     batches = Batches(reader.stream, 4, ThreadRank())
     batches.next_share()
     assert list(batches._ahead.found()) == [4, 5]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rlp.learn.checkpoint import open_checkpoint
 from tests.training import assert_same_run, curve, launch, read_lines
+from tests.whole.masked import write_masked
 from tests.whole.two_ranks import JOBS, WATCHDOG_S
 
 SETTINGS = {
@@ -25,6 +26,7 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:
     from tests.training import tiny_config, train
 
     folder = tmp_path_factory.mktemp("two_ranks")
+    write_masked(folder / "masked.jsonl", 12)
     assert (
         train(
             tiny_config(
@@ -72,6 +74,15 @@ def two_ranks(tmp_path_factory, model_folder, corpus, ranks) -> Path:
 def test_two_ranks_take_the_steps_of_one(two_ranks, trained, name):
     """Same documents, same positions, same thoughts, one gradient: in float32 the curves agree."""
     assert_same_run(trained("alone", **SETTINGS[name]), two_ranks / name, 1e-4)
+
+
+def test_two_ranks_take_the_loss_on_the_tokens_of_one(two_ranks, trained):
+    """Documents of which 1 to 5 tokens have a loss: the divisor is those of both ranks."""
+    file = f"[{two_ranks / 'masked.jsonl'}]"
+    alone, shared = trained("alone", **SETTINGS["masked"] | {"data__train": file}), two_ranks
+    for one, other in zip(*(read_lines(of / "metrics.jsonl") for of in (alone, shared / "masked"))):
+        for name in ("lm/loss", "optim/grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
 
 
 def test_the_thoughts_told_are_those_of_both_ranks(two_ranks, trained):

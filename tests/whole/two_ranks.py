@@ -73,15 +73,23 @@ JOBS = {
         "position__selector": "surprisal",
         **BY_LENGTH,
     },
+    "masked": {
+        "data__train": "MASKED",
+        "data__tokens_field": "tokens",
+        "data__loss_field": "loss_spans",
+        "objective__policy_weight": 0.0,
+        "objective__lm_weight": 1.0,
+    },
     "stage1_bf16": {"engine__zero_stage": 1, "engine__dtype": "bfloat16"},
 }
 
 
 def main(folder: Path, model: Path, corpus: Path) -> None:
     ranks = start_ranks(WATCHDOG_S)
+    files = {"CORPUS": corpus, "MASKED": folder / "masked.jsonl"}
     for name, settings in JOBS.items():
         settings = {
-            key: f"[{corpus}]" if value == "CORPUS" else value for key, value in settings.items()
+            key: f"[{files[value]}]" if value in files else value for key, value in settings.items()
         }
         (folder / f"rank{ranks.rank}").mkdir(exist_ok=True)
         config = tiny_config(folder / f"rank{ranks.rank}" / name, model, corpus, **settings)
