@@ -9,29 +9,37 @@
     tokens
     rlp eval CHECKPOINT benchmark accuracy of a Hugging Face folder, with and without thoughts
     rlp match RUN       the config of a control that spends what the run has spent
-    rlp splice RUN      documents with the start's own best thoughts in them, for the control
-                        mixed_sft
+    rlp splice RUN      documents with a model's own thoughts in them, for the controls
+                        mixed_sft and cpt_replay
+    rlp mixed-sft RUN   rounds of splicing and training that spend what a run has spent
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
                                 learn from?
 
 Exit codes: 0 done, 1 two runs differ (audit), 2 something that the command line names is not there
-or can not be used, 3 a file that can not be read back, 130 Ctrl-C.
+or can not be used, 3 a file that can not be read back, 130 Ctrl-C. What trains (train, mixed-sft)
+ends as a run does (`rlp.process.exit_codes`).
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from rlp.compare.eval_options import add_eval
+from rlp.compare.splice_options import add_splice
 from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import chosen_checkpoint, open_run_folder
+
+if TYPE_CHECKING:
+    from rlp.process.ranks import Ranks
 
 PROGRAMS = {"train": [], "plan": ["--dry-run"]}
 """Commands that are the program of a run (`rlp.train`), with what they add to its arguments. Their
@@ -304,7 +312,10 @@ def _add_match(commands: argparse._SubParsersAction) -> None:
         help="what the two spend alike, to 1 %% (flops)",
     )
     match.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="for mixed_sft: what rlp splice made"
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="for mixed_sft and cpt_replay: what rlp splice made",
     )
     match.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the YAML file to make"
@@ -331,55 +342,76 @@ def _match(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_splice(commands: argparse._SubParsersAction) -> None:
-    splice = commands.add_parser(
-        "splice",
+def _add_mixed_sft(commands: argparse._SubParsersAction) -> None:
+    from rlp.compare.budget import AMOUNTS
+
+    command = commands.add_parser(
+        "mixed-sft",
         help=(
-            "put the starting checkpoint's best of G thoughts into the training documents of a run"
+            "rounds of mixed SFT that spend what a finished run has spent: splice with the model of"
+            " the round before, train on it, again"
         ),
     )
-    splice.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a YAML config")
-    splice.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
-    splice.add_argument(
-        "--documents",
-        type=int,
-        metavar="N",
-        help=(
-            "documents to read; default: as many as the run is to read (budget.steps x"
-            " optim.batch_size)"
-        ),
+    command.add_argument("run", type=Path, metavar="RUN", help="a finished RLP run")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings of all rounds"
     )
-    splice.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"
+    command.add_argument("--rounds", type=int, default=3, metavar="N", help="how many (3)")
+    command.add_argument(
+        "--documents", type=int, required=True, metavar="N", help="that each round thinks about"
     )
-    splice.set_defaults(command=_splice)
+    command.add_argument(
+        "--learning-rate", type=float, required=True, metavar="X", help="of all rounds"
+    )
+    command.add_argument(
+        "--loss",
+        choices=("all", "thought_and_target"),
+        default="thought_and_target",
+        help="tokens that the LM loss is taken on (thought_and_target)",
+    )
+    command.add_argument(
+        "--by", choices=tuple(AMOUNTS), default="flops", help="what the two spend alike (flops)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="of the rounds; one that was begun with the same options is continued",
+    )
+    command.set_defaults(command=_mixed_sft)
 
 
-def _splice(arguments: argparse.Namespace) -> int:
-    from rlp.compare.splice import splice
-    from rlp.process.ranks import start_ranks, stop_ranks
+def _mixed_sft(arguments: argparse.Namespace) -> int:
+    """Exit codes are those of a run (`rlp.process.exit_codes`)."""
+    from rlp.compare.mixed_sft import MixedSft, iterate
+    from rlp.process.ranks import stop_ranks
+    from rlp.train import run_program
+    from rlp.trainer import Trainer
 
-    path = open_run_folder(arguments.run).config_yaml if arguments.run.is_dir() else arguments.run
-    config = load_config(path, arguments.overrides)
-    documents = arguments.documents or (config.budget.steps or 0) * config.optim.batch_size
-    if documents < 1:
-        raise ConfigError(
-            f"{path} has no budget.steps, so how many documents it reads is not known. Write"
-            " --documents N."
+    asked = MixedSft(
+        run=str(open_run_folder(arguments.run).path),
+        rounds=arguments.rounds,
+        documents=arguments.documents,
+        learning_rate=arguments.learning_rate,
+        loss=arguments.loss,
+        by=arguments.by,
+        overrides=tuple(arguments.overrides),
+    )
+
+    def work(start: Callable[[float], "Ranks"]) -> int:
+        ranks = start(load_config(arguments.run / "config.yaml").run.watchdog_s)
+        code, run = iterate(
+            asked, arguments.out, ranks, lambda config: Trainer(config, ranks=ranks).fit().code
         )
-
-    try:
-        ranks = start_ranks(config.run.watchdog_s)
-        told = splice(config, documents, arguments.out, ranks)
-    finally:
         stop_ranks()
-    if ranks.is_first:
-        print(
-            f"{arguments.out}: {told['documents']} documents, {told['with_thought_frac']:.1%} with"
-            f" a thought; reward of the best of {told['group_size']}"
-            f" {told['best_reward_mean_nats']:+.3f} nats, of all {told['reward_mean_nats']:+.3f}"
-        )
-    return 0
+        if ranks.is_first and code == 0:
+            print(
+                f"{run.export}: the model of {asked.rounds} rounds; their cost: {run.ledger_json}"
+            )
+        return code
+
+    return run_program(work)
 
 
 def _add_audit(commands: argparse._SubParsersAction) -> None:
@@ -466,7 +498,8 @@ COMMANDS = (
     add_eval,
     _add_probe,
     _add_match,
-    _add_splice,
+    add_splice,
+    _add_mixed_sft,
     _add_audit,
     _add_world,
 )

@@ -10,9 +10,12 @@ are the same program as `train.py`.
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rlp.process.launcher import LauncherGone, launchers, watch_from_the_start
+
+if TYPE_CHECKING:
+    from rlp.process.ranks import Ranks
 
 
 def start(program: Callable[[], int] | None = None) -> NoReturn:
@@ -34,7 +37,34 @@ def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
         name: of the program in its messages; by default that of the process.
     """
     options = parse(arguments, name)
-    from rlp.config import ConfigError, load_config
+
+    def work(start_ranks: Callable[[float], "Ranks"]) -> int:
+        from rlp.config import load_config
+        from rlp.process.console import visible_text
+        from rlp.process.exit_codes import DONE
+        from rlp.process.ranks import stop_ranks
+        from rlp.trainer import Trainer
+
+        config = load_config(options.config, options.overrides)
+        trainer = Trainer(config, ranks=start_ranks(config.run.watchdog_s))
+        if options.dry_run:
+            print(visible_text(trainer.plan(options.machine, options.mean_thought_tokens)))
+            return DONE
+        code = trainer.fit().code
+        stop_ranks()
+        return code
+
+    return run_program(work)
+
+
+def run_program(work: Callable[[Callable[[float], "Ranks"]], int]) -> int:
+    """Do what trains, and turn errors into one clear message and an exit code.
+
+    Args:
+        work: is given what starts the ranks, with the seconds of their watchdog; returns an exit
+            code.
+    """
+    from rlp.config import ConfigError
     from rlp.data.sources import DataError
     from rlp.learn.checkpoint import CheckpointError
     from rlp.learn.guard import NumericsError
@@ -43,8 +73,7 @@ def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
     from rlp.process.files import FolderLostError, NotWrittenError
     from rlp.process.json_files import DamagedFileError
     from rlp.process.outside import PartError
-    from rlp.process.ranks import PeerLost, start_ranks, stop_ranks
-    from rlp.trainer import Trainer
+    from rlp.process.ranks import PeerLost, start_ranks
 
     ranks = None
 
@@ -54,17 +83,14 @@ def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
             print(visible_text(f"error: {error}"), file=sys.stderr)
         return code
 
+    def start(watchdog_s: float) -> "Ranks":
+        nonlocal ranks
+        ranks = start_ranks(watchdog_s)
+        return ranks
+
     try:
         launchers().require()
-        config = load_config(options.config, options.overrides)
-        ranks = start_ranks(config.run.watchdog_s)
-        trainer = Trainer(config, ranks=ranks)
-        if options.dry_run:
-            print(visible_text(trainer.plan(options.machine, options.mean_thought_tokens)))
-            return exit_codes.DONE
-        code = trainer.fit().code
-        stop_ranks()
-        return code
+        return work(start)
     except PartError as error:  # what a part does may differ from rank to rank
         return fail(error, exit_codes.BAD_CONFIG, everywhere=True)
     except (ConfigError, CheckpointError) as error:

@@ -29,6 +29,7 @@ _LM = {**_RLP, "objective.policy_weight": 0.0, "objective.lm_weight": 1.0}
 
 ARMS: dict[str, dict[str, object]] = {
     "cpt": _LM,
+    "cpt_replay": _LM,
     "mixed_sft": _LM,
     "greedy_match": {**_RLP, "reward.kind": "greedy_match"},
     "rlp": _RLP,
@@ -37,9 +38,13 @@ ARMS: dict[str, dict[str, object]] = {
     "foreign_thought": {**_RLP, "reward.placebo": "foreign_thought"},
 }
 """What makes an arm of a run; everything else stays as it was. cpt: the LM loss on the same
-documents. mixed_sft: the LM loss on documents with the start's own best thoughts in them (`rlp
-splice`). greedy_match: 1 where the greedy next token is right. rlp: the paper's objective, without
-the LM loss. rlp_lm: with it. shuffled_reward, foreign_thought: placebos."""
+documents. cpt_replay: the same, where some of them hold thoughts of the start, whatever these are
+worth. mixed_sft: the LM loss on documents with the start's own best thoughts in them (`rlp splice`
+makes both). greedy_match: 1 where the greedy next token is right. rlp: the paper's objective,
+without the LM loss. rlp_lm: with it. shuffled_reward, foreign_thought: placebos."""
+
+KEPT = {"mixed_sft": "best", "cpt_replay": "random"}
+"""Arms that read a folder of `rlp splice`, and how its thoughts were kept."""
 
 OTHER_DOCUMENTS, OTHER_SECONDS = 1.1, 1.5
 """How much more a step may spend than the steps of the run did on average: on longer documents and
@@ -55,22 +60,18 @@ def write_arm(
         arm: in `ARMS`.
         by: in `AMOUNTS`.
         out: the YAML file to make; one that exists is refused.
-        data: for the arm mixed_sft, the folder that `rlp splice` made.
+        data: for the arms in `KEPT`, the folder that `rlp splice` made.
 
     Raises:
         ConfigError: the run is not finished, the arm and the data do not go together, or its steps
             are so large that the nearest number of them may spend more than 1 % more or less.
     """
     refuse_existing(out)
-    if not run.summary_json.exists() or not run.ledger_json.exists():
+    refuse_unfinished(run)
+    if (data is not None) != (arm in KEPT):
         raise ConfigError(
-            f"{run.path} is not finished: it has no summary.json and ledger.json, so what it spends"
-            " is not known. Run it to its end first."
-        )
-    if (data is not None) != (arm == "mixed_sft"):
-        raise ConfigError(
-            "--data goes with the arm mixed_sft, and it needs it. Make the data with: rlp splice"
-            f" {run.path} --out FOLDER"
+            f"--data goes with the arms {' and '.join(KEPT)}, and they need it. Make the data with:"
+            f" rlp splice {run.path} --keep {KEPT.get(arm, 'best')} --out FOLDER"
         )
     amount = amount_spent(read_json(run.ledger_json), by, run.ledger_json)
     ledger, own = read_json(run.ledger_json, WHOLE_LEDGER), load_config(run.config_yaml)
@@ -85,32 +86,80 @@ def write_arm(
     }
     carried, longer = 0.0, 0
     if data is not None:
+        longer = read_spliced(data, KEPT[arm], own)["longest_insert_tokens"]
         carried = read_json(data / "ledger.json", WHOLE_LEDGER)[AMOUNTS[by]]
-        longer = read_json(data / "splice.json")["longest_insert_tokens"]
-        settings |= _data_settings(data, own.data.max_document_tokens + longer)
+        settings |= data_settings(data, own.data.max_document_tokens + longer)
 
-    config = _with_settings(
+    config = with_settings(
         own, settings, {by: int(amount) if by == "tokens" else amount}, overrides
     )
     step = step_cost(ledger, own, config, by, longer)
-    _refuse_coarse(step, amount, carried, by, config.optim.batch_size)
+    refuse_coarse(step, amount, carried, by, config.optim.batch_size)
     write_atomically(out, to_yaml(config).encode(), point="match.torn_config")
     return config
 
 
-def _data_settings(data: Path, max_document_tokens: int) -> dict[str, object]:
+def refuse_unfinished(run: RunFolder) -> None:
+    """Refuse to match a run that has not come to its end.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not run.summary_json.exists() or not run.ledger_json.exists():
+        raise ConfigError(
+            f"{run.path} is not finished: it has no summary.json and ledger.json, so what it spends"
+            " is not known. Run it to its end first."
+        )
+
+
+def read_spliced(data: Path, keep: str, run: Config) -> dict:
+    """What a folder that `rlp splice` made tells of itself (`splice.json`).
+
+    Args:
+        keep: how its thoughts are to have been kept.
+        run: the config of the run that reads it, whose tokens its documents are to be.
+
+    Raises:
+        ConfigError: it is none, or half of one; its thoughts were kept otherwise; or its token ids
+            are another tokenizer's.
+    """
+    from rlp.model.setup import ModelSetup  # takes seconds, and the command line reads `ARMS`
+
+    for name in ("documents.jsonl", "ledger.json", "splice.json"):
+        if not (data / name).is_file():
+            raise ConfigError(
+                f"--data: {data} has no {name}; expected a folder that rlp splice made, whole. Make"
+                " it again: rlp splice RUN --out FOLDER"
+            )
+    told = read_json(data / "splice.json")
+    if told["keep"] != keep:
+        raise ConfigError(
+            f"--data: {data} was made with --keep {told['keep']}, and this arm reads thoughts that"
+            f" were kept by --keep {keep}. Make its own with: rlp splice RUN --keep {keep} --out"
+            " FOLDER"
+        )
+    if told["vocabulary"] != ModelSetup(run).vocabulary_checksum():
+        raise ConfigError(
+            f"--data: the token ids of {data} are those of another tokenizer than that of"
+            f" {run.model.path}. Splice with a model of the same tokenizer and the same markers."
+        )
+    return told
+
+
+def data_settings(data: Path, max_document_tokens: int) -> dict[str, object]:
     """What makes a run read a folder of spliced documents, and carry what they have cost."""
     return {
         "data.train": [str(data / "documents.jsonl")],
         "data.format": "jsonl",
         "data.tokens_field": "tokens",
+        "data.append_eos": False,  # the rows are whole documents
         "data.ledger": str(data / "ledger.json"),
         "data.weights": [],
         "data.max_document_tokens": max_document_tokens,
     }
 
 
-def _with_settings(
+def with_settings(
     run: Config, settings: dict[str, object], budget: dict[str, float], overrides: list[str]
 ) -> Config:
     """The config of a run with other values (`section.key`), and no budget but the given one."""
@@ -176,7 +225,7 @@ def _documents_share(ledger: dict) -> float:
     return min(1.0, passes / ledger["flops"]) if passes else 1.0
 
 
-def _refuse_coarse(
+def refuse_coarse(
     step: tuple[float, float], amount: float, carried: float, by: str, batch_size: int
 ) -> None:
     """Refuse an arm that may end more than 1 % beside its amount: it ends at the nearest step,

@@ -10,7 +10,8 @@ import numpy as np
     SOURCE_NOISE,
     BENCHMARK_THOUGHT_NOISE,
     BENCHMARK_ANSWER_NOISE,
-) = range(7)
+    PLAIN_NOISE,
+) = range(8)
 """Purposes of `keyed_noise`: draws for different purposes never share a stream."""
 
 

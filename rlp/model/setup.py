@@ -72,6 +72,11 @@ class ModelSetup:
         }
         return {name: _checksum(value) for name, value in values.items()}
 
+    def vocabulary_checksum(self) -> str:
+        """Of which text has which id, markers too: what token ids of two folders have to agree
+        in."""
+        return _checksum(sorted(self.tokenizer.get_vocab().items()))
+
     def _instruction(self) -> tuple[int, ...]:
         """Token ids of `thought.instruction_file`, empty where there is none."""
         path = self.config.thought.instruction_file

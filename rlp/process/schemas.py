@@ -381,6 +381,9 @@ RUN_FILES: dict[str, Schema] = {
             "match": Maybe(Fields({"by": NAME, "ratio": NUMBER})),
         },
     ),
-    "splice.json": Fields({"longest_insert_tokens": Whole(most=2**31)}),
+    "mixed_sft.json": Fields({}),
+    "splice.json": Fields(
+        {"longest_insert_tokens": Whole(most=2**31), "keep": NAME, "vocabulary": CHECKSUM}
+    ),
 }
 """By file name; of a `.jsonl` each line."""

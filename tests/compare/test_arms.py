@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 
 from rlp.algorithm import predict, think
-from rlp.compare.arms import ARMS, step_cost, write_arm
+from rlp.compare.arms import ARMS, KEPT, step_cost, write_arm
 from rlp.compare.splice import splice
 from rlp.config import ConfigError, load_config, to_yaml
 from rlp.data.positions import Positions
@@ -421,7 +421,7 @@ def test_every_arm_changes_what_it_says_and_nothing_else(trained, tmp_path):
     run = open_run_folder(trained("rlp", budget__steps=1))
     before = load_config(run.config_yaml)
     for arm in ARMS:
-        if arm != "mixed_sft":
+        if arm not in KEPT:
             after = write_arm(run, arm, "tokens", tmp_path / f"{arm}.yaml", None, [])
             for section in (
                 "model",
@@ -444,34 +444,6 @@ def spliced(tmp_path, model_folder, corpus, ranks):
     config = tiny_config(tmp_path / "unused", model_folder, corpus, thought__temperature=1.0)
     splice(config, 12, tmp_path / "spliced", ranks)
     return tmp_path / "spliced", config
-
-
-def test_spliced_documents_hold_the_best_thought(spliced, corpus):
-    """Without what stands between the markers each is a document of the corpus; it is there where a
-    thought helped."""
-    folder, _ = spliced
-    lines, plain = (
-        read_lines(folder / "documents.jsonl"),
-        [line["text"] for line in read_lines(corpus)],
-    )
-    helped = 0
-    for line in lines:
-        tokens, t = line["tokens"], line["position"]
-        words = line["text"].split()
-        if max(line["group_rewards"]) > 0:
-            helped += 1
-            assert tokens[t] == 2 and 3 in tokens[t:]
-            close = tokens.index(3, t)
-            words = words[:t] + words[close + 1 :]
-        assert " ".join(words) == plain[line["document"]] and line["reward"] == max(
-            line["group_rewards"]
-        )
-    told = json.loads((folder / "splice.json").read_text())
-    assert (
-        len(lines) == told["documents"] == 24
-        and 0 < helped <= 24
-        and told["with_thought_frac"] == helped / 24
-    )
 
 
 def test_a_run_on_spliced_documents_carries_their_cost(spliced, trained, corpus):
