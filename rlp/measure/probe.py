@@ -33,9 +33,12 @@ TABLE = {
     "gain_over_no_think_nats": "gain over no thought",
     "gain_over_empty_nats": "gain over an empty thought",
     "gain_over_shuffled_nats": "gain over another document's thoughts",
+    "cross_selected_gain_nats": "gain, chosen by the other half",
+    "surest_thought_gain_nats": "gain of the surest thought",
     "positive_gain_frac": "positions with a positive gain",
     "accuracy_with_thought": "accuracy with a thought",
     "accuracy_without_thought": "accuracy without",
+    "surest_thought_accuracy": "accuracy of the surest thought",
     "reward_group_std_nats": "spread of reward among siblings",
     "reward_length_correlation": "correlation of length and reward",
     "thought_tokens_mean": "thought length",
@@ -46,7 +49,7 @@ TABLE = {
 }
 """Rows of the table, in the words that they are told in."""
 
-GAINS = tuple(name for name in TABLE if name.startswith("gain_over_"))
+GAINS = tuple(name for name in TABLE if "gain_" in name and name.endswith("_nats"))
 
 SHOWN_TAIL_TOKENS, SHOWN_CHARACTERS = 64, 240
 """Of a prefix, its end that is written as text; and of any text, what the terminal gets."""

@@ -1,21 +1,26 @@
 """Whether a checkpoint's thoughts give a reward to learn from, in words.
 
-Where thoughts of one position predict alike, or a thought does no better than one about another
-document, the reward has nothing to select, and training selects noise.
+Training selects among the thoughts of a position. There is something to select where a thought that
+is chosen by one half of the target tokens predicts the other half better than no thought does; the
+best of G by the tokens that it is scored on gains even where thoughts are noise. With a horizon of
+1 there are no halves, so no target chooses: a thought taken by lot, or the one after which the
+model is surest of its next token, has to gain. What an average
+thought is worth, and whether thoughts are about their own text, are told beside it: a thought can
+be on topic and cost more than it gives.
 """
-
-import math
 
 from rlp.config import Config
 from rlp.measure.decomposition import Decomposition
+from rlp.measure.verdict import LEAST_DOCUMENTS
 
-MIN_DOCUMENTS = 30
-"""Documents that a verdict needs: percentile intervals of fewer hold the mean in 80 to 89 % of the
-cases where they say 95."""
+BY_HALVES = "cross_selected_gain_nats"
 
-MIN_GAINING_FRAC = 0.05
-"""Of positions, the lower end of its interval: where fewer gain, there is nothing to select.
-Ours."""
+CHOICES = {
+    BY_HALVES: "a thought chosen by the other half of the target tokens",
+    "gain_over_no_think_nats": "a thought taken by lot",
+    "surest_thought_gain_nats": "the thought after which the model is surest of its next token",
+}
+"""How a thought is chosen that is scored on what did not choose it."""
 
 FORMAT_SHARE = 0.5
 """Of the gain, or the harm, of thinking: what an empty thought has to explain for the format to be
@@ -26,30 +31,30 @@ FLAT_GROUP_NATS = 1e-4
 
 
 def signal_in_words(found: Decomposition, config: Config) -> list[str]:
-    """Whether there is signal; whether thoughts are on topic, and whether there is something to
-    select; what they are worth; and what usually helps where there is no signal."""
+    """Whether there is something to select; what thoughts are worth on average; whether they are on
+    topic; and what usually helps where there is no signal."""
     obstacle = _no_verdict(found)
-    sentences = [obstacle] if obstacle else [_signal(found), _topic(found), _selection(found)]
-    sentences += [_worth(found), *_format(found), *_cautions(found)]
-    if not has_signal(found):
-        sentences += _advice(found, config)
-    return sentences
+    if obstacle:
+        return [obstacle, _average(found), *_cautions(found), *_advice(found, config)]
+    sentences = [_signal(found), *_how_chosen(found), _worth(found), _topic(found)]
+    sentences += [*_format(found), *_cautions(found), *_length(found)]
+    return sentences if has_signal(found) else [*sentences, *_advice(found, config)]
 
 
 def has_signal(found: Decomposition) -> bool:
-    """Whether thoughts are about their own text, some of them gain, and siblings differ."""
+    """Whether a chosen thought gains over no thought, and siblings differ."""
     if _no_verdict(found):
         return False
-    return _is_on_topic(found) and _some_gain(found) and _siblings_differ(found)
+    return _siblings_differ(found) and found.intervals[_best_choice(found)][0] > 0
 
 
 def _no_verdict(found: Decomposition) -> str | None:
     """Why nothing can be said of the signal; None where something can."""
     documents = len(found.panel.documents)
-    if documents < MIN_DOCUMENTS:
+    if documents < LEAST_DOCUMENTS:
         return (
             f"No verdict: the panel holds {documents} document{'s' * (documents > 1)}, and below"
-            f" {MIN_DOCUMENTS} intervals are too short to be trusted. Give it more documents, and"
+            f" {LEAST_DOCUMENTS} intervals are too short to be trusted. Give it more documents, and"
             " write a larger evaluation.panel_positions."
         )
     if "reward_group_std_nats" not in found.means:
@@ -60,13 +65,15 @@ def _no_verdict(found: Decomposition) -> str | None:
     return None
 
 
-def _is_on_topic(found: Decomposition) -> bool:
-    """Whether thoughts predict their own targets better than those of another document do."""
-    return found.intervals["gain_over_shuffled_nats"][0] > 0
+def _choices(found: Decomposition) -> list[str]:
+    """What the verdict rests on; of two, one is enough, and each has its error of 2.5 %."""
+    if BY_HALVES in found.means:
+        return [BY_HALVES]
+    return [name for name in CHOICES if name in found.intervals]
 
 
-def _some_gain(found: Decomposition) -> bool:
-    return found.intervals["positive_gain_frac"][0] >= MIN_GAINING_FRAC
+def _best_choice(found: Decomposition) -> str:
+    return max(_choices(found), key=lambda name: found.intervals[name][0])
 
 
 def _siblings_differ(found: Decomposition) -> bool:
@@ -74,29 +81,37 @@ def _siblings_differ(found: Decomposition) -> bool:
 
 
 def _signal(found: Decomposition) -> str:
-    if has_signal(found):
-        return (
-            "SIGNAL: thoughts are about their own text, some of them gain, and siblings differ:"
-            " there is something to select."
-        )
     if not _siblings_differ(found):
         return "NO SIGNAL: the thoughts of a position all predict alike, so every advantage is 0."
-    if not _is_on_topic(found):
-        return (
-            "NO SIGNAL: thoughts can not be told from those of another document, so what is"
-            " selected is chance."
-        )
-    return (
-        "NO SIGNAL: thoughts are about their own text, and all but none of them gains: what is"
-        " selected is the lesser harm."
+    name = _best_choice(found)
+    gain, (low, high) = found.means[name], found.intervals[name]
+    worth = (
+        f"{CHOICES[name]} is worth {gain:+.3f} nats against no thought (interval {low:+.3f} to"
+        f" {high:+.3f})"
     )
+    if low > 0:
+        return f"SIGNAL: there is something to select: {worth}."
+    if all(found.intervals[choice][1] < 0 for choice in _choices(found)):
+        return f"NO SIGNAL: what is selected is the lesser harm: {worth}."
+    return f"NO SIGNAL: nothing to select that this panel can see: {worth}."
+
+
+def _how_chosen(found: Decomposition) -> list[str]:
+    """With a horizon of 1, why no target chooses."""
+    if BY_HALVES in found.means:
+        return []
+    return [
+        "With a horizon of 1 no target chooses, as one token can not both choose a thought and"
+        " judge it: what is judged is a thought taken by lot, and the one after which the model is"
+        " surest. target.horizon=2 or more lets one half of the targets choose."
+    ]
 
 
 def _topic(found: Decomposition) -> str:
     gain = found.means["gain_over_shuffled_nats"]
     low, high = found.intervals["gain_over_shuffled_nats"]
     if low > 0:
-        said = "yes, a"
+        said = "yes, which alone is no reward: a"
     elif high < 0:
         said = "no, another document's is the better one; a"
     else:
@@ -107,23 +122,17 @@ def _topic(found: Decomposition) -> str:
     )
 
 
-def _selection(found: Decomposition) -> str:
-    gaining, (low, high) = found.means["positive_gain_frac"], found.intervals["positive_gain_frac"]
-    said = "yes" if _some_gain(found) and _siblings_differ(found) else "no"
-    return (
-        f"Something to select: {said}, thoughts gain at {gaining:.0%} of the positions (interval"
-        f" {low:.0%} to {high:.0%}, its lower end has to be {MIN_GAINING_FRAC:.0%}), and siblings"
-        f" differ by {found.means['reward_group_std_nats']:.2g} nats."
-    )
-
-
 def _worth(found: Decomposition) -> str:
-    means = found.means
-    low, high = found.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
+    low, high = found.intervals["gain_over_no_think_nats"]
     effect = "helps" if low > 0 else "harms" if high < 0 else "neither clearly helps nor harms"
+    return f"Thinking {effect} on average. {_average(found)}"
+
+
+def _average(found: Decomposition) -> str:
+    means = found.means
     return (
-        f"Thinking {effect}: {means['gain_over_no_think_nats']:+.3f} nats against no thought and"
-        f" {means['gain_over_empty_nats']:+.3f} against an empty one."
+        f"An average thought is worth {means['gain_over_no_think_nats']:+.3f} nats against no"
+        f" thought and {means['gain_over_empty_nats']:+.3f} against an empty one."
     )
 
 
@@ -134,7 +143,7 @@ def _format(found: Decomposition) -> list[str]:
         S_pred - S_no_think = (S_pred - S_empty) + (S_empty - S_no_think)
     """
     gain = found.means["gain_over_no_think_nats"]
-    low, high = found.intervals.get("gain_over_no_think_nats", (-math.inf, math.inf))
+    low, high = found.intervals["gain_over_no_think_nats"]
     of_format = gain - found.means["gain_over_empty_nats"]
     if low <= 0 <= high or of_format / gain < FORMAT_SHARE:
         return []
@@ -154,14 +163,6 @@ def _format(found: Decomposition) -> list[str]:
 
 def _cautions(found: Decomposition) -> list[str]:
     means, sentences = found.means, []
-    correlation = means.get("reward_length_correlation", 0.0)
-    low, high = found.intervals.get("reward_length_correlation", (0.0, 0.0))
-    if abs(correlation) > 0.1 and (low > 0 or high < 0):
-        better, will = ("Longer", "lengthen") if correlation > 0 else ("Shorter", "shorten")
-        sentences.append(
-            f"{better} thoughts predict better (correlation {correlation:+.2f}): the first updates"
-            f" will {will} thoughts."
-        )
     if means["thought_truncated_frac"] > 0.5:
         sentences.append(
             f"{means['thought_truncated_frac']:.0%} of the thoughts were left unclosed and closed"
@@ -172,6 +173,19 @@ def _cautions(found: Decomposition) -> list[str]:
     return sentences
 
 
+def _length(found: Decomposition) -> list[str]:
+    """What the first updates do to the length of thoughts, where that is clear."""
+    correlation = found.means.get("reward_length_correlation", 0.0)
+    low, high = found.intervals.get("reward_length_correlation", (0.0, 0.0))
+    if abs(correlation) <= 0.1 or low <= 0 <= high:
+        return []
+    better, will = ("Longer", "lengthen") if correlation > 0 else ("Shorter", "shorten")
+    return [
+        f"{better} thoughts predict better (correlation {correlation:+.2f}): the first updates"
+        f" will {will} thoughts."
+    ]
+
+
 def _advice(found: Decomposition, config: Config) -> list[str]:
     """What is missing most often first, the rest in the order of what it costs to try."""
     lines = [
@@ -179,8 +193,7 @@ def _advice(found: Decomposition, config: Config) -> list[str]:
         "  a warm start: train first on documents with thoughts between the markers, then probe"
         " again (docs/warm_start.md)",
     ]
-    differ = found.means.get("reward_group_std_nats", 0.0) > FLAT_GROUP_NATS
-    if differ and found.means.get("gain_over_shuffled_nats", 0.0) > 0:
+    if any(found.means[name] > 0 for name in _choices(found)):
         lines.append(
             "  a larger panel, if the signal is only small:"
             f" evaluation.panel_positions={4 * config.evaluation.panel_positions}"

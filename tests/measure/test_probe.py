@@ -309,7 +309,7 @@ def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
     nothing else counts."""
     measured = {
         "gain_over_shuffled_nats": (0.2, 0.3, 0.4),
-        "positive_gain_frac": (0.5, 0.6, 0.7),
+        "surest_thought_gain_nats": (0.3, 0.4, 0.5),
         "gain_over_no_think_nats": (0.2, 0.3, 0.4),
         "gain_over_empty_nats": (0.2, 0.3, 0.4),
         "reward_group_std_nats": (0.4, 0.5, 0.6),
@@ -327,54 +327,80 @@ def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
 
 def test_below_thirty_documents_there_is_no_verdict():
     """Their intervals are too short to be trusted, however good the means look."""
-    assert told(29)[0].startswith("No verdict: the panel holds 29 documents, and below 30")
+    few = told(29, reward_length_correlation=(0.4, 0.5, 0.6))
+    assert few[0].startswith("No verdict: the panel holds 29 documents, and below 30")
+    words = ("SIGNAL", "Thinking", "On topic", "The markers", "Longer")
+    assert not [sentence for sentence in few if sentence.startswith(words)]
     assert told(30)[0].startswith("SIGNAL: ")
 
 
+HARM = {"gain_over_no_think_nats": (-1.6, -1.5, -1.4), "gain_over_empty_nats": (0, 0.1, 0.2)}
+
+
 @pytest.mark.parametrize(
-    "said, verdict, topic, selection",
+    "said, verdict, worth, topic",
     [
-        ({}, "SIGNAL: ", "yes", "yes"),
-        # On topic, and harmful nearly everywhere.
+        ({}, "SIGNAL: there is something to select: the thought after which", "helps", "yes"),
+        # With a horizon of 1 a thought taken by lot is enough too: certainty may mislead.
         (
-            {"positive_gain_frac": (0.0, 0.0, 0.0), "gain_over_no_think_nats": (-7.2, -6.8, -6.4)},
-            "NO SIGNAL: thoughts are about their own text",
-            "yes",
-            "no",
-        ),
-        (
-            {"positive_gain_frac": (0.01, 0.02, 0.05)},
-            "NO SIGNAL: thoughts are about their own text",
-            "yes",
-            "no",
-        ),
-        (
-            {"gain_over_shuffled_nats": (-0.1, 0.1, 0.3)},
-            "NO SIGNAL: thoughts can not be told from those of another document",
-            "not as far",
+            {"surest_thought_gain_nats": (-0.1, 0.1, 0.3)},
+            "SIGNAL: there is something to select: a thought taken by lot is worth +0.300 nats",
+            "helps",
             "yes",
         ),
+        # About its text, harmful on average, and the chosen ones harm too.
         (
-            {"gain_over_shuffled_nats": (-0.3, -0.2, -0.1)},
-            "NO SIGNAL: thoughts can not be told from those of another document",
-            "no",
+            HARM | {"surest_thought_gain_nats": (-0.4, -0.3, -0.2)},
+            "NO SIGNAL: what is selected is the lesser harm",
+            "harms",
             "yes",
         ),
+        (HARM, "SIGNAL: ", "harms", "yes"),
+        (
+            HARM | {"surest_thought_gain_nats": (-0.1, 0.1, 0.3)},
+            "NO SIGNAL: nothing to select that this panel can see",
+            "harms",
+            "yes",
+        ),
+        # Which document a thought is about is told, and decides nothing.
+        ({"gain_over_shuffled_nats": (-0.1, 0.1, 0.3)}, "SIGNAL: ", "helps", "not as far"),
+        ({"gain_over_shuffled_nats": (-0.3, -0.2, -0.1)}, "SIGNAL: ", "helps", "no"),
         (
             {"reward_group_std_nats": (0.0, 1e-6, 1e-5)},
             "NO SIGNAL: the thoughts of a position all predict alike",
+            "helps",
             "yes",
-            "no",
+        ),
+        # With halves, what certainty chooses decides nothing.
+        (
+            {"cross_selected_gain_nats": (-0.2, -0.1, 0.1)},
+            "NO SIGNAL: nothing to select that this panel can see: a thought chosen by the other",
+            "helps",
+            "yes",
+        ),
+        (
+            {
+                "cross_selected_gain_nats": (0.1, 0.2, 0.3),
+                "surest_thought_gain_nats": (-0.4, -0.3, -0.2),
+            },
+            "SIGNAL: there is something to select: a thought chosen by the other half of the target"
+            " tokens is worth +0.200 nats against no thought (interval +0.100 to +0.300).",
+            "helps",
+            "yes",
         ),
     ],
 )
-def test_signal_takes_thoughts_on_topic_that_gain_and_differ(said, verdict, topic, selection):
-    """Each of the three is told by itself: to be about the text is not yet something to select."""
-    first, second, third = told(**said)[:3]
+def test_signal_takes_a_chosen_thought_that_gains(said, verdict, worth, topic):
+    """What an average thought is worth, and whether it is on topic, are told by themselves."""
+    first, *others = told(**said)
     assert first.startswith(verdict)
-    assert second.startswith(f"On topic: {topic}") and third.startswith(
-        f"Something to select: {selection}"
-    )
+    (average,) = [one for one in others if one.startswith("Thinking")]
+    (about,) = [one for one in others if one.startswith("On topic: ")]
+    assert average.startswith(f"Thinking {worth} on average.")
+    assert about.startswith(f"On topic: {topic}")
+    by_halves = "cross_selected_gain_nats" in said
+    assert any(one.startswith("With a horizon of 1") for one in others) == (not by_halves)
+    assert any("What usually helps" in one for one in others) == first.startswith("NO SIGNAL")
 
 
 def test_the_markers_are_blamed_where_an_empty_thought_explains_most():
