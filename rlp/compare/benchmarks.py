@@ -226,16 +226,3 @@ def run_benchmarks(
                     mode=mode,
                     limit=limit,
                 )
-
-
-def thought_gain(think: list[dict], no_think: list[dict]) -> tuple[float, float | None]:
-    """Accuracy with thoughts minus accuracy without, and its standard error, paired by question."""
-
-    def per_question(rows: list[dict]) -> dict[tuple, float]:
-        scores: dict[tuple, list[float]] = {}
-        for row in rows:
-            scores.setdefault((row["task"], row["question"]), []).append(row["score"])
-        return {key: float(np.mean(values)) for key, values in scores.items()}
-
-    with_thoughts, without = per_question(think), per_question(no_think)
-    return mean_and_error(np.array([[with_thoughts[key] - without[key]] for key in with_thoughts]))

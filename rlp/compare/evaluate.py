@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlp.compare.asked_model import open_asked_model
-from rlp.compare.benchmarks import Result, run_benchmarks, thought_gain
+from rlp.compare.benchmarks import Result, run_benchmarks
+from rlp.compare.gain import METHOD, ThoughtGain, thought_gain
 from rlp.compare.tasks import Benchmark, load_tasks, versions
 from rlp.config import ConfigError
 from rlp.process.console import visible_text
@@ -73,6 +74,8 @@ def evaluate_checkpoint(
         for name in benchmarks:
             gains[name] = thought_gain(rows[name, "think"], rows[name, "no_think"])
     console.print(_result_table(results, gains))
+    for name, gain in gains.items():
+        console.print(f"{name}: {gain.verdict}.")
     if results_file is not None:
         settings = {"checkpoint": checkpoint, "seed": seed, "limit": limit}
         _write_results(results_file, settings, benchmarks, results, gains)
@@ -94,15 +97,22 @@ def _write_results(
     settings: dict[str, object],
     benchmarks: dict[str, Benchmark],
     results: list[Result],
-    gains: dict[str, tuple[float, float | None]],
+    gains: dict[str, ThoughtGain],
 ) -> None:
     content = settings | {
         "versions": versions(),
         "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
         "results": [asdict(result) for result in results],
         "thought_gain": {
-            name: {"accuracy": mean, "standard_error": error}
-            for name, (mean, error) in gains.items()
+            name: {
+                "accuracy": gain.mean,
+                "standard_error": gain.standard_error,
+                "low": gain.low,
+                "high": gain.high,
+                "interval": METHOD,
+                "verdict": gain.verdict,
+            }
+            for name, gain in gains.items()
         },
     }
     text = json.dumps(content, indent=2) + "\n"
@@ -200,7 +210,7 @@ def _percent(mean: float, error: float | None) -> str:
     return f"{100 * mean:.2f}{spread}"
 
 
-def _result_table(results: list[Result], gains: dict[str, tuple[float, float | None]]) -> Table:
+def _result_table(results: list[Result], gains: dict[str, ThoughtGain]) -> Table:
     """pass@1 and its standard error in percent; tokens of a thought and of an answer, and the
     percentage that the budget ended; answers that the check could not read (percent), did not
     finish in time, or died of."""
@@ -220,6 +230,6 @@ def _result_table(results: list[Result], gains: dict[str, tuple[float, float | N
             str(result.check_timeouts),
             str(result.check_crashes),
         )
-    for name, (mean, error) in gains.items():
-        table.add_row(name, "difference", "", _percent(mean, error))
+    for name, gain in gains.items():
+        table.add_row(name, "difference", "", _percent(gain.mean, gain.standard_error))
     return table
