@@ -27,7 +27,7 @@ def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
     """Lines 5 to 15. A micro-batch holds whole groups, and divisors are those of the whole step, so
     neither micro-batches nor ranks change the gradient."""
     thinks = run.config.objective.thinks
-    whole = predict(run, step, think(run, step))
+    whole = predict(run, step, judge.given(run, step.number, think(run, step)))
     step.num_thoughts, step.num_tokens = run.ranks.sum(
         [count_thoughts(whole), count_targets(whole)]
     )
@@ -119,7 +119,10 @@ def learn_thoughts(
             reward = rewards_of(run.reward, whole)  # r  [M, G]  eq. 5
         fed = judge.fed(index, reward)
         advantage = group_relative_advantage(fed)  # A  [M, G]  eq. 7
-        scored = run.scored(step, part, layout, scores, reasoned_logprob, advantage[:, part.group])
+        behavior = judge.behavior(index, part, scores.thought)
+        scored = run.scored(
+            step, part, layout, scores, behavior, reasoned_logprob, advantage[:, part.group]
+        )
         step.see_pass(scored, scores.open_marker, part.thoughts, first=first)
         run.engine.backward(loss_of(run.loss, scored))  # eq. 8
 

@@ -440,19 +440,34 @@ class RewardConfig:
 
     kind: str = "information_gain"
     """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token
-    after the thought, else 0.
-    `package.module:name`: a reward of yours (docs/extending.md)."""
+    after the thought, else 0. `prefix_match`: the policy goes on after the thought with a
+    prediction of up to `target.horizon` tokens, and it is 1 where the document goes on with them,
+    else 0; thought and prediction are trained (RPT, arXiv 2506.08007). `exact_match`: likewise, 1
+    where all `target.horizon` tokens are right (RLVR). `package.module:name`: a reward of yours
+    (docs/extending.md)."""
     placebo: str = "none"
     """`shuffled_reward`: each position's thoughts get the rewards of the position before it in the
     step, whatever the micro-batches and ranks. `foreign_thought`: the reward of each thought is
-    measured with a thought of that position in its place. Neither says anything about the
-    thought."""
+    measured with a thought of that position in its place. `other_thought`: each thought is written
+    over with the words of a thought of that position, as many as it has itself, and is rewarded and
+    trained as if it were its own. None says anything about the thought in its place."""
 
     def __post_init__(self) -> None:
-        require_part("reward.kind", self.kind, ("information_gain", "greedy_match"))
-        require_one_of(
-            "reward.placebo", self.placebo, ("none", "shuffled_reward", "foreign_thought")
+        require_part(
+            "reward.kind",
+            self.kind,
+            ("information_gain", "greedy_match", "prefix_match", "exact_match"),
         )
+        require_one_of(
+            "reward.placebo",
+            self.placebo,
+            ("none", "shuffled_reward", "foreign_thought", "other_thought"),
+        )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether one of ours makes the policy go on with a prediction after the thought."""
+        return self.kind in ("prefix_match", "exact_match")
 
 
 @dataclass

@@ -57,6 +57,37 @@ def greedy_match(matched: Tensor) -> Tensor:
     return matched.float()
 
 
+def prefix_match(tokens: Tensor, mask: Tensor, ended: Tensor, target: Tensor) -> Tensor:
+    """Reward of reinforcement pre-training (RPT, arXiv 2506.08007, eq. 3): 1 where the predicted
+    tokens are the first of the real ones, else 0.
+
+    The paper compares bytes, and asks that the match ends where a token of the real continuation
+    ends; of token ids the second always holds, and text that is right but cut into other tokens is
+    wrong. A prediction may be shorter than the target: it ends with the end-of-sequence token,
+    which is part of it only where the document has one there too.
+
+    Args:
+        tokens: [M, G, H].
+        mask: [M, G, H] bool, True on predicted tokens, the first ones of each row.
+        ended: [M, G] bool, whether the last predicted one is the end-of-sequence token.
+        target: [M, H], the real tokens.
+
+    Returns:
+        [M, G].
+    """
+    wrong, place = mask & (tokens != target[:, None]), mask.cumsum(dim=2)
+    # An end after something was said need not stand in the document.
+    last = place == mask.sum(dim=2, keepdim=True)
+    end = ended[..., None] & last & (place > 1)
+    return (mask[..., 0] & ~(wrong & ~end).any(dim=2)).float()
+
+
+def exact_match(tokens: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """Reward for a verifiable answer: 1 where all H predicted tokens are the real ones, else 0.
+    Arguments and shape as in `prefix_match`."""
+    return ((tokens == target[:, None]) & mask).all(dim=2).float()
+
+
 def group_relative_advantage(reward: Tensor) -> Tensor:
     """Advantage of each thought over the other thoughts for the same position.
 

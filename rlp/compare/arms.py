@@ -25,6 +25,10 @@ _RLP = {
     "reward.placebo": "none",
 }
 
+_ENTROPY = {"position.selector": "entropy", "position.marker": None}
+
+_UNIFORM = {"position.selector": "uniform", "position.marker": None}
+
 _LM = {**_RLP, "objective.policy_weight": 0.0, "objective.lm_weight": 1.0}
 
 ARMS: dict[str, dict[str, object]] = {
@@ -32,16 +36,37 @@ ARMS: dict[str, dict[str, object]] = {
     "cpt_replay": _LM,
     "mixed_sft": _LM,
     "greedy_match": {**_RLP, "reward.kind": "greedy_match"},
+    "rpt": {**_RLP, **_ENTROPY, "reward.kind": "prefix_match"},
+    "rlvr": {**_RLP, "reward.kind": "exact_match"},
     "rlp": _RLP,
     "rlp_lm": {**_RLP, "objective.lm_weight": 0.1},
+    "rlp_entropy": {**_RLP, **_ENTROPY},
+    "rlp_uniform": {**_RLP, **_UNIFORM},
+    "rlp_paper": {
+        **_RLP,
+        **_UNIFORM,
+        "position.per_document": 1,
+        "thought.group_size": 16,
+        "thought.temperature": 0.7,
+        "baseline.kind": "ema",
+        "baseline.ema_decay": 0.999,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+    },
     "shuffled_reward": {**_RLP, "reward.placebo": "shuffled_reward"},
+    "other_thought": {**_RLP, "reward.placebo": "other_thought"},
     "foreign_thought": {**_RLP, "reward.placebo": "foreign_thought"},
 }
 """What makes an arm of a run; everything else stays as it was. cpt: the LM loss on the same
 documents. cpt_replay: the same, where some of them hold thoughts of the start, whatever these are
 worth. mixed_sft: the LM loss on documents with the start's own best thoughts in them (`rlp splice`
-makes both). greedy_match: 1 where the greedy next token is right. rlp: the paper's objective,
-without the LM loss. rlp_lm: with it. shuffled_reward, foreign_thought: placebos."""
+makes both). greedy_match: 1 where the greedy next token is right. rpt: reinforcement pre-training
+as published (arXiv 2506.08007): a generated prediction, rewarded for a prefix match and trained, at
+the positions of largest entropy. rlvr: the same for the whole target, at the run's own positions.
+rlp: the paper's objective, without the LM loss. rlp_lm: with it. rlp_entropy, rlp_uniform: at other
+positions. rlp_paper: the paper's positions, group, temperature, teacher and schedule too; its
+learning rate (1e-6), batch (512) and budget of a thought (2048) are for models of billions, and
+stay the run's. shuffled_reward, other_thought, foreign_thought: placebos."""
 
 KEPT = {"mixed_sft": "best", "cpt_replay": "random"}
 """Arms that read a folder of `rlp splice`, and how its thoughts were kept."""
@@ -93,10 +118,21 @@ def write_arm(
     config = with_settings(
         own, settings, {by: int(amount) if by == "tokens" else amount}, overrides
     )
+    _refuse_all_positions(arm, config)
     step = step_cost(ledger, own, config, by, longer)
     refuse_coarse(step, amount, carried, by, config.optim.batch_size)
     write_atomically(out, to_yaml(config).encode(), point="match.torn_config")
     return config
+
+
+def _refuse_all_positions(arm: str, config: Config) -> None:
+    """Refuse a selector that has nothing to select."""
+    chosen = {**_ENTROPY, **_UNIFORM}.keys() <= ARMS[arm].keys()
+    if chosen and config.position.per_document == "all":
+        raise ConfigError(
+            f"the arm {arm} chooses positions ({config.position.selector}), and the run has"
+            " position.per_document: all. Write position.per_document=K behind the command."
+        )
 
 
 def refuse_unfinished(run: RunFolder) -> None:
@@ -193,10 +229,11 @@ def step_cost(
         return input_tokens / 2, longest * OTHER_DOCUMENTS
 
     thoughts = _thoughts_of_a_step(arm)
+    more_thoughts = thoughts / max(_thoughts_of_a_step(run), 1) / scale
     if by == "paper_flops":
         return 0.0, longest * OTHER_DOCUMENTS + thoughts * arm.thought.max_thought_tokens
 
-    work = 1.0
+    work = max(1.0, more_thoughts)
     if run.objective.thinks and not arm.objective.thinks:
         work = _documents_share(ledger)
     elif arm.objective.thinks and not run.objective.thinks:

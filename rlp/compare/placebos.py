@@ -1,4 +1,5 @@
-"""Placebos: rewards that say nothing about the thoughts they are given to (`reward.placebo`).
+"""Placebos: rewards that say nothing about the thoughts they are given to, and thoughts that say
+nothing about the position they are given to (`reward.placebo`).
 
 Each position of a step gets what the position before it has, and the first what the last has, in
 the order of the documents over all ranks: micro-batches and ranks change nothing.
@@ -7,19 +8,24 @@ the order of the documents over all ranks: micro-batches and ranks change nothin
     shuffled_reward    it gives its rewards, which are known by then; only those of the last
                        position are scored ahead, and where documents are put together by their
                        lengths, all
+    other_thought      it gives its thoughts, which are rewarded and trained in place of its own
 
-They go around any reward.
+The first two train a position's own thoughts by another's reward; the last trains another's
+thoughts by their own reward, in which there is nothing of the position. They go around any reward.
 
 Dimensions
-    M  positions;  G  thoughts per position
+    M  positions;  G  thoughts per position;  N  thoughts of a pass;  L  thought tokens
 """
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlp.config import ConfigError
+from rlp.measure.thought_statistics import thought_lengths
+from rlp.model.thoughts import Thoughts
 from rlp.step.judge import Judge
 from rlp.step.micro_batch import MicroBatch, in_order
 from rlp.step.parts import StepParts
@@ -73,7 +79,71 @@ class ForeignThought(Judge):
         self._rewards = [reward[batch.rows] for batch in batches]
 
 
-PLACEBOS = {"none": Judge, "shuffled_reward": ShuffledReward, "foreign_thought": ForeignThought}
+class OtherThought(Judge):
+    """Each position thinks with the words of the position before it, and is rewarded and trained as
+    if they were its own.
+
+    They are written over its own words, so that every thought keeps its length and the way it ended
+    (`overwritten`), and a step costs what it costs without the placebo. The behavior
+    log-probability of a token is what the first pass with gradient gives it in this place, so that
+    every ratio is 1 there.
+    """
+
+    def given(self, run: StepParts, step: int, whole: MicroBatch) -> MicroBatch:
+        refuse_single_position(run, step, whole)
+        self._behavior: dict[tuple[int, int], Tensor] = {}
+        own, num_close = whole.on_host(), len(run.setup.markers.close)
+        before = run.ranks.gather(own[-1:])[run.ranks.rank - 1]
+        thoughts = overwritten(own, own.exchanged(before), num_close)
+        return replace(whole, thoughts=thoughts.to(run.ranks.device), host=thoughts)
+
+    def behavior(self, index: int, part: MicroBatch, logprob: Tensor) -> Tensor:
+        first = part.group.start if part.group else 0
+        return self._behavior.setdefault((index, first), logprob.detach())
+
+
+def overwritten(own: Thoughts, other: Thoughts, num_close: int) -> Thoughts:
+    """Thoughts with the words of others in the place of their own.
+
+    A thought takes as many words as it has, its close marker apart: those of the other thought of
+    its number, then of the next ones of that group, round and round. A group that has said nothing
+    at all is put there as it is.
+
+    Args:
+        own, other: [M, G, L] in the memory of the host, of any length L each.
+        num_close: tokens of the close marker.
+
+    Returns:
+        [M, G, L]; what the sampler knew about them is not known here: log-probabilities are NaN.
+    """
+    own = own.padded(max(0, other.tokens.shape[2] - own.tokens.shape[2]))
+    other = other.padded(own.tokens.shape[2] - other.tokens.shape[2])
+    lengths, others = (thought_lengths(thoughts, num_close).numpy() for thoughts in (own, other))
+    silent = others.sum(axis=1) == 0
+    there = torch.from_numpy(silent)
+    mask = torch.where(there[:, None, None], other.mask, own.mask)
+    tokens = torch.where(there[:, None, None], other.tokens, own.tokens)
+
+    for m in np.flatnonzero(~silent).tolist():
+        said = [row[:length] for row, length in zip(other.tokens[m].numpy(), others[m])]
+        for g, length in enumerate(lengths[m].tolist()):
+            words = np.resize(np.concatenate(said[g:] + said[:g]), length)
+            tokens[m, g, :length] = torch.from_numpy(words)
+    return Thoughts(
+        tokens=tokens,
+        mask=mask,
+        behavior_logprob=torch.full_like(own.behavior_logprob, torch.nan),
+        entropy=None,
+        truncated=torch.where(there[:, None], other.truncated, own.truncated),
+    )
+
+
+PLACEBOS = {
+    "none": Judge,
+    "shuffled_reward": ShuffledReward,
+    "foreign_thought": ForeignThought,
+    "other_thought": OtherThought,
+}
 """Judges by `reward.placebo`."""
 
 

@@ -61,7 +61,7 @@ class Journal:
         """Note the thoughts of this rank's part of the step."""
         if not self._on:
             return
-        tokens, mask = thoughts.tokens.cpu().numpy(), thoughts.mask.cpu().numpy()
+        tokens, mask = thoughts.sampled_tokens.cpu().numpy(), thoughts.sampled_mask.cpu().numpy()
         for document in range(int(positions.document.max()) + 1):
             rows = positions.slice_of_documents(document, document + 1)
             lengths, sampled = mask[rows].sum(axis=-1), tokens[rows][mask[rows]]

@@ -158,9 +158,13 @@ class Ledger:
         count.tokens_trained += tokens_trained
 
     def add_rollout(self, rollout: Rollout, *, max_thought_tokens: int) -> None:
-        """Count the thoughts that this rank sampled: their prefixes, their tokens, and what the
-        paper charges for them."""
-        sampled = int(rollout.thoughts.mask.sum())
+        """Count the thoughts that this rank sampled: their prefixes, their tokens, those of their
+        predictions, and what the paper charges for them.
+
+        Args:
+            max_thought_tokens: the most that may be sampled of one, its prediction included.
+        """
+        sampled = int(rollout.thoughts.sampled_mask.sum())
         prefill = rollout.prefill_work
         self.add("prefill", prefill, passes=1, tokens_in=prefill.tokens)
         self.add("decode", rollout.decode_work, passes=1, tokens_generated=sampled)

@@ -26,7 +26,8 @@ METRICS: dict[str, Metric] = {
         "nats",
         "Mean reward of the step's thoughts: what eq. 7 is fed. It is the information gain r(c) ="
         " S_pred(c) - S_ema (eq. 5), in nats; with reward.kind greedy_match 1 or 0, whether the"
-        " targets are the most probable tokens; with a reward of one's own (package.module:name)"
+        " targets are the most probable tokens, with prefix_match and exact_match whether the"
+        " prediction is right; with a reward of one's own (package.module:name)"
         " what that gives, in a unit of its own; with reward.placebo what the placebo gives the"
         " thought, and not what it earned. What the thoughts gained is gain/mean.",
     ),

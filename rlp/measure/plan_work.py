@@ -36,6 +36,8 @@ class StepSizes:
     """L."""
     horizon: int
     """H."""
+    predicts: bool
+    """Whether a prediction of H tokens is sampled after each thought."""
     format_tokens: FormatTokens
     per_document: int
     """K; 0 where the run does not think."""
@@ -75,6 +77,7 @@ class StepSizes:
             document_tokens=config.data.max_document_tokens,
             thought_tokens=config.thought.max_thought_tokens,
             horizon=config.target.horizon,
+            predicts=config.reward.predicts and config.objective.thinks,
             format_tokens=format_tokens,
             per_document=per_document,
             group_size=group,
@@ -120,14 +123,25 @@ class StepSizes:
     @property
     def decoded_tokens(self) -> int:
         """O + L - 1, what a thought adds to it while sampling: its last token is drawn and not
-        run."""
-        return self.format_tokens.open + self.thought_tokens - 1
+        run. With a prediction, O + L + E + H - 1."""
+        told = self.format_tokens.close + self.horizon if self.predicts else 0
+        return self.format_tokens.open + self.thought_tokens + told - 1
+
+    @property
+    def scored(self) -> int:
+        """Real targets that are scored at a position (`ThoughtFormat.scored`)."""
+        return 1 if self.predicts else self.horizon
+
+    @property
+    def thought_queries(self) -> int:
+        """Rows of the LM head of a thought: its tokens, those of its prediction, and targets."""
+        return self.thought_tokens + self.predicts * self.horizon + self.scored
 
     @property
     def document_queries(self) -> int:
         """Rows of the LM head in the pass of the LM loss: P - 1, and beside thoughts H targets and
         an open marker per position."""
-        return self.document_tokens - 1 + self.per_document * (self.horizon + 1)
+        return self.document_tokens - 1 + self.per_document * (self.scored + 1)
 
     @property
     def slices(self) -> int:
@@ -219,10 +233,10 @@ def _context_trunks(sizes: StepSizes, *, lm: bool) -> int:
 
 
 def forward_queries(sizes: StepSizes) -> int:
-    """Rows of the LM head in that pass: L + H per thought, and those of the LM loss."""
+    """Rows of the LM head in that pass: those of each thought, and those of the LM loss."""
     thoughts = sizes.per_document * sizes.thoughts_per_forward
     queries = sizes.micro_batch_documents * (
-        thoughts * (sizes.thought_tokens + sizes.horizon) + sizes.lm * sizes.document_queries
+        thoughts * sizes.thought_queries + sizes.lm * sizes.document_queries
     )
     return min(queries, sizes.tokens_per_micro_batch or queries)
 
@@ -290,7 +304,7 @@ def step_flops(
     }
     teacher = 0.0
     if thinks and config.baseline.kind != "none":
-        queries = sizes.positions * (sizes.horizon + 1)
+        queries = sizes.positions * (sizes.scored + 1)
         no_think = row_work(sizes.document_tokens, queries, count=sizes.documents)
         teacher += forward_flops(shapes, no_think) / config.baseline.every_n_steps
     if config.objective.kl_weight > 0:
@@ -332,8 +346,8 @@ def _prefill_work(sizes: StepSizes, layout: str) -> Work:
 
 
 def _decode_work(sizes: StepSizes) -> Work:
-    """Each token of a thought but the last, behind its prefix."""
-    run = sizes.thought_tokens - 1
+    """Each token of a thought but the last, and of its prediction, behind its prefix."""
+    run = sizes.decoded_tokens - sizes.format_tokens.open
     prefix = sizes.context_tokens + sizes.format_tokens.open
     return row_work(run, sizes.thoughts * run, before=prefix, count=sizes.thoughts)
 
@@ -346,7 +360,7 @@ def thought_work(sizes: StepSizes, layout: str, *, lm: bool) -> Work:
                 slice of its groups; with the LM loss (`lm`) the trunks of the first slice belong to
                 that
     """
-    head_rows = sizes.thoughts * (sizes.thought_tokens + sizes.horizon)
+    head_rows = sizes.thoughts * sizes.thought_queries
     context, branch = sizes.context_tokens, sizes.branch_tokens
     if layout == "repeated":
         return row_work(context + branch, head_rows, count=sizes.thoughts)

@@ -248,20 +248,20 @@ def watch_gains(tally: Tally, gain: Tensor) -> None:
 def watch_ratio(
     tally: Tally,
     logprob: Tensor,
-    thoughts: Thoughts,
+    behavior_logprob: Tensor,
+    mask: Tensor,
     clip_low: float,
     clip_high: float,
     *,
     first: bool,
 ) -> None:
-    """How far the policy [N, L] is from the behavior policy: 0 on-policy, up to rounding.
+    """How far the policy is from the behavior policy: 0 on-policy, up to rounding.
 
     Args:
+        logprob, behavior_logprob, mask: [N, L], of the sampled tokens.
         first: whether no update was made with these thoughts yet: the two are the same policy then.
     """
-    mask = rearrange(thoughts.mask, "m g l -> (m g) l")
-    log_ratio = logprob.detach() - rearrange(thoughts.behavior_logprob, "m g l -> (m g) l")
-    log_ratio = log_ratio.masked_fill(~mask, 0.0)
+    log_ratio = (logprob.detach() - behavior_logprob).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     if first:
         # Float64: of ratios near 1 a float32 sum has nothing left.

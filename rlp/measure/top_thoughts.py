@@ -36,11 +36,16 @@ class _Offer:
         length = int(thought_lengths(thoughts[m : m + 1], self.close_tokens)[0, g])
         document, position = self.documents[positions.document[m]], int(positions.position[m])
         prefix_tail = document.tokens[max(0, position - PREFIX_TAIL_TOKENS) : position]
+        said = {}
+        if thoughts.prediction is not None:
+            of_thought = thoughts.prediction.mask[m, g]
+            said["prediction"] = thoughts.prediction.tokens[m, g][of_thought].tolist()
         return {
             "document": document.id,
             "position": position,
             "prefix_tail": prefix_tail.tolist(),
             "thought": thoughts.tokens[m, g, :length].tolist(),
+            **said,
             "target": positions.target[m].tolist(),
             **{name: float(value[m, g]) for name, value in values.items()},
             "thought_tokens": length,

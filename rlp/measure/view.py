@@ -92,6 +92,8 @@ def _as_text(thought: dict) -> Group:
     parts.add_column(overflow="fold")
     parts.add_row("  context", Text(visible_text(thought["prefix_tail"]), "dim"))
     parts.add_row("  thought", Text(shown))
+    if "prediction" in thought:
+        parts.add_row("  said", Text(quoted_text(thought["prediction"])))
     parts.add_row("  next", Text(quoted_text(thought["target"]), "bold"))
     return Group(_numbers(thought), parts)
 

@@ -5,13 +5,16 @@ it should predict, the temperature, and the token left out of the softmax. Queri
 blocks:
 
     thought       each sampled token of each thought, at the sampling temperature        [N, L]
+                  and of its prediction, open marker excluded                        [N, L + H]
     target        the H target tokens after each thought, open marker excluded           [N, H]
+                  the first alone where a prediction stands there                        [N, 1]
     document      the tokens of the LM loss: all of a document but its first, or some    [B, P - 1]
     no_think      the H target tokens without a thought, open marker excluded            [M, H]
     open_marker   the open marker where a thought may start, nothing excluded            [M]
 
 `repeated_layout`: one row per thought (instruction, prefix, open marker, thought, close marker,
-targets) and one per document. Plain, right for every causal LM; the definition for any other.
+targets or prediction) and one per document. Plain, right for every causal LM; the definition for
+any other.
 
 `tree_layout`: one packed row without padding: each document once (a trunk), then the thoughts
 (branches), which attend to their prefix of the trunk and to themselves (`attention`). For
@@ -68,7 +71,7 @@ class Layout:
     sizes: tuple[int, int, int, int, int]
     """Queries in each block: thought, target, document, no_think, open_marker."""
     thought_mask: Tensor
-    """[N, L] bool."""
+    """[N, L] or [N, L + H] bool, `Thoughts.sampled_mask`."""
     thought_place: Tensor
     """int64, the places of its True entries, row by row."""
     document_mask: Tensor
@@ -76,7 +79,7 @@ class Layout:
     document_place: Tensor
     """int64, likewise."""
     horizon: int
-    """H."""
+    """Real target tokens scored at a position: H, or 1 (`ThoughtFormat.scored`)."""
     thought_work: Work
     """Of the thought rows."""
     document_work: Work
@@ -300,12 +303,15 @@ class _Branch:
     forced: np.ndarray
     """The close marker of a truncated thought; else nothing."""
     target: np.ndarray
+    """Those that are scored."""
+    prediction: np.ndarray
+    """Sampled tokens after the close marker; mostly nothing."""
 
     @property
     def after_open(self) -> np.ndarray:
-        """What follows the open marker. The last target is predicted and never read, so it needs no
-        place."""
-        return np.concatenate([self.thought, self.forced, self.target[:-1]])
+        """What follows the open marker. The last token of target or prediction is predicted and
+        never read, so it needs no place."""
+        return np.concatenate([self.thought, self.forced, self.target[:-1], self.prediction[:-1]])
 
 
 def _branches(
@@ -317,18 +323,23 @@ def _branches(
     tokens, mask, truncated = (
         part.cpu().numpy() for part in (thoughts.tokens, thoughts.mask, thoughts.truncated)
     )
+    if thought_format.predicts:
+        prediction = thoughts.prediction
+        said, said_mask = prediction.tokens.cpu().numpy(), prediction.mask.cpu().numpy()
     close = np.array(thought_format.markers.close, dtype=np.int64)
     for m, (d, t) in enumerate(positions.places()):
         for g in range(tokens.shape[1]):
             forced = close if truncated[m, g] else close[:0]
-            yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, positions.target[m])
+            target = positions.target[m][: thought_format.scored]
+            prediction = said[m, g][said_mask[m, g]] if thought_format.predicts else close[:0]
+            yield _Branch(d, t, tokens[m, g][mask[m, g]], forced, target, prediction)
 
 
 def _thought_mask(thoughts: Thoughts | None) -> np.ndarray:
-    """[N, L] bool."""
+    """[N, L] or [N, L + H] bool."""
     if thoughts is None:
         return np.zeros((0, 0), dtype=bool)
-    return rearrange(thoughts.mask.cpu().numpy(), "m g l -> (m g) l")
+    return rearrange(thoughts.sampled_mask.cpu().numpy(), "m g l -> (m g) l")
 
 
 def _document_mask(documents: list[Document]) -> np.ndarray:
@@ -372,10 +383,15 @@ class _Builder:
 
     def ask_thought(self, row: int, open_column: int, branch: _Branch) -> None:
         """Its tokens and targets; `open_column` holds the last token of the open marker."""
-        length = len(branch.thought)
+        length, temperature = len(branch.thought), self._format.temperature
         columns = open_column + np.arange(length)
-        self.ask(THOUGHT, row, columns, branch.thought, self._format.temperature, -1)
-        self._ask_target(TARGET, row, open_column + length + len(branch.forced), branch.target)
+        self.ask(THOUGHT, row, columns, branch.thought, temperature, -1)
+
+        closed = open_column + length + len(branch.forced)
+        columns = closed + np.arange(len(branch.prediction))
+        excluded = self._format.markers.excluded
+        self.ask(THOUGHT, row, columns, branch.prediction, temperature, excluded)
+        self._ask_target(TARGET, row, closed, branch.target)
 
     def ask_document(
         self,
@@ -392,7 +408,7 @@ class _Builder:
             self.ask(DOCUMENT, row, start + before, document.tokens[before + 1], 1.0, -1)
         for t, target in targets:
             last = start + t - 1
-            self._ask_target(NO_THINK, row, last, target)
+            self._ask_target(NO_THINK, row, last, target[: self._format.scored])
             marker = np.array([self._format.markers.excluded])
             self.ask(OPEN_MARKER, row, np.array([last]), marker, 1.0, -1)
 
@@ -464,7 +480,7 @@ class _Builder:
             thought_place=to_device(np.flatnonzero(thought_mask), device),
             document_mask=to_device(document_mask, device),
             document_place=to_device(np.flatnonzero(document_mask), device),
-            horizon=self._format.horizon,
+            horizon=self._format.scored,
             thought_work=thought_work,
             document_work=document_work,
         )

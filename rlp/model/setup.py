@@ -49,7 +49,11 @@ class ModelSetup:
         self.tokenizer, self.markers = open_tokenizer(config)
         refuse_other_tokenizer(config, self.architecture, self.tokenizer, self.markers)
         self.thought_format = ThoughtFormat.of(
-            config, self.markers, self._instruction(), self.tokenizer.bos_token_id
+            config,
+            self.markers,
+            self._instruction(),
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
         )
 
     def marker_notes(self) -> list[str]:

@@ -343,7 +343,8 @@ RUN_FILES: dict[str, Schema] = {
         | each(COUNT, "document", "position", "thought_tokens")
         | {"truncated": Flag()}
         | each(TEXT, "prefix_tail", "thought", "target"),
-        each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage"),
+        each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")
+        | {"prediction": TEXT},
     ),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),
     "config_changes.jsonl": CHANGE,

@@ -142,11 +142,12 @@ def build_run(
                 checksums["the weights in model.path"] = weights_digest(engine, copy, ranks)
 
     log = MetricsLog(folder, config, ranks, known_steps(config.budget))
-    thinks = config.objective.thinks
+    thought_format = setup.thought_format.predicting("prediction" in replaceable.reward.needs)
     parts = StepParts(
         config=config,
         ranks=ranks,
         setup=setup,
+        thought_format=thought_format,
         batches=Batches(setup.stream, config.optim.batch_size, ranks),
         engine=engine,
         teacher=build_teacher(config, replaceable, engine, twin, start, host),
@@ -154,12 +155,12 @@ def build_run(
         guard=Guard(config.optim, ranks),
         ledger=begin_ledger(config, setup.shapes, on_phase=host.watchdog.mark),
         pulse=Pulse(host.preemption, host.watchdog, log.still),
-        cut=Cutter(config, opened.layout, setup.thought_format, engine, ranks),
+        cut=Cutter(config, opened.layout, thought_format, engine, ranks),
         lay_out=LAYOUTS[opened.layout],
         sampler=build_sampler(config, opened, engine),
         scripts=(
             token_scripts(setup.tokenizer, setup.shapes.vocabulary, ranks.device)
-            if thinks
+            if config.objective.thinks
             else None
         ),
         selector=replaceable.selector,

@@ -110,7 +110,8 @@ def tell_thoughts(run: OpenRun, step: StepRecord) -> None:
         return
     decode = run.opened.setup.tokenizer.decode
     for thought in told:
-        texts = {name: decode(thought[name]) for name in ("prefix_tail", "thought", "target")}
+        parts = ("prefix_tail", "thought", "prediction", "target")
+        texts = {name: decode(thought[name]) for name in parts if name in thought}
         append_json_line(run.folder.thoughts_jsonl, {"step": step.number} | thought | texts)
 
 

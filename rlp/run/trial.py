@@ -16,7 +16,7 @@ from rlp.config import Config
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.data.selectors import Choice, Selector, chosen_by, open_selector
-from rlp.model.thoughts import Thoughts
+from rlp.model.thoughts import Predictions, Thoughts
 from rlp.process.outside import Part, PartError, name_of
 from rlp.step.baseline import NETWORKS, Baseline, NoThink, baseline_of, open_baseline
 from rlp.step.loss import Loss, Scored, loss_of, open_loss
@@ -69,6 +69,7 @@ def open_parts(
         loss=open_loss(config.objective, loss),
     )
     refuse_unmet_needs(config, parts)
+    refuse_predictions(config, parts.reward)
     networks = set()
     if parts.baseline.is_outside:
         networks |= {NETWORKS[need] for need in parts.baseline.needs if need in NETWORKS}
@@ -93,6 +94,31 @@ def refuse_unmet_needs(config: Config, parts: ReplaceableParts) -> None:
             f"reward.kind: {parts.reward.name} needs baseline_logprob on every step, and"
             f" baseline.kind is {baseline.kind}, scored every {baseline.every_n_steps} steps. Write"
             " baseline.kind=ema baseline.every_n_steps=1."
+        )
+
+
+def refuse_predictions(config: Config, reward: Part) -> None:
+    """Refuse a reward that needs a prediction where none is made, or where it would be read in
+    another sense."""
+    if not config.objective.thinks or "prediction" not in reward.needs:
+        return
+    found = None
+    if config.sampling.engine == "vllm":
+        found = "sampling.engine: vllm samples no prediction. Write sampling.engine=native."
+    if config.objective.predictor_weight > 0:
+        found = (
+            "objective.predictor_weight trains the prediction of the real target, and there is"
+            " another in its place. Write objective.predictor_weight=0."
+        )
+    if config.reward.placebo in ("foreign_thought", "other_thought"):
+        found = (
+            f"reward.placebo: {config.reward.placebo} moves thoughts, and a prediction belongs to"
+            " the position at which it was made. Write reward.placebo=shuffled_reward or none."
+        )
+    if found:
+        raise PartError(
+            f"reward.kind: {reward.name} rewards a prediction that the policy makes after the"
+            f" thought, and {found}"
         )
 
 
@@ -183,6 +209,18 @@ def _evidence(
         documents=documents,
         positions=positions,
         thoughts=thoughts,
+        prediction=_prediction(noise, shape) if "prediction" in reward.needs else None,
+    )
+
+
+def _prediction(noise: np.random.Generator, shape: tuple[int, ...]) -> Predictions:
+    """One token after each thought."""
+    tokens = torch.from_numpy(noise.integers(0, P, size=(*shape, 1)))
+    return Predictions(
+        tokens=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        behavior_logprob=_logprobs(noise, *shape, 1),
+        ended=torch.zeros(shape, dtype=torch.bool),
     )
 
 

@@ -95,13 +95,18 @@ class NativeSampler:
         num_open = len(thought_format.markers.open)
         places = positions.places()
 
+        predicted = thought_format.predicted
+
         def uniforms(thought: int) -> np.ndarray:
             m, g = divmod(thought, group_size)
             d, t = places[m]
-            return noise.uniforms(documents[d], t, g, max_thought_tokens)
+            return noise.uniforms(documents[d], t, g, max_thought_tokens + predicted)
 
         together = self._kind is ForkedSlots and self._policy.why_together is not None
+        close_tokens = len(thought_format.markers.close)
         slot_tokens = num_open + max_thought_tokens - 1
+        if predicted:
+            slot_tokens += close_tokens + predicted
         room = self._room(trunks, group_size, slot_tokens, together=together)
         slots = self._kind(self._policy, room)
         growth = Growth(
@@ -128,7 +133,9 @@ class NativeSampler:
         thoughts = replace(thoughts, behavior_logprob=logprob)
         prefixes = [thought_format.prefix(documents[d].tokens, t) for d, t in places]
         return Rollout(
-            thoughts, _prefill_work(trunks, group_size, num_open), decode_work(prefixes, thoughts)
+            thoughts,
+            _prefill_work(trunks, group_size, num_open),
+            decode_work(prefixes, thoughts, close_tokens=close_tokens),
         )
 
     def _room(
@@ -166,7 +173,8 @@ class Filling:
     ) -> None:
         """
         Args:
-            uniforms: the numbers [L] that a thought is drawn by, given its place in the rollout.
+            uniforms: the numbers [L + H] that a thought and its prediction are drawn by, given its
+                place in the rollout.
         """
         self._slots, self._growth, self._schedule = slots, growth, schedule
         self._uniforms = uniforms

@@ -52,9 +52,16 @@ class Rollout:
     decode_work: Work
 
 
-def decode_work(prefixes: list[np.ndarray], thoughts: Thoughts) -> Work:
+def decode_work(prefixes: list[np.ndarray], thoughts: Thoughts, *, close_tokens: int = 0) -> Work:
     """What decoding thoughts behind their prefixes [M] costs: each sampled token but a thought's
-    last is run once, and attends to all before it."""
+    last is run once, and attends to all before it. Before a prediction, so is a forced close
+    marker.
+
+    Args:
+        close_tokens: of the close marker; counts where there are predictions.
+    """
     prefix = np.array([len(row) for row in prefixes], dtype=np.int64)
-    run = thoughts.mask.sum(dim=2).cpu().numpy() - 1
+    run = thoughts.sampled_mask.sum(dim=2).cpu().numpy() - 1
+    if thoughts.prediction is not None:
+        run = run + thoughts.truncated.cpu().numpy() * close_tokens
     return row_work(run, int(run.sum()), before=prefix[:, None])

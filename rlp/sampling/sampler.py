@@ -19,6 +19,9 @@ class Sampler(Protocol):
         `thought_format.temperature` after prefix, open marker and the thought so far: no top-p, no
         top-k. A thought ends with its close marker, which is kept, or at its budget
         (`Thoughts.truncated`). It has at least one token.
+        Where the format predicts (`ThoughtFormat.predicts`), a prediction follows: after the close
+        marker, sampled or forced, tokens from the same distribution without the open marker, as far
+        as the end-of-sequence token or `horizon` of them. The thoughts are the same either way.
     What log-probabilities mean
         `Thoughts.behavior_logprob` is that of the distribution that the token was drawn from, as
         the sampler computed it. Where the sampler is not the trainer's own code, the ratio of eq. 8

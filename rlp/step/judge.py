@@ -1,7 +1,8 @@
-"""The judge: the rewards of a step, each computed once, and handed to eq. 7.
+"""The judge: which thoughts stand at the positions of a step, and their rewards, each computed
+once, and handed to eq. 7.
 
 Dimensions
-    M  positions;  G  thoughts per position
+    M  positions;  G  thoughts per position;  N  thoughts of a pass;  L  thought tokens
 """
 
 from contextlib import nullcontext
@@ -10,10 +11,25 @@ from torch import Tensor
 
 from rlp.step.micro_batch import MicroBatch
 from rlp.step.parts import StepParts
+from rlp.step.record import rows
 
 
 class Judge:
-    """Gives each thought its own reward. Placebos give it another (`rlp.compare.placebos`)."""
+    """Gives each position its own thoughts, and each thought its own reward. Placebos give others
+    (`rlp.compare.placebos`)."""
+
+    def given(self, run: StepParts, step: int, whole: MicroBatch) -> MicroBatch:
+        """The step with the thoughts that are judged and trained, from what was sampled."""
+        return whole
+
+    def behavior(self, index: int, part: MicroBatch, logprob: Tensor) -> Tensor:
+        """[N, L] log-probabilities of the tokens of a pass when they were sampled.
+
+        Args:
+            index: of the micro-batch that `part` is, or is a slice of.
+            logprob: [N, L] what the pass has given them.
+        """
+        return rows(part.thoughts.sampled_logprob)
 
     def begin(
         self, run: StepParts, step: int, whole: MicroBatch, batches: list[MicroBatch]

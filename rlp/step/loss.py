@@ -29,7 +29,8 @@ class Scored:
     """What one pass of the policy has scored. In a run without thoughts N is 0."""
 
     thought_logprob: Tensor
-    """[N, L] nats, with gradient: log pi of the sampled tokens at the sampling temperature."""
+    """[N, L] nats, with gradient: log pi of the sampled tokens at the sampling temperature;
+    those of a prediction stand behind the thought's."""
     behavior_logprob: Tensor
     """[N, L] nats: the same when they were sampled."""
     mask: Tensor

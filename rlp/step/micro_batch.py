@@ -107,6 +107,7 @@ class MicroBatch:
             documents=self.documents,
             positions=self.positions,
             thoughts=self.thoughts,
+            prediction=self.thoughts.prediction,
         )
 
 

@@ -64,11 +64,13 @@ class Lengths:
         if step.thoughts is None:
             return
         thoughts = step.on_host()
-        self._thoughts = thoughts.mask.sum(dim=2).numpy()  # [M, G]
+        self._sampled = thoughts.sampled_mask.sum(dim=2).numpy()  # [M, G]
         forced = thoughts.truncated.numpy() * len(thought_format.markers.close)
-        around = len(thought_format.markers.open) + thought_format.horizon - 1
-        self._branches = self._thoughts + forced + around
-        self.group_size = self._thoughts.shape[1]
+        # The last token of target or prediction is not read.
+        targets = 0 if thought_format.predicts else thought_format.horizon
+        around = len(thought_format.markers.open) + targets - 1
+        self._branches = self._sampled + forced + around
+        self.group_size = self._sampled.shape[1]
 
     def extent(self, document: int, group: slice, *, lm: bool, no_think: bool) -> Extent:
         """Of a document with a slice of the groups at its positions, as `rlp.model.layout` lays it
@@ -79,19 +81,19 @@ class Lengths:
         plain, num_positions = lm or no_think, here.stop - here.start
         alone = num_tokens * plain
         predicted = int(self._step.documents[document].predicted.sum()) if lm else 0
-        queries = predicted + no_think * num_positions * (self._format.horizon + 1)
+        queries = predicted + no_think * num_positions * (self._format.scored + 1)
         if group.start == group.stop or num_positions == 0:
             return Extent(int(plain), alone, alone, queries)
 
         instruction = len(self._format.instruction)
         contexts = instruction + self._step.positions.position[here]
-        branches, thoughts = self._branches[here, group], self._thoughts[here, group]
+        branches, sampled = self._branches[here, group], self._sampled[here, group]
         context = int(contexts.max()) if instruction or not plain else 0
         return Extent(
             rows=branches.size + plain,
             longest=max(int((contexts[:, None] + branches).max()), alone),
             tokens=int(branches.sum()) + context + alone,
-            queries=int(thoughts.sum()) + thoughts.size * self._format.horizon + queries,
+            queries=int(sampled.sum()) + sampled.size * self._format.scored + queries,
         )
 
 

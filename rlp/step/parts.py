@@ -2,7 +2,7 @@
 
 Dimensions
     B  documents of this rank;  M  positions;  G  thoughts per position;  N = M * G
-    L  thought tokens;  H  target tokens
+    L  thought tokens, those of a prediction included;  H  target tokens
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from rlp.model.policy import Policy
 from rlp.model.scoring import Scores, by_document, difficulty, score
 from rlp.model.setup import RunSetup
 from rlp.model.shapes import Work
-from rlp.model.thoughts import Thoughts
+from rlp.model.thoughts import ThoughtFormat, Thoughts
 from rlp.objective import log_evidence
 from rlp.process.outside import Part
 from rlp.process.ranks import Ranks
@@ -49,6 +49,8 @@ class StepParts:
     config: Config
     ranks: Ranks
     setup: RunSetup
+    thought_format: ThoughtFormat
+    """Of this run's steps: with a prediction after each thought where the reward needs one."""
     batches: Batches
     engine: Engine
     teacher: Teacher
@@ -112,14 +114,15 @@ class StepParts:
             rollout = self.sampler.sample(
                 documents,
                 positions,
-                self.setup.thought_format,
+                self.thought_format,
                 NoiseKey(self.config.run.seed, step),
                 group_size=thought.group_size,
                 max_thought_tokens=thought.max_thought_tokens,
                 beat=self.pulse.beat,
                 prefill=lambda: self.ledger.time("prefill"),
             )
-        self.ledger.add_rollout(rollout, max_thought_tokens=thought.max_thought_tokens)
+        most = thought.max_thought_tokens + self.thought_format.predicted
+        self.ledger.add_rollout(rollout, max_thought_tokens=most)
         return rollout.thoughts
 
     # Passes
@@ -201,19 +204,20 @@ class StepParts:
         batch: MicroBatch,
         layout: Layout,
         scores: Scores,
+        behavior_logprob: Tensor | None = None,
         reasoned_logprob: Tensor | None = None,
         advantage: Tensor | None = None,
     ) -> Scored:
         """What the loss is given of a pass.
 
         Args:
+            behavior_logprob: [N, L] of the sampled tokens in this pass; None without thoughts.
             reasoned_logprob, advantage: [M, G] of the thoughts in this pass; None without thoughts.
         """
         if batch.thoughts is None:  # N is 0
             behavior_logprob = scores.thought
             advantage = reasoned_logprob = scores.thought.sum(dim=1)
         else:
-            behavior_logprob = rows(batch.thoughts.behavior_logprob)
             advantage, reasoned_logprob = rows(advantage), rows(reasoned_logprob)
 
         needs_start = batch.thoughts is not None and "start_logprob" in self.loss.needs
@@ -236,7 +240,7 @@ class StepParts:
 
     @torch.no_grad()
     def _start_logprob(self, layout: Layout) -> Tensor:
-        """[N, L] log-probabilities of the thoughts' tokens under the starting checkpoint."""
+        """[N, L] log-probabilities of the sampled tokens under the starting checkpoint."""
         self.count("teacher", layout.thought_work + layout.document_work, passes=1)
         with self.ledger.time("teacher"):
             return score(self.start, layout).thought
@@ -248,7 +252,7 @@ class StepParts:
             batch.documents,
             batch.positions,
             batch.on_host() if thoughts and batch.thoughts is not None else None,
-            self.setup.thought_format,
+            self.thought_format,
             lm=lm,
             no_think=no_think,
             device=self.ranks.device,

@@ -95,7 +95,8 @@ class StepRecord:
             watch_ratio(
                 self.tally,
                 scored.thought_logprob,
-                thoughts,
+                scored.behavior_logprob,
+                scored.mask,
                 weights.clip_low,
                 weights.clip_high,
                 first=first,

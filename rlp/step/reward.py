@@ -6,22 +6,23 @@ Only differences within a group reach the gradient (eq. 7): what is the same for
 position changes nothing but what is logged.
 
 Dimensions
-    M  positions;  G  thoughts per position
+    M  positions;  G  thoughts per position;  H  target tokens
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
-from rlp.model.thoughts import Thoughts
-from rlp.objective import greedy_match, information_gain
+from rlp.model.thoughts import Predictions, Thoughts
+from rlp.objective import exact_match, greedy_match, information_gain, prefix_match
 from rlp.process.outside import Part, open_part
 from rlp.step.results import require_tensor
 
-STATISTICS = ("baseline_logprob", "matched")
+STATISTICS = ("baseline_logprob", "matched", "prediction")
 """What a reward may need: fields of `Evidence`."""
 
 
@@ -31,8 +32,8 @@ class Evidence:
     gradient."""
 
     reasoned_logprob: Tensor
-    """[M, G] float32, nats: S_pred, mean log-probability of the targets after each thought (eq. 3).
-    """
+    """[M, G] float32, nats: S_pred, mean log-probability of the targets after each thought (eq. 3);
+    where predictions are made, of the first target, and so in all that follows."""
     baseline_logprob: Tensor | None
     """[M] float32, nats: S_ema, the same without a thought, under the baseline (eq. 4). None on a
     step that does not score it, which is no step of a reward that needs it."""
@@ -45,6 +46,9 @@ class Evidence:
     """[M] which document, which index, which targets."""
     thoughts: Thoughts
     """[M, G, L] token ids, mask, whether the budget ended them."""
+    prediction: Predictions | None = None
+    """[M, G, H] what the policy said would come, after each thought. None unless the reward needs
+    it: then it is sampled, and trained as the thought is."""
 
 
 class Reward(Protocol):
@@ -84,7 +88,36 @@ class GreedyMatch:
         return greedy_match(evidence.matched)
 
 
-REWARDS = {"information_gain": InformationGain, "greedy_match": GreedyMatch}
+class PrefixMatch:
+    """1 where the prediction after the thought is how the document goes on, else 0: reinforcement
+    pre-training (RPT, arXiv 2506.08007)."""
+
+    needs = ("prediction",)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        said, device = evidence.prediction, evidence.reasoned_logprob.device
+        target = torch.from_numpy(evidence.positions.target).to(device)
+        return prefix_match(said.tokens, said.mask, said.ended, target)
+
+
+class ExactMatch:
+    """1 where the prediction after the thought is the whole target, else 0: reinforcement from
+    verifiable answers (RLVR), without a format to keep."""
+
+    needs = ("prediction",)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        said, device = evidence.prediction, evidence.reasoned_logprob.device
+        target = torch.from_numpy(evidence.positions.target).to(device)
+        return exact_match(said.tokens, said.mask, target)
+
+
+REWARDS = {
+    "information_gain": InformationGain,
+    "greedy_match": GreedyMatch,
+    "prefix_match": PrefixMatch,
+    "exact_match": ExactMatch,
+}
 """By `reward.kind`."""
 
 

@@ -299,16 +299,10 @@ def test_a_mismatch_of_sampler_and_trainer_is_told_from_rounding(dtype, log_rati
     """By dtype; before the first update alone, as the ratio may be anything after it. What is not
     finite is the guard's."""
     logprob = torch.tensor([log_ratio])
-    thoughts = Thoughts(
-        torch.zeros(1, 1, len(log_ratio), dtype=torch.int64),
-        torch.ones(1, 1, len(log_ratio), dtype=torch.bool),
-        torch.zeros(1, 1, len(log_ratio)),
-        torch.zeros(1, 1, len(log_ratio)),
-        torch.zeros(1, 1, dtype=torch.bool),
-    )
+    behavior, mask = torch.zeros_like(logprob), torch.ones_like(logprob, dtype=torch.bool)
     first, second = Tally(), Tally()
-    watch_ratio(first, logprob, thoughts, 0.2, 0.2, first=True)
-    watch_ratio(second, logprob, thoughts, 0.2, 0.2, first=False)
+    for tally, is_first in ((first, True), (second, False)):
+        watch_ratio(tally, logprob, behavior, mask, 0.2, 0.2, first=is_first)
     assert (mismatch_of(means_of(first), dtype, 1.0) is not None) == alarmed
     assert mismatch_of(means_of(second), dtype, 1.0) is None
 

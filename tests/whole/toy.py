@@ -239,6 +239,7 @@ def toy_parts(
     weights: ObjectiveConfig | None = None,
     baseline: Part | None = None,
     networks: dict[str, Policy] | None = None,
+    reward: str = "information_gain",
 ) -> StepParts:
     """What a step works with, of a run that is one micro-batch on one rank."""
     weights = weights or ObjectiveConfig(lm_weight=0.0)
@@ -254,6 +255,7 @@ def toy_parts(
         config=config,
         ranks=SimpleNamespace(device=CPU),
         setup=SimpleNamespace(thought_format=thought_format, markers=thought_format.markers),
+        thought_format=thought_format,
         batches=None,
         engine=engine,
         teacher=Teacher(networks or {}, None, engine, None),
@@ -267,7 +269,7 @@ def toy_parts(
         scripts=None,
         selector=open_selector("uniform"),
         baseline=baseline,
-        reward=open_reward("information_gain"),
+        reward=open_reward(reward),
         loss=open_loss(weights),
     )
 
@@ -341,10 +343,12 @@ def step_loss(
     positions: Positions,
     thoughts: Thoughts,
     baseline_logprob: Tensor | None = None,
+    reward: str = "information_gain",
     **weights: float,
 ) -> Tensor:
     """What `learn` hands to the engine for one micro-batch that is the whole step."""
-    run = toy_parts(model, thought_format, weights=ObjectiveConfig(**{"lm_weight": 0.0} | weights))
+    objective = ObjectiveConfig(**{"lm_weight": 0.0} | weights)
+    run = toy_parts(model, thought_format, weights=objective, reward=reward)
     step = StepRecord(
         number=1,
         learning_rate=0.0,
