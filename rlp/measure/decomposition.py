@@ -91,7 +91,7 @@ def decompose(
         means["reward_length_correlation"] = correlation
         intervals |= interval
     finite = {name: ends for name, ends in intervals.items() if np.isfinite(ends).all()}
-    means["panel_positions"] = len(panel)
+    means |= {"panel_positions": len(panel), "panel_documents": len(panel.documents)}
     return Decomposition(panel, thoughts, columns, reasoned, means, finite)
 
 

@@ -269,9 +269,12 @@ EVALUATION: dict[str, Metric] = {
         "probability", "Mean probability of the open marker where a thought may start."
     ),
     "panel_positions": Metric("positions", "Size of the held-out panel."),
+    "panel_documents": Metric(
+        "documents", "Documents of the panel, which its intervals draw; positions share them."
+    ),
 }
 for _name, _metric in list(EVALUATION.items()):
-    if _name == "panel_positions":
+    if _name.startswith("panel_"):
         continue
     EVALUATION[f"{_name}_low"] = Metric(
         _metric.unit,

@@ -20,7 +20,9 @@ Dimensions
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -68,7 +70,9 @@ class Difference:
 
 
 def compare(
-    reference: dict[int, float], arms: dict[str, dict[int, float]]
+    reference: dict[int, float],
+    arms: dict[str, dict[int, float]],
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Difference, ...]:
     """The reference against a family of arms, in their order.
 
@@ -77,11 +81,15 @@ def compare(
     Args:
         reference: one number by seed.
         arms: the same of every arm that the claim is about; m is their number.
+        refused: arms that are not comparable for another reason than their seeds, and why.
 
     Raises:
         ValueError: a number is not finite, or there are more than `MOST_SEEDS` seeds.
     """
-    found = [_difference(arm, reference, values, len(arms)) for arm, values in arms.items()]
+    found = [
+        _difference(arm, reference, values, refused.get(arm, ""), len(arms))
+        for arm, values in arms.items()
+    ]
     adjusted = holm([1.0 if one.refusal else one.p for one in found])
     return tuple(
         one if one.refusal else replace(one, adjusted=p) for one, p in zip(found, adjusted)
@@ -144,7 +152,7 @@ def seeds_needed(num_arms: int) -> int:
 
 
 def _difference(
-    arm: str, reference: dict[int, float], values: dict[int, float], num_arms: int
+    arm: str, reference: dict[int, float], values: dict[int, float], refused: str, num_arms: int
 ) -> Difference:
     seeds = tuple(sorted(reference.keys() & values.keys()))
     differences = tuple(float(reference[seed] - values[seed]) for seed in seeds)
@@ -155,7 +163,7 @@ def _difference(
         mean=float(np.mean(differences)) if seeds else math.nan,
         **dict(zip(("low", "high"), t_interval(differences))),
         p=sign_flip_p(differences) if seeds else 1.0,
-        refusal=_refusal(reference.keys(), values.keys(), num_arms),
+        refusal=refused or _refusal(reference.keys(), values.keys(), num_arms),
     )
 
 

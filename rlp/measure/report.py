@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from rlp.config import ConfigError
 from rlp.measure.metrics import EVALUATION, METRICS
+from rlp.measure.report_comparison import comparison
 from rlp.measure.report_facts import arm_summary, common_facts, differences, environment_rows
 from rlp.measure.report_plots import gains_figure, main_plots, small_plots
 from rlp.measure.report_runs import Arm, RunRecord, arms_of, distinct_names, read_run
@@ -23,6 +24,7 @@ from rlp.measure.report_tables import (
     BEFORE_AFTER,
     GAINS,
     before_and_after,
+    cold_results,
     ledger_comparison,
     ledger_table,
     post_training,
@@ -118,6 +120,8 @@ def _render(runs: list[RunRecord]) -> str:
         differences=differences(arms),
         panel=before_and_after(runs[0]),
         results=results(arms, [next(iter(GAINS)), *rest]),
+        cold_results=cold_results(arms),
+        comparison=comparison(arms),
         gain_results=results(arms, list(GAINS)),
         alarms=[_alarms(run) for run in runs if run.alarms],
         changes=[(run.label, run.changes) for run in runs if run.changes],

@@ -40,6 +40,12 @@ class RunRecord:
     summary: dict | None
 
     @property
+    def seed(self) -> int:
+        """What pairs it with the runs of other arms; 0, the default, where the config has none."""
+        seed = self.config.get("run", {}).get("seed")
+        return seed if isinstance(seed, int) else 0
+
+    @property
     def last_step(self) -> int:
         return self.metrics[-1]["step"] if self.metrics else 0
 
@@ -54,6 +60,11 @@ class RunRecord:
         if self.summary is not None:
             return self.summary.get("before") or {}, self.summary.get("after") or {}
         return (self.evaluation[0], self.evaluation[-1]) if self.evaluation else ({}, {})
+
+    def cold(self) -> tuple[dict, dict]:
+        """The same of thoughts at `evaluation.cold_temperature`; empty where there were none."""
+        summary = self.summary or {}
+        return summary.get("before_cold") or {}, summary.get("after_cold") or {}
 
     def totals(self) -> dict:
         """input_tokens, flops, paper_flops, seconds: of the ledger, or as far as an unfinished run

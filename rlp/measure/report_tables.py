@@ -1,6 +1,7 @@
 """Tables of a report: the panel before and after, what post-training did, and the ledger."""
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ BEFORE_AFTER = GAINS | {
     "thought_tokens_mean": "Thought length",
     "panel_positions": "Positions",
 }
+
+COLD = ("accuracy_with_thought", "gain_over_start_nats")
+COLD_WORDS = ", cold thoughts"
+"""What is shown of an evaluation whose thoughts are drawn at a lower temperature, and how."""
 
 POST_TRAINING = ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")
 """What `post_training.jsonl` says of each stage."""
@@ -65,7 +70,7 @@ def hours_and_minutes(seconds: float | None) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
-def _digits(name: str) -> str:
+def digits(name: str) -> str:
     """How a number of the panel is written."""
     return ("+" if name.startswith("gain") else "") + DECIMALS[EVALUATION[name].unit]
 
@@ -75,7 +80,13 @@ def before_and_after(run: RunRecord) -> dict:
     before, after = run.before_and_after()
     later = "after" if run.summary is not None else f"step {after.get('step', '-')}"
     names = [name for name in BEFORE_AFTER if name in before or name in after]
-    return {"later": later, "rows": [_before_after_row(name, before, after) for name in names]}
+    rows = [_before_after_row(name, before, after) for name in names]
+    cold = run.cold()
+    for name in COLD:
+        if any(name in line for line in cold):
+            row = _before_after_row(name, *cold)
+            rows.append(row | {"what": row["what"] + COLD_WORDS})
+    return {"later": later, "rows": rows}
 
 
 def _before_after_row(name: str, before: dict, after: dict) -> dict:
@@ -96,8 +107,8 @@ def _panel_cell(name: str, line: dict) -> Cell:
     """A number of one evaluation, with its bootstrap interval where there is one."""
     ends = (line.get(f"{name}_low"), line.get(f"{name}_high"))
     return Cell(
-        number(line.get(name), _digits(name)),
-        "" if None in ends else " to ".join(number(end, _digits(name)) for end in ends),
+        number(line.get(name), digits(name)),
+        "" if None in ends else " to ".join(number(end, digits(name)) for end in ends),
     )
 
 
@@ -112,13 +123,24 @@ def _spread_cell(values: list[float | None], digits: str) -> Cell:
 
 def results(arms: list[Arm], names: list[str]) -> dict:
     """Numbers of the panel after the runs, an arm a row; before them all, the first row."""
-    ends = [[run.before_and_after() for run in arm.runs] for arm in arms]
+    return _results(arms, names, [[run.before_and_after() for run in arm.runs] for arm in arms], "")
+
+
+def cold_results(arms: list[Arm]) -> dict:
+    """The same of thoughts at the lower temperature."""
+    return _results(arms, COLD, [[run.cold() for run in arm.runs] for arm in arms], COLD_WORDS)
+
+
+def _results(
+    arms: list[Arm], names: Sequence[str], ends: list[list[tuple[dict, dict]]], words: str
+) -> dict:
     names = [name for name in names if any(name in after for arm in ends for _, after in arm)]
     rows = [(None, _result_cells(names, [before for arm in ends for before, _ in arm]))]
     for arm, of_runs in zip(arms, ends):
         rows.append((arm, _result_cells(names, [after for _, after in of_runs])))
     columns = [
-        (BEFORE_AFTER[name], EVALUATION[name].unit, EVALUATION[name].definition) for name in names
+        (BEFORE_AFTER[name] + words, EVALUATION[name].unit, EVALUATION[name].definition)
+        for name in names
     ]
     return {"columns": columns, "rows": rows if names else []}
 
@@ -132,7 +154,7 @@ def _result_cells(names: list[str], lines: list[dict]) -> list[Cell]:
         if len(different) == 1:
             cells.append(_panel_cell(name, different[0]))
         else:
-            cells.append(_spread_cell([line.get(name) for line in lines], _digits(name)))
+            cells.append(_spread_cell([line.get(name) for line in lines], digits(name)))
     return cells
 
 
@@ -157,7 +179,7 @@ def post_training(arms: list[Arm]) -> list[tuple[Arm, str, list[Cell]]]:
                 stages.setdefault(line.get("stage", "-"), []).append(line)
         for stage, lines in stages.items():
             cells = [
-                _spread_cell([line.get(name) for line in lines], _digits(name))
+                _spread_cell([line.get(name) for line in lines], digits(name))
                 for name in POST_TRAINING
             ]
             rows.append((arm, str(stage), cells))

@@ -1,13 +1,16 @@
 """What a run's numbers say in words: whether thoughts gain, whether the gain is self-harm, whether
 the run has spent what it was to spend.
 
-An effect is claimed only where a 95 % interval leaves 0 out, and none at all below
-`LEAST_DOCUMENTS` held-out documents. Of several runs (one arm, several seeds) the mean is told,
-with the interval that holds the intervals of all.
+Of one run an effect is claimed only where its 95 % bootstrap interval over documents leaves 0 out,
+and none at all below `LEAST_DOCUMENTS` held-out documents. Of several runs (one arm, several seeds)
+the units are the seeds: the mean has a t interval over them, and an effect is claimed only where
+the exact test over all flips of sign allows it, which takes six.
 """
 
 from statistics import fmean
 from typing import NamedTuple
+
+from rlp.measure.paired import LEVEL, least_p, seeds_needed, sign_flip_p, t_interval
 
 TOLERANCE = 0.01
 """Largest relative difference of what two matched runs have spent."""
@@ -22,15 +25,33 @@ class Measured(NamedTuple):
     mean: float
     low: float
     high: float
+    of_runs: tuple[float, ...] = ()
+    """The number in each run; empty for a single one, whose interval is over documents."""
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} nats (95 % interval {self.low:+.3f} to {self.high:+.3f})"
+        over = f"t interval over {len(self.of_runs)} seeds" if self.of_runs else "interval"
+        return f"{self.mean:+.3f} nats (95 % {over} {self.low:+.3f} to {self.high:+.3f})"
 
     @property
     def sign(self) -> int:
-        """1 where it is clearly above 0, -1 where it is clearly below, 0 where the interval holds
-        0."""
+        """1 where it is clearly above 0, -1 where it is clearly below, else 0."""
+        if self.of_runs:
+            return _sign_over_seeds(self.of_runs)
         return (self.low > 0) - (self.high < 0)
+
+    def moved_from(self, other: "Measured") -> int:
+        """The sign of what lies between two numbers of the same runs: of one run, where their
+        intervals do not overlap; of several, by the paired test."""
+        if self.of_runs and other.of_runs:
+            pairs = zip(self.of_runs, other.of_runs, strict=True)
+            return _sign_over_seeds(tuple(own - its for own, its in pairs))
+        return (self.low > other.high) - (self.high < other.low)
+
+
+def _sign_over_seeds(values: tuple[float, ...]) -> int:
+    if sign_flip_p(values) > LEVEL:
+        return 0
+    return 1 if fmean(values) > 0 else -1
 
 
 def verdict(before: list[dict], after: list[dict]) -> list[str]:
@@ -53,6 +74,11 @@ def verdict(before: list[dict], after: list[dict]) -> list[str]:
     gain = _measured(after, "gain_over_start_nats")
     if gain is None:
         return ["No verdict: the gain over the start has no interval here."]
+    if 1 < len(after) < seeds_needed(1):
+        return [
+            f"No verdict: the exact test takes {seeds_needed(1)} seeds, and these are {len(after)}"
+            f" (no p below {least_p(len(after)):.2g}). Gain over the start: {gain}."
+        ]
     words = {
         1: "A thought predicts held-out tokens better than the starting model did without one",
         -1: "With a thought the held-out tokens are predicted worse than by the starting model"
@@ -70,27 +96,26 @@ def _documents(line: dict) -> int:
 
 
 def _measured(lines: list[dict], name: str) -> Measured | None:
-    """Mean over runs, and the interval that holds all of theirs; None where some run has no
-    interval."""
+    """Of one run with its own interval, of several their mean with that over seeds; None where
+    some run has no interval."""
     keys = (name, f"{name}_low", f"{name}_high")
     if not lines or any(line.get(key) is None for line in lines for key in keys):
         return None
-    return Measured(
-        fmean(line[name] for line in lines),
-        min(line[keys[1]] for line in lines),
-        max(line[keys[2]] for line in lines),
-    )
+    if len(lines) == 1:
+        return Measured(*(lines[0][key] for key in keys))
+    values = tuple(line[name] for line in lines)
+    return Measured(fmean(values), *t_interval(values), values)
 
 
 def _by_training(before: Measured | None, after: Measured) -> str:
-    """What training did to the gain. A change is clear where the two intervals do not overlap."""
+    """What training did to the gain."""
     if before is None:
         return ""
-    change = "training did not clearly change it"
-    if after.low > before.high:
-        change = "training raised it"
-    elif after.high < before.low:
-        change = "training lowered it"
+    change = {
+        1: "training raised it",
+        -1: "training lowered it",
+        0: "training did not clearly change it",
+    }[after.moved_from(before)]
     return f"; before training it was {before.mean:+.3f}, so {change}"
 
 
@@ -107,13 +132,14 @@ def _over_own_no_think(after: list[dict]) -> list[str]:
     if own is None or start is None:
         return [sentence]
     moved = own.mean - start.mean
-    if own.high < start.low:
+    direction = own.moved_from(start)
+    if direction < 0:
         return [
             f"{sentence} SELF-HARM: without a thought it predicts {-moved:.3f} nats worse than the"
             " start did, and that much of this gain is none."
         ]
     than_start = f"about as the start did ({moved:+.3f} nats)"
-    if own.low > start.high:
+    if direction > 0:
         than_start = f"{moved:.3f} nats better than the start did"
     return [f"{sentence} No self-harm seen: without a thought it predicts {than_start}."]
 

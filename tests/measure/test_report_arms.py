@@ -274,10 +274,20 @@ def panel_line(gain, own=-1.0, *, positions=64, **changes):
                 "SELF-HARM: without a thought it predicts 1.000 nats worse than the start did",
             ],
         ),
+        # Six seeds, all above; and six of both signs, whose own intervals leave 0 out.
         (
-            [panel_line(0.0)] * 2,
-            [panel_line(0.5), panel_line(0.3)],
-            ["+0.400 nats (95 % interval +0.200 to +0.600)"],
+            [panel_line(0.0)] * 6,
+            [panel_line(0.5), panel_line(0.3)] * 3,
+            [
+                "+0.400 nats (95 % t interval over 6 seeds +0.285 to +0.515)",
+                "training raised it",
+                "Thoughts help",
+            ],
+        ),
+        (
+            [panel_line(0.0)] * 6,
+            [panel_line(0.5), panel_line(-0.4)] * 3,
+            ["No effect: ", "training did not clearly change it", "No effect of thoughts"],
         ),
         ([{}], [panel_line(0.5)], ["+0.500 nats (95 % interval +0.400 to +0.600)."]),
     ],
@@ -294,6 +304,7 @@ def test_a_verdict_says_in_words_what_the_intervals_allow(before, after, said):
         ([panel_line(0.5, positions=29)], "has 29 documents"),
         ([panel_line(0.5, panel_documents=7)], "has 7 documents"),
         ([PANEL], "no interval"),
+        ([panel_line(0.5)] * 5, "the exact test takes 6 seeds, and these are 5 (no p below 0.062)"),
         ([panel_line(0.5), panel_line(0.5, panel_documents=7)], "has 7 documents"),
     ],
 )
