@@ -182,22 +182,32 @@ def read_results(path: Path, layout: Layout) -> Results:
 
 
 def add_result(path: Path, layout: Layout, line: dict) -> None:
-    """Add one line; what is there stays as it is, but for half a line that a crash has left.
+    """`add_results` of one line."""
+    add_results(path, layout, [line])
+
+
+def add_results(path: Path, layout: Layout, lines: Sequence[dict]) -> None:
+    """Add lines, all at once; what is there stays as it is, but for half a line that a crash has
+    left.
 
     Raises:
-        ConfigError: it is not of the layout, or the file has a line of its identity.
+        ConfigError: one is not of the layout, or the file has a line of its identity.
     """
     results = read_results(path, layout)
-    if said := layout.problem(line):
-        raise ConfigError(f"{path}: the line to be added {said}.")
-    refuse_non_finite(line, Path(path).name)
-    if results.has(**{name: line[name] for name in layout.identity}):
-        raise ConfigError(
-            f"{path} has a line of {layout.in_words(layout.key(line))} already, and none is"
-            " written over."
-        )
+    there = {layout.key(line) for line in results.lines}
+    for line in lines:
+        if said := layout.problem(line):
+            raise ConfigError(f"{path}: the line to be added {said}.")
+        refuse_non_finite(line, Path(path).name)
+        if layout.key(line) in there:
+            raise ConfigError(
+                f"{path} has a line of {layout.in_words(layout.key(line))} already, and none is"
+                " written over."
+            )
+        there.add(layout.key(line))
     content = read_bytes(results.path) if results.path.exists() else b""
-    good, new = content.rfind(b"\n") + 1, (json.dumps(line, allow_nan=False) + "\n").encode()
+    good = content.rfind(b"\n") + 1
+    new = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
     if good < len(content) and len(results.lines) > content.count(b"\n"):
         good, new = len(content), b"\n" + new  # the last line is whole, and nobody ended it
     append(results.path, new, point="results.torn_line", size=good)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlp.config import ConfigError
-from rlp.measure.results_file import Layout, add_result, read_results
+from rlp.measure.results_file import Layout, add_result, add_results, read_results
 from rlp.process.faults import InjectedFault
 from rlp.process.schemas import PLAIN
 
@@ -88,6 +88,17 @@ def test_half_a_line_is_made_again_and_a_whole_one_is_ended(path, monkeypatch):
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     add_result(path, LAYOUT, line(seed=2))
     assert read_results(path, LAYOUT).lines == (line(), line(seed=1), line(seed=2))
+
+
+def test_lines_of_one_stage_are_added_together_or_not_at_all(path):
+    """One that can not be added keeps the others out too."""
+    add_results(path, LAYOUT, [line(), line(temperature=0.3)])
+    before = path.read_bytes()
+    for wrong in (line(temperature=0.3), line(seed=1), line(seed=2) | {"gain": "much"}):
+        with pytest.raises(ConfigError, match="a line of arm rlp|wrong value"):
+            add_results(path, LAYOUT, [line(seed=1), wrong])
+    assert path.read_bytes() == before
+    assert [one["temperature"] for one in read_results(path, LAYOUT).lines] == [1.0, 0.3]
 
 
 def test_what_is_missing_is_said_in_one_message(path):
