@@ -274,6 +274,7 @@ def _table(before: dict, after: dict) -> str:
     """What the panel says before and after, without its intervals."""
     lines = ["| | before | after |", "|---|---|---|"]
     for name, value in after.items():
-        if name in before and name != "panel_positions" and not name.endswith(("_low", "_high")):
+        is_end = name.endswith(("_low", "_high"))
+        if name in before and not name.startswith("panel_") and not is_end:
             lines.append(f"| {name} | {before[name]:.4g} | {value:.4g} |")
     return "\n".join(lines)
