@@ -1,4 +1,4 @@
-"""The documents of the experiment: single lines of GSM8K's solutions, and thoughts for some of them.
+"""The documents of the experiment: single lines of GSM8K's solutions, and thoughts for some.
 
 A line such as
 
@@ -11,28 +11,42 @@ thought that it is warmed up with takes them one by one:
     The total cost is $4 + $6 + $8 = <think>4+6=10 10+8=18</think>18.
 
 Two spellings are made one, so that a marker of text finds the positions: " = " stands before the
-result of an expression of two or more operations whose operands are all in the line and whose
-result has at least two digits and is not in the line already; every other result has a plain "=" before it, and no sign of a
-currency stands between either and the result.
+result of an expression of two or more operations, if its operands are all in the line, and the
+result, of at least two digits, is not there already; every other result has a plain "=" before it.
+No sign of a currency stands between either and the result.
 
-Problems are dealt out by their number, so that no problem has lines in two files:
-    warm_thoughts.jsonl  lines with a thought                  warm_plain.jsonl  the same without
-    warm_single.jsonl    lines with other results only         train.jsonl       for the arms
-    held_out.jsonl       for the gate and the panels           solutions.jsonl   other held-out lines
+Problems are dealt out by their number, so that no problem has lines in two parts:
+    warm_thoughts.jsonl  lines with a thought         warm_plain.jsonl  the same lines without
+    train.jsonl          for the arms
+    held_out.jsonl       for gate and panels          solutions.jsonl   held-out lines of any kind
+    other_text.jsonl     text of another kind: what numpy says of its functions
 """
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from rlp.config import DataConfig
+from rlp.data.sources import open_rows
+from rlp.process.files import new_folder, write_new
 
 ANNOTATION = re.compile(r"\s*=\s*[$€£¢]?\s*<<([^<>=]*)=([^<>]*)>>\s*")
 NUMBER = re.compile(r"\d+")
 TOKEN = re.compile(r"\d+|[-+*/()]")
 POSITION, OTHER = " = ", "="
 
-WARM_SHARE, TRAIN_SHARE = 0.5, 0.35
-"""Of GSM8K's training problems; the rest, and its test problems, are held out."""
+WARM_PERCENT, TRAIN_PERCENT = 50, 35
+"""Of GSM8K's training problems; the rest, and all test problems, are held out."""
+
+FILES = ("warm_thoughts", "warm_plain", "train", "held_out", "solutions", "other_text")
+
+RECORD = "documents.json"
+"""In the folder: how many documents each file has."""
+
+PARAGRAPH_CHARACTERS = (80, 600)
+"""Shortest and longest paragraph of `other_text.jsonl`."""
 
 
 def steps(expression: str) -> list[str] | None:
@@ -157,36 +171,74 @@ def _thought_of(expression: str, result: str, written: str, rest: str) -> str:
     return " ".join(taken) if can_be_taken else ""
 
 
-def write_documents(train: Path, test: Path, out: Path, markers: tuple[str, str]) -> dict[str, int]:
-    """Make the files; how many lines each has.
+def write_documents(source: str, out: Path, markers: tuple[str, str]) -> dict[str, int]:
+    """Make the folder, where it is not there.
 
     Args:
-        train, test: GSM8K, as JSON lines with `question` and `answer`.
-        out: folder that exists.
+        source: GSM8K: `hub:openai/gsm8k@main`, or a folder with its train.jsonl and test.jsonl.
+        markers: open and close marker.
+
+    Returns:
+        documents by file.
+
+    Raises:
+        DataError: the problems can not be read.
     """
-    files: dict[str, list[str]] = {
-        name: []
-        for name in (
-            *("warm_thoughts", "warm_plain", "warm_single"),
-            *("train", "held_out", "solutions"),
-        )
-    }
-    warm_below, train_below = 100 * WARM_SHARE, 100 * (WARM_SHARE + TRAIN_SHARE)
-    for path, held_out in ((train, False), (test, True)):
-        for number, row in enumerate(path.read_text(encoding="utf-8").splitlines()):
-            lines = read_lines(json.loads(row)["answer"])
-            place = number * 37 % 100  # 37 and 100 have no common divisor: every place is taken
-            for line in lines:
-                if held_out or place >= train_below:
-                    files["held_out" if line.thought else "solutions"].append(line.plain)
-                elif place < warm_below and line.thought:
-                    files["warm_plain"].append(line.plain)
-                    files["warm_thoughts"].append(line.with_thought(*markers))
-                elif place < warm_below:
-                    files["warm_single"].append(line.plain)
-                elif line.thought:
-                    files["train"].append(line.plain)
-    for name, texts in files.items():
-        text = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return {name: len(texts) for name, texts in files.items()}
+    if (out / RECORD).is_file():
+        return json.loads((out / RECORD).read_text(encoding="utf-8"))
+    files: dict[str, list[str]] = {name: [] for name in FILES}
+    for split in ("train", "test"):
+        for number, answer in enumerate(_answers(source, split)):
+            _deal(files, read_lines(answer), part_of(split, number), markers)
+    files["other_text"] = docstrings()
+    counts = {name: len(texts) for name, texts in files.items()}
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out, point="world.before_rename") as new:
+        for name, texts in files.items():
+            rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            write_new(new / f"{name}.jsonl", rows.encode(), point="world.torn_file")
+        write_new(new / RECORD, json.dumps(counts).encode(), point="world.torn_file")
+    return counts
+
+
+def _answers(source: str, split: str) -> list[str]:
+    name = source if source.startswith("hub:") else str(Path(source) / f"{split}.jsonl")
+    rows = open_rows([name], DataConfig(train=[name]), split, "--gsm8k")
+    return ["{answer}".format_map(rows.read(index)) for index in range(len(rows))]
+
+
+def part_of(split: str, number: int) -> str:
+    """Which part a problem belongs to: warm, train or held_out."""
+    place = number * 37 % 100  # 37 and 100 have no common divisor: every place is taken
+    if split == "test" or place >= WARM_PERCENT + TRAIN_PERCENT:
+        return "held_out"
+    return "warm" if place < WARM_PERCENT else "train"
+
+
+def _deal(
+    files: dict[str, list[str]], lines: list[Line], part: str, markers: tuple[str, str]
+) -> None:
+    """Put the lines of a solution where they belong."""
+    if part == "held_out":
+        files["solutions"] += [line.plain for line in lines]
+    thoughtful = [line for line in lines if line.thought]
+    files["warm_plain" if part == "warm" else part] += [line.plain for line in thoughtful]
+    if part == "warm":
+        files["warm_thoughts"] += [line.with_thought(*markers) for line in thoughtful]
+
+
+def docstrings() -> list[str]:
+    """Paragraphs of prose from what numpy says of its functions, in the order of their names."""
+    import numpy
+
+    shortest, longest = PARAGRAPH_CHARACTERS
+    found: dict[str, None] = {}
+    for name in sorted(numpy.__all__):
+        said = inspect.getdoc(getattr(numpy, name)) or ""
+        for paragraph in said.split("\n\n"):
+            text = " ".join(paragraph.split())
+            is_prose = text[:1].isupper() and text.endswith(".") and ">>>" not in text
+            if is_prose and "---" not in text and shortest <= len(text) <= longest:
+                found[text + "\n"] = None
+    return list(found)

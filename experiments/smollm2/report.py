@@ -1,0 +1,224 @@
+"""The tables of README.md from results.jsonl and costs.jsonl, and the sentence that they allow.
+
+python experiments/smollm2/report.py            # the committed results again
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from layout import ARMS, CALIBRATED, COLD, LAYOUT, REFERENCE, TRAINED, WARM, WORDS
+from panels import gate_in_words
+
+from rlp.measure.paired import claim_in_words, compare
+from rlp.measure.results_file import Results, read_results
+
+HERE = Path(__file__).resolve().parent
+README, RESULTS, COSTS = (HERE / name for name in ("README.md", "results.jsonl", "costs.jsonl"))
+
+STAGES = {COLD: "as it comes", WARM: "after the warm start", CALIBRATED: "after calibration"}
+
+
+def write_report(results: Path = RESULTS, costs: Path = COSTS) -> None:
+    """Print the tables; where these are the committed results, write them to README.md."""
+    tables = make_tables(read_results(results, LAYOUT), read_costs(costs))
+    for name, table in tables.items():
+        print(f"\n{name}\n{table}")
+    if results.resolve() == RESULTS:
+        README.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    else:
+        print(f"\nTo publish: copy {results} and {costs} to {HERE}, and run its report.py.")
+
+
+def read_costs(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def make_tables(results: Results, costs: list[dict]) -> dict[str, str]:
+    """By name, each as README.md has it."""
+    return {
+        "gate": gate_table(results),
+        "verdict": gate_words(results),
+        "arms": arms_table(results),
+        "text": text_table(results),
+        "claim": claim(results),
+        "costs": costs_table(costs),
+    }
+
+
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """A README with what stands between its markers made again."""
+    return re.sub(
+        r"(<!-- made (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda found: found[1] + tables[found[2]] + found[3],
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, form: str = "{:.3f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+# The gate
+
+
+def gate_table(results: Results) -> str:
+    """A row for each reading of the model before the arms."""
+    rows = []
+    for stage, words in STAGES.items():
+        for line in results.where(stage=stage).lines:
+            gain = f"{line['gain']:+.3f} [{line['gain_low']:+.3f}, {line['gain_high']:+.3f}]"
+            best = "-"
+            if line["best_of_g"] is not None:
+                ends = f"[{line['best_of_g_low']:+.3f}, {line['best_of_g_high']:+.3f}]"
+                best = f"{line['best_of_g']:+.3f} {ends}"
+            rows.append(
+                [
+                    words,
+                    f"{line['temperature']:g}",
+                    f"{line['n']:g} x {line['group_size']:g}",
+                    gain,
+                    best,
+                    _number(line["no_think"]),
+                    f"{line['accuracy_without']:.3f}",
+                    f"{line['accuracy']:.3f}",
+                    _number(line["surest_accuracy"]),
+                    _number(line["over_another"], "{:+.3f}"),
+                    f"{line['closed_frac']:.2f}",
+                ]
+            )
+    titles = [
+        *("SmolLM2", "T", "positions x thoughts", "gain, nats a token", "best of G"),
+        *("without a thought, nats", "accuracy without", "with", "with the surest of G"),
+        *("over another's thought", "closed"),
+    ]
+    return _table(titles, rows)
+
+
+def gate_words(results: Results) -> str:
+    lines = results.where(stage=CALIBRATED, panel="results", temperature=1.0).lines
+    return gate_in_words(lines[0])[1] if lines else "The gate has not been read."
+
+
+# The arms
+
+
+def _over_seeds(results: Results, arm: str, name: str, form: str = "{:.3f}") -> str:
+    """Mean and standard deviation over seeds."""
+    values = list(results.by_seed(arm, name).values())
+    if not values:
+        return "-"
+    mean = form.format(np.mean(values))
+    plain = form.replace("+", "")
+    return mean if len(values) == 1 else f"{mean} ({plain.format(np.std(values, ddof=1))})"
+
+
+def arms_of(results: Results) -> list[str]:
+    """Those that have a line, the start first."""
+    there = results.where(stage=TRAINED).values("arm")
+    return [arm for arm in ("base", *ARMS) if arm in there]
+
+
+def arms_table(results: Results) -> str:
+    """Means over seeds, standard deviations in brackets."""
+    trained = results.where(stage=TRAINED, panel="results")
+    rows = []
+    for arm in arms_of(results):
+        warm, cold = trained.where(temperature=1.0), trained.where(temperature=0.3)
+        rows.append(
+            [
+                WORDS[arm],
+                str(len(warm.by_seed(arm, "gain"))),
+                _over_seeds(warm, arm, "gain_over_start", "{:+.3f}"),
+                _over_seeds(warm, arm, "accuracy"),
+                _over_seeds(cold, arm, "gain_over_start", "{:+.3f}"),
+                _over_seeds(cold, arm, "accuracy"),
+                _over_seeds(warm, arm, "accuracy_without"),
+                _over_seeds(warm, arm, "best_of_g", "{:+.3f}"),
+                _over_seeds(warm, arm, "thought_tokens", "{:.1f}"),
+                _over_seeds(warm, arm, "flops", "{:.3g}"),
+                _over_seeds(warm, arm, "seconds", "{:.0f}"),
+            ]
+        )
+    titles = [
+        *("arm", "seeds", "gain over the start, T 1", "accuracy, T 1"),
+        *("gain, T 0.3", "accuracy, T 0.3", "accuracy without a thought", "best of G"),
+        *("tokens of a thought", "FLOPs", "seconds"),
+    ]
+    return _table(titles, rows)
+
+
+def text_table(results: Results) -> str:
+    """What speaks against an arm: other positions, and plain text."""
+    trained = results.where(stage=TRAINED, temperature=1.0)
+    rows = []
+    for arm in arms_of(results):
+        row = [WORDS[arm]]
+        for panel in ("solutions", "other_text"):
+            of_panel = trained.where(panel=panel)
+            row += [
+                _over_seeds(of_panel, arm, "gain_over_start", "{:+.3f}"),
+                _over_seeds(of_panel, arm, "no_think"),
+                _over_seeds(of_panel, arm, "loss"),
+            ]
+        rows.append([*row, _over_seeds(trained.where(panel="results"), arm, "loss")])
+    titles = [
+        *("arm", "any token of solutions: gain of a thought", "without one, nats", "loss"),
+        *(
+            "other text: gain of a thought",
+            "without one, nats",
+            "loss",
+            "loss of lines with results",
+        ),
+    ]
+    return _table(titles, rows)
+
+
+def claim(results: Results) -> str:
+    """The sentence that the exact paired test allows, at both temperatures, and what is missing."""
+    trained = results.where(stage=TRAINED, panel="results")
+    arms = [arm for arm in arms_of(results) if arm != REFERENCE]
+    if REFERENCE not in arms_of(results):
+        return "No arm has run, so nothing is claimed."
+    said = []
+    for temperature in sorted(trained.values("temperature"), reverse=True):
+        at = trained.where(temperature=temperature)
+        reference = at.by_seed(REFERENCE, "gain_over_start")
+        family = {arm: at.by_seed(arm, "gain_over_start") for arm in arms}
+        if "base" in family:  # one model, whatever the seed
+            family["base"] = dict.fromkeys(reference, next(iter(family["base"].values())))
+        sentence = claim_in_words(WORDS[REFERENCE], compare(reference, family), WORDS)
+        said.append(f"At T {temperature:g}: {sentence}")
+    seeds = sorted(trained.by_seed(REFERENCE, "gain")) if len(said) == 1 else None
+    seeds = seeds or sorted(trained.where(temperature=1.0).by_seed(REFERENCE, "gain"))
+    wanted = trained.where(temperature=1.0).missing(list(ARMS), seeds)
+    if wanted:
+        said.append(f"Missing: {wanted.partition('has no line of ')[2]}")
+    return "\n".join(f"- {sentence}" for sentence in said)
+
+
+def costs_table(costs: list[dict]) -> str:
+    """Wall and CPU seconds by stage and machine; a stage that was interrupted has several lines."""
+    summed: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for line in costs:
+        key = (line["stage"], line.get("arm", line.get("model", "")), line["machine"])
+        for place, value in enumerate((line["wall_s"], line["cpu_s"], 1)):
+            summed[key][place] += value
+    rows = [
+        [stage, WORDS.get(what, what), f"{times:.0f}", f"{wall:.0f}", f"{cpu:.0f}", machine]
+        for (stage, what, machine), (wall, cpu, times) in summed.items()
+    ]
+    return _table(["stage", "of", "times", "wall, s", "CPU, s", "machine"], rows)
+
+
+if __name__ == "__main__":
+    write_report()

@@ -1,0 +1,186 @@
+"""The experiment with a real model, with a tiny one in its place: what its documents hold, that a
+stage which is done is not done again, and that its page says what its results say."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlp.config import ConfigError, load_config
+from rlp.measure.results_file import read_results
+from tests import REPOSITORY
+
+HERE = REPOSITORY / "experiments" / "smollm2"
+sys.path.append(str(HERE))
+
+import documents
+import layout
+import panels
+import prepare
+import report
+import run
+
+# Documents
+
+
+@pytest.mark.parametrize(
+    "expression, taken",
+    [
+        ("4+6+8", ["4+6=10", "10+8=18"]),
+        ("100-18+20", ["100-18=82", "82+20=102"]),
+        ("2+3*4", ["3*4=12", "2+12=14"]),
+        ("(2+3)*4", ["2+3=5", "5*4=20"]),
+        ("3/4*24", ["24/4=6", "6*3=18"]),
+        ("1/2*300", ["300/2=150"]),
+        ("5", []),
+        ("7/2", None),
+        ("3-5+9", None),  # below 0 on the way
+        ("1.5+2", None),
+        ("2+", None),
+        ("(2+3", None),
+        ("2/0", None),
+    ],
+)
+def test_the_steps_of_an_expression(expression, taken):
+    assert documents.steps(expression) == taken
+
+
+def only(answer: str) -> documents.Line:
+    (line,) = documents.read_lines(answer)
+    return line
+
+
+def test_a_line_with_several_steps_gets_a_thought():
+    line = only("It costs $4 + $6 + $8 = $<<4+6+8=18>>18 in all.\n#### 18")
+    assert line.plain == "It costs $4 + $6 + $8 = 18 in all.\n"
+    assert line.with_thought("<think>", "</think>") == (
+        "It costs $4 + $6 + $8 = <think>4+6=10 10+8=18</think>18 in all.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer, plain",
+    [
+        ("He has 3+4 = <<3+4=7>>7 cats", "He has 3+4=7 cats\n"),  # one step
+        ("Of 2 + 3 + 4 = <<2+3+4=9>>9", "Of 2 + 3 + 4=9\n"),  # one digit
+        ("18 it is: 4+6+8 = <<4+6+8=18>>18", "18 it is: 4+6+8=18\n"),  # it is there already
+        ("Half of a dozen and 6 = <<6+4+6=16>>16", "Half of a dozen and 6=16\n"),  # no 4 there
+        ("2+3+9 = <<2+3+9=15>>15", "2+3+9=15\n"),  # wrong
+        ("x = 5", "x=5\n"),
+    ],
+)
+def test_other_lines_have_no_position(answer, plain):
+    line = only(answer)
+    assert (line.plain, line.thought) == (plain, "")
+
+
+def test_no_problem_has_lines_in_two_parts():
+    """The share of each part, and test problems are held out."""
+    parts = [documents.part_of("train", number) for number in range(1000)]
+    counts = {part: parts.count(part) for part in set(parts)}
+    assert counts == {"warm": 500, "train": 350, "held_out": 150}
+    assert documents.part_of("test", 1) == "held_out"
+
+
+# Stages
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = ["<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_ = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|im_end|>")
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            dtype="float32",
+        )
+    )
+
+
+TINY = layout.Scale(
+    seeds=1,
+    arms=("rlp", "shuffled_reward", "mixed_sft"),
+    gate_positions=36,
+    gate_thoughts=2,
+    early_positions=4,
+    arm_positions=4,
+    text_positions=4,
+)
+OVERRIDES = (
+    *("data.max_document_tokens=64", "thought.max_thought_tokens=3", "thought.group_size=2"),
+    *("optim.batch_size=2", "optim.learning_rate=1e-3", "budget.steps=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gsm8k")
+    for split, count in (("train", 20), ("test", 40)):
+        rows = []
+        for number in range(count):
+            a, b, c = number + 1, number + 2, 30
+            said = f"{a} + {b} + {c} = <<{a}+{b}+{c}={a + b + c}>>{a + b + c} in all.\nSo it is."
+            rows.append(json.dumps({"question": "How many?", "answer": said}) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(gsm8k, tmp_path_factory):
+    """The whole experiment in a folder of its own, or some stages of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "read_gguf", lambda source: (tiny_llama(), tokenizer()))
+        patch.setitem(run.SCALES, "cpu", TINY)
+        patch.chdir(REPOSITORY)
+        source = tmp_path_factory.mktemp("package") / "tiny.gguf"
+        source.write_bytes(b"GGUF")
+
+        def call(out: Path, *arguments: str) -> int:
+            overrides = [word for one in OVERRIDES for word in ("--override", one)]
+            where = ["--out", str(out), "--gsm8k", str(gsm8k), "--source", str(source)]
+            return run.main([*arguments, *where, *overrides])
+
+        yield call
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "run"
+    assert command(out, "--anyway") == 0
+    return out
+
+
+def test_every_arm_is_read_on_every_panel(finished):
+    results = read_results(finished / "results.jsonl", layout.LAYOUT)
+    arms = results.where(stage=layout.TRAINED)
+    assert arms.values("arm") == ["base", *TINY.arms]
+    for arm in arms.values("arm"):
+        read = {(line["panel"], line["temperature"]) for line in arms.where(arm=arm).lines}
+        assert read == {("results", 1), ("results", 0.3), ("solutions", 1), ("other_text", 1)}
+    for line in arms.where(arm="shuffled_reward").lines:
+        assert line["steps"] == 2 and line["flops"] > 0 and line["seconds"] > 0
+    spent = {arm: arms.by_seed(arm, "flops") for arm in ()}
+    assert spent == {}
+
+
+def test_a_finished_experiment_does_nothing_again(finished, command):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert command(finished, "--anyway") == 0
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"costs.jsonl", "match.yaml", "cpu.lock"}
