@@ -16,7 +16,7 @@ NUMERICAL := $(addprefix tests/,$(addsuffix .py,test_objective kernels/test_kern
 	sampling/test_rollout learn/test_numerics measure/test_probe measure/test_probe_command \
 	whole/test_training whole/test_ranks))
 
-.PHONY: quickstart docs lint test test-all test-avx2 test-vllm gpu setup clean
+.PHONY: quickstart docs lint test test-all test-avx2 test-vllm gpu smollm2 setup clean
 
 quickstart: $(VENV)/run.ok $(WORLD)/train.jsonl
 	$(BIN)/python train.py configs/quickstart.yaml $(ARGS)
@@ -59,6 +59,11 @@ gpu:
 	if PYTHONPATH=kernels:. $(PYTHON) -c "import trl, datasets" 2>/dev/null; then \
 		PYTHONPATH=kernels:. $(PYTHON) kernels/bench_step.py --quick --json bench_step.json; \
 	else echo "bench_step.py: skipped, trl or datasets is not installed"; fi
+
+# A real pretrained model on real text: hours on a CPU, and each stage goes on where it stopped.
+# SCALE=gpu for a GPU; GSM8K from a folder: make smollm2 ARGS="--gsm8k FOLDER".
+smollm2: $(VENV)/smollm2.ok
+	$(BIN)/python experiments/smollm2/run.py --scale $(or $(SCALE),cpu) $(ARGS)
 
 setup: $(VENV)/run.ok
 

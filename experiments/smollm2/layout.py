@@ -1,7 +1,7 @@
 """What a line of results.jsonl holds, the arms in the order in which they are run, and the sizes of
 the experiment on two kinds of machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlp.measure.results_file import Layout
 from rlp.process.schemas import NAME, NUMBER, Maybe
@@ -73,17 +73,18 @@ class Scale:
     rlp: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (1.0, 0.3)
     """Thoughts of every arm are read at these; training samples at the config's."""
-    gate_temperatures: tuple[float, ...] = field(default=(1.0, 0.7, 0.3))
+    gate_temperatures: tuple[float, ...] = (1.0, 0.7, 0.3)
+    """The first on the whole panel of the gate, the others on the early one."""
 
 
 SCALES = {
     "cpu": Scale(
-        seeds=7,
-        arms=("rlp", "shuffled_reward", "mixed_sft"),
-        gate_positions=512,
+        seeds=6,
+        arms=("rlp", "shuffled_reward"),
+        gate_positions=256,
         gate_thoughts=4,
         early_positions=96,
-        arm_positions=96,
+        arm_positions=64,
         text_positions=32,
     ),
     "gpu": Scale(

@@ -1,7 +1,7 @@
 """What a model is read on: held-out positions of three kinds, by the framework's own panel."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlp.config import Config, load_config
@@ -89,10 +89,12 @@ def read_model(
             None where the model is the start.
     """
     setups = [PanelSetup(config, lambda text: None) for config in configs]
-    model, found = load_frozen(setups[0], ranks), []
+    loaded, found = load_frozen(setups[0], ranks), []
     for setup, start in zip(setups, starts):
         began = time.perf_counter()
         panel = held_out_panel(setup)
+        # Temperature and horizon are of a reading, not of the weights.
+        model = replace(loaded, thought_format=setup.thought_format)
         said = measure_panel(model, panel, setup.config, ranks, start_logprob=start)
         found.append((said, time.perf_counter() - began))
     return found

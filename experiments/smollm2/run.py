@@ -10,6 +10,7 @@
     calibrate  loss on what follows the model's own thoughts                calibrated/
     gate       does a thought gain? on held-out lines, before and after     results.jsonl
     arms       each from the calibrated model, over seeds                   arms/, results.jsonl
+    panels     the arms on other positions and other text                   results.jsonl
     report     the tables of README.md, and the claim                       here
 
 Each stage goes on where it was interrupted and does nothing that is done; no run and no line is
@@ -59,7 +60,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CONFIGS = ROOT / "configs"
 MARKERS = ("<think>", "</think>")
+LM_STEPS = ("optim.batch_size=4",)
+"""Of arms without thoughts: a step small enough to end within 1 % of RLP's FLOPs."""
 POINT = "results.torn_line"
+UNTRAINED = dict.fromkeys(("flops", "seconds", "steps"), 0.0)
 
 
 class UnfinishedError(Exception):
@@ -92,6 +96,9 @@ class Experiment:
     def start(self) -> Path:
         """What the arms start from."""
         return self.out / "calibrated" / "export"
+
+    def run_of(self, arm: str, seed: int) -> Path:
+        return self.out / "arms" / arm / f"seed_{seed}" / "run"
 
     def read_results(self) -> Results:
         return read_results(self.results, LAYOUT)
@@ -186,12 +193,12 @@ def stage_gate(this: Experiment) -> None:
     for stage, model, size, temperatures in (
         (COLD, this.out / "model", early, (1.0,)),
         (WARM, this.out / "warm" / "export", early, (1.0,)),
+        (CALIBRATED, this.start, whole, scale.gate_temperatures[:1]),
         (CALIBRATED, this.start, early, scale.gate_temperatures[1:]),
-        (CALIBRATED, this.start, whole, (1.0,)),
     ):
         readings = [("results", size, temperature) for temperature in temperatures]
         with this.cost("gate", model=stage):
-            read(this, model, ("base", 0, stage), readings, {})
+            read(this, model, ("base", 0, stage), readings, UNTRAINED)
     print(gate_of(this)[1])
 
 
@@ -202,55 +209,54 @@ def gate_of(this: Experiment) -> tuple[bool, str]:
 
 
 def stage_arms(this: Experiment) -> None:
+    """Train each arm on each seed, and read it where thoughts stand in training."""
     passes, said = gate_of(this)
     if not passes and not this.anyway:
         raise UnfinishedError(f"{said} So no arm is run; --anyway runs them all the same.")
-    with this.cost("arms", arm="base"):
-        read(this, this.start, ("base", 0, TRAINED), arm_readings(this.scale), {})
+    size = (this.scale.arm_positions, 2)
+    readings = [("results", size, temperature) for temperature in this.scale.temperatures]
+    read_arm(this, "base", 0, readings)
     for seed in this.seeds:
         for arm in this.arms:
-            folder = this.out / "arms" / arm / f"seed_{seed}"
-            spent = train_arm(this, arm, seed, folder)
-            with this.cost("read", arm=arm, seed=seed):
-                whose = (arm, seed, TRAINED)
-                read(this, folder / "run" / "export", whose, arm_readings(this.scale), spent)
-            told = this.read_results().where(arm=arm, seed=seed, stage=TRAINED, panel="results")
-            print(
-                f"{arm}, seed {seed}: "
-                + ", ".join(
-                    f"T {line['temperature']:g} gain over the start {line['gain_over_start']:+.3f},"
-                    f" accuracy {line['accuracy']:.3f}"
-                    for line in told.lines
-                ),
-                flush=True,
-            )
+            train_arm(this, arm, seed)
+            read_arm(this, arm, seed, readings)
 
 
-def arm_readings(scale: Scale) -> list[Reading]:
-    """What every arm is read on."""
-    return [
-        *(("results", (scale.arm_positions, 2), temperature) for temperature in scale.temperatures),
-        *((name, (scale.text_positions, 1), 1.0) for name in PANELS if name != "results"),
-    ]
+def stage_panels(this: Experiment) -> None:
+    """Read the arms that there are on other positions and other text."""
+    names = [name for name in PANELS if name != "results"]
+    readings = [(name, (this.scale.text_positions, 1), 1.0) for name in names]
+    trained = this.read_results().where(stage=TRAINED, panel="results").lines
+    for arm, seed in dict.fromkeys((line["arm"], line["seed"]) for line in trained):
+        read_arm(this, arm, seed, readings)
 
 
-def train_arm(this: Experiment, arm: str, seed: int, folder: Path) -> dict[str, float]:
-    """Train an arm, or go on with it; what it has spent."""
-    run = folder / "run"
+def read_arm(this: Experiment, arm: str, seed: int, readings: list[Reading]) -> None:
+    """Read an arm; `base` is the start."""
+    run = this.run_of(arm, seed)
+    model, spent = this.start, UNTRAINED
+    if arm != "base":
+        model, ledger = run / "export", read_json(run / "ledger.json")
+        spent = {name: ledger[name] for name in spent}
+    with this.cost("read", arm=arm, seed=seed):
+        read(this, model, (arm, seed, TRAINED), readings, spent)
+
+
+def train_arm(this: Experiment, arm: str, seed: int) -> None:
+    """Train an arm, or go on with it."""
+    run = this.run_of(arm, seed)
     overrides = [*this.overrides_of(run), f"run.seed={seed}", f"run.arm={arm}"]
     if arm == REFERENCE:
         starts_from = (f"model.path={this.start}", this.data("train"), *this.scale.rlp)
         config = load_config(CONFIGS / "smollm2_rlp.yaml", [*starts_from, *overrides])
     else:
-        config = matched(this, arm, seed, folder, overrides)
+        config = matched(this, arm, seed, overrides)
     train(this, config, "arms", needs=this.start, arm=arm, seed=seed)
-    ledger = read_json(run / "ledger.json")
-    return {name: ledger[name] for name in ("flops", "seconds", "steps")}
 
 
-def matched(this: Experiment, arm: str, seed: int, folder: Path, overrides: list[str]) -> Config:
+def matched(this: Experiment, arm: str, seed: int, overrides: list[str]) -> Config:
     """The config of an arm that spends what RLP of its seed has spent."""
-    reference = this.out / "arms" / REFERENCE / f"seed_{seed}" / "run"
+    reference, folder = this.run_of(REFERENCE, seed), this.run_of(arm, seed).parent
     if not (reference / "summary.json").is_file():
         raise UnfinishedError(
             f"{arm} spends what {REFERENCE} has spent, and {reference} is not finished: run"
@@ -267,7 +273,8 @@ def matched(this: Experiment, arm: str, seed: int, folder: Path, overrides: list
     written.unlink(missing_ok=True)
     make_folder(folder, exist_ok=True)
     by = ARMS[arm]
-    return write_arm(open_run_folder(reference), arm, by, written, data, overrides)
+    finer = LM_STEPS if by == "flops" else ()
+    return write_arm(open_run_folder(reference), arm, by, written, data, [*finer, *overrides])
 
 
 # Readings
@@ -313,7 +320,6 @@ def read(
             **identity,
             "panel": panel,
             "temperature": temperature,
-            **dict.fromkeys(("flops", "seconds", "steps"), 0.0),
             **figures(said),
             **spent,
             "read_s": round(seconds, 1),
@@ -345,6 +351,7 @@ STAGES: dict[str, Callable[[Experiment], None]] = {
     "calibrate": stage_calibrate,
     "gate": stage_gate,
     "arms": stage_arms,
+    "panels": stage_panels,
     "report": lambda this: write_report(this.results, this.out / "costs.jsonl"),
 }
 

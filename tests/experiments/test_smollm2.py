@@ -4,25 +4,21 @@ stage which is done is not done again, and that its page says what its results s
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlp.config import ConfigError, load_config
 from rlp.measure.results_file import read_results
 from tests import REPOSITORY
 
 HERE = REPOSITORY / "experiments" / "smollm2"
-sys.path.append(str(HERE))
-
-import documents
-import layout
-import panels
-import prepare
-import report
-import run
+sys.path.append(str(HERE))  # the scripts import each other, as they do when one of them is run
+documents, layout, panels, prepare, report, run = map(
+    import_module, ("documents", "layout", "panels", "prepare", "report", "run")
+)
 
 # Documents
 
@@ -114,7 +110,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 TINY = layout.Scale(
     seeds=1,
-    arms=("rlp", "shuffled_reward", "mixed_sft"),
+    arms=("rlp", "shuffled_reward"),
     gate_positions=36,
     gate_thoughts=2,
     early_positions=4,
@@ -165,6 +161,7 @@ def finished(command, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_arm_is_read_on_every_panel(finished):
     results = read_results(finished / "results.jsonl", layout.LAYOUT)
     arms = results.where(stage=layout.TRAINED)
@@ -174,13 +171,102 @@ def test_every_arm_is_read_on_every_panel(finished):
         assert read == {("results", 1), ("results", 0.3), ("solutions", 1), ("other_text", 1)}
     for line in arms.where(arm="shuffled_reward").lines:
         assert line["steps"] == 2 and line["flops"] > 0 and line["seconds"] > 0
-    spent = {arm: arms.by_seed(arm, "flops") for arm in ()}
-    assert spent == {}
 
 
+@pytest.mark.slow
 def test_a_finished_experiment_does_nothing_again(finished, command):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert command(finished, "--anyway") == 0
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     changed = {path.name for path in after if after[path] != before.get(path)}
-    assert changed <= {"costs.jsonl", "match.yaml", "cpu.lock"}
+    assert changed <= {"costs.jsonl", "match.yaml"}
+
+
+def test_documents_are_made_once(command, tmp_path):
+    assert command(tmp_path, "prepare", "documents") == 0
+    made = {path: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    assert {path.stem for path in made} == {*documents.FILES, "documents"}
+    held_out = (tmp_path / "data" / "held_out.jsonl").read_text().splitlines()
+    assert (
+        len(held_out) >= 40 and json.loads(held_out[-1])["text"] == "40 + 41 + 30 = 111 in all.\n"
+    )
+    stages = [json.loads(one)["stage"] for one in (tmp_path / "costs.jsonl").open()]
+    assert stages == ["prepare", "documents"]
+    assert command(tmp_path, "documents") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "data").iterdir()} == made
+
+
+def test_a_stage_that_lacks_the_one_before_says_so(command, tmp_path, capsys):
+    assert command(tmp_path / "empty", "warm") == 2
+    assert "model, which is not there: run all stages" in capsys.readouterr().err
+
+
+def test_the_folder_of_another_machine_goes_on_with_a_message(tmp_path, capsys):
+    (tmp_path / "machines.json").write_text('["a PDP-11, 1 cores, torch 0.1"]')
+    here = run.tell_machine(tmp_path)
+    said = capsys.readouterr().out
+    assert "begun on another machine (a PDP-11" in said and "goes on here" in said
+    assert json.loads((tmp_path / "machines.json").read_text())[1:] == [here]
+    assert run.tell_machine(tmp_path) == here and capsys.readouterr().out == ""
+
+
+# The gate, and what is told
+
+
+def line(arm="rlp", seed=0, temperature=1.0, **more) -> dict:
+    figures = dict.fromkeys((*layout.LAYOUT.figures, *layout.LAYOUT.others), 0.5)
+    identity = {"arm": arm, "seed": seed, "stage": layout.TRAINED, "panel": "results"}
+    return figures | identity | {"temperature": temperature, "machine": "here"} | more
+
+
+@pytest.mark.parametrize(
+    "gain, best, documents, passes, said",
+    [
+        (0.1, 0.2, 30, True, "The gate passes: thoughts gain +0.500 nats a token"),
+        (-0.1, 0.2, 30, False, "The gate fails"),
+        (0.1, -0.1, 30, False, "The gate fails"),
+        (0.1, 0.2, 29, False, "No verdict: the panel holds 29 documents, and one needs 30."),
+    ],
+)
+def test_the_gate(gain, best, documents, passes, said):
+    """Both lower ends have to be above 0, on as many documents as a verdict needs."""
+    found = panels.gate_in_words(line(gain_low=gain, best_of_g_low=best, documents=documents))
+    assert found[0] == passes and said in found[1]
+
+
+def results_of(path: Path, lines: list[dict]):
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return read_results(path, layout.LAYOUT)
+
+
+def test_arms_that_are_missing_are_named_and_the_others_told(tmp_path):
+    """Six seeds allow one comparison; the start counts as the same number for every seed."""
+    lines = [line("base", gain_over_start=0.2)]
+    lines += [line("rlp", seed, gain_over_start=0.5 + seed / 100) for seed in range(6)]
+    said = report.claim(results_of(tmp_path / "results.jsonl", lines))
+    assert "At T 1: RLP is above the start (exact paired test, 6 seeds, Holm over 1 arm)." in said
+    assert "Missing: shuffled_reward (all 6 seeds); mixed_sft (all 6 seeds)" in said
+
+
+def test_nothing_is_claimed_without_arms(tmp_path):
+    assert report.claim(results_of(tmp_path / "none", [])).startswith("No arm has run")
+
+
+# What is published
+
+
+def test_the_readme_says_what_the_results_say():
+    tables = report.make_tables(
+        read_results(report.RESULTS, layout.LAYOUT), report.read_costs(report.COSTS)
+    )
+    text = report.README.read_text()
+    assert report.with_tables(text, tables) == text
+
+
+def test_a_result_that_changes_changes_the_readme():
+    """The check above can fail."""
+    found = read_results(report.RESULTS, layout.LAYOUT)
+    changed = [one | {"gain": one["gain"] + 0.1} for one in found.lines]
+    tables = report.make_tables(replace(found, lines=tuple(changed)), [])
+    text = report.README.read_text()
+    assert report.with_tables(text, tables) != text
