@@ -17,6 +17,8 @@ No sign of a currency stands between either and the result.
 
 Problems are dealt out by their number, so that no problem has lines in two parts:
     warm_thoughts.jsonl  lines with a thought         warm_plain.jsonl  the same lines without
+    calibrate.jsonl      the same lines three times, as tokens: without a thought, with the right
+                         one, and with one that slips, where the loss is on the result alone
     train.jsonl          for the arms
     held_out.jsonl       for gate and panels          solutions.jsonl   held-out lines of any kind
     other_text.jsonl     text of another kind: what numpy says of its functions
@@ -25,8 +27,10 @@ Problems are dealt out by their number, so that no problem has lines in two part
 import inspect
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from rlp.config import DataConfig
 from rlp.data.sources import open_rows
@@ -40,7 +44,9 @@ POSITION, OTHER = " = ", "="
 WARM_PERCENT, TRAIN_PERCENT = 50, 35
 """Of GSM8K's training problems; the rest, and all test problems, are held out."""
 
-FILES = ("warm_thoughts", "warm_plain", "train", "held_out", "solutions", "other_text")
+TEXTS = ("warm_thoughts", "warm_plain", "train", "held_out", "solutions", "other_text")
+FILES = (*TEXTS, "calibrate")
+"""Each a file of JSON lines."""
 
 RECORD = "documents.json"
 """In the folder: how many documents each file has."""
@@ -49,22 +55,25 @@ PARAGRAPH_CHARACTERS = (80, 600)
 """Shortest and longest paragraph of `other_text.jsonl`."""
 
 
-def steps(expression: str) -> list[str] | None:
+def steps(expression: str, slip: tuple[int, int] | None = None) -> list[str] | None:
     """The steps that work out an expression of whole numbers, `a+b=c` each, in the order of
     arithmetic; None where one of them leaves the whole numbers from 0 on.
 
     A fraction of a number is taken as people do: 3/4*24 is 24/4=6 6*3=18.
+
+    Args:
+        slip: index of a step, and what is wrongly added to its result.
     """
     expression = _as_people_do(expression.replace(" ", ""))
     tokens = TOKEN.findall(expression)
     if "".join(tokens) != expression:
         return None
-    taken: list[str] = []
+    taken = _Taken([], slip)
     try:
-        left = _sum(tokens, taken)
+        _sum(tokens, taken)
     except (ValueError, IndexError):
         return None
-    return taken if left is not None and not tokens else None
+    return None if tokens else taken.steps
 
 
 def _as_people_do(expression: str) -> str:
@@ -77,21 +86,44 @@ def _as_people_do(expression: str) -> str:
     return f"{whole}/{under}" if over == "1" else f"{whole}/{under}*{over}"
 
 
-def _sum(tokens: list[str], taken: list[str]) -> int:
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The steps so far, and where one goes wrong."""
+
+    steps: list[str]
+    slip: tuple[int, int] | None
+
+    def step(self, left: int, operation: str, right: int) -> int:
+        """Take one; its result."""
+        if operation == "/":
+            result, rest = divmod(left, right) if right else (0, 1)
+            if rest:
+                raise ValueError("no whole number")
+        else:
+            result = {"+": left + right, "-": left - right, "*": left * right}[operation]
+        if self.slip is not None and self.slip[0] == len(self.steps):
+            result += self.slip[1]
+        if result < 0:
+            raise ValueError("below 0")
+        self.steps.append(f"{left}{operation}{right}={result}")
+        return result
+
+
+def _sum(tokens: list[str], taken: _Taken) -> int:
     value = _product(tokens, taken)
     while tokens and tokens[0] in "+-":
-        value = _step(value, tokens.pop(0), _product(tokens, taken), taken)
+        value = taken.step(value, tokens.pop(0), _product(tokens, taken))
     return value
 
 
-def _product(tokens: list[str], taken: list[str]) -> int:
+def _product(tokens: list[str], taken: _Taken) -> int:
     value = _operand(tokens, taken)
     while tokens and tokens[0] in "*/":
-        value = _step(value, tokens.pop(0), _operand(tokens, taken), taken)
+        value = taken.step(value, tokens.pop(0), _operand(tokens, taken))
     return value
 
 
-def _operand(tokens: list[str], taken: list[str]) -> int:
+def _operand(tokens: list[str], taken: _Taken) -> int:
     token = tokens.pop(0)
     if token != "(":
         return int(token)
@@ -101,17 +133,20 @@ def _operand(tokens: list[str], taken: list[str]) -> int:
     return value
 
 
-def _step(left: int, operation: str, right: int, taken: list[str]) -> int:
-    if operation == "/":
-        result, rest = divmod(left, right) if right else (0, 1)
-        if rest:
-            raise ValueError("no whole number")
-    else:
-        result = {"+": left + right, "-": left - right, "*": left * right}[operation]
-    if result < 0:
-        raise ValueError("below 0")
-    taken.append(f"{left}{operation}{right}={result}")
-    return result
+SLIPS = (1, -1, 2, -2, 10, -10, 9, -9, 20, 100, -100)
+"""What a slip adds to the result of a step: a wrong digit, or a wrong carry."""
+
+
+def with_slip(expression: str, random: Random) -> str:
+    """Steps of which one goes wrong, and with it the result; empty where there are none."""
+    right = steps(expression) or []
+    slips = [(index, wrong) for index in range(len(right)) for wrong in SLIPS]
+    random.shuffle(slips)
+    for slip in slips:
+        taken = steps(expression, slip)
+        if taken and taken[-1].partition("=")[2] != right[-1].partition("=")[2]:
+            return " ".join(taken)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +159,8 @@ class Line:
     """The steps; empty where there is no position."""
     after: str
     """From the result on, with the end of the line."""
+    expression: str = ""
+    """That the thought works out."""
 
     @property
     def plain(self) -> str:
@@ -148,7 +185,7 @@ def _read_line(line: str) -> Line:
         thought = _thought_of(match.group(1), match.group(2).strip(), written, line[end:])
         if thought:
             rest = _without_annotations(ANNOTATION.sub(OTHER, line[end:]))
-            return Line(written + POSITION, thought, rest + "\n")
+            return Line(written + POSITION, thought, rest + "\n", match.group(1))
         written += OTHER
     return Line(written + _without_annotations(line[end:]) + "\n", "", "")
 
@@ -171,12 +208,15 @@ def _thought_of(expression: str, result: str, written: str, rest: str) -> str:
     return " ".join(taken) if can_be_taken else ""
 
 
-def write_documents(source: str, out: Path, markers: tuple[str, str]) -> dict[str, int]:
+def write_documents(
+    source: str, out: Path, markers: tuple[str, str], encode: Callable[[str], list[int]]
+) -> dict[str, int]:
     """Make the folder, where it is not there.
 
     Args:
         source: GSM8K: `hub:openai/gsm8k@main`, or a folder with its train.jsonl and test.jsonl.
         markers: open and close marker.
+        encode: tokens of a text.
 
     Returns:
         documents by file.
@@ -186,18 +226,19 @@ def write_documents(source: str, out: Path, markers: tuple[str, str]) -> dict[st
     """
     if (out / RECORD).is_file():
         return json.loads((out / RECORD).read_text(encoding="utf-8"))
-    files: dict[str, list[str]] = {name: [] for name in FILES}
+    files: dict[str, list[dict]] = {name: [] for name in FILES}
     for split in ("train", "test"):
         for number, answer in enumerate(_answers(source, split)):
-            _deal(files, read_lines(answer), part_of(split, number), markers)
-    files["other_text"] = docstrings()
-    counts = {name: len(texts) for name, texts in files.items()}
+            for line in read_lines(answer):
+                _deal(files, line, part_of(split, number), markers, encode)
+    files["other_text"] = [{"text": text} for text in docstrings()]
+    counts = {name: len(rows) for name, rows in files.items()}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out, point="world.before_rename") as new:
-        for name, texts in files.items():
-            rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-            write_new(new / f"{name}.jsonl", rows.encode(), point="world.torn_file")
+        for name, rows in files.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_new(new / f"{name}.jsonl", text.encode(), point="world.torn_file")
         write_new(new / RECORD, json.dumps(counts).encode(), point="world.torn_file")
     return counts
 
@@ -217,15 +258,37 @@ def part_of(split: str, number: int) -> str:
 
 
 def _deal(
-    files: dict[str, list[str]], lines: list[Line], part: str, markers: tuple[str, str]
+    files: dict[str, list[dict]],
+    line: Line,
+    part: str,
+    markers: tuple[str, str],
+    encode: Callable[[str], list[int]],
 ) -> None:
-    """Put the lines of a solution where they belong."""
+    """Put a line of a solution where it belongs."""
     if part == "held_out":
-        files["solutions"] += [line.plain for line in lines]
-    thoughtful = [line for line in lines if line.thought]
-    files["warm_plain" if part == "warm" else part] += [line.plain for line in thoughtful]
+        files["solutions"].append({"text": line.plain})
+    if not line.thought:
+        return
+    files["warm_plain" if part == "warm" else part].append({"text": line.plain})
     if part == "warm":
-        files["warm_thoughts"] += [line.with_thought(*markers) for line in thoughtful]
+        files["warm_thoughts"].append({"text": line.with_thought(*markers)})
+        files["calibrate"] += _three_times(line, markers, encode)
+
+
+def _three_times(
+    line: Line, markers: tuple[str, str], encode: Callable[[str], list[int]]
+) -> list[dict]:
+    """A line without a thought, with the right one, and with one that slips. After the last one the
+    loss is on the result alone: what a wrong thought is worth is learned, and none is taught."""
+    slipped, rows = with_slip(line.expression, Random(line.plain)), []
+    for thought in ("", line.thought, *([slipped] if slipped else [])):
+        head = line.before + (f"{markers[0]}{thought}{markers[1]}" if thought else "")
+        text, start = head + line.after, len(encode(head))
+        result = encode(NUMBER.match(line.after)[0])
+        whole = {"tokens": encode(text), "text": text}
+        span = [start, start + len(result)] if thought == slipped else [0, len(whole["tokens"])]
+        rows.append(whole | {"loss_spans": [span]})
+    return rows
 
 
 def docstrings() -> list[str]:

@@ -100,7 +100,7 @@ SCALES = {
             "optim.batch_size=64",
             "optim.tokens_per_micro_batch=8192",
         ),
-        calibrate=("optim.batch_size=64", "budget.steps=40", "optim.tokens_per_micro_batch=16384"),
+        calibrate=("optim.batch_size=64", "budget.steps=40", "optim.tokens_per_micro_batch=8192"),
         rlp=(
             *("optim.batch_size=64", "thought.group_size=8", "budget.steps=60"),
             "optim.tokens_per_micro_batch=16384",

@@ -7,7 +7,7 @@
     prepare    SmolLM2 from its package, with one token for each marker     model/
     documents  lines of GSM8K's solutions                                   data/
     warm       LM loss on lines with thoughts, and without                  warm/
-    calibrate  loss on what follows the model's own thoughts                calibrated/
+    calibrate  LM loss on lines with thoughts, of which half are wrong      calibrated/
     gate       does a thought gain? on held-out lines, before and after     results.jsonl
     arms       each from the calibrated model, over seeds                   arms/, results.jsonl
     panels     the arms on other positions and other text                   results.jsonl
@@ -44,6 +44,7 @@ from panels import (
 )
 from prepare import prepare
 from report import write_report
+from transformers import AutoTokenizer
 
 from rlp.compare.arms import write_arm
 from rlp.compare.splice import splice
@@ -138,8 +139,11 @@ def stage_prepare(this: Experiment) -> None:
 
 
 def stage_documents(this: Experiment) -> None:
+    if not (this.out / "model").is_dir():
+        raise UnfinishedError(f"documents are cut as {this.out / 'model'} does: run all stages.")
     with this.cost("documents"):
-        counts = write_documents(this.gsm8k, this.out / "data", MARKERS)
+        encode = AutoTokenizer.from_pretrained(this.out / "model").encode
+        counts = write_documents(this.gsm8k, this.out / "data", MARKERS, encode)
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
@@ -162,7 +166,7 @@ def stage_calibrate(this: Experiment) -> None:
         this.overrides_of(
             this.out / "calibrated",
             f"model.path={this.out / 'warm' / 'export'}",
-            this.data("warm_plain"),
+            this.data("calibrate"),
             *this.scale.calibrate,
         ),
     )

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from random import Random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +44,26 @@ documents, layout, panels, prepare, report, run = map(
 )
 def test_the_steps_of_an_expression(expression, taken):
     assert documents.steps(expression) == taken
+
+
+@pytest.mark.parametrize("expression", ["4+6+8", "(30*2)-35", "8+96/4", "5*6*7"])
+def test_a_slip_is_one_wrong_step_and_a_wrong_result(expression):
+    """Every step but one is right, and goes on with what the one before it has said."""
+    right = documents.steps(expression)
+    slipped = documents.with_slip(expression, Random(0)).split()
+    told = [step.partition("=") for step in slipped]
+    wrong = [said for said, _, result in told if documents.steps(said) != [f"{said}={result}"]]
+    assert len(wrong) == 1 and len(slipped) == len(right)
+    assert told[-1][2] != right[-1].partition("=")[2]
+    assert documents.with_slip("five", Random(0)) == ""
+
+
+def test_the_loss_after_a_slip_is_on_the_result_alone():
+    line = only("It costs $4 + $6 + $8 = $<<4+6+8=18>>18 in all.")
+    rows = documents._three_times(line, ("<", ">"), list)
+    read = ["".join(row["tokens"][slice(*row["loss_spans"][0])]) for row in rows]
+    assert read[:2] == ["It costs $4 + $6 + $8 = 18 in all.\n", line.with_thought("<", ">")]
+    assert read[2] == "18" and rows[2]["text"].endswith(">18 in all.\n")
 
 
 def only(answer: str) -> documents.Line:
