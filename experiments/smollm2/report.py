@@ -17,6 +17,8 @@ from rlp.measure.results_file import Results, read_results
 
 HERE = Path(__file__).resolve().parent
 README, RESULTS, COSTS = (HERE / name for name in ("README.md", "results.jsonl", "costs.jsonl"))
+PAGES = (README, HERE.parents[1] / "README.md")
+"""With tables of these results in them."""
 
 STAGES = {COLD: "as it comes", WARM: "after the warm start", CALIBRATED: "after calibration"}
 
@@ -26,10 +28,11 @@ def write_report(results: Path = RESULTS, costs: Path = COSTS) -> None:
     tables = make_tables(read_results(results, LAYOUT), read_costs(costs))
     for name, table in tables.items():
         print(f"\n{name}\n{table}")
-    if results.resolve() == RESULTS:
-        README.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    else:
+    if results.resolve() != RESULTS:
         print(f"\nTo publish: copy {results} and {costs} to {HERE}, and run its report.py.")
+        return
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def read_costs(path: Path) -> list[dict]:
@@ -40,6 +43,7 @@ def read_costs(path: Path) -> list[dict]:
 def make_tables(results: Results, costs: list[dict]) -> dict[str, str]:
     """By name, each as README.md has it."""
     return {
+        "short": short_table(results),
         "gate": gate_table(results),
         "verdict": gate_words(results),
         "arms": arms_table(results),
@@ -107,6 +111,38 @@ def gate_table(results: Results) -> str:
 def gate_words(results: Results) -> str:
     lines = results.where(stage=CALIBRATED, panel="results", temperature=1.0).lines
     return gate_in_words(lines[0])[1] if lines else "The gate has not been read."
+
+
+def short_table(results: Results) -> str:
+    """One row for each model, at temperature 1 and at 0.3."""
+    warm, cold = (results.where(panel="results", temperature=t) for t in (1.0, 0.3))
+    rows = []
+    for stage, words in STAGES.items():
+        at = [one.where(stage=stage).lines for one in (warm, cold)]
+        for line in at[0]:
+            gain = f"{line['gain']:+.2f} [{line['gain_low']:+.2f}, {line['gain_high']:+.2f}]"
+            right = [f"{line[name]:.2f}" for name in ("accuracy_without", "accuracy")]
+            rows.append([words, f"{line['n']:g}", gain, *right])
+            rows[-1].append(f"{at[1][0]['accuracy']:.2f}" if at[1] else "-")
+    for arm in [arm for arm in arms_of(results) if arm != "base"]:
+        one, other = (at.where(stage=TRAINED) for at in (warm, cold))
+        line = one.where(arm=arm).lines[0]
+        right = [_over_seeds(one, arm, name, "{:.2f}") for name in ("accuracy_without", "accuracy")]
+        seeds = len(one.by_seed(arm, "gain"))
+        gain = _over_seeds(one, arm, "gain", "{:+.2f}")
+        name = f"then {WORDS[arm]}, {seeds} seed{'s' * (seeds > 1)}"
+        cold_right = _over_seeds(other, arm, "accuracy", "{:.2f}")
+        rows.append([name, f"{line['n']:g}", gain, *right, cold_right])
+    titles = [
+        *(
+            "SmolLM2",
+            "positions",
+            "gain over no thought, nats a token",
+            "accuracy without a thought",
+        ),
+        *("with one", "at T 0.3"),
+    ]
+    return _table(titles, rows)
 
 
 # The arms

@@ -47,7 +47,8 @@ from report import write_report
 from transformers import AutoTokenizer
 
 from rlp.compare.arms import write_arm
-from rlp.compare.splice import splice
+from rlp.compare.mixed_sft import MixedSft, iterate
+from rlp.compare.splice import Splicing, splice
 from rlp.data.errors import DataError
 from rlp.measure.results_file import Results, add_result, read_results
 from rlp.process.environment import environment
@@ -61,6 +62,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CONFIGS = ROOT / "configs"
 MARKERS = ("<think>", "</think>")
+ROUNDS = 3
+"""Of mixed SFT."""
 LM_STEPS = ("optim.batch_size=4",)
 """Of arms without thoughts: a step small enough to end within 1 % of RLP's FLOPs."""
 POINT = "results.torn_line"
@@ -99,7 +102,9 @@ class Experiment:
         return self.out / "calibrated" / "export"
 
     def run_of(self, arm: str, seed: int) -> Path:
-        return self.out / "arms" / arm / f"seed_{seed}" / "run"
+        """The run whose export is the arm's model."""
+        last = f"rounds/round_{ROUNDS}" if arm == "mixed_sft" else "."
+        return self.out / "arms" / arm / f"seed_{seed}" / last / "run"
 
     def read_results(self) -> Results:
         return read_results(self.results, LAYOUT)
@@ -248,8 +253,13 @@ def read_arm(this: Experiment, arm: str, seed: int, readings: list[Reading]) -> 
 
 def train_arm(this: Experiment, arm: str, seed: int) -> None:
     """Train an arm, or go on with it."""
-    run = this.run_of(arm, seed)
-    overrides = [*this.overrides_of(run), f"run.seed={seed}", f"run.arm={arm}"]
+    overrides = [
+        *this.overrides_of(this.run_of(arm, seed)),
+        *(f"run.seed={seed}", f"run.arm={arm}"),
+    ]
+    if arm == "mixed_sft":
+        train_rounds(this, seed)
+        return
     if arm == REFERENCE:
         starts_from = (f"model.path={this.start}", this.data("train"), *this.scale.rlp)
         config = load_config(CONFIGS / "smollm2_rlp.yaml", [*starts_from, *overrides])
@@ -258,27 +268,62 @@ def train_arm(this: Experiment, arm: str, seed: int) -> None:
     train(this, config, "arms", needs=this.start, arm=arm, seed=seed)
 
 
-def matched(this: Experiment, arm: str, seed: int, overrides: list[str]) -> Config:
-    """The config of an arm that spends what RLP of its seed has spent."""
-    reference, folder = this.run_of(REFERENCE, seed), this.run_of(arm, seed).parent
-    if not (reference / "summary.json").is_file():
+def reference_of(this: Experiment, arm: str, seed: int) -> Path:
+    """RLP's finished run of a seed.
+
+    Raises:
+        UnfinishedError: it is not finished.
+    """
+    run = this.run_of(REFERENCE, seed)
+    if not (run / "summary.json").is_file():
         raise UnfinishedError(
-            f"{arm} spends what {REFERENCE} has spent, and {reference} is not finished: run"
+            f"{arm} spends what {REFERENCE} has spent, and {run} is not finished: run"
             f" {REFERENCE} of seed {seed} first."
         )
-    data = folder / "spliced" if arm == "mixed_sft" else None
-    if data is not None and not data.exists():
-        own = load_config(reference / "config.yaml")
-        make_folder(folder, exist_ok=True)
-        with this.cost("splice", arm=arm, seed=seed):
-            documents = own.budget.steps * own.optim.batch_size // 2
-            splice(own, num_documents=documents, out=data, ranks=this.ranks)
+    return run
+
+
+def matched(this: Experiment, arm: str, seed: int, overrides: list[str]) -> Config:
+    """The config of an arm that spends what RLP of its seed has spent."""
+    reference, folder = reference_of(this, arm, seed), this.run_of(arm, seed).parent
+    make_folder(folder, exist_ok=True)
+    data = None
+    if arm == "cpt_replay":
+        data, own = folder / "spliced", load_config(reference / "config.yaml")
+        how = Splicing(keep="random", plain_share=0.5)
+        if not data.exists():
+            with this.cost("splice", arm=arm, seed=seed):
+                splice(own, own.budget.steps * own.optim.batch_size, data, this.ranks, how)
     written = folder / "match.yaml"
     written.unlink(missing_ok=True)
-    make_folder(folder, exist_ok=True)
     by = ARMS[arm]
     finer = LM_STEPS if by == "flops" else ()
-    return write_arm(open_run_folder(reference), arm, by, written, data, [*finer, *overrides])
+    run = open_run_folder(reference)
+    return write_arm(run, arm, by, written, data, [*finer, *overrides])
+
+
+def train_rounds(this: Experiment, seed: int) -> None:
+    """Mixed SFT: thoughts are chosen and learned in turn, for what RLP of the seed has spent."""
+    run = this.run_of("mixed_sft", seed)
+    if (run / "summary.json").is_file():
+        return
+    reference = reference_of(this, "mixed_sft", seed)
+    own = load_config(reference / "config.yaml")
+    asked = MixedSft(
+        run=str(reference),
+        documents=max(1, own.budget.steps * own.optim.batch_size // (2 * ROUNDS)),
+        learning_rate=own.optim.learning_rate,
+        rounds=ROUNDS,
+        by=ARMS["mixed_sft"],
+        overrides=(*LM_STEPS, *this.overrides),
+    )
+    with this.cost("arms", arm="mixed_sft", seed=seed):
+        folder = this.run_of("mixed_sft", seed).parents[1]
+        code, last = iterate(
+            asked, folder, this.ranks, lambda config: Trainer(config, ranks=this.ranks).fit().code
+        )
+    if code != DONE:
+        raise UnfinishedError(f"{last.path} ended with {code}. The same command goes on with it.")
 
 
 # Readings

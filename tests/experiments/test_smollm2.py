@@ -2,6 +2,7 @@
 stage which is done is not done again, and that its page says what its results say."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -137,10 +138,13 @@ TINY = layout.Scale(
     early_positions=4,
     arm_positions=4,
     text_positions=4,
+    warm=("budget.steps=2",),
+    calibrate=("budget.steps=2",),
+    rlp=("budget.steps=2",),
 )
 OVERRIDES = (
     *("data.max_document_tokens=64", "thought.max_thought_tokens=3", "thought.group_size=2"),
-    *("optim.batch_size=2", "optim.learning_rate=1e-3", "budget.steps=2"),
+    *("optim.batch_size=2", "optim.learning_rate=1e-3"),
 )
 
 
@@ -201,6 +205,22 @@ def test_a_finished_experiment_does_nothing_again(finished, command):
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     changed = {path.name for path in after if after[path] != before.get(path)}
     assert changed <= {"costs.jsonl", "match.yaml"}
+
+
+@pytest.mark.slow
+def test_arms_without_thoughts_spend_what_rlp_does(finished, command, monkeypatch):
+    """In many small steps; the rounds of mixed SFT with all that they throw away."""
+    monkeypatch.setitem(run.SCALES, "cpu", replace(TINY, rlp=("budget.steps=40",)))
+    monkeypatch.setattr(run, "LM_STEPS", ("optim.batch_size=1",))
+    arms = ("cpt", "cpt_replay", "mixed_sft")
+    shutil.copytree(finished, out := finished.parent / "longer")
+    shutil.rmtree(out / "arms")
+    lines = [one for one in (out / "results.jsonl").open() if json.loads(one)["arm"] == "base"]
+    (out / "results.jsonl").write_text("".join(lines))
+    assert command(out, "arms", "--anyway", "--arms", "rlp", *arms) == 0
+    results = read_results(out / "results.jsonl", layout.LAYOUT).where(temperature=1.0)
+    spent = {arm: results.by_seed(arm, "flops")[0] for arm in ("rlp", *arms)}
+    assert spent == {arm: pytest.approx(spent["rlp"], rel=0.01) for arm in spent}
 
 
 def test_documents_are_made_once(command, tmp_path):
@@ -276,12 +296,13 @@ def test_nothing_is_claimed_without_arms(tmp_path):
 # What is published
 
 
-def test_the_readme_says_what_the_results_say():
+def test_the_pages_say_what_the_results_say():
     tables = report.make_tables(
         read_results(report.RESULTS, layout.LAYOUT), report.read_costs(report.COSTS)
     )
-    text = report.README.read_text()
-    assert report.with_tables(text, tables) == text
+    for page in report.PAGES:
+        assert report.with_tables(page.read_text(), tables) == page.read_text()
+        assert "<!-- made " in page.read_text()
 
 
 def test_a_result_that_changes_changes_the_readme():
