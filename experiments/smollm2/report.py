@@ -243,17 +243,19 @@ def claim(results: Results) -> str:
 
 
 def costs_table(costs: list[dict]) -> str:
-    """Wall and CPU seconds by stage and machine; a stage that was interrupted has several lines."""
-    summed: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    """Mean seconds by stage and machine; a stage that was interrupted has several lines."""
+    found: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
     for line in costs:
-        key = (line["stage"], line.get("arm", line.get("model", "")), line["machine"])
-        for place, value in enumerate((line["wall_s"], line["cpu_s"], 1)):
-            summed[key][place] += value
-    rows = [
-        [stage, WORDS.get(what, what), f"{times:.0f}", f"{wall:.0f}", f"{cpu:.0f}", machine]
-        for (stage, what, machine), (wall, cpu, times) in summed.items()
-    ]
-    return _table(["stage", "of", "times", "wall, s", "CPU, s", "machine"], rows)
+        model = line.get("model", TRAINED)
+        of = line.get("arm", "") if model == TRAINED else STAGES[model]
+        found[line["stage"], of, line["machine"]].append(line)
+    rows = []
+    for (stage, of, machine), lines in found.items():
+        wall, cpu = ([line[name] for line in lines] for name in ("wall_s", "cpu_s"))
+        known = [value for value in cpu if value is not None]
+        seconds = [f"{np.mean(wall):.0f}", f"{np.mean(known):.0f}" if known else "-"]
+        rows.append([stage, WORDS.get(of, of), str(len(lines)), *seconds, machine])
+    return _table(["stage", "of", "times", "wall, s each", "CPU, s each", "machine"], rows)
 
 
 if __name__ == "__main__":

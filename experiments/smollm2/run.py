@@ -206,8 +206,7 @@ def stage_gate(this: Experiment) -> None:
         (CALIBRATED, this.start, early, scale.gate_temperatures[1:]),
     ):
         readings = [("results", size, temperature) for temperature in temperatures]
-        with this.cost("gate", model=stage):
-            read(this, model, ("base", 0, stage), readings, UNTRAINED)
+        read(this, model, ("base", 0, stage), readings, UNTRAINED)
     print(gate_of(this)[1])
 
 
@@ -247,8 +246,7 @@ def read_arm(this: Experiment, arm: str, seed: int, readings: list[Reading]) -> 
     if arm != "base":
         model, ledger = run / "export", read_json(run / "ledger.json")
         spent = {name: ledger[name] for name in spent}
-    with this.cost("read", arm=arm, seed=seed):
-        read(this, model, (arm, seed, TRAINED), readings, spent)
+    read(this, model, (arm, seed, TRAINED), readings, spent)
 
 
 def train_arm(this: Experiment, arm: str, seed: int) -> None:
@@ -361,7 +359,8 @@ def read(
     ]
     is_arm = stage == TRAINED and arm != "base"
     starts = [start_of(this, reading) if is_arm else None for reading in left]
-    found = read_model(configs, this.ranks, starts)
+    with this.cost("read" if stage == TRAINED else "gate", arm=arm, seed=seed, model=stage):
+        found = read_model(configs, this.ranks, starts)
     for (panel, size, temperature), (said, seconds) in zip(left, found):
         if stage == TRAINED and arm == "base":
             write_json(start_file(this, panel, size), no_think_of(said), point=POINT)
