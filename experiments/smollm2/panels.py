@@ -9,7 +9,7 @@ from rlp.measure.decomposition import Decomposition
 from rlp.measure.frozen import load_frozen
 from rlp.measure.panel import held_out_panel
 from rlp.measure.panel_scoring import measure_panel
-from rlp.measure.reward_signal import MIN_DOCUMENTS
+from rlp.measure.verdict import LEAST_DOCUMENTS
 from rlp.model.setup import PanelSetup
 from rlp.process.ranks import Ranks
 
@@ -125,10 +125,10 @@ def gate_in_words(line: dict) -> tuple[bool, str]:
     It passes where the lower end of the 95 % interval of the mean gain is above 0, and that of the
     best of G too, chosen and scored on different halves of the target.
     """
-    if line["documents"] < MIN_DOCUMENTS:
+    if line["documents"] < LEAST_DOCUMENTS:
         return False, (
             f"No verdict: the panel holds {line['documents']} documents, and one needs"
-            f" {MIN_DOCUMENTS}."
+            f" {LEAST_DOCUMENTS}."
         )
     gain, best = ((line[name], line[f"{name}_low"]) for name in ("gain", "best_of_g"))
     passes = gain[1] > 0 and best[1] > 0
