@@ -44,17 +44,19 @@ from rlp.data.batches import Batches
 from rlp.data.documents import Document
 from rlp.data.noise import PLAIN_NOISE, keyed_noise
 from rlp.data.positions import Positions, choose_positions
+from rlp.data.selectors import open_selector
 from rlp.measure.frozen import load_frozen
 from rlp.measure.ledger import Ledger
 from rlp.measure.panel_scoring import ThinkingModel
 from rlp.model.loading import choose_layout
-from rlp.model.scoring import score
+from rlp.model.scoring import by_document, difficulty, score
 from rlp.model.setup import ModelSetup, RunSetup
 from rlp.model.thoughts import Thoughts
 from rlp.objective import information_gain, log_evidence
 from rlp.process.console import visible_text
 from rlp.process.files import new_folder, refuse_existing, write_new
 from rlp.process.json_files import read_json, write_json
+from rlp.process.outside import Part
 from rlp.process.ranks import Ranks
 from rlp.process.schemas import WHOLE_LEDGER
 from rlp.sampling.rollout import NoiseKey
@@ -118,15 +120,11 @@ def splice(
         what `splice.json` holds.
 
     Raises:
-        ConfigError: the folder exists, or the config chooses positions by the policy's own
-            difficulty; or the model reads other tokens, or gives no numbers (`refuse_unusable`).
+        ConfigError: the folder exists, or the model reads other tokens, or gives no numbers
+            (`refuse_unusable`).
+        PartError: a selector from outside chooses what may not be chosen.
     """
     refuse_existing(out)
-    if config.position.selector not in ("uniform", "marker"):
-        raise ConfigError(
-            "position.selector: documents are spliced at positions that do not depend on the"
-            f" policy, got {config.position.selector}. Write position.selector=uniform or marker."
-        )
 
     def say(text: str) -> None:
         if ranks.is_first:
@@ -137,7 +135,8 @@ def splice(
     for note in setup.marker_notes():
         say(note)
     ledger = _begin_ledger(setup, how.ledger)
-    splicer = Splicer(setup, load_frozen(setup, ranks), ledger, ranks, how)
+    selector = open_selector(config.position.selector)
+    splicer = Splicer(setup, load_frozen(setup, ranks), selector, ledger, ranks, how)
     lines = splicer.splice(num_documents)
 
     told = {**_counts(lines, how), "vocabulary": setup.vocabulary_checksum()}
@@ -221,6 +220,8 @@ class Splicer:
 
     setup: RunSetup
     model: ThinkingModel
+    selector: Part
+    """Of positions, by the difficulty for this model where it needs one."""
     ledger: Ledger
     ranks: Ranks
     how: Splicing
@@ -249,9 +250,11 @@ class Splicer:
         ledger. A collective."""
         thinking = [document for document in documents if not self._is_plain(step, document)]
         positions = thoughts = rewards = None
+        if thinking:
+            positions = self._choose(step, thinking)
         with self.ledger.time("decode"), self.model.sampler.phase():
             if thinking:
-                positions, thoughts = self._think(step, thinking)
+                thoughts = self._think(step, thinking, positions)
         if thinking and self.how.keep == "best":
             rewards = self._rewards(thinking, positions, thoughts)
 
@@ -300,17 +303,43 @@ class Splicer:
             return [_spliced(self.setup, document, found)]
         return [_spliced(self.setup, document, [at]) for at in found]
 
-    def _think(self, step: int, documents: list[Document]) -> tuple[Positions, Thoughts]:
-        """The positions of some documents, and [M, G, L] a group of thoughts at each."""
+    def _choose(self, step: int, documents: list[Document]) -> Positions:
+        """[M] the positions of some documents."""
         config = self.setup.config
-        positions = choose_positions(
+        statistics = {name: self._difficulty(documents, name) for name in self.selector.needs}
+        return choose_positions(
             documents,
             self.setup.candidates,
             config.position,
             horizon=config.target.horizon,
             seed=config.run.seed,
             step=step,
+            selector=self.selector,
+            statistics=statistics,
         )
+
+    def _difficulty(self, documents: list[Document], statistic: str) -> list[np.ndarray]:
+        """A [P] array of each document, from a pass of the documents alone."""
+        found: dict[int, np.ndarray] = {}
+        with self.ledger.time("score"):
+            for some in self._cutter().documents(MicroBatch(documents), lm=True, no_think=False):
+                layout = self.model.rows(some.documents, None, None, lm=True)
+                work = layout.document_work
+                self.ledger.add("score", work, passes=1, tokens_in=work.tokens)
+                of_tokens = difficulty(self.model.policy, layout, statistic)
+                lengths = [len(document.tokens) for document in some.documents]
+                found |= zip(map(id, some.documents), by_document(of_tokens, lengths))
+        return [found[id(document)] for document in documents]
+
+    def _cutter(self) -> Cutter:
+        """Cuts documents as a run does, but for collectives: nothing is trained."""
+        config = self.setup.config
+        layout, _ = choose_layout(config, self.setup.architecture)
+        return Cutter(config, layout, self.setup.thought_format, None, self.ranks)
+
+    def _think(self, step: int, documents: list[Document], positions: Positions) -> Thoughts:
+        """[M, G, L] a group of thoughts at each position."""
+        config = self.setup.config
         rollout = self.model.sampler.sample(
             documents,
             positions,
@@ -321,17 +350,14 @@ class Splicer:
             prefill=lambda: self.ledger.time("prefill"),
         )
         self.ledger.add_rollout(rollout, max_thought_tokens=config.thought.max_thought_tokens)
-        return positions, rollout.thoughts
+        return rollout.thoughts
 
     def _rewards(
         self, documents: list[Document], positions: Positions, thoughts: Thoughts
     ) -> np.ndarray:
         """[M, G] nats: the thoughts' information gain over the model's own no-think prediction,
         scored in the micro-batches of a run."""
-        config = self.setup.config
-        layout, _ = choose_layout(config, self.setup.architecture)
-        cut = Cutter(config, layout, self.setup.thought_format, None, self.ranks)
-        batches = cut.update(MicroBatch(documents, positions, thoughts))
+        batches = self._cutter().update(MicroBatch(documents, positions, thoughts))
         with self.ledger.time("score"):
             rewards = [self._rewards_of(batch) for batch in batches]
         return in_order(batches, rewards).cpu().numpy()

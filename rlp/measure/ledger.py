@@ -106,9 +106,13 @@ class Ledger:
         """What closed steps have cost, by the names of the budget's limits, over all ranks."""
         return _amounts(self._total)
 
+    def carried(self) -> dict[str, float]:
+        """What making the data had cost before the first step, likewise."""
+        return _amounts(self._carried)
+
     def mean_step(self) -> dict[str, float]:
         """What a closed step has cost on average; nothing before the first."""
-        carried = _amounts(self._carried)
+        carried = self.carried()
         return {
             name: (amount - carried[name]) / max(self.steps, 1)
             for name, amount in self.spent().items()

@@ -44,7 +44,7 @@ class ThinkingModel:
     def rows(
         self,
         documents: list[Document],
-        positions: Positions,
+        positions: Positions | None,
         thoughts: Thoughts | None,
         *,
         lm: bool = False,

@@ -8,13 +8,18 @@ from rlp.measure.ledger import Ledger
 
 
 def fraction_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> float:
-    """Largest fraction spent of any limit of the budget.
+    """Largest fraction spent of what any limit of the budget has left for the run itself: what
+    making its data has cost is no progress of it, so a schedule begins at its beginning; 1 where
+    that is all.
 
     Args:
         step: steps that are made.
     """
-    spent = {"steps": step, **ledger.spent()}
-    return max(spent[name] / limit for name, limit in limits(budget).items())
+    spent, carried = {"steps": step, **ledger.spent()}, {"steps": 0, **ledger.carried()}
+    return max(
+        (spent[name] - carried[name]) / (limit - carried[name]) if limit > carried[name] else 1.0
+        for name, limit in limits(budget).items()
+    )
 
 
 def is_spent(budget: BudgetConfig, step: int, ledger: Ledger) -> bool:

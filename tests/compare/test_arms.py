@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlp.compare.arms import ARMS, KEPT, step_cost, write_arm
-from rlp.compare.splice import splice
-from rlp.config import ConfigError, load_config, to_yaml
+from rlp.compare.splice import Splicing, splice
+from rlp.config import Config, ConfigError, load_config, to_yaml
 from rlp.data.positions import Positions
 from rlp.measure.ledger import PHASES, Ledger
 from rlp.model.layout import repeated_layout, tree_layout
@@ -332,6 +332,62 @@ def test_a_run_on_spliced_documents_carries_their_cost(spliced, trained, corpus)
         and with_cost["phases"]["decode"]["tokens_generated"] > 0
     )
     assert with_cost["steps"] == without["steps"] == 3
+
+
+def test_a_schedule_begins_behind_what_the_data_has_cost(spliced, trained):
+    """Half of the FLOPs are spent before the first step, and the rate of that one is the whole
+    one: it falls over what is left."""
+    folder, _ = spliced
+    made = json.loads((folder / "ledger.json").read_text())["flops"]
+    settings = {"objective__policy_weight": 0.0, "objective__lm_weight": 1.0}
+    limits = {"budget__steps": None, "budget__flops": 2 * made}
+    schedule = {"optim__schedule": "linear", "optim__final_fraction": 0.0}
+    run = trained("run", data__ledger=folder / "ledger.json", **settings, **limits, **schedule)
+    rates = [line["optim/learning_rate"] for line in read_lines(run / "metrics.jsonl")]
+    assert rates[0] == 1e-2 and len(rates) > 2
+    # Equal steps, the last of which ends nearest to the budget.
+    assert rates[-1] == pytest.approx(1e-2 / len(rates), rel=0.9)
+
+
+@pytest.mark.parametrize("keep, arm", [("best", "mixed_sft"), ("random", "cpt_replay")])
+def test_arms_on_spliced_documents_read_those_that_were_made_for_them(
+    trained, tmp_path, model_folder, corpus, ranks, keep, arm
+):
+    """Their tokens, once and whole; their cost is the arm's from the start, and the budget is all
+    the run's. Documents that were kept otherwise, of another vocabulary or half a folder are
+    refused."""
+    path = trained("rlp", budget__steps=12, logging__every_n_steps=1000, data__append_eos=True)
+    run, data = open_run_folder(path), tmp_path / "spliced"
+    own = load_config(run.config_yaml)
+    how = Splicing(keep=keep, plain_share=0.5 if keep == "random" else 0.0)
+    splice(own, 8, data, ranks, how)
+    small = ["optim.batch_size=1", "optim.micro_batch_size=1"]
+
+    def write(name: str, arm: str = arm) -> Config:
+        return write_arm(run, arm, "flops", tmp_path / f"{name}.yaml", data, small)
+
+    config = write("arm")
+    assert train(config, ranks) == DONE
+    made, spent, whole = (
+        json.loads((Path(of) / "ledger.json").read_text())
+        for of in (data, config.run.dir, run.path)
+    )
+    assert made["flops"] < spent["flops"] == pytest.approx(whole["flops"], rel=0.01)
+    assert spent["phases"]["decode"] == made["phases"]["decode"]
+    assert not config.data.append_eos and own.data.append_eos
+
+    (other,) = set(KEPT) - {arm}
+    with pytest.raises(ConfigError, match=f"was made with --keep {keep}"):
+        write("other", other)
+    told = json.loads((data / "splice.json").read_text())
+    (data / "splice.json").write_text(json.dumps(told | {"vocabulary": "0" * 16}))
+    with pytest.raises(ConfigError, match="are those of another tokenizer"):
+        write("foreign")
+    (data / "documents.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has no documents.jsonl; expected a folder that rlp"):
+        write("half")
+    with pytest.raises(ConfigError, match="--data goes with the arms mixed_sft and cpt_replay"):
+        write_arm(run, arm, "flops", tmp_path / "none.yaml", None, small)
 
 
 def test_data_that_has_spent_the_budget_is_refused(spliced, tmp_path, model_folder, corpus, ranks):

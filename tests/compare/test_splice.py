@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlp.compare.splice import Splicing, splice
 from rlp.config import ConfigError, load_config
@@ -48,16 +48,24 @@ def splice_tiny(
     return folder / "spliced"
 
 
-@pytest.mark.parametrize("layout", ["repeated", "tree"])
+@pytest.mark.parametrize("layout, selector", [("repeated", "uniform"), ("tree", "entropy")])
 def test_several_ranks_splice_what_one_does(
-    tmp_path, model_folder, corpus, layout, one_model_at_a_time
+    tmp_path, model_folder, corpus, layout, selector, one_model_at_a_time
 ):
     """9 documents in micro-batches of 2, thirds of a step, and a last step of one document, which
     leaves two of three ranks without one: the same bytes, and the same work counted."""
 
     def work(rank: Ranks) -> Path:
         folder = tmp_path / f"of_{rank.world_size}"
-        return splice_tiny(folder, model_folder, corpus, rank, 9, engine__layout=layout)
+        return splice_tiny(
+            folder,
+            model_folder,
+            corpus,
+            rank,
+            9,
+            engine__layout=layout,
+            position__selector=selector,
+        )
 
     (alone,) = on_ranks(1, work)
     for world_size in (2, 3):
@@ -168,6 +176,26 @@ def test_a_document_holds_the_best_thought_of_each_position(spliced, corpus):
     assert told["lines"] == len(lines) == 12 and told["positions"] == 24
     assert told["thoughts"] == thoughts and told["with_thought_frac"] == thoughts / 24
     assert 12 < thoughts
+
+
+def test_positions_by_difficulty_are_those_of_the_model_that_thinks(
+    spliced, model_folder, corpus, tokenizer
+):
+    """The two tokens that it thinks least probable, and the pass that finds them is counted."""
+    folder, lines = spliced("hard", 4, position__selector="surprisal")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    texts = [line["text"] for line in read_lines(corpus)]
+    for line in lines:
+        tokens = torch.tensor(tokenizer(texts[line["document"]])["input_ids"])
+        logprob = model(tokens[None]).logits[0, :-1].log_softmax(dim=1)
+        surprisal = -logprob.gather(1, tokens[1:, None])[:, 0]
+        assert sorted((surprisal.topk(2).indices + 1).tolist()) == line["positions"]
+    plain, _ = spliced("any", 4)
+    flops = [
+        json.loads((of / "ledger.json").read_text())["phases"]["score"]["flops"]
+        for of in (folder, plain)
+    ]
+    assert flops[0] > flops[1]
 
 
 def test_a_line_for_each_position_holds_its_thought_alone(spliced, corpus):
