@@ -65,7 +65,7 @@ def make_clone(folder: Path, environment: dict[str, str]) -> None:
         "tests",
     ):
         (folder / name).symlink_to(REPOSITORY / name)
-    without_data = shutil.ignore_patterns("data", "bases", "model")
+    without_data = shutil.ignore_patterns("data", "headings", "seeds", "heading_seeds", "model")
     shutil.copytree(REPOSITORY / "experiments", folder / "experiments", ignore=without_data)
 
     (folder / "configs").mkdir()
