@@ -31,10 +31,23 @@ SETTINGS = [
     REPOSITORY / ".ci" / "run",
 ]
 
+_MADE = [
+    REPOSITORY / "experiments" / "world" / name
+    for name in ("data", "headings", "seeds", "heading_seeds")
+]
+
+
+def is_made(path: Path) -> bool:
+    """Whether a command has written a file, which holds paths of this machine and is no part of the
+    repository."""
+    return any(folder in path.parents for folder in _MADE)
+
+
 PAGES = [
     path
     for folder in (REPOSITORY, *(REPOSITORY / name for name in ("docs", "experiments", "kernels")))
     for path in sorted(folder.glob("*.md") if folder == REPOSITORY else folder.rglob("*.md"))
+    if not is_made(path)
 ]
 
 

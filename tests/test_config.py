@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from rlp.config import Config, ConfigError, known_keys, load_config, to_yaml
 from tests import REPOSITORY
+from tests.source_files import is_made
 
 BASE = (
     "run: {dir: runs/x}\nmodel: {path: somewhere}\ndata: {train: [x.jsonl]}\nbudget: {steps: 1}\n"
@@ -404,9 +405,7 @@ TOLD = [
     path
     for pattern in ("*.md", "*.cff", "Makefile", "configs/*", "docs/**/*", "experiments/**/*")
     for path in sorted(REPOSITORY.glob(pattern))
-    if path.suffix in ("", ".md", ".yaml", ".py", ".cff")
-    and path.is_file()
-    and REPOSITORY / "experiments" / "world" / "data" not in path.parents  # `make` writes it
+    if path.suffix in ("", ".md", ".yaml", ".py", ".cff") and path.is_file() and not is_made(path)
 ]
 
 LEADS_ELSEWHERE = re.compile(
