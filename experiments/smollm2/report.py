@@ -124,13 +124,14 @@ def short_table(results: Results) -> str:
             right = [f"{line[name]:.2f}" for name in ("accuracy_without", "accuracy")]
             rows.append([words, f"{line['n']:g}", gain, *right])
             rows[-1].append(f"{at[1][0]['accuracy']:.2f}" if at[1] else "-")
-    for arm in [arm for arm in arms_of(results) if arm != "base"]:
+    for arm in arms_of(results):
         one, other = (at.where(stage=TRAINED) for at in (warm, cold))
         line = one.where(arm=arm).lines[0]
         right = [_over_seeds(one, arm, name, "{:.2f}") for name in ("accuracy_without", "accuracy")]
         seeds = len(one.by_seed(arm, "gain"))
         gain = _over_seeds(one, arm, "gain", "{:+.2f}")
         name = f"then {WORDS[arm]}, {seeds} seed{'s' * (seeds > 1)}"
+        name = "the same, on the arms' panel" if arm == "base" else name
         cold_right = _over_seeds(other, arm, "accuracy", "{:.2f}")
         rows.append([name, f"{line['n']:g}", gain, *right, cold_right])
     titles = [

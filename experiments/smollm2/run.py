@@ -313,7 +313,7 @@ def train_rounds(this: Experiment, seed: int) -> None:
         learning_rate=own.optim.learning_rate,
         rounds=ROUNDS,
         by=ARMS["mixed_sft"],
-        overrides=(*LM_STEPS, *this.overrides),
+        overrides=LM_STEPS,
     )
     with this.cost("arms", arm="mixed_sft", seed=seed):
         folder = this.run_of("mixed_sft", seed).parents[1]
