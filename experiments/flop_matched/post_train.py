@@ -1,26 +1,21 @@
 """What every arm is given after pretraining, the same for all: supervised fine-tuning, then RL from
-verifiable rewards, by TRL.
+verifiable rewards, by TRL, with the model kept at several steps of each.
 
 Both use questions of the block `base_train`, which the held-out block shares nothing with. The
-sizes were chosen on the base of seed 0 alone, before any arm was post-trained: enough to move it,
-too little to reach the ceiling.
+examples of the first hold computing thoughts, so enough of them hand the strategy to every arm; how
+many is what the curve shows, and RLVR goes on from a model that has seen few.
 """
 
 import random
+import shutil
 from pathlib import Path
 
-from rlp.world.problems import (
-    CLOSE,
-    HEADINGS,
-    OPEN,
-    headings_after,
-    problem_text,
-    split_questions,
-    turns_of,
-)
+from lines import STEPS
 
-SFT_EXAMPLES, SFT_STEPS, SFT_BATCH, SFT_LEARNING_RATE = 256, 32, 8, 3e-5
-RLVR_STEPS, RLVR_PROMPTS, RLVR_GENERATIONS, RLVR_LEARNING_RATE = 30, 8, 8, 3e-5
+from rlp.world.problems import CLOSE, OPEN, computed, problem_text, split_questions, turns_of
+
+SFT_BATCH, SFT_LEARNING_RATE = 8, 3e-5
+RLVR_PROMPTS, RLVR_GENERATIONS, RLVR_LEARNING_RATE = 8, 8, 1e-4
 MAX_COMPLETION_TOKENS = 16
 """12 words of thought, the close marker, the answer, and two to spare."""
 
@@ -36,45 +31,47 @@ _QUIET = {
 }
 
 
-def supervise(model: Path, out: Path, seed: int) -> Path:
-    """Fine-tune on right thoughts and answers; the folder of the result. One that is there is
-    taken."""
+def supervise(model: Path, out: Path, seed: int) -> dict[int, Path]:
+    """Fine-tune on computing thoughts and answers; the model at each of its
+    `STEPS`."""
     import trl
     from datasets import Dataset
 
-    if (out / "model.safetensors").is_file():
-        return out
+    steps = STEPS["sft"]
+    if _is_kept(out, steps):
+        return _kept(out, steps)
     rng = random.Random(f"sft {seed}")
-    questions = rng.sample(split_questions(0)["base_train"], SFT_EXAMPLES)
-    texts = [problem_text(turns_of(question), turns_of(question)) for question in questions]
+    questions = rng.sample(split_questions(seed)["base_train"], SFT_BATCH * steps[-1])
+    turns = [turns_of(question) for question in questions]
     args = trl.SFTConfig(
-        output_dir=str(out),
+        output_dir=str(out / "unused"),
         max_length=64,
-        max_steps=SFT_STEPS,
+        max_steps=steps[-1],
         per_device_train_batch_size=SFT_BATCH,
         learning_rate=SFT_LEARNING_RATE,
         seed=seed,
         **_QUIET,
     )
-    trainer = trl.SFTTrainer(
-        model=str(model), args=args, train_dataset=Dataset.from_dict({"text": texts})
-    )
-    return _trained(trainer, out)
+    rows = {"text": [problem_text(one, computed(one)) for one in turns]}
+    trainer = trl.SFTTrainer(model=str(model), args=args, train_dataset=Dataset.from_dict(rows))
+    return _train(trainer, out, steps)
 
 
-def reinforce(model: Path, out: Path, seed: int) -> Path:
-    """GRPO with reward 1 for the right heading after the thought; the folder of the result. One
-    that is there is taken."""
+def reinforce(model: Path, out: Path, seed: int) -> dict[int, Path]:
+    """GRPO with reward 1 for the right heading after the thought; the model at each of
+    its `STEPS`."""
     import trl
     from datasets import Dataset
 
-    if (out / "model.safetensors").is_file():
-        return out
+    steps = STEPS["rlvr"]
+    if _is_kept(out, steps):
+        return _kept(out, steps)
     rng = random.Random(f"rlvr {seed}")
-    questions = rng.sample(split_questions(0)["base_train"], RLVR_STEPS * RLVR_PROMPTS)
+    questions = rng.sample(split_questions(seed)["base_train"], RLVR_PROMPTS * steps[-1])
+    problems = [problem_text(turns_of(question)).split() for question in questions]
     rows = {
-        "prompt": [prompt(question) for question in questions],
-        "heading": [HEADINGS[headings_after(turns_of(question))[-1]] for question in questions],
+        "prompt": [" ".join([*words[:-2], OPEN]) for words in problems],
+        "heading": [words[-2] for words in problems],
     }
 
     def right_heading(
@@ -86,8 +83,8 @@ def reinforce(model: Path, out: Path, seed: int) -> Path:
         return [float(answer_of(said) == right) for said, right in zip(words, heading)]
 
     args = trl.GRPOConfig(
-        output_dir=str(out),
-        max_steps=RLVR_STEPS,
+        output_dir=str(out / "unused"),
+        max_steps=steps[-1],
         per_device_train_batch_size=RLVR_PROMPTS * RLVR_GENERATIONS,
         num_generations=RLVR_GENERATIONS,
         max_completion_length=MAX_COMPLETION_TOKENS,
@@ -104,12 +101,7 @@ def reinforce(model: Path, out: Path, seed: int) -> Path:
         train_dataset=Dataset.from_dict(rows),
     )
     tokenizer = trainer.processing_class
-    return _trained(trainer, out)
-
-
-def prompt(question: int) -> str:
-    """A question up to the open marker."""
-    return problem_text(turns_of(question)).rsplit(" ", 2)[0] + f" {OPEN}"
+    return _train(trainer, out, steps)
 
 
 def answer_of(words: list[str]) -> str | None:
@@ -117,8 +109,32 @@ def answer_of(words: list[str]) -> str | None:
     return words[words.index(CLOSE) + 1] if CLOSE in words[:-1] else None
 
 
-def _trained(trainer: object, out: Path) -> Path:
+def _kept(out: Path, steps: tuple[int, ...]) -> dict[int, Path]:
+    return {step: out / f"step_{step}" for step in steps}
+
+
+def _is_kept(out: Path, steps: tuple[int, ...]) -> bool:
+    """Whether a stage is finished: its folder gets its name when all of its models are in it."""
+    return all((path / "model.safetensors").is_file() for path in _kept(out, steps).values())
+
+
+def _train(trainer: object, out: Path, steps: tuple[int, ...]) -> dict[int, Path]:
+    """Train, and keep the model at some steps."""
+    from transformers import TrainerCallback
+
+    arriving = out.with_name(f".{out.name}")
+    shutil.rmtree(arriving, ignore_errors=True)  # left by an interrupted call
+    arriving.mkdir(parents=True)
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+            if state.global_step in steps:
+                place = arriving / f"step_{state.global_step}"
+                trainer.model.save_pretrained(place)
+                trainer.processing_class.save_pretrained(place)
+
+    trainer.add_callback(Keep())
     trainer.train()
-    trainer.save_model(str(out))
-    trainer.processing_class.save_pretrained(out)
-    return out
+    shutil.rmtree(out, ignore_errors=True)
+    arriving.replace(out)
+    return _kept(out, steps)

@@ -1,244 +1,244 @@
-"""All arms over seeds on the heading world: pretrain at equal cost, post-train alike, evaluate
-after each stage.
+"""All arms over seeds: pretrain at equal cost, post-train alike, read at two temperatures.
 
-    python experiments/flop_matched/run.py --seeds 5
+    python experiments/flop_matched/run.py --seeds 9
 
-For every seed S there is a base (experiments/world/bases/seed_S, made by make_bases.py where it is
-missing). RLP trains on it with configs/quickstart.yaml without the LM loss, `run.seed` S. Every
-other arm is matched with that run by `rlp match`, and its own program asserts the match to 1 %.
-Then each arm's exported folder gets the same supervised fine-tuning and after it the same
-reinforcement learning from verifiable rewards (`post_train.py`, TRL), and is probed with
-and without thoughts on the same held-out positions after each stage.
+For every seed there is a world of its own (`worlds.py`): documents, base and panel. RLP trains on
+it with configs/quickstart.yaml and no LM loss; every other arm is matched with that run by `rlp
+match`, and asserts the match to 1 % at its end. Then the arms get the same supervised fine-tuning
+and after it the same reinforcement learning from verifiable rewards (`post_train.py`, TRL).
+Thoughts are read on the panel of the seed at T 1 and at T 0.3.
 
-Files written to --out (default runs/flop_matched): a run folder for each arm and seed, and
-results.jsonl, a line for each arm, seed and stage, in order. Run again, it goes on where it
-stopped: finished lines are kept, an unfinished run is resumed. `analyze.py` makes tables, figures
-and verdict from results.jsonl.
+Files written to --out (default runs/flop_matched): worlds, a run folder for each arm and seed, and
+results.jsonl, to which the lines of a stage are added when it is finished. Run again, it goes on
+where it stopped. `analyze.py` makes tables, figures and claims from results.jsonl.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
 
-ARMS = {
-    "base": None,
-    "cpt_tokens": ("cpt", "tokens"),
-    "cpt_flops": ("cpt", "flops"),
-    "mixed_sft": ("mixed_sft", "flops"),
-    "greedy_match": ("greedy_match", "flops"),
-    "rlp": None,
-    "rlp_lm": ("rlp_lm", "flops"),
-    "shuffled_reward": ("shuffled_reward", "flops"),
-    "foreign_thought": ("foreign_thought", "flops"),
-}
-"""Each arm, and how it is matched with `rlp`: (arm, by) of `rlp match`. The base is not trained."""
+from arms import ARMS, BESIDE, FAMILY, FIRST, POST_TRAINED, REFERENCE, settings_of
+from lines import AMOUNTS, LAYOUT, RLVR_FROM, ROOT, STEPS, SWEEP, TEMPERATURES
+from pretraining import Pretraining, arm_folder, exported
+from worlds import computed_frac, make_world, reader_of, world_folder
+
+from rlp.config import ConfigError
+from rlp.measure.results_file import Results, add_results, read_results
+from rlp.process.ranks import Ranks, start_ranks
 
 STAGES = ("pretrain", "sft", "rlvr")
-WORLD = ROOT / "experiments" / "world"
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-COMMON = ["checkpoint.every_n_steps=0", "logging.every_n_steps=20", "logging.thoughts=8"]
-PANEL = ["evaluation.panel_positions=256", "evaluation.thoughts_per_position=4"]
-"""A position in every held-out document, for the numbers that are compared."""
-
-RESULT = ("accuracy_with_thought", "accuracy_without_thought", "gain_over_start_nats")
+"""In their order."""
+FREE = dict.fromkeys(AMOUNTS, 0)
 
 
-def work(arm: str, seed: int, out: Path) -> list[dict]:
-    """`compare`, with what it prints sent to log.txt in the folder of the arm and seed."""
-    folder = out / arm / f"seed_{seed}"
+class Task(NamedTuple):
+    """A stage of an arm on a seed."""
+
+    arm: str
+    seed: int
+    stage: str
+
+
+def needs(task: Task) -> Task | None:
+    """What has to be there first."""
+    if task.stage != "pretrain":
+        return task._replace(stage=STAGES[STAGES.index(task.stage) - 1])
+    if task.arm == REFERENCE or not ARMS[task.arm].is_trained:
+        return None
+    return Task(REFERENCE, task.seed, "pretrain")
+
+
+def every_task(arms: list[str], seeds: list[int], stages: list[str]) -> list[Task]:
+    """What is asked for, in the order of what matters: all seeds of the claim, then of the
+    post-training of each of the first arms, of the other questions, and of the other arms'
+    post-training."""
+    rounds = [[(arm, "pretrain") for arm in (REFERENCE, *FAMILY) if arm in arms]]
+    later = [arm for arm in POST_TRAINED if arm not in FIRST]
+    rounds += [[(arm, stage) for stage in stages[1:]] for arm in FIRST if arm in arms]
+    rounds += [[(arm, "pretrain")] for arm in BESIDE if arm in arms]
+    rounds += [[(arm, stage) for stage in stages[1:]] for arm in later if arm in arms]
+    return [Task(arm, seed, stage) for part in rounds for seed in seeds for arm, stage in part]
+
+
+def perform(task: Task, out: Path) -> list[dict]:
+    """Do a task in this process, what it prints going to log.txt in the folder of the arm and seed;
+    its lines of results.jsonl."""
+    folder = arm_folder(out, task.arm, task.seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):
-        return compare(arm, seed, out, folder)
+        work = of_pretraining if task.stage == "pretrain" else of_post_training
+        lines = work(task, out, start_ranks())
+    return [{**task._asdict(), **line} for line in lines]
 
 
-def compare(arm: str, seed: int, out: Path, folder: Path) -> list[dict]:
-    """Pretrain, post-train and probe one arm on one seed; its lines of results.jsonl."""
-    from post_train import reinforce, supervise
+def of_pretraining(task: Task, out: Path, ranks: Ranks) -> list[dict]:
+    """Train the arm, or take the base as it is; read what comes out."""
+    from selecting import best_of_g, of_computing
 
-    from rlp.process.ranks import start_ranks
+    reader, model = reader_of(task.seed, ranks), world_folder(task.seed) / "base"
+    if task.arm == "base_best_of_g":
+        return [{"stage_step": 0, **FREE, **best_of_g(reader, model, T)} for T in TEMPERATURES]
+    if not ARMS[task.arm].is_trained:
+        told = {"computed_frac": computed_frac(task.seed), **of_computing(reader, model)}
+        spent, curve = {"stage_step": 0, **FREE, **told}, _sweep(model, task.seed, ranks)
+    else:
+        folder = arm_folder(out, task.arm, task.seed)
+        reference = arm_folder(out, REFERENCE, task.seed) / "run"
+        work = Pretraining(task.arm, task.seed, settings_of(task.arm), folder, reference, ranks)
+        model, spent, curve = work.train(reader)
+    return curve + [{**spent, **reader.figures(model, T)} for T in TEMPERATURES]
 
-    ranks = start_ranks()
-    base = base_of(seed)
-    started = time.perf_counter()
-    model, spent = (
-        (base, dict.fromkeys(("input_tokens", "flops", "paper_flops", "seconds"), 0))
-        if arm == "base"
-        else pretrain(arm, seed, out, folder, ranks)
-    )
-    stages, lines = {"pretrain": model}, []
-    for stage in STAGES:
-        if stage == "sft":
-            stages["sft"] = supervise(model, folder / "sft", seed)
-        if stage == "rlvr":
-            stages["rlvr"] = reinforce(stages["sft"], folder / "rlvr", seed)
-        numbers = probe(stages[stage], base, ranks)
-        lines.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "stage": stage,
-                **{name: numbers[name] for name in RESULT},
-                **spent,
-                "thought_tokens_mean": numbers["thought_tokens_mean"],
-                "document_loss_nats": numbers["document_loss_nats"],
-                "gain_over_shuffled_nats": numbers["gain_over_shuffled_nats"],
-                "stage_seconds": round(time.perf_counter() - started, 1),
-            }
-        )
-        started = time.perf_counter()
-    lines[0]["curve"] = [] if arm == "base" else curve(folder / "run")
-    (folder / "run").mkdir(parents=True, exist_ok=True)
-    told = [json.dumps({key: line[key] for key in ("stage", *RESULT)}) for line in lines]
-    (folder / "run" / "post_training.jsonl").write_text("".join(f"{line}\n" for line in told))
+
+def _sweep(model: Path, seed: int, ranks: Ranks) -> list[dict]:
+    """The base at many temperatures, on the panel and on other documents, by which one of them can
+    be chosen."""
+    reader, lines = reader_of(seed, ranks), []
+    other = reader_of(seed, ranks, "train.jsonl")
+    for temperature in SWEEP:
+        elsewhere = other.figures(model, temperature, 2)["accuracy_with_thought"]
+        line = reader.figures(model, temperature) | {"accuracy_on_other_documents": elsewhere}
+        lines.append({"stage": "sweep", "stage_step": 0, **FREE, **line})
     return lines
 
 
-def base_of(seed: int) -> Path:
-    return WORLD / "bases" / f"seed_{seed}"
+def of_post_training(task: Task, out: Path, ranks: Ranks) -> list[dict]:
+    """Post-train the arm by one stage, and read it along the way."""
+    from post_train import reinforce, supervise
+
+    folder, started = arm_folder(out, task.arm, task.seed), time.perf_counter()
+    models = supervise(exported(out, task.arm, task.seed), folder / "sft", task.seed)
+    if task.stage == "rlvr":
+        models = reinforce(models[RLVR_FROM], folder / "rlvr", task.seed)
+    spent = dict.fromkeys(AMOUNTS) | {"seconds": round(time.perf_counter() - started, 2)}
+    reader, lines = reader_of(task.seed, ranks), []
+    for step, model in models.items():
+        thoughts = 4 if step == STEPS[task.stage][-1] else 1
+        for T in TEMPERATURES:
+            lines.append({"stage_step": step, **spent, **reader.figures(model, T, thoughts)})
+    return lines
 
 
-def make_world_and_bases(num_seeds: int) -> list[int]:
-    """What the arms start from, where it is not there yet: the documents, and a base for each seed.
-    The seeds whose base counts."""
-    from rlp.world.folder import write_world
+def is_finished(task: Task, results: Results, out: Path) -> bool:
+    """Whether the lines of a task are there, and the files that other tasks begin with."""
+    last = results.where(temperature=TEMPERATURES[-1], **task._asdict())
+    if task.stage in STEPS:
+        return last.has(stage_step=STEPS[task.stage][-1])
+    return last.has() and exported(out, task.arm, task.seed).is_dir()
 
-    if not (WORLD / "data" / "train.jsonl").is_file():
-        write_world(WORLD / "data")
-    subprocess.run(
-        [
-            sys.executable,
-            str(WORLD / "make_bases.py"),
-            "--seeds",
-            str(num_seeds),
-            "--out",
-            str(WORLD / "bases"),
-        ],
-        check=True,
+
+def run_tasks(
+    waiting: list[Task], done: set[Task], workers: int, begin: Callable[[Task], Future]
+) -> Iterator[tuple[Task, Future]]:
+    """Do tasks side by side, in their order as far as their needs allow; what needs a task that
+    failed is left out.
+
+    Args:
+        done: tasks whose work is there.
+        begin: starts a task.
+
+    Yields:
+        each task that was begun, when it ends.
+    """
+    waiting, running, done = [task for task in waiting if task not in done], {}, set(done)
+    while True:
+        ready = [task for task in waiting if needs(task) is None or needs(task) in done]
+        for task in ready[: workers - len(running)]:
+            waiting.remove(task)
+            running[begin(task)] = task
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task = running.pop(future)
+            if future.exception() is None:
+                done.add(task)
+            yield task, future
+
+
+def make_worlds(wanted: int, workers: int) -> list[int]:
+    """Make the worlds of seeds from 0 on, side by side, until as many have a base that counts as
+    are wanted; these seeds."""
+    good, tried = [], 0
+    with ThreadPoolExecutor(workers) as pool:
+        while len(good) < wanted:
+            seeds = range(tried, tried + wanted - len(good))
+            counts = list(pool.map(make_world, seeds))
+            good += [seed for seed, counted in zip(seeds, counts) if counted]
+            for seed, counted in zip(seeds, counts):
+                if not counted:
+                    print(f"seed {seed}: its base does not count; see {world_folder(seed)}")
+            tried = seeds.stop
+    return good
+
+
+def begun(pool: ProcessPoolExecutor, task: Task, out: Path) -> Future:
+    return pool.submit(perform, task, out)
+
+
+def run_all(
+    out: Path,
+    tasks: list[Task],
+    workers: int,
+    begin: Callable[[ProcessPoolExecutor, Task, Path], Future] = begun,
+) -> int:
+    """Do what is left of the tasks and add their lines to results.jsonl; how many failed."""
+    path, started, failed = out / "results.jsonl", time.perf_counter(), 0
+    results = read_results(path, LAYOUT)
+    done = {task for task in tasks if is_finished(task, results, out)}
+    left = [task for task in tasks if task not in done]
+    told_without_files = [task for task in left if results.has(**task._asdict())]
+    if told_without_files:
+        print(
+            f"{path} has lines of {len(told_without_files)} stages whose folders are not in {out},"
+            " or are not whole (another machine's, or an interrupted one's): the stages are done"
+            " again, and the lines that are there stay."
+        )
+    print(f"{out}: {len(done)} stages are done, {len(left)} are left")
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for task, future in run_tasks(left, done, workers, lambda t: begin(pool, t, out)):
+            if error := future.exception():
+                failed += 1
+                said = f"FAILED: {error}".splitlines()[0]
+            else:
+                there = {LAYOUT.key(line) for line in read_results(path, LAYOUT).lines}
+                new = [line for line in future.result() if LAYOUT.key(line) not in there]
+                add_results(path, LAYOUT, new)
+                said = in_words(future.result())
+            print(
+                f"{time.perf_counter() - started:6.0f} s  {task.arm:<16} seed {task.seed}"
+                f" {task.stage:<9} {said}",
+                flush=True,
+            )
+    return failed
+
+
+def in_words(lines: list[dict]) -> str:
+    """Accuracy with a thought at the end of a stage."""
+    return ", ".join(
+        f"{line['accuracy_with_thought']:.3f} at T {line['temperature']:g}"
+        for line in lines[-len(TEMPERATURES) :]
     )
-    tried = json.loads((WORLD / "bases" / "bases.json").read_text())
-    return [row["seed"] for row in tried if row["counts"]][:num_seeds]
-
-
-def pretrain(arm: str, seed: int, out: Path, folder: Path, ranks: object) -> tuple[Path, dict]:
-    """Run an arm, or go on with it; its exported folder and what it spent."""
-    from rlp import Trainer
-    from rlp.compare.arms import write_arm
-    from rlp.compare.splice import splice
-    from rlp.config import load_config
-    from rlp.process.exit_codes import DONE
-    from rlp.process.json_files import read_json
-    from rlp.process.run_folder import open_run_folder
-
-    run = folder / "run"
-    overrides = [f"run.dir={run}", f"run.arm={arm}", f"run.seed={seed}", "run.resume=auto", *COMMON]
-    if arm == "rlp":
-        config = load_config(
-            QUICKSTART,
-            [
-                *overrides,
-                f"model.path={base_of(seed)}",
-                "objective.lm_weight=0",
-                "evaluation.every_n_steps=16",
-            ],
-        )
-    else:
-        reference = open_run_folder(out / "rlp" / f"seed_{seed}" / "run")
-        kind, by = ARMS[arm]
-        data = None
-        if kind == "mixed_sft":
-            data = folder / "spliced"
-            if not data.exists():
-                splice(
-                    load_config(reference.config_yaml), num_documents=80 * 16, out=data, ranks=ranks
-                )
-        every = {"cpt_flops": 100, "mixed_sft": 40}.get(arm, 16)
-        (folder / "match.yaml").unlink(missing_ok=True)
-        config = write_arm(
-            reference,
-            kind,
-            by,
-            folder / "match.yaml",
-            data,
-            [*overrides, f"evaluation.every_n_steps={every}"],
-        )
-    code = Trainer(config, ranks=ranks).fit().code
-    if code != DONE:
-        raise RuntimeError(f"{arm}, seed {seed}: the run ended with {code}; see {run}")
-    ledger = read_json(run / "ledger.json")
-    return run / "export", {
-        name: ledger[name] for name in ("input_tokens", "flops", "paper_flops", "seconds")
-    }
-
-
-def probe(model: Path, base: Path, ranks: object) -> dict[str, float]:
-    """Held-out numbers of a model, its gain measured against the base."""
-    from rlp.config import load_config
-    from rlp.measure.frozen import measure_model
-    from rlp.model.setup import PanelSetup
-
-    config = load_config(QUICKSTART, [f"model.path={model}", "run.dir=unused", *PANEL])
-    return measure_model(PanelSetup(config, lambda text: None), ranks, start=str(base)).means
-
-
-def curve(run: Path) -> list[dict]:
-    """The evaluations of a run with what it had spent by then."""
-    lines = {
-        name: [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "timing", "evaluation")
-    }
-    made = (
-        run.parent / "spliced" / "ledger.json"
-    )  # of mixed SFT: what its data had cost before the first step
-    spent = {
-        0: {
-            name: json.loads(made.read_text())[name] if made.exists() else 0.0
-            for name in ("input_tokens", "flops", "seconds")
-        }
-    }
-    seconds = spent[0]["seconds"]
-    for line, clock in zip(lines["metrics"], lines["timing"]):
-        seconds += clock["perf/step_s"]
-        spent[line["step"]] = {
-            "input_tokens": line["budget/tokens"],
-            "flops": line["budget/flops"],
-            "seconds": round(seconds, 2),
-        }
-    return [
-        {"step": line["step"], **spent[line["step"]], **{name: line[name] for name in RESULT}}
-        for line in lines["evaluation"]
-    ]
-
-
-def tasks(seeds: list[int], done: set[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    """What is left, in two rounds: the reference runs, and the arms that are matched with them."""
-    every = [(arm, seed) for seed in seeds for arm in ARMS]
-    return [
-        [task for task in every if (task[0] == "rlp") == first and task not in done]
-        for first in (True, False)
-    ]
-
-
-def read_done(path: Path) -> set[tuple[str, int]]:
-    """Arms and seeds whose three lines are there."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(line["arm"], line["seed"]) for line in lines if line["stage"] == STAGES[-1]}
 
 
 def main() -> int:
@@ -248,8 +248,14 @@ def main() -> int:
     parser.add_argument(
         "--seeds",
         type=int,
-        default=5,
-        help="how many, from 0 on; one whose base is rejected is left out",
+        default=9,
+        help="how many, from 0 on; one whose base does not count is passed over",
+    )
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="only these, and RLP"
+    )
+    parser.add_argument(
+        "--to", choices=STAGES, default=STAGES[-1], help="the last stage to be done"
     )
     parser.add_argument(
         "--out",
@@ -261,31 +267,21 @@ def main() -> int:
         "--workers", type=int, default=2, help="processes side by side, one core each"
     )
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    out, stages = arguments.out.resolve(), list(STAGES[: STAGES.index(arguments.to) + 1])
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
-    results, started = out / "results.jsonl", time.perf_counter()
-    seeds = make_world_and_bases(arguments.seeds)
-    for round_ in tasks(seeds, read_done(results)):
-        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-            waiting = [(task, pool.submit(work, *task, out)) for task in round_]
-            for (arm, seed), future in waiting:
-                lines = future.result()
-                with results.open(
-                    "a"
-                ) as file:  # three lines at once: an arm is there whole or not at all
-                    file.write("".join(json.dumps(line) + "\n" for line in lines))
-                print(
-                    f"{time.perf_counter() - started:6.0f} s  {arm:<16} seed {seed}  accuracy with"
-                    " a thought after pretrain, sft, rlvr: "
-                    + ", ".join(f"{line['accuracy_with_thought']:.3f}" for line in lines),
-                    flush=True,
-                )
+    arms = list(dict.fromkeys([REFERENCE, *arguments.arms]))
+    try:
+        seeds = make_worlds(arguments.seeds, arguments.workers)
+        failed = run_all(out, every_task(arms, seeds, stages), arguments.workers)
+    except ConfigError as error:
+        print(f"run: {error}", file=sys.stderr)
+        return 2
     print(
-        f"{results}: {len(read_done(results))} arms and seeds. Tables and figures: python"
-        f" experiments/flop_matched/analyze.py {results}"
+        f"{out / 'results.jsonl'}: {failed or 'no'} stages failed. Tables, figures and claims:"
+        " python experiments/flop_matched/analyze.py"
     )
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

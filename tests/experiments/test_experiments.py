@@ -1,98 +1,169 @@
-"""The tables of the experiments hold what their results.jsonl holds, and the README no other
-number."""
+"""The comparison of arms: its pages hold what its results.jsonl holds, and a run of it can be
+stopped, continued and taken from another machine."""
 
-import importlib.util
 import json
-from pathlib import Path
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from tests import REPOSITORY
+from tests.experiments.scripts import script
 
+analyze = script("flop_matched", "analyze.py")
+run = script("flop_matched", "run.py")
 FOLDER = REPOSITORY / "experiments" / "flop_matched"
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-analyze = load(FOLDER / "analyze.py")
-
-
 @pytest.fixture(scope="module")
-def results() -> dict:
-    return analyze.read_results(FOLDER / "results.jsonl")
+def results():
+    return analyze.read_results(FOLDER / "results.jsonl", analyze.LAYOUT)
 
 
-def test_every_arm_has_every_seed_and_stage(results):
-    """No run that went badly is left out: five seeds of nine arms at three stages, each once."""
-    lines = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text().splitlines()]
-    found = [(line["arm"], line["seed"], line["stage"]) for line in lines]
-    assert len(found) == len(set(found)) and set(found) == {
-        (arm, seed, stage) for arm in analyze.ARMS for seed in range(5) for stage in analyze.STAGES
-    }
+def test_no_arm_of_the_claim_lacks_a_seed(results):
+    """No run that went badly is left out: nine seeds of the reference and its family."""
+    seeds = results.where(arm="rlp", stage="pretrain").values("seed")
+    assert len(seeds) == 9
+    for temperature in analyze.TEMPERATURES:
+        part = analyze.ends(results, "pretrain", temperature)
+        part.require(["rlp", *analyze.FAMILY], seeds)
 
 
-def test_the_tables_are_those_of_the_results(results):
-    """Made again, the README of the comparison is the same to the letter."""
-    readme = (FOLDER / "README.md").read_text()
-    assert analyze.fill(readme, analyze.sections(results)) == readme
+@pytest.mark.parametrize("page", analyze.PAGES, ids=lambda path: path.parent.name)
+def test_a_page_says_what_the_results_say(results, page):
+    """Made again, its tables and claims are the same to the letter."""
+    assert analyze.filled(page, analyze.sections(results)) == page.read_text()
 
 
-def test_the_page_on_comparing_repeats_the_verdict(results):
-    page = (REPOSITORY / "docs" / "comparing.md").read_text()
-    assert analyze.fill(page, {"verdict": analyze.verdict(results)}) == page
-
-
-def test_the_main_readme_has_the_means_of_the_results(results):
-    """Accuracy with a thought over the five seeds, the arms in the order of its columns."""
-    arms = [
-        "rlp",
-        "greedy_match",
-        "mixed_sft",
-        "cpt_flops",
-        "shuffled_reward",
-        "foreign_thought",
-        "base",
+def test_a_claim_turns_with_the_results(results):
+    """Where an arm has RLP's numbers the sentence does not say that RLP is above it."""
+    final = analyze.ends(results, "pretrain", 1.0)
+    by_seed = final.by_seed("rlp", "accuracy_with_thought")
+    equal = [
+        line | {"accuracy_with_thought": by_seed[line["seed"]]} if line["arm"] == "base" else line
+        for line in final.lines
     ]
-    readme = (REPOSITORY / "README.md").read_text()
-    for title, stage in (("after pretraining", "pretrain"), ("and the same SFT and RLVR", "rlvr")):
-        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {title} |")]
-        told = [float(cell) for cell in line.split("|")[2:-1]]
-        runs = [results[arm, stage].values() for arm in arms]
-        means = [np.mean([run["accuracy_with_thought"] for run in seeds]) for seeds in runs]
-        assert told == [round(mean, 3) for mean in means]
+    changed = analyze.replace(final, lines=tuple(equal))
+    assert "not told apart from base" in analyze.claims(changed).splitlines()[0]
 
 
 def test_matched_arms_spend_the_same(results):
     """To 1 %, seed by seed, in what they are matched by."""
-    for arm, name in {
-        "cpt_tokens": "input_tokens",
-        "cpt_flops": "flops",
-        "mixed_sft": "flops",
-        "greedy_match": "flops",
-        "rlp_lm": "flops",
-        "shuffled_reward": "flops",
-        "foreign_thought": "flops",
-    }.items():
-        for seed, line in results[arm, "pretrain"].items():
-            assert abs(line[name] / results["rlp", "pretrain"][seed][name] - 1) <= 0.01, (arm, seed)
+    final = analyze.ends(results, "pretrain", 1.0)
+    for arm, made in analyze.ARMS.items():
+        if made.kind is None or not final.has(arm=arm):
+            continue
+        own, reference = final.by_seed(arm, made.by), final.by_seed("rlp", made.by)
+        assert all(abs(own[seed] / reference[seed] - 1) <= 0.01 for seed in own), arm
 
 
-def test_differences_are_paired_by_seed():
-    """Seeds that differ a lot and an effect that does not: the interval is about the effect."""
-    results = {
-        (arm, "sft"): {
-            seed: {"accuracy_with_thought": 0.1 * seed + effect + 0.01 * (seed % 2)}
-            for seed in range(5)
-        }
-        for arm, effect in (("rlp", 0.05), ("cpt_flops", 0.0))
-    }
-    for seed in range(5):
-        results["rlp", "sft"][seed]["accuracy_with_thought"] += 0.002 * seed
-    mean, low, high = analyze.difference(results, "cpt_flops", "sft", "accuracy_with_thought")
-    assert mean == pytest.approx(0.054) and 0.05 <= low <= mean <= high <= 0.058 + 1e-9
+def test_the_settings_of_every_arm_were_chosen_by_one_rule():
+    """The best of what was tried, on a seed that no result has."""
+    told, tune = (
+        json.loads((FOLDER / "settings.json").read_text()),
+        script("flop_matched", "tune.py"),
+    )
+    assert set(told["chosen"]) == set(tune.tuned_arms()) and told["seed"] not in range(20)
+    for arm, settings in told["chosen"].items():
+        tried = [one for one in told["tried"] if one["arm"] == arm]
+        assert [one["settings"] for one in tried] == tune.grid(arm)
+        assert tune.best(tried)["settings"] == settings
+
+
+def performed(tasks: list, workers: int, fails: set = frozenset(), done: set = frozenset()) -> list:
+    """The order in which tasks are begun, when the oldest that runs is always the first to end."""
+    begun = []
+
+    def begin(task) -> Future:
+        begun.append(task)
+        future: Future = Future()
+        if task in fails:
+            future.set_exception(RuntimeError("broken"))
+        else:
+            future.set_result([])
+        return future
+
+    list(run.run_tasks(tasks, set(done), workers, begin))
+    return begun
+
+
+def test_what_a_stage_needs_is_done_before_it():
+    """Arms wait for RLP's run of their seed, and post-training for its own arm's."""
+    tasks = run.every_task(["rlp", "base", "cpt"], [0, 1], ["pretrain", "sft", "rlvr"])
+    begun = performed(tasks, workers=2)
+    assert sorted(begun) == sorted(tasks) and len(tasks) == 18
+    for place, task in enumerate(begun):
+        assert run.needs(task) is None or run.needs(task) in begun[:place]
+
+
+def test_a_failed_stage_stops_only_what_needs_it():
+    tasks = run.every_task(["rlp", "base", "cpt"], [0, 1], ["pretrain", "sft", "rlvr"])
+    begun = performed(tasks, 2, fails={run.Task("rlp", 0, "pretrain")})
+    left_out = set(tasks) - set(begun)
+    assert {(task.arm, task.seed) for task in left_out} == {("rlp", 0), ("cpt", 0)}
+
+
+def test_what_is_there_is_not_done_again():
+    tasks = run.every_task(["rlp", "cpt"], [0], ["pretrain"])
+    begun = performed(tasks, 1, done={run.Task("rlp", 0, "pretrain")})
+    assert begun == [run.Task("cpt", 0, "pretrain")]
+
+
+def lines_of(task, steps: tuple[int, ...]) -> list[dict]:
+    """Lines of a stage, at both temperatures."""
+    figures = dict.fromkeys(run.LAYOUT.figures, 0.5)
+    return [
+        {**task._asdict(), "stage_step": step, "temperature": T, **figures}
+        for step in steps
+        for T in analyze.TEMPERATURES
+    ]
+
+
+def test_another_machines_lines_stay_and_its_missing_folders_are_told(tmp_path, capsys):
+    """Its results.jsonl with no run folder: RLP's run is done again, its lines are not doubled, and
+    what has all that it needs is not touched."""
+    rlp, base = (run.Task(arm, 0, "pretrain") for arm in ("rlp", "base"))
+    there = lines_of(rlp, (80,)) + lines_of(base, (0,))
+    run.add_results(tmp_path / "results.jsonl", run.LAYOUT, there)
+    before = (tmp_path / "results.jsonl").read_bytes()
+
+    def begin(task) -> Future:
+        future: Future = Future()
+        future.set_result(lines_of(task, (80,)))
+        return future
+
+    assert run.run_all(tmp_path, [rlp, base], 1, lambda pool, task, out: begin(task)) == 0
+    told = capsys.readouterr().out
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert told.count("another machine's") == 1 and "1 stages are done, 1 are left" in told
+
+
+def test_a_run_that_can_not_be_gone_on_with_is_kept_aside(tmp_path, capsys):
+    """An unfinished run has no checkpoint; its folder gets another name, and nothing is lost."""
+    pretraining = script("flop_matched", "pretraining.py")
+    for content in ("one", "two"):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text(content)
+        pretraining.set_aside_another(tmp_path / "run", config=None)
+    aside = sorted(path for path in tmp_path.iterdir())
+    assert [path.name for path in aside] == ["run_aside_1", "run_aside_2"]
+    assert [(path / "metrics.jsonl").read_text() for path in aside] == ["one", "two"]
+    assert "not finished" in capsys.readouterr().out
+
+
+def test_the_most_confident_thought_and_the_vote():
+    """Two positions, three thoughts, three words: at the first the confident one is right and the
+    vote wrong, at the second the other way round."""
+    selecting = script("flop_matched", "selecting.py")
+    p = np.array(
+        [
+            [[0.9, 0.05, 0.05], [0.2, 0.6, 0.2], [0.1, 0.5, 0.4]],
+            [[0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.4, 0.3, 0.3]],
+        ]
+    )
+    found = selecting.select(np.log(p), np.array([0, 0]))
+    assert found.kept.tolist() == [0, 0]
+    assert found.kept_right.tolist() == [True, False]
+    assert found.vote_right.tolist() == [False, True]
+    assert found.kept_logprob == pytest.approx(np.log([0.9, 0.1]))
+    assert found.mixture_logprob == pytest.approx(np.log([1.2 / 3, 1.0 / 3]))
