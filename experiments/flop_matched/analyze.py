@@ -26,6 +26,8 @@ from rlp.measure.results_file import Results, read_results
 
 FOLDER = Path(__file__).parent
 WORDS = {arm: made.words for arm, made in ARMS.items()}
+LEARNED = 0.9
+"""Accuracy with a thought of an arm that has found the strategy."""
 METRICS = {
     "accuracy_with_thought": "accuracy with a thought",
     "gain_over_start_nats": "gain over the start",
@@ -96,7 +98,18 @@ def claims(results: Results) -> str:
         for T in TEMPERATURES:
             claim = ends(results, "pretrain", T).claim(REFERENCE, family, figure)
             said.append(f"- {METRICS[figure]}, thoughts at {at(T)}: {claim}")
-    return "\n".join(said)
+    return "\n".join([*said, reached(results)])
+
+
+def reached(results: Results) -> str:
+    """In how many worlds each trained arm learns the task."""
+    final, counts = ends(results, "pretrain", 1.0), []
+    for arm in (REFERENCE, *FAMILY):
+        accuracy = final.by_seed(arm, "accuracy_with_thought").values()
+        if ARMS[arm].is_trained and accuracy:
+            learned = sum(value > LEARNED for value in accuracy)
+            counts.append(f"{WORDS[arm]} {learned} of {len(accuracy)}")
+    return f"- worlds with an accuracy above {LEARNED:g}, thoughts at T 1: {', '.join(counts)}."
 
 
 def speaks_against(results: Results) -> str:
@@ -332,7 +345,7 @@ def compared(results: Results) -> str:
         T: ends(results, "pretrain", T).claim(REFERENCE, family, "accuracy_with_thought")
         for T in TEMPERATURES
     }
-    sentences = "\n".join(f"- {at(T)}: {said}" for T, said in claim.items())
+    sentences = "\n".join([*(f"- {at(T)}: {said}" for T, said in claim.items()), reached(results)])
     return table(["thoughts at", *(WORDS[arm] for arm in arms)], rows) + "\n\n" + sentences
 
 
