@@ -49,6 +49,7 @@ def make_tables(results: Results, costs: list[dict]) -> dict[str, str]:
         "arms": arms_table(results),
         "text": text_table(results),
         "claim": claim(results),
+        "sentence": claim(results).partition("\n")[0].removeprefix("- "),
         "costs": costs_table(costs),
     }
 

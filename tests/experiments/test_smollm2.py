@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlp.config import load_config
 from rlp.measure.results_file import read_results
 from tests import REPOSITORY
 
@@ -312,3 +313,10 @@ def test_a_result_that_changes_changes_the_readme():
     tables = report.make_tables(replace(found, lines=tuple(changed)), [])
     text = report.README.read_text()
     assert report.with_tables(text, tables) != text
+
+
+@pytest.mark.parametrize("scale", layout.SCALES.values(), ids=layout.SCALES)
+def test_every_scale_is_of_configs_that_can_be_read(scale):
+    for stage in ("warm", "calibrate", "rlp"):
+        load_config(REPOSITORY / "configs" / f"smollm2_{stage}.yaml", list(getattr(scale, stage)))
+    assert set(scale.arms) <= set(layout.ARMS) <= set(layout.WORDS) and scale.seeds >= 6
