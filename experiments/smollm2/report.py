@@ -200,7 +200,8 @@ def text_table(results: Results) -> str:
     trained = results.where(stage=TRAINED, temperature=1.0)
     rows = []
     for arm in arms_of(results):
-        row = [WORDS[arm]]
+        seeds = len(trained.where(panel="solutions").by_seed(arm, "loss"))
+        row = [WORDS[arm], str(seeds)]
         for panel in ("solutions", "other_text"):
             of_panel = trained.where(panel=panel)
             row += [
@@ -210,7 +211,7 @@ def text_table(results: Results) -> str:
             ]
         rows.append([*row, _over_seeds(trained.where(panel="results"), arm, "loss")])
     titles = [
-        *("arm", "any token of solutions: gain of a thought", "without one, nats", "loss"),
+        *("arm", "seeds", "any token of solutions: gain of a thought", "without one, nats", "loss"),
         *(
             "other text: gain of a thought",
             "without one, nats",
