@@ -80,7 +80,7 @@ def gate_table(results: Results) -> str:
     """A row for each reading of the model before the arms."""
     rows = []
     for stage, words in STAGES.items():
-        for line in results.where(stage=stage).lines:
+        for line in results.where(stage=stage, panel="results").lines:
             gain = f"{line['gain']:+.3f} [{line['gain_low']:+.3f}, {line['gain_high']:+.3f}]"
             best = "-"
             if line["best_of_g"] is not None:
@@ -195,21 +195,23 @@ def arms_table(results: Results) -> str:
     return _table(titles, rows)
 
 
+def _text_row(words: str, arm: str, read: Results) -> list[str]:
+    row = [words, str(len(read.where(panel="solutions").by_seed(arm, "loss")))]
+    for panel in ("solutions", "other_text"):
+        of_panel = read.where(panel=panel)
+        row += [
+            _over_seeds(of_panel, arm, "gain_over_start", "{:+.3f}"),
+            _over_seeds(of_panel, arm, "no_think"),
+            _over_seeds(of_panel, arm, "loss"),
+        ]
+    return [*row, _over_seeds(read.where(panel="results"), arm, "loss")]
+
+
 def text_table(results: Results) -> str:
     """What speaks against an arm: other positions, and plain text."""
-    trained = results.where(stage=TRAINED, temperature=1.0)
-    rows = []
-    for arm in arms_of(results):
-        seeds = len(trained.where(panel="solutions").by_seed(arm, "loss"))
-        row = [WORDS[arm], str(seeds)]
-        for panel in ("solutions", "other_text"):
-            of_panel = trained.where(panel=panel)
-            row += [
-                _over_seeds(of_panel, arm, "gain_over_start", "{:+.3f}"),
-                _over_seeds(of_panel, arm, "no_think"),
-                _over_seeds(of_panel, arm, "loss"),
-            ]
-        rows.append([*row, _over_seeds(trained.where(panel="results"), arm, "loss")])
+    cold, trained = (results.where(stage=stage, temperature=1.0) for stage in (COLD, TRAINED))
+    rows = [_text_row("as it comes", "base", cold)] if cold.lines else []
+    rows += [_text_row(WORDS[arm], arm, trained) for arm in arms_of(results)]
     titles = [
         *("arm", "seeds", "any token of solutions: gain of a thought", "without one, nats", "loss"),
         *(

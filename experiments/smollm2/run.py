@@ -231,9 +231,10 @@ def stage_arms(this: Experiment) -> None:
 
 
 def stage_panels(this: Experiment) -> None:
-    """Read the arms that there are on other positions and other text."""
+    """Read the model as it comes, and the arms that there are, on other positions and text."""
     names = [name for name in PANELS if name != "results"]
     readings = [(name, (this.scale.text_positions, 1), 1.0) for name in names]
+    read(this, this.out / "model", ("base", 0, COLD), readings, UNTRAINED)
     trained = this.read_results().where(stage=TRAINED, panel="results").lines
     for arm, seed in dict.fromkeys((line["arm"], line["seed"]) for line in trained):
         read_arm(this, arm, seed, readings)
