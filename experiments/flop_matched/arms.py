@@ -55,6 +55,8 @@ ARMS = {
             "position.selector=entropy",
             "position.marker=null",
             "position.per_document=2",
+            "optim.batch_size=8",
+            "optim.micro_batch_size=8",
         ),
         tuned_as=REFERENCE,
     ),
@@ -68,7 +70,12 @@ ARMS = {
         ),
         tuned_as=REFERENCE,
     ),
-    "rlp_paper": Arm("RLP with the paper's values", "rlp_paper", tuned_as=REFERENCE),
+    "rlp_paper": Arm(
+        "RLP with the paper's positions, group and temperature",
+        "rlp_paper",
+        overrides=("optim.batch_size=8", "optim.micro_batch_size=8"),
+        tuned_as=REFERENCE,
+    ),
     "rlp_fast": Arm(
         "RLP at three times the rate",
         "rlp",
