@@ -321,7 +321,8 @@ def written_task(folder: Path, **more: object) -> dict:
 def test_plain_lm_eval_on_the_same_folder_gives_the_same_answers(policy, tokenizer, pool, tmp_path):
     """Problem by problem, in prompts and to the letter: lm_eval's own model of transformers, told
     to leave the open marker out, and ours without thoughts. With thoughts the prompts are the same
-    too: examples that are drawn are drawn alike in both modes."""
+    too (examples that are drawn are drawn alike in both modes), and so are the answers to prompts
+    that end in the thoughts."""
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -343,11 +344,17 @@ def test_plain_lm_eval_on_the_same_folder_gives_the_same_answers(policy, tokeniz
         asked = Benchmark(task="written")
         result, rows = run_benchmark("written", asked, loaded, thinker, pool, mode=mode, limit=None)
         said[mode] = [(row["prompt"], row["answer"], row["score"]) for row in rows]
+        if mode == "think":
+            prompts = [f"{row['prompt']} <think> {row['thought']} </think>" for row in rows]
 
     assert said["no_think"] == expected
     assert 0 < result.accuracy == theirs["results"]["written"]["exact_match,first"] < 1
     assert [prompt for prompt, *_ in said["think"]] == [prompt for prompt, *_ in expected]
     assert len({answer for _, answer, _ in expected}) > 3
+
+    asked = [(prompt, spec["generation_kwargs"]) for prompt in prompts]
+    after = plain.generate_until(requests_of("generate_until", asked), disable_tqdm=True)
+    assert after == [answer for _, answer, _ in said["think"]] and len(set(after)) > 3
 
 
 def test_pass_at_1_is_the_mean_over_samples_and_its_error_is_over_questions():

@@ -167,6 +167,19 @@ def test_a_killed_preparation_is_told_of_and_made_again(source, tmp_path, monkey
     assert prepare.what_is_lacking(out) is None and left.is_dir()
 
 
+def test_of_two_preparations_at_once_the_first_one_is_kept(source, tmp_path, monkeypatch):
+    out, made = tmp_path / "model", prepare.read_gguf
+
+    def overtaken(source: Path):
+        monkeypatch.setattr(prepare, "read_gguf", made)
+        prepare.prepare(out, source)
+        return made(source)
+
+    monkeypatch.setattr(prepare, "read_gguf", overtaken)
+    assert prepare.prepare(out, source) == out
+    assert prepare.what_is_lacking(out) is None and not list(tmp_path.glob(".tmp.*"))
+
+
 def test_what_the_package_lacks_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     """No package; one without its file; one whose file is another."""
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
