@@ -21,13 +21,19 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from rlp.world.problems import (
+    CLOSE,
+    CUE,
+    HEADINGS,
+    OPEN,
+)  # rlp before torch: rlp/process/machine.py
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from rlp.world.problems import CLOSE, CUE, HEADINGS, OPEN
 
 TEMPERATURES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 MAX_THOUGHT_TOKENS = 16

@@ -138,12 +138,14 @@ def _selected(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         f"surest_thought_{name}": np.take_along_axis(answers[values], surest, axis=1)[:, 0]
         for name, values in (("gain_nats", "reasoned"), ("accuracy", "right_with"))
     }
+    found["surest_thought_over_empty_nats"] = found["surest_thought_gain_nats"] - answers["empty"]
     found["surest_thought_gain_nats"] -= answers["no_think"]
     if "reasoned_halves" in answers:
         halves, without = answers["reasoned_halves"], answers["no_think_halves"]
         chosen_by_other = halves.argmax(axis=1)[:, None, ::-1]
         scored = np.take_along_axis(halves, chosen_by_other, axis=1)[:, 0]
         found["cross_selected_gain_nats"] = (scored - without).sum(axis=1)
+        found["cross_selected_over_empty_nats"] = scored.sum(axis=1) - answers["empty"]
     return found
 
 

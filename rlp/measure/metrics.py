@@ -206,11 +206,19 @@ EVALUATION: dict[str, Metric] = {
         " there is to select. Left out with a horizon of 1, where choosing and scoring would be the"
         " same, and for one thought a position.",
     ),
+    "cross_selected_over_empty_nats": Metric(
+        "nats",
+        "What the same thought gains over an empty one: an open and a close marker, which all"
+        " thoughts share.",
+    ),
     "surest_thought_gain_nats": Metric(
         "nats",
         "What that thought of a position gains over the policy's own no-think prediction after"
         " which the policy gives its most probable next token the largest probability: chosen"
         " without the target. Left out for one thought a position.",
+    ),
+    "surest_thought_over_empty_nats": Metric(
+        "nats", "What the same thought gains over an empty one."
     ),
     "surest_thought_accuracy": Metric(
         "fraction", "The most probable token is the target, after that thought."

@@ -22,6 +22,13 @@ CHOICES = {
 }
 """How a thought is chosen that is scored on what did not choose it."""
 
+OVER_EMPTY = {
+    BY_HALVES: "cross_selected_over_empty_nats",
+    "gain_over_no_think_nats": "gain_over_empty_nats",
+    "surest_thought_gain_nats": "surest_thought_over_empty_nats",
+}
+"""What the same thought gains over an empty one."""
+
 FORMAT_SHARE = 0.5
 """Of the gain, or the harm, of thinking: what an empty thought has to explain for the format to be
 named as its cause. Ours."""
@@ -42,10 +49,10 @@ def signal_in_words(found: Decomposition, config: Config) -> list[str]:
 
 
 def has_signal(found: Decomposition) -> bool:
-    """Whether a chosen thought gains over no thought, and siblings differ."""
+    """Whether a chosen thought gains over no thought and over an empty one, and siblings differ."""
     if _no_verdict(found):
         return False
-    return _siblings_differ(found) and found.intervals[_best_choice(found)][0] > 0
+    return _siblings_differ(found) and _least(found, _best_choice(found)) > 0
 
 
 def _no_verdict(found: Decomposition) -> str | None:
@@ -73,7 +80,12 @@ def _choices(found: Decomposition) -> list[str]:
 
 
 def _best_choice(found: Decomposition) -> str:
-    return max(_choices(found), key=lambda name: found.intervals[name][0])
+    return max(_choices(found), key=lambda name: _least(found, name))
+
+
+def _least(found: Decomposition, name: str) -> float:
+    """Lower end of what a choice gains over the better of no thought and an empty one."""
+    return min(found.intervals[one][0] for one in (name, OVER_EMPTY[name]))
 
 
 def _siblings_differ(found: Decomposition) -> bool:
@@ -84,16 +96,20 @@ def _signal(found: Decomposition) -> str:
     if not _siblings_differ(found):
         return "NO SIGNAL: the thoughts of a position all predict alike, so every advantage is 0."
     name = _best_choice(found)
-    gain, (low, high) = found.means[name], found.intervals[name]
-    worth = (
-        f"{CHOICES[name]} is worth {gain:+.3f} nats against no thought (interval {low:+.3f} to"
-        f" {high:+.3f})"
-    )
-    if low > 0:
+    gain, empty = _with_interval(found, name), _with_interval(found, OVER_EMPTY[name])
+    worth = f"{CHOICES[name]} is worth {gain} against no thought and {empty} against an empty one"
+    if _least(found, name) > 0:
         return f"SIGNAL: there is something to select: {worth}."
     if all(found.intervals[choice][1] < 0 for choice in _choices(found)):
         return f"NO SIGNAL: what is selected is the lesser harm: {worth}."
+    if found.intervals[name][0] > 0:
+        return f"NO SIGNAL: the markers gain by themselves, which all thoughts share: {worth}."
     return f"NO SIGNAL: nothing to select that this panel can see: {worth}."
+
+
+def _with_interval(found: Decomposition, name: str) -> str:
+    low, high = found.intervals[name]
+    return f"{found.means[name]:+.3f} nats (interval {low:+.3f} to {high:+.3f})"
 
 
 def _how_chosen(found: Decomposition) -> list[str]:

@@ -3,6 +3,7 @@ stopped, continued and taken from another machine."""
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.experiments.scripts import script
 
 analyze = script("flop_matched", "analyze.py")
 run = script("flop_matched", "run.py")
+KINDS = run.make_world.__globals__["KINDS"]
 FOLDER = REPOSITORY / "experiments" / "flop_matched"
 
 
@@ -119,9 +121,14 @@ def lines_of(task, steps: tuple[int, ...]) -> list[dict]:
     ]
 
 
-def test_another_machines_lines_stay_and_its_missing_folders_are_told(tmp_path, capsys):
+def test_another_machines_lines_stay_and_its_missing_folders_are_told(
+    tmp_path, monkeypatch, capsys
+):
     """Its results.jsonl with no run folder: RLP's run is done again, its lines are not doubled, and
     what has all that it needs is not touched."""
+    worlds = replace(KINDS["rare"], out=tmp_path / "worlds")
+    monkeypatch.setitem(KINDS, "rare", worlds)
+    (worlds.out / "0" / "base").mkdir(parents=True)
     rlp, base = (run.Task(arm, 0, "pretrain") for arm in ("rlp", "base"))
     there = lines_of(rlp, (80,)) + lines_of(base, (0,))
     run.add_results(tmp_path / "results.jsonl", run.LAYOUT, there)

@@ -16,12 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rlp.config import load_config
 from rlp.measure.results_file import read_results
 from tests import REPOSITORY
+from tests.experiments.scripts import script
 
 HERE = REPOSITORY / "experiments" / "smollm2"
 sys.path.append(str(HERE))  # the scripts import each other, as they do when one of them is run
-documents, layout, panels, prepare, report, run = map(
-    import_module, ("documents", "layout", "panels", "prepare", "report", "run")
+documents, layout, panels, prepare, report = map(
+    import_module, ("documents", "layout", "panels", "prepare", "report")
 )
+run = script("smollm2", "run.py")  # other experiments have a run.py too
 
 # Documents
 

@@ -145,14 +145,16 @@ def test_a_thought_is_not_chosen_by_what_it_is_scored_on(horizon):
         scored = [logprobs(m, row) for row in rows]
         without = logprobs(m, None)[0].mean()
         surest = max(scored, key=lambda one: one[1])[0].mean()
-        assert found.columns["surest_thought_gain_nats"][m] == pytest.approx(
-            surest - without, abs=2e-5
-        )
+        empty = logprobs(m, [OPEN, CLOSE])[0].mean()
+        chosen = {"surest_thought": surest}
         if horizon > 1:
             first = max(scored, key=lambda one: one[0][half:].sum())[0][:half].sum()
             second = max(scored, key=lambda one: one[0][:half].sum())[0][half:].sum()
-            expected = (first + second) / horizon - without
-            assert found.columns["cross_selected_gain_nats"][m] == pytest.approx(expected, abs=2e-5)
+            chosen["cross_selected"] = (first + second) / horizon
+        for name, its in chosen.items():
+            for other, floor in (("gain", without), ("over_empty", empty)):
+                column = found.columns[f"{name}_{other}_nats"]
+                assert column[m] == pytest.approx(its - floor, abs=2e-5)
     assert ("cross_selected_gain_nats" in found.means) == (horizon > 1)
     assert ("cross_selected_gain_nats" in found.intervals) == (horizon > 1)
 
@@ -165,7 +167,8 @@ def test_chance_is_nothing_to_select():
     halves = random.normal(size=(positions, siblings, 2))
     shared = random.normal(size=(positions, siblings, 1))
     zeros = np.zeros((positions, siblings))
-    answers = {"surest": zeros, "right_with": zeros, "no_think": zeros[:, 0]}
+    answers = {"surest": zeros, "right_with": zeros}
+    answers |= dict.fromkeys(("no_think", "empty"), zeros[:, 0])
 
     def selected(of_halves: np.ndarray) -> float:
         of_halves = of_halves / 2
@@ -310,6 +313,8 @@ def told(documents: int = 40, **said: tuple[float, float, float]) -> list[str]:
     measured = {
         "gain_over_shuffled_nats": (0.2, 0.3, 0.4),
         "surest_thought_gain_nats": (0.3, 0.4, 0.5),
+        "surest_thought_over_empty_nats": (0.3, 0.4, 0.5),
+        "cross_selected_over_empty_nats": (0.1, 0.2, 0.3),
         "gain_over_no_think_nats": (0.2, 0.3, 0.4),
         "gain_over_empty_nats": (0.2, 0.3, 0.4),
         "reward_group_std_nats": (0.4, 0.5, 0.6),
@@ -384,7 +389,27 @@ HARM = {"gain_over_no_think_nats": (-1.6, -1.5, -1.4), "gain_over_empty_nats": (
                 "surest_thought_gain_nats": (-0.4, -0.3, -0.2),
             },
             "SIGNAL: there is something to select: a thought chosen by the other half of the target"
-            " tokens is worth +0.200 nats against no thought (interval +0.100 to +0.300).",
+            " tokens is worth +0.200 nats (interval +0.100 to +0.300) against no thought and +0.200"
+            " nats (interval +0.100 to +0.300) against an empty one.",
+            "helps",
+            "yes",
+        ),
+        # What an empty thought gains as well is no choice among thoughts.
+        (
+            {
+                "gain_over_empty_nats": (-0.1, 0.1, 0.3),
+                "surest_thought_over_empty_nats": (-0.2, 0.0, 0.2),
+            },
+            "NO SIGNAL: the markers gain by themselves, which all thoughts share: a thought taken",
+            "helps",
+            "yes",
+        ),
+        (
+            {
+                "cross_selected_gain_nats": (0.1, 0.2, 0.3),
+                "cross_selected_over_empty_nats": (-0.1, 0.0, 0.1),
+            },
+            "NO SIGNAL: the markers gain by themselves, which all thoughts share: a thought chosen",
             "helps",
             "yes",
         ),
