@@ -12,14 +12,15 @@
     rlp splice RUN      documents with a model's own thoughts in them, for the controls
                         mixed_sft and cpt_replay
     rlp mixed-sft RUN   rounds of splicing and training that spend what a run has spent
+    rlp pipeline CONFIG stages of arms over seeds: RLP and its controls, SFT, RLVR
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
                                 learn from?
 
-Exit codes: 0 done, 1 two runs differ (audit), 2 something that the command line names is not there
-or can not be used, 3 a file that can not be read back, 130 Ctrl-C. What trains (train, mixed-sft)
-ends as a run does (`rlp.process.exit_codes`).
+Exit codes: 0 done, 1 two runs differ (audit) or stages failed (pipeline), 2 something that the
+command line names is not there or can not be used, 3 a file that can not be read back, 130 Ctrl-C.
+What trains (train, mixed-sft) ends as a run does (`rlp.process.exit_codes`).
 """
 
 import argparse
@@ -34,6 +35,7 @@ from rlp.compare.eval_options import add_eval
 from rlp.compare.splice_options import add_splice
 from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
+from rlp.post.pipeline_options import add_pipeline
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import chosen_checkpoint, open_run_folder
@@ -500,6 +502,7 @@ COMMANDS = (
     _add_match,
     add_splice,
     _add_mixed_sft,
+    add_pipeline,
     _add_audit,
     _add_world,
 )

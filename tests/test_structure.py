@@ -27,6 +27,7 @@ ROOMS = (
     "run",
     "trainer",
     "train",
+    "post",
     "cli",
     "__main__",
 )

@@ -1,0 +1,1 @@
+"""What follows pretraining: post-training in stages, and what it does to a model."""

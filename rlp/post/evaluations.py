@@ -1,0 +1,203 @@
+"""What every model of a pipeline is read by, by name.
+
+An evaluation is a function `read(reading: Reading) -> dict[str, float | None]`: figures of one
+model at one temperature. `panel` has its own section in the YAML; of the others those count that
+`evaluation.others` names, with their settings, by a name of `EVALUATIONS` or as
+`package.module:name`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlp.config import ConfigError
+from rlp.post.pipeline_config import EvaluationConfig, PanelConfig
+from rlp.process.outside import open_part
+
+if TYPE_CHECKING:
+    from rlp.config import Config
+    from rlp.process.ranks import Ranks
+
+PANEL_FIGURES = (
+    "accuracy_with_thought",
+    "accuracy_without_thought",
+    "gain_over_start_nats",
+    "gain_over_no_think_nats",
+    "document_loss_nats",
+    "thought_tokens_mean",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A model that is to be read."""
+
+    model: Path
+    seed: int
+    temperature: float
+    settings: dict
+    """Of the evaluation, from the YAML, `{seed}` filled in."""
+    start: str
+    """The model that every arm begins with."""
+    is_last: bool
+    """Whether it is the last of its stage, not one of its curve."""
+    ranks: "Ranks"
+
+
+Evaluation = Callable[[Reading], dict[str, float | None]]
+
+EVALUATIONS: dict[str, str] = {
+    "panel": "rlp.post.evaluations:read_panel",
+    "benchmarks": "rlp.post.evaluations:read_benchmarks",
+}
+"""Those that come with this program."""
+
+
+def open_evaluation(name: str) -> Evaluation:
+    """The evaluation of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in EVALUATIONS and ":" not in name:
+        raise ConfigError(
+            f"evaluation.others.{name}: there is no such evaluation. There are"
+            f" {', '.join(other for other in EVALUATIONS if other != 'panel')}, or one of yours as"
+            " package.module:name."
+        )
+    return open_part("evaluation.others", EVALUATIONS.get(name, name), {}, ()).call
+
+
+def asked_for(evaluation: EvaluationConfig) -> dict[str, dict]:
+    """All evaluations of a pipeline, with the settings of each."""
+    panel = evaluation.panel
+    own = {} if panel is None else {"panel": {name: getattr(panel, name) for name in _PANEL}}
+    return own | evaluation.others
+
+
+_PANEL = ("config", "overrides", "curve_thoughts")
+
+
+# The panel
+
+
+def panel_config(panel: PanelConfig, start: str) -> "Config":
+    """The config that a panel is drawn and read by."""
+    from rlp.config import load_config
+
+    config = load_config(panel.config, [*panel.overrides, f"model.path={json.dumps(start)}"])
+    if not config.data.held_out:
+        raise ConfigError(
+            f"evaluation.panel: {panel.config} has no data.held_out, and a panel is made of"
+            " held-out documents. Write data.held_out=[FILE] in evaluation.panel.overrides."
+        )
+    return config
+
+
+def read_panel(reading: Reading) -> dict[str, float | None]:
+    """Gain and accuracy at the positions of the held-out panel, over the start."""
+    settings = json.dumps(reading.settings, sort_keys=True)
+    return _panel_reader(settings, reading.start, reading.ranks).figures(reading)
+
+
+@lru_cache(maxsize=2)
+def _panel_reader(settings: str, start: str, ranks: "Ranks") -> "PanelReader":
+    return PanelReader(PanelConfig(**json.loads(settings)), start, ranks)
+
+
+class PanelReader:
+    """Reads models at the same positions, whatever they were trained with."""
+
+    def __init__(self, panel: PanelConfig, start: str, ranks: "Ranks") -> None:
+        from rlp.measure.frozen import load_frozen
+        from rlp.measure.panel import held_out_panel
+        from rlp.measure.panel_scoring import no_think_logprob
+        from rlp.model.setup import PanelSetup
+
+        self._config, self._ranks = panel_config(panel, start), ranks
+        self._curve_thoughts = panel.curve_thoughts
+        setup = PanelSetup(self._config, lambda text: None)
+        self._panel = held_out_panel(setup)
+        base = load_frozen(setup, ranks)
+        self._start_logprob = no_think_logprob(base, self._panel, self._config, ranks)
+
+    def figures(self, reading: Reading) -> dict[str, float | None]:
+        """What a model does at the positions."""
+        from rlp.measure.frozen import load_frozen
+        from rlp.measure.panel_scoring import measure_panel
+        from rlp.model.setup import ModelSetup
+
+        own, evaluation = self._config, self._config.evaluation
+        thoughts = evaluation.thoughts_per_position
+        if not reading.is_last and self._curve_thoughts is not None:
+            thoughts = self._curve_thoughts
+        config = replace(
+            own,
+            model=replace(own.model, path=str(reading.model), tokenizer=None, init="pretrained"),
+            thought=replace(own.thought, temperature=reading.temperature),
+            evaluation=replace(evaluation, thoughts_per_position=thoughts),
+        )
+        means = measure_panel(
+            load_frozen(ModelSetup(config), self._ranks),
+            self._panel,
+            config,
+            self._ranks,
+            start_logprob=self._start_logprob,
+        ).means
+        counts = {"n": int(means["panel_positions"]), "thoughts": thoughts}
+        return counts | {name: means.get(name) for name in PANEL_FIGURES}
+
+
+# Benchmarks
+
+
+def read_benchmarks(reading: Reading) -> dict[str, float | None]:
+    """Accuracy on benchmarks, thoughts at the temperature, answers greedy.
+
+    Settings: `tasks`, as `rlp eval --tasks` has them, `question_field`, `answer_field`, `modes`,
+    `limit` and `batch_size`.
+    """
+    from rlp.compare.asked_model import open_asked_model
+    from rlp.compare.benchmarks import run_benchmarks
+    from rlp.compare.evaluate import benchmarks_by_name
+    from rlp.compare.tasks import load_tasks
+
+    settings = BENCHMARKS | reading.settings
+    if unknown := sorted(settings.keys() - BENCHMARKS.keys()):
+        raise ConfigError(
+            f"evaluation.others.benchmarks: unknown key {unknown[0]}. There are"
+            f" {', '.join(BENCHMARKS)}."
+        )
+    named = benchmarks_by_name(
+        settings["tasks"],
+        question_field=settings["question_field"],
+        answer_field=settings["answer_field"],
+        examples=None,
+    )
+    benchmarks = {
+        name: replace(one, thought_temperature=reading.temperature) for name, one in named.items()
+    }
+    asked = run_benchmarks(
+        benchmarks,
+        load_tasks(benchmarks),
+        open_asked_model(str(reading.model), device=reading.ranks.device),
+        modes=tuple(settings["modes"]),
+        limit=settings["limit"],
+        seed=reading.seed,
+        rows=settings["batch_size"],
+    )
+    return {f"{result.benchmark}_{result.mode}": result.accuracy for result, _ in asked}
+
+
+BENCHMARKS = {
+    "tasks": "",
+    "question_field": "question",
+    "answer_field": "answer",
+    "modes": ["think", "no_think"],
+    "limit": None,
+    "batch_size": 8,
+}
+"""Settings of `read_benchmarks`, and what they are where the YAML does not say."""

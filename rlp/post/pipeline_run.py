@@ -1,0 +1,232 @@
+"""A pipeline from its plan to its results: what is left of its tasks is done, one or several side
+by side, and each adds its lines to results.jsonl when it ends."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlp.config import ConfigError
+from rlp.post.pipeline_checks import refuse_bad, refuse_changed
+from rlp.post.pipeline_config import Pipeline
+from rlp.post.pipeline_folder import TaskFolder
+from rlp.post.pipeline_results import add_lines, results_path
+from rlp.post.pipeline_task import asked_of, left_to_read, perform
+from rlp.post.pipeline_tasks import Task, run_tasks
+from rlp.post.stages.interface import StageStopped
+from rlp.process.console import format_duration, visible_text
+from rlp.process.exit_codes import DONE, PREEMPTED
+from rlp.process.files import make_folder, new_folder, read_bytes, write_atomically, write_new
+from rlp.process.lock import BEAT_S, RunLock
+from rlp.process.poller import Poller
+from rlp.process.ranks import start_ranks
+
+if TYPE_CHECKING:
+    from rlp.process.ranks import Ranks
+
+STAGES_FAILED = 1
+"""Exit code of a pipeline of which not all came to its end."""
+
+
+def run_pipeline(
+    pipeline: Pipeline, text: bytes, say: Callable[[str], None], workers: int = 1
+) -> int:
+    """Do all that is left of a pipeline; the exit code.
+
+    Args:
+        text: its YAML, which its folder keeps.
+        say: prints a line.
+
+    Raises:
+        ConfigError, DataError: it can not be done; nothing was made.
+    """
+    tasks = refuse_bad(pipeline)
+    ranks = start_ranks()
+    with holding(pipeline, text, ranks, say):
+        done = finished(tasks, pipeline)
+        for task in tasks:
+            if task in done:
+                add_lines(task, pipeline)
+        progress = Progress(tasks, done, pipeline, workers, say)
+        progress.begin()
+        return _run(tasks, done, pipeline, ranks, workers, progress)
+
+
+def _run(
+    tasks: list[Task],
+    done: set[Task],
+    pipeline: Pipeline,
+    ranks: "Ranks",
+    workers: int,
+    progress: "Progress",
+) -> int:
+    """Do the tasks that are not done, and tell of each."""
+    stopped, failed = False, []
+
+    def begin(task: Task) -> Future:
+        return here(task, pipeline, ranks)
+
+    for task, future in run_tasks(tasks, done, workers, lambda task: task.needs(pipeline), begin):
+        error = future.exception()
+        if isinstance(error, StageStopped):
+            stopped = True
+            break
+        if error is None:
+            add_lines(task, pipeline)
+        else:
+            failed.append(task)
+        progress.ended(task, error)
+    progress.end(failed, stopped)
+    return PREEMPTED if stopped else STAGES_FAILED if failed else DONE
+
+
+def here(task: Task, pipeline: Pipeline, ranks: "Ranks") -> Future:
+    """Do a task in this process."""
+    future: Future = Future()
+    try:
+        perform(task, pipeline, ranks)
+        future.set_result(None)
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def finished(tasks: list[Task], pipeline: Pipeline) -> set[Task]:
+    """Tasks that are done and read.
+
+    Raises:
+        ConfigError: one was begun with other inputs than it would have.
+    """
+    whole: set[Task] = set()
+    read: set[Task] = set()
+    for task in tasks:
+        if not all(need in whole for need in task.needs(pipeline)):
+            continue
+        refuse_changed(task, pipeline, asked_of(task, pipeline))
+        if TaskFolder(task.folder(pipeline)).is_finished:
+            whole.add(task)
+            if not left_to_read(task, pipeline):
+                read.add(task)
+    return read
+
+
+@contextlib.contextmanager
+def holding(
+    pipeline: Pipeline, text: bytes, ranks: "Ranks", say: Callable[[str], None]
+) -> Iterator[None]:
+    """The folder of a pipeline is this job's: made, or found, with its YAML in it."""
+    folder = Path(pipeline.dir)
+    with RunLock(ranks) as lock:
+        if not folder.exists():
+            make_folder(folder.absolute().parent, exist_ok=True)
+            with new_folder(folder, point="pipeline.before_rename") as new:
+                write_new(new / "pipeline.yaml", text, point="pipeline.torn_config")
+                lock.write_first(new)
+        elif not (folder / "pipeline.yaml").is_file():
+            raise ConfigError(
+                f"dir: {folder} is there and is no folder of a pipeline: it has no pipeline.yaml."
+                " Write another dir."
+            )
+        lock.claim(folder, say, lambda: None)
+        if read_bytes(folder / "pipeline.yaml") != text:
+            write_atomically(folder / "pipeline.yaml", text, point="pipeline.torn_config")
+
+        def beat(polls: Iterator[bytes]) -> None:
+            for _ in polls:
+                lock.beat()
+
+        poller = Poller("pipeline lock", BEAT_S, beat)
+        try:
+            yield
+        finally:
+            poller.close(BEAT_S)
+
+
+# Telling
+
+
+@dataclass
+class Progress:
+    """Tells how far a pipeline is, and when it will be done."""
+
+    tasks: list[Task]
+    done: set[Task]
+    pipeline: Pipeline
+    workers: int
+    say: Callable[[str], None]
+    expected: Callable[[Task], float | None] = lambda task: None
+    """Seconds that a task was planned to take; None where nobody knows."""
+
+    def begin(self) -> None:
+        self.began, self.left = time.monotonic(), [t for t in self.tasks if t not in self.done]
+        self.say(
+            f"{self.pipeline.dir}: {len(self.done)} of {len(self.tasks)} stages are done,"
+            f" {len(self.left)} are left"
+        )
+
+    def ended(self, task: Task, error: BaseException | None) -> None:
+        """A line for each task that has ended."""
+        self.left.remove(task)
+        taken = format_duration(time.monotonic() - self.began)
+        what = "done" if error is None else f"FAILED: {_told(error)}"
+        number = len(self.tasks) - len(self.left)
+        self.say(
+            visible_text(
+                f"{number}/{len(self.tasks)}  {task.name}: {what}; {taken}{self._remaining()}"
+            )
+        )
+
+    def _remaining(self) -> str:
+        seconds = [self._seconds(task) for task in self.left]
+        if not seconds or None in seconds:
+            return ""
+        return f", about {format_duration(sum(seconds) / self.workers)} left"
+
+    def _seconds(self, task: Task) -> float | None:
+        """What such a stage took on the seeds that have it, else what it was planned to take."""
+        taken = [
+            seconds_of(other, self.pipeline)
+            for other in self.tasks
+            if other.chain[-1:] == task.chain[-1:] and other not in self.left
+        ]
+        known = [seconds for seconds in taken if seconds is not None]
+        return sum(known) / len(known) if known else self.expected(task)
+
+    def end(self, failed: list[Task], stopped: bool) -> None:
+        """What became of all of it, and how to go on."""
+        if stopped:
+            self.say("asked to stop, and saved. Start the same command again to go on.")
+            return
+        for task in failed:
+            folder = TaskFolder(task.folder(self.pipeline))
+            self.say(f"{task.name} failed; {folder.log} says why")
+        waiting = [task for task in self.left if task not in failed]
+        if failed:
+            self.say(
+                f"{len(failed)} stages failed, {len(waiting)} that need them wait, and the others"
+                " stand. Mend the cause and start the same command again: it goes on with these."
+            )
+            return
+        read = f"; figures: {results_path(self.pipeline)}"
+        self.say(
+            f"{self.pipeline.dir}: all {len(self.tasks)} stages are done"
+            f"{read if self.pipeline.evaluation.is_asked_for else ''}"
+        )
+
+
+def seconds_of(task: Task, pipeline: Pipeline) -> float | None:
+    """What a finished task took, its readings too."""
+    folder = TaskFolder(task.folder(pipeline))
+    if not folder.is_finished:
+        return None
+    spent = folder.ledger().seconds
+    return None if spent is None else spent + sum(line["seconds"] for line in folder.read_lines())
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line."""
+    words = " ".join(str(error).split())
+    return words[:400] or type(error).__name__

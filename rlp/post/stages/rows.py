@@ -1,0 +1,56 @@
+"""The rows that `sft` and `rlvr` read."""
+
+from rlp.config import ConfigError, DataConfig
+from rlp.data.errors import DataError
+from rlp.data.sources import open_rows
+from rlp.post.pipeline_config import RlvrStage, SftStage, TrlStage
+
+
+def read_rows(settings: TrlStage) -> list[dict]:
+    """All rows of a stage, with the fields that it needs, text in each.
+
+    Raises:
+        ConfigError, DataError: no row, or one without a field; names file and line.
+    """
+    rows = open_rows(settings.data, DataConfig(train=settings.data), "train", "data")
+    read = [rows.read(index) for index in range(len(rows))]
+    if isinstance(settings, SftStage):
+        return _same_fields(read, rows)
+    needs = ["prompt"]
+    if settings.reward == "exact_match":
+        needs.append(settings.answer_field)
+    for index, row in enumerate(read):
+        _refuse_lacking(row, needs, rows.where(index))
+    return read
+
+
+def _same_fields(read: list[dict], rows: object) -> list[dict]:
+    """Rows of text, or of prompts with completions; not both."""
+    needs = ["text"] if "text" in read[0] else ["prompt", "completion"]
+    for index, row in enumerate(read):
+        _refuse_lacking(row, needs, rows.where(index))
+    return [{name: row[name] for name in needs} for row in read]
+
+
+def _refuse_lacking(row: dict, needs: list[str], where: str) -> None:
+    for name in needs:
+        value = row.get(name)
+        if not isinstance(value, str | int | float) or (name != "answer" and value == ""):
+            came = "none" if value is None else repr(value)[:60]
+            raise DataError(
+                f"{where}: a row needs text in {' and '.join(needs)}, and {name} is {came}. It has"
+                f" {', '.join(map(str, row)) or 'no field'}. Mend the row, or leave it out."
+            )
+
+
+def refuse_few(settings: RlvrStage, prompts: int) -> None:
+    """Refuse fewer prompts than a step takes: TRL would make no step at all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if prompts < settings.batch_size:
+        raise ConfigError(
+            f"data: {prompts} prompts, and a step takes {settings.batch_size}. Write a smaller"
+            " batch_size, or more prompts."
+        )
