@@ -28,7 +28,7 @@ from rlp.model.running_rows import ReadRows, RunningRows
 from rlp.model.scoring import ask, unpack
 from rlp.model.thoughts import ThoughtFormat
 from rlp.process.progress import Progress
-from rlp.sampling.draw import draw
+from rlp.sampling.draw import draw, nucleus
 from rlp.sampling.rollout import NoiseKey
 from rlp.sampling.sampler import Sampler
 
@@ -97,6 +97,8 @@ class Thinker:
         thinks: bool,
         thought_tokens: int,
         answer_temperature: float = 0.0,
+        answer_top_p: float = 1.0,
+        barred: tuple[int, ...] | None = None,
         seed: int = 0,
         rows: int = 32,
     ) -> None:
@@ -106,12 +108,18 @@ class Thinker:
             thought_format: markers, instruction and the sampling temperature of thoughts.
             thought_tokens: budget of a thought, the close marker included.
             answer_temperature: of answer tokens, 0 is greedy.
-            rows: N; changes memory and speed, never an answer.
+            answer_top_p: the least mass, at that temperature, of the most probable tokens that one
+                is drawn among; 1 is all of them.
+            barred: tokens that no answer holds; None: what no target softmax of training holds, the
+                first token of the open marker.
+            rows: N; changes memory and speed, and in float32 no answer.
         """
         self._policy, self._sampler = policy, sampler
         self._tokenizer, self._thought_format = tokenizer, thought_format
         self._thinks, self._thought_tokens = thinks, thought_tokens
-        self._answer_temperature, self._seed, self._rows = answer_temperature, seed, rows
+        self._answer_temperature, self._answer_top_p = answer_temperature, answer_top_p
+        self._barred = [thought_format.markers.excluded] if barred is None else list(barred)
+        self._seed, self._rows = seed, rows
 
         text_config = policy.lm.config.get_text_config()
         self._limit = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -141,6 +149,8 @@ class Thinker:
             thinks=False,
             thought_tokens=self._thought_tokens,
             answer_temperature=self._answer_temperature,
+            answer_top_p=self._answer_top_p,
+            barred=tuple(self._barred),
             seed=self._seed,
             rows=self._rows,
         )
@@ -158,9 +168,16 @@ class Thinker:
             until: texts that end an answer; they are left off. After a thought, white space in
                 front of the answer is not searched for them.
         """
+        found = dict(self.each_reply(prompts, samples, until=until, answer_tokens=answer_tokens))
+        return [found[prompt] for prompt in prompts]
+
+    def each_reply(
+        self, prompts: list[str], samples: int, *, until: list[str], answer_tokens: int
+    ) -> Iterator[tuple[str, list[Reply]]]:
+        """As `replies`: each different prompt with its replies, some prompts at a time as they are
+        answered, the longest first."""
         texts = list(dict.fromkeys(prompts))
         encoded = [self.encode(text) for text in texts]
-        found: dict[str, list[Reply]] = {}
         for chunk in self._chunks(encoded, samples, QUEUED):
             tokens = [encoded[index] for index in chunk]
             groups = self._contexts(tokens, samples, answer_tokens)
@@ -168,8 +185,7 @@ class Thinker:
             keys = [(_key(prompt), sample) for prompt in tokens for sample in range(samples)]
             answers = iter(self._continue(contexts, keys, until, answer_tokens))
             for index, group in zip(chunk, groups):
-                found[texts[index]] = [context.reply(*next(answers)) for context in group]
-        return [found[prompt] for prompt in prompts]
+                yield texts[index], [context.reply(*next(answers)) for context in group]
 
     def scores(
         self, pairs: list[tuple[np.ndarray, np.ndarray]], samples: list[int]
@@ -308,6 +324,7 @@ class Thinker:
                 else:
                     places = [len(written[one]) for one in answer[going]]
                     uniform = uniforms[answer[going], places].to(logits.device)
+                    logits = nucleus(logits, self._answer_temperature, self._answer_top_p)
                     token = draw(logits, uniform, self._answer_temperature)[0]
 
                 ended = []
@@ -334,14 +351,16 @@ class Thinker:
         self, rows: RunningRows, answer: np.ndarray, queue: list[int], contexts: list[_Context]
     ) -> None:
         """Put the next answers into the rows that are free, behind all of their contexts but the
-        last token, which is run next."""
+        last token, which is run next. A context that several answers share is run once."""
         free = np.flatnonzero(answer < 0)
         if not queue or not len(free) or self._policy.why_together and len(free) < len(answer):
             return
         begun = queue[: len(free)]
         del queue[: len(free)]
-        read = ReadRows(self._policy, [contexts[one].tokens[:-1] for one in begun])
-        rows.begin(free[: len(begun)].tolist(), read, list(range(len(begun))))
+        shared = {id(contexts[one]): contexts[one].tokens[:-1] for one in begun}
+        read = ReadRows(self._policy, list(shared.values()))
+        place = {key: index for index, key in enumerate(shared)}
+        rows.begin(free[: len(begun)].tolist(), read, [place[id(contexts[one])] for one in begun])
         answer[free[: len(begun)]] = begun
 
     def _next_logits(
@@ -359,7 +378,7 @@ class Thinker:
         device = self._policy.device
         going = torch.from_numpy(answer >= 0).to(device)
         logits = rows.next(torch.from_numpy(token).to(device), going)
-        logits[:, self._thought_format.markers.excluded] = -torch.inf
+        logits[:, self._barred] = -torch.inf
         return logits
 
     def _uniforms(self, keys: list[tuple[int, int]], length: int) -> Tensor:

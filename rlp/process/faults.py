@@ -110,6 +110,8 @@ COMMAND_POINTS: dict[str, str] = {
     ),
     "eval.torn_rows": "`rlp eval`: half of the answers of a benchmark are on disk.",
     "eval.torn_json": "Half of the results are.",
+    "diversity.torn_samples": "`rlp diversity`: half of some drawn answers are on disk.",
+    "diversity.torn_json": "Half of what was measured on them is.",
     "results.torn_line": "Half of a line of an experiment's results.jsonl is on disk.",
     "world.torn_file": "`rlp world`: half of one more file is on disk.",
     "world.before_rename": "The folder is written and does not have its name yet.",

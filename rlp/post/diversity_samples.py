@@ -1,0 +1,166 @@
+"""Prompts, and what models answered to them: the files that `rlp diversity` reads and writes.
+
+A line of a samples file is {"model", "prompt", "kind": "open" | "closed", "text"}, with "answer" (a
+text, or a list of texts that are all right) where the prompt is closed, and, where it was drawn by
+`rlp diversity`, how. A line of a panel is {"prompt", "kind"}, with "answer", "category", and
+"tokens", how many an answer has at most.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from rlp.config import ConfigError
+from rlp.data.errors import DataError
+from rlp.process.files import read_bytes
+
+Kind = Literal["open", "closed"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DRAWN = ("seed", "temperature", "top_p", "format", "frame", "weights", "thinks", "dtype")
+"""How an answer was drawn: all lines of a model agree in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One of a panel."""
+
+    text: str
+    kind: Kind
+    answers: tuple[str, ...] = ()
+    """Of a closed one, each of them right; empty where it names none."""
+    category: str = ""
+    tokens: int | None = None
+    """Of an answer at most; None: as the command says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of a model."""
+
+    model: str
+    prompt: Prompt
+    text: str
+    how: tuple[tuple[str, object], ...] = ()
+    """What its line says of `DRAWN`, as JSON text."""
+
+
+def committed_panel() -> list[Prompt]:
+    """60 open prompts in five categories (creative, advice, numbers, names, opinions), and 40
+    closed ones with their answers."""
+    folder = Path(__file__).parent / "prompts"
+    return [*read_prompts(folder / "open.jsonl"), *read_prompts(folder / "closed.jsonl")]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, in its order.
+
+    Raises:
+        DataError: a line is none, or two are the same.
+    """
+    prompts = [_prompt(line, where) for where, line in _objects(path, "prompt")]
+    twice = [key for key, n in Counter((one.kind, one.text) for one in prompts).items() if n > 1]
+    if twice:
+        raise DataError(f"{path}: the {twice[0][0]} prompt {twice[0][1]!r} stands there twice.")
+    return prompts
+
+
+def read_samples(path: Path, *, field: str = "text") -> list[Sample]:
+    """The answers of a file, in its order.
+
+    Args:
+        field: what is measured of a line: `text`, or `thought`, which stood before it.
+
+    Raises:
+        DataError: there is none; a line is none; lines of one model were drawn in different ways,
+            or give a prompt different right answers.
+    """
+    samples, first, how = [], {}, {}
+    for where, line in _objects(path, "sample"):
+        model = _text(line, "model", where)
+        text = _text(line, field, where, empty=True)
+        prompt = _prompt(line, where)
+        earlier = first.setdefault((prompt.kind, prompt.text), (where, prompt))
+        if earlier[1].answers != prompt.answers:
+            raise DataError(
+                f"{where}: the right answer to {prompt.text!r} is {list(prompt.answers)}, and"
+                f" {list(earlier[1].answers)} at {earlier[0]}. Write the same in both."
+            )
+        drawn = tuple((name, json.dumps(line[name])) for name in DRAWN if name in line)
+        before = how.setdefault(model, (where, drawn))
+        if before[1] != drawn:
+            raise DataError(
+                f"{where}: {model!r} was drawn with {_in_words(drawn)}, and at {before[0]} with"
+                f" {_in_words(before[1])}. Give what is drawn in another way a model name of its"
+                " own, or a file of its own."
+            )
+        samples.append(Sample(model, earlier[1], text, drawn))
+    return samples
+
+
+def _in_words(drawn: tuple[tuple[str, object], ...]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in drawn) or "nothing that it says"
+
+
+def _objects(path: Path, what: str) -> Iterator[tuple[str, dict]]:
+    """Each line of a file as `PATH, line N`, and its object; empty lines are passed over."""
+    if not path.exists():
+        raise ConfigError(f"no file at {path}. Write the path of a .jsonl file of {what}s.")
+    found = False
+    for number, content in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if not content.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is no JSON: {error}. Expected {EXAMPLES[what]}.") from error
+        if not isinstance(line, dict):
+            raise DataError(f"{where}: got a {type(line).__name__}, expected {EXAMPLES[what]}.")
+        found = True
+        yield where, line
+    if not found:
+        raise DataError(f"{path} is empty: it has no {what}. Expected lines as {EXAMPLES[what]}.")
+
+
+EXAMPLES = {
+    "sample": (
+        '{"model": "base", "prompt": "Name a fruit.", "kind": "open", "text": "An apple."}, and'
+        ' "answer" where kind is "closed"'
+    ),
+    "prompt": '{"prompt": "Name a fruit.", "kind": "open"}, and "answer" where kind is "closed"',
+}
+
+
+def _prompt(line: dict, where: str) -> Prompt:
+    kind = line.get("kind")
+    if kind not in KINDS:
+        raise DataError(f'{where}: "kind" is {kind!r}, expected "open" or "closed".')
+    tokens = line.get("tokens")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise DataError(f'{where}: "tokens" is {tokens!r}, expected a number from 1 up.')
+    category = line.get("category") or ""
+    if not isinstance(category, str):
+        raise DataError(f'{where}: "category" is {category!r}, expected a text.')
+    answers = _answers(line.get("answer"), where) if kind == "closed" else ()
+    return Prompt(_text(line, "prompt", where), kind, answers, category, tokens)
+
+
+def _answers(value: object, where: str) -> tuple[str, ...]:
+    """One text, several, or none."""
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f'{where}: "answer" is {value!r}, expected a text, or a list of texts.')
+    return tuple(texts)
+
+
+def _text(line: dict, name: str, where: str, *, empty: bool = False) -> str:
+    value = line.get(name)
+    if not isinstance(value, str) or not (empty or value.strip()):
+        got = f"is {value!r}" if name in line else "is missing"
+        raise DataError(f'{where}: "{name}" {got}, expected a text.')
+    return value
