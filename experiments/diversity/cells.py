@@ -28,9 +28,9 @@ TOP_P = 0.9
 """As in arXiv 2510.22954."""
 
 FOCUS = {
-    "numbers": ("Pick a random number from 1 to 10. Answer with the number only.", 64),
-    "metaphors": ("Write a metaphor about time.", 24),
-    "advice": ("Give one piece of advice to a student before an examination.", 24),
+    "numbers": ("Pick a random number from 1 to 10. Answer with the number only.", 32),
+    "metaphors": ("Write a metaphor about time.", 8),
+    "advice": ("Give one piece of advice to a student before an examination.", 8),
 }
 """Prompts of the panel that get more answers, and how many."""
 
@@ -59,8 +59,8 @@ class Cell:
         """What is missing of both files; seconds of CPU are the caller's to count."""
         checkpoint = str(models / STAGES[self.stage])
         drawing = Drawing(
-            open_samples=6,
-            closed_samples=3,
+            open_samples=4,
+            closed_samples=2,
             temperature=self.temperature,
             top_p=TOP_P,
             format=self.format,
@@ -79,14 +79,16 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """All of them: the plain model at every temperature, then the stages beside it."""
-    for temperature in TEMPERATURES:
+    """All of them, those that most is asked of first."""
+    for temperature in (1.0, 0.7):
         for form in FORMATS:
             yield Cell("plain", form, temperature)
-    for form in FORMATS:
-        for stage in STAGES:
-            if stage != "plain":
-                yield Cell(stage, form, 1.0)
+    for stage in ("warm", "rlp", "calibrated"):
+        for form in FORMATS:
+            yield Cell(stage, form, 1.0)
+    for temperature in (1.5, 2.0):
+        for form in FORMATS:
+            yield Cell("plain", form, temperature)
 
 
 def focus_prompt(panel: list[Prompt], name: str) -> Prompt:

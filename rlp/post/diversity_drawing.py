@@ -28,6 +28,7 @@ from rlp.sampling.opening import open_sampler
 FRAME = "Question: {prompt}\nAnswer:"
 """Of a prompt in the format raw."""
 
+
 @dataclass(frozen=True, slots=True)
 class Drawing:
     """How answers are drawn."""

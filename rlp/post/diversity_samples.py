@@ -45,8 +45,8 @@ class Sample:
     model: str
     prompt: Prompt
     text: str
-    how: tuple[tuple[str, object], ...] = ()
-    """What its line says of `DRAWN`, as JSON text."""
+    how: tuple[tuple[str, str], ...] = ()
+    """What its line says of `DRAWN`, as JSON texts."""
 
 
 def committed_panel() -> list[Prompt]:
@@ -102,7 +102,16 @@ def read_samples(path: Path, *, field: str = "text") -> list[Sample]:
     return samples
 
 
-def _in_words(drawn: tuple[tuple[str, object], ...]) -> str:
+def how_drawn(samples: list[Sample]) -> dict[str, dict[str, object]]:
+    """Of each model how its answers were drawn, as far as the file says; by name, in their
+    order."""
+    how = {sample.model: sample.how for sample in samples}
+    return {
+        name: {key: json.loads(value) for key, value in how[name]} for name in sorted(how)
+    }
+
+
+def _in_words(drawn: tuple[tuple[str, str], ...]) -> str:
     return ", ".join(f"{name} {value}" for name, value in drawn) or "nothing that it says"
 
 
