@@ -13,6 +13,7 @@
                         mixed_sft and cpt_replay
     rlp mixed-sft RUN   rounds of splicing and training that spend what a run has spent
     rlp pipeline CONFIG stages of arms over seeds: RLP and its controls, SFT, RLVR
+    rlp diversity CHECKPOINT...   how alike answers are: of one model, of several, above the floor
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
@@ -35,6 +36,7 @@ from rlp.compare.eval_options import add_eval
 from rlp.compare.splice_options import add_splice
 from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
+from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
@@ -503,6 +505,7 @@ COMMANDS = (
     add_splice,
     _add_mixed_sft,
     add_pipeline,
+    add_diversity,
     _add_audit,
     _add_world,
 )

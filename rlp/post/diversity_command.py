@@ -12,7 +12,6 @@ from rlp.post.diversity_measures import VERBATIM_WORDS, Embedding
 from rlp.post.diversity_samples import (
     KINDS,
     Kind,
-    Sample,
     committed_panel,
     how_drawn,
     read_prompts,

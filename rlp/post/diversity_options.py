@@ -61,9 +61,14 @@ def _add_drawing(diversity: argparse.ArgumentParser) -> None:
     """How answers are drawn."""
     drawing = diversity.add_argument_group("drawing answers of checkpoints")
     drawing.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a panel of your own (the one that comes along)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a panel of your own (the one that comes along)",
     )
-    drawing.add_argument("--names", metavar="NAME,...", help="of the models in the file (the paths)")
+    drawing.add_argument(
+        "--names", metavar="NAME,...", help="of the models in the file (the paths)"
+    )
     for name, default, what in (
         ("--open-samples", 8, "answers to each open prompt"),
         ("--closed-samples", 4, "answers to each closed one"),
@@ -71,8 +76,12 @@ def _add_drawing(diversity: argparse.ArgumentParser) -> None:
         ("--seed", 0, "of all noise"),
         ("--batch-size", 64, "answers drawn side by side"),
     ):
-        drawing.add_argument(name, type=int, default=default, metavar="N", help=f"{what} ({default})")
-    drawing.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy (1)")
+        drawing.add_argument(
+            name, type=int, default=default, metavar="N", help=f"{what} ({default})"
+        )
+    drawing.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0: greedy (1)"
+    )
     drawing.add_argument(
         "--top-p", type=float, default=0.9, metavar="P", help="1: the whole distribution (0.9)"
     )

@@ -106,9 +106,7 @@ def how_drawn(samples: list[Sample]) -> dict[str, dict[str, object]]:
     """Of each model how its answers were drawn, as far as the file says; by name, in their
     order."""
     how = {sample.model: sample.how for sample in samples}
-    return {
-        name: {key: json.loads(value) for key, value in how[name]} for name in sorted(how)
-    }
+    return {name: {key: json.loads(value) for key, value in how[name]} for name in sorted(how)}
 
 
 def _in_words(drawn: tuple[tuple[str, str], ...]) -> str:
