@@ -247,6 +247,16 @@ class PanelSetup(ModelSetup):
         texts = [self.tokenizer.decode([token]) for token in tokens.tolist()]
         return "|" + "|".join(texts).replace("\n", "\\n") + "|"
 
+    def _tokens_around(self, text: str, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a document that the first occurrence of a text lies in."""
+
+        def holds(start: int, stop: int) -> bool:
+            return text in self.tokenizer.decode(tokens[start:stop])
+
+        stop = next(end for end in range(1, len(tokens) + 1) if holds(0, end))
+        start = next(begin for begin in reversed(range(stop)) if holds(begin, stop))
+        return tokens[start:stop]
+
     def why_no_position(self, tokens: np.ndarray, candidates: Candidates | None = None) -> str:
         """Why a document has no position that may be chosen: above all, a marker that is not in it,
         and what was searched.
@@ -273,9 +283,10 @@ class PanelSetup(ModelSetup):
                 " too late (target.horizon) or before an open marker"
             )
         elif position.marker in self.tokenizer.decode(tokens):
+            there = self._tokens_around(position.marker, tokens)
             said = (
-                "is in the text, written with other tokens; write it as it stands there, such as"
-                f" with the space before it ({' ' + position.marker.strip()!r})"
+                f"is in the text, written with other tokens, {self._pieces(there)}; write it as"
+                f" they are read, {self.tokenizer.decode(there)!r}"
             )
         else:
             said = "does not occur"

@@ -321,8 +321,10 @@ def test_a_document_without_a_position_says_what_was_searched(tmp_path, corpus):
         return setup.why_no_position(np.array(tokenizer.encode(text)))
 
     said = why("ab", "c ab c")
-    assert "position.marker 'ab' is in the text, written with other tokens; write it as" in said
-    assert "such as with the space before it (' ab'); searched: token ids" in said
+    assert (
+        "position.marker 'ab' is in the text, written with other tokens, | ab|; write it as" in said
+    )
+    assert "as they are read, ' ab'; searched: token ids" in said
     searched = f"searched: token ids {tokenizer.encode('xy')}, |x|y|"
     assert f"'xy' does not occur; {searched}" in why("xy", "c ab c")
     assert "' ab' stands only where no position may be" in why(" ab", "c ab")
