@@ -148,6 +148,8 @@ def test_seeds_that_do_not_pair_get_no_verdict_and_are_named():
         "RLP is above whole (exact paired test, 7 seeds, Holm over 2 arms). No verdict on shorter:"
         " the seeds do not pair: the reference alone has seed 3 and the arm alone has seed 9."
     )
+    other, whole = compare(REFERENCE, {"other": below, "whole": below}, {"other": "another panel"})
+    assert other.refusal == "another panel" and whole.adjusted == 2 * whole.p
     (nothing,) = compare(REFERENCE, {"empty": {}})
     assert "the reference alone has seeds 0, 1" in nothing.refusal
 

@@ -235,6 +235,8 @@ def test_a_match_is_a_prefix_that_says_something(said, prefix, exact):
     target = torch.tensor([[3, 2, 2]])
     assert prefix_match(tokens, mask, ended, target).item() == prefix
     assert exact_match(tokens, mask, target).item() == exact
+    if len(said) < 3:  # what was not said is no match, whatever stands in its place
+        assert exact_match(tokens, mask, tokens[0]).item() == 0
     if said == [END]:
         assert prefix_match(tokens, mask, ended, torch.tensor([[END, 2, 2]])).item() == 1
 
