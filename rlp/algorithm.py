@@ -20,7 +20,7 @@ from rlp.step.loss import loss_of
 from rlp.step.micro_batch import MicroBatch, in_order
 from rlp.step.parts import StepParts
 from rlp.step.record import StepRecord
-from rlp.step.reward import is_measured, rewards_of
+from rlp.step.reward import is_measured
 
 
 def train_step(run: StepParts, step: StepRecord, judge: Judge) -> StepResult:
@@ -64,7 +64,9 @@ def think(run: StepParts, step: StepRecord) -> MicroBatch:
     positions = run.choose_positions(step.number, documents)  # t  [M]
     thoughts = run.sample_thoughts(step.number, documents, positions)  # c  [M, G, L]  eq. 2
     step.see_thoughts(documents, positions, thoughts, run.scripts)
-    return MicroBatch(documents, positions, thoughts, host=thoughts.to("cpu"))
+    host = thoughts.to("cpu")
+    step.see_language(run.language.of(host))
+    return MicroBatch(documents, positions, thoughts, host=host)
 
 
 def predict(run: StepParts, step: StepRecord, whole: MicroBatch) -> MicroBatch:
@@ -115,8 +117,8 @@ def learn_thoughts(
         reasoned_logprob, matched = run.evidence(part, scores, "train")  # S_pred  [M, G]  eq. 3
         evidence.append(reasoned_logprob.detach())
         if reward is None:
-            whole = batch.evidence(reasoned_logprob.detach(), matched)
-            reward = rewards_of(run.reward, whole)  # r  [M, G]  eq. 5
+            whole = run.known_of(batch, reasoned_logprob.detach(), matched)
+            reward = run.rewards(whole)  # r  [M, G]  eq. 5
         fed = judge.fed(index, reward)
         advantage = group_relative_advantage(fed)  # A  [M, G]  eq. 7
         behavior = judge.behavior(index, part, scores.thought)
@@ -127,7 +129,7 @@ def learn_thoughts(
         run.engine.backward(loss_of(run.loss, scored))  # eq. 8
 
     if first:
-        whole = batch.evidence(torch.cat(evidence, dim=1), None)
+        whole = run.known_of(batch, torch.cat(evidence, dim=1), None)
         measured = is_measured(run.reward, whole)
         step.see_rewards(whole, batch.on_host(), fed, advantage, measured=measured)
 

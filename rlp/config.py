@@ -22,6 +22,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from rlp.writing import SCRIPTS
+
 
 class ConfigError(ValueError):
     """A config that cannot be run. The message names the field, its value and the rule."""
@@ -43,6 +45,13 @@ def require_at_least(name: str, section: object, **least: float) -> None:
 def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a word that is none of the choices."""
     require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+def require_script(key: str, value: str) -> None:
+    """Refuse the name of a script that does not exist (`rlp.writing.SCRIPTS`)."""
+    near = difflib.get_close_matches(value.lower(), SCRIPTS, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    require(value in SCRIPTS, key, value, f"must be a script{meant}, one of {', '.join(SCRIPTS)}")
 
 
 def parse_moment(text: str, start: float) -> float:
@@ -451,8 +460,27 @@ class RewardConfig:
     measured with a thought of that position in its place. `other_thought`: each thought is written
     over with the words of a thought of that position, as many as it has itself, and is rewarded and
     trained as if it were its own. None says anything about the thought in its place."""
+    script: str | None = None
+    """The script that thoughts are to be written in, such as `latin`, `cyrillic`, `han`, or
+    `japanese` (Han, Hiragana and Katakana): its share of their letters is logged as
+    `thought/target_script_frac`. Digits, signs and spaces are neutral. Needed where
+    `language_weight` is above 0."""
+    language_weight: float = 0.0
+    """lambda of r + lambda * share: added to the reward of a thought is lambda times the share of
+    its letters that are of `script`, 1 where it has none; the answer is not looked at. In the unit
+    of the reward: nats, or 1 for a right answer. 0: nothing is added. DeepSeek-R1 (arXiv
+    2501.12948) adds such a share with weight 1 to rewards of 0 and 1."""
 
     def __post_init__(self) -> None:
+        require_at_least("reward", self, language_weight=0)
+        if self.script is not None:
+            require_script("reward.script", self.script)
+        require(
+            self.language_weight == 0 or self.script is not None,
+            "reward.script",
+            self.script,
+            "must name the script that reward.language_weight pays for, as in reward.script=latin",
+        )
         require_part(
             "reward.kind",
             self.kind,

@@ -43,6 +43,20 @@ def information_gain(reasoned_logprob: Tensor, baseline_logprob: Tensor) -> Tens
     return reasoned_logprob - baseline_logprob[:, None]
 
 
+def with_language(reward: Tensor, share: Tensor, weight: float) -> Tensor:
+    """A reward that pays for the script of a thought too: r(c) + lambda * share(c).
+
+    Args:
+        reward: [M, G], eq. 5 or another.
+        share: [M, G] from 0 to 1, letters of the thought that are of the target script.
+        weight: lambda, in the unit of the reward.
+
+    Returns:
+        [M, G].
+    """
+    return reward + weight * share
+
+
 def greedy_match(matched: Tensor) -> Tensor:
     """A control: 1 where the most probable continuation after the thought is the real one, else 0.
 

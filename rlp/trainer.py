@@ -200,6 +200,7 @@ def begin_step(run: OpenRun, spent: float) -> StepRecord:
         journal=run.journal,
         close_tokens=len(run.opened.setup.markers.close),
         max_thought_tokens=config.thought.max_thought_tokens,
+        language_weight=config.reward.language_weight,
         on_ratios=lambda means: tell_mismatch(run, number, means),
         told=TopThoughts(config.logging.thoughts) if tells else None,
     )

@@ -12,6 +12,7 @@ from tests import REPOSITORY
 from tests.source_files import MODULES, PROGRAM, imports, name_of
 
 ROOMS = (
+    "writing",
     "config",
     "objective",
     "process",
@@ -35,6 +36,7 @@ ROOMS = (
 file."""
 
 MUST_NOT_KNOW = {
+    "writing": {"rlp", "torch", "transformers", "numpy"},
     "config": {"torch", "transformers"},
     "data.lines": {"torch", "transformers"},  # what a row must hold
     "data.records": {"torch", "transformers"},
@@ -43,6 +45,7 @@ MUST_NOT_KNOW = {
     "data": {"torch"},  # that thoughts exist
     "objective": {"rlp", "transformers", "deepspeed", "numpy"},
     "measure.metrics": {"rlp"},
+    "measure.language": {"torch", "transformers", "numpy"},
 }
 """Beyond the order: what a room or a module has no business with, with all that lies under each
 name."""

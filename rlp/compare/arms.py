@@ -23,6 +23,7 @@ _RLP = {
     "objective.lm_weight": 0.0,
     "reward.kind": "information_gain",
     "reward.placebo": "none",
+    "reward.language_weight": 0.0,
 }
 
 _ENTROPY = {"position.selector": "entropy", "position.marker": None}

@@ -29,7 +29,8 @@ METRICS: dict[str, Metric] = {
         " targets are the most probable tokens, with prefix_match and exact_match whether the"
         " prediction is right; with a reward of one's own (package.module:name)"
         " what that gives, in a unit of its own; with reward.placebo what the placebo gives the"
-        " thought, and not what it earned. What the thoughts gained is gain/mean.",
+        " thought, and not what it earned. With reward.language_weight above 0 it is all of this"
+        " and reward/language. What the thoughts gained is gain/mean.",
     ),
     "reward/positive_frac": Metric("fraction", "Thoughts with a reward above 0."),
     "reward/positive_positions_frac": Metric(
@@ -49,6 +50,12 @@ METRICS: dict[str, Metric] = {
         "",
         "Within-group correlation of thought length and reward: covariance and variances about each"
         " group's mean, pooled. Left out where one does not vary.",
+    ),
+    "reward/language": Metric(
+        "nats",
+        "Mean of reward.language_weight * share, in the unit of the reward: what the step's own"
+        " thoughts earned for letters of reward.script. Part of what eq. 7 is fed; left out where"
+        " the weight is 0.",
     ),
     "gain/mean": Metric(
         "nats",
@@ -95,6 +102,26 @@ METRICS: dict[str, Metric] = {
         "fraction",
         "Thoughts most of whose letters are of another script (Latin, Cyrillic, CJK) than most"
         " letters of the prefix, among those where both have letters.",
+    ),
+    "thought/script_purity_frac": Metric(
+        "fraction",
+        "Mean share of a thought's letters that are of its most frequent script, among thoughts"
+        " with letters; Han and Japanese kana count as one script. 1: no thought mixes.",
+    ),
+    "thought/mixed_scripts_frac": Metric(
+        "fraction",
+        "Thoughts with letters of more than one script, among those with letters. What rises here"
+        " is raised as an alarm.",
+    ),
+    "thought/script_switches": Metric(
+        "switches",
+        "Mean number of neighbouring letters of different scripts in a thought, digits, signs and"
+        " spaces passed over, among thoughts with letters.",
+    ),
+    "thought/target_script_frac": Metric(
+        "fraction",
+        "Mean share of a thought's letters that are of reward.script, among thoughts with letters;"
+        " where a script is named.",
     ),
     "policy/entropy": Metric(
         "nats per token",

@@ -1,5 +1,5 @@
 """What is wrong with a run, told from the numbers of its steps: thoughts that collapse, are never
-closed or harm.
+closed, harm, or begin to mix scripts or to leave that of the text.
 """
 
 from dataclasses import dataclass
@@ -53,11 +53,33 @@ STREAKS = {
 """By name in a checkpoint. The limits are ours."""
 
 
+RISE = 0.1
+"""How much above its mean over the first `COLLAPSE_STEPS` steps a fraction has risen, when it is so
+in `STREAK_STEPS` steps in a row. Ours."""
+
+RISES = {
+    "mixing": (
+        "thought/mixed_scripts_frac",
+        "thoughts mix scripts: {0:.0%} of them over the last {1} steps, {2:.0%} over the first"
+        " {3}. Mixing is paid by the reward as it stands: look at them with `rlp view`, and see"
+        " reward.language_weight.",
+    ),
+    "leaving": (
+        "thought/script_switch_frac",
+        "thoughts leave the script of the text: {0:.0%} of them over the last {1} steps, {2:.0%}"
+        " over the first {3}. Look at them with `rlp view`, and see reward.language_weight.",
+    ),
+}
+"""By name in a checkpoint: the metric, and what is wrong where it rises."""
+
+
 class Watch:
     """Sees the numbers of every step, and says once each: thoughts have collapsed, are never
-    closed, or harm."""
+    closed, harm, mix scripts, or leave that of the text."""
 
     def __init__(self) -> None:
+        self._starts: dict[str, list[float]] = {name: [] for name in RISES}
+        self._risen: dict[str, list[float]] = {name: [] for name in RISES}
         self._first: list[float] = []
         self._collapsed = False
         self._streaks: dict[str, list[float]] = {name: [] for name in STREAKS}
@@ -76,6 +98,9 @@ class Watch:
             counts = name not in self._said and (has_baseline or name != "harm")
             if counts and streak.metric in values:
                 alarms.append(self._see_streak(name, streak, values[streak.metric]))
+        for name, (metric, _) in RISES.items():
+            if name not in self._said and metric in values:
+                alarms.append(self._see_rise(name, values[metric]))
         return [alarm for alarm in alarms if alarm]
 
     def _see_length(self, tokens_mean: float) -> str | None:
@@ -101,6 +126,21 @@ class Watch:
         self._said.append(name)
         return streak.words.format(abs(sum(self._streaks[name]) / STREAK_STEPS), STREAK_STEPS)
 
+    def _see_rise(self, name: str, value: float) -> str | None:
+        """At the `STREAK_STEPS`th step in a row that is `RISE` above the mean of the first
+        `COLLAPSE_STEPS`."""
+        first, risen = self._starts[name], self._risen[name]
+        if len(first) < COLLAPSE_STEPS:
+            first.append(value)
+            return None
+        start = sum(first) / COLLAPSE_STEPS
+        self._risen[name] = risen = [*risen, value] if value >= start + RISE else []
+        if len(risen) < STREAK_STEPS:
+            return None
+        self._said.append(name)
+        mean, words = sum(risen) / STREAK_STEPS, RISES[name][1]
+        return words.format(mean, STREAK_STEPS, start, COLLAPSE_STEPS)
+
     def state(self) -> dict:
         """What a checkpoint holds of it, so that a resumed run says nothing a second time."""
         return {
@@ -108,9 +148,15 @@ class Watch:
             "collapsed": self._collapsed,
             "streaks": self._streaks,
             "said": self._said,
+            "starts": self._starts,
+            "risen": self._risen,
         }
 
     def load_state(self, state: dict) -> None:
         self._first, self._collapsed = list(state["first"]), state["collapsed"]
         self._streaks = {name: list(state["streaks"].get(name, [])) for name in STREAKS}
         self._said = list(state["said"])
+        # A checkpoint made before these were watched has none of them: they begin anew.
+        starts, risen = state.get("starts", {}), state.get("risen", {})
+        self._starts = {name: list(starts.get(name, [])) for name in RISES}
+        self._risen = {name: list(risen.get(name, [])) for name in RISES}

@@ -10,8 +10,7 @@ Dimensions
 """
 
 import math
-import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +22,16 @@ from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model.thoughts import Thoughts
 from rlp.process.tally import Tally
+from rlp.writing import family_of, script_of, scripts_of
 
 COPY_TOKENS = 4
 """A run of so many tokens that also stands in the prefix counts as copied; three in a row are often
 grammar."""
+
+CPU = torch.device("cpu")
+
+NO_CHARACTER = "\ufffd"
+"""What a tokenizer decodes a piece of a character to."""
 
 FLAT_NATS = 1e-5
 """Rewards of a group that differ by no more are equal: the rounding of a float32
@@ -46,9 +51,23 @@ class TokenScripts:
     """[V] int64, the script of most of the token's letters; 0 where it has none."""
     letters: Tensor
     """[V] int64, how many letters of that script it has."""
+    unsure: Tensor
+    """[V] bool: what the token contributes to a text it does not say alone, being a piece of a
+    character or having letters of several families."""
+    in_target: Tensor | None
+    """[V] int64, letters of a target script; None without one."""
     names: tuple[str, ...]
-    """[S], the first word of the letters' Unicode names; names[0] is empty. Japanese kana count as
-    CJK, which they are mixed with."""
+    """[S], families of scripts (`rlp.writing`); names[0] is empty. Han and Japanese kana, which are
+    mixed, are one family."""
+
+    def on(self, device: torch.device) -> "TokenScripts":
+        """The same tables in the memory of a device."""
+        tables = {
+            name: table.to(device)
+            for name in ("script", "letters", "unsure", "in_target")
+            if (table := getattr(self, name)) is not None
+        }
+        return replace(self, **tables)
 
     def dominant(self, tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """The script of most letters of token rows [..., X], and whether a row has letters: [...]
@@ -61,13 +80,17 @@ class TokenScripts:
 
 
 def token_scripts(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, device: torch.device
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    device: torch.device = CPU,
+    target: str | None = None,
 ) -> TokenScripts:
     """Read the vocabulary once. Special tokens, and pieces of a character that are no text alone,
     have no letters.
 
     Args:
         vocabulary: words of the model; those that the tokenizer does not have have no letters.
+        target: a script whose letters are counted too.
     """
     texts = tokenizer.batch_decode(
         [[token] for token in range(min(vocabulary, len(tokenizer)))], skip_special_tokens=True
@@ -76,9 +99,14 @@ def token_scripts(
     characters, which = np.unique(
         np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4"), return_inverse=True
     )
-    words = [_script(chr(character)) for character in characters]
+    found = [script_of(chr(character)) for character in characters]
+    words = [family_of(script) for script in found]
     names = ("", *sorted(set(words) - {""}))
     number = np.array([names.index(word) for word in words], dtype=np.int64)[which]
+    in_target = None
+    if target is not None:
+        wanted = np.array([script in scripts_of(target) for script in found], dtype=bool)[which]
+        in_target = torch.from_numpy(np.bincount(of_token[wanted], minlength=vocabulary))
     pairs, counts = np.unique((of_token * len(names) + number)[number > 0], return_counts=True)
 
     script, letters = np.zeros(vocabulary, dtype=np.int64), np.zeros(vocabulary, dtype=np.int64)
@@ -86,17 +114,10 @@ def token_scripts(
     order = counts.argsort(kind="stable")
     token, number = np.divmod(pairs[order], len(names))
     script[token], letters[token] = number, counts[order]
-    return TokenScripts(
-        torch.from_numpy(script).to(device), torch.from_numpy(letters).to(device), names
-    )
-
-
-def _script(character: str) -> str:
-    """First word of a letter's Unicode name; empty for what is no letter."""
-    if not character.isalpha():
-        return ""
-    word = unicodedata.name(character, "").partition(" ")[0]
-    return "CJK" if word in ("HIRAGANA", "KATAKANA") else word
+    unsure = np.bincount(token, minlength=vocabulary) > 1
+    unsure[[index for index, text in enumerate(texts) if NO_CHARACTER in text]] = True
+    tables = (torch.from_numpy(table) for table in (script, letters, unsure))
+    return TokenScripts(*tables, in_target, names).on(device)
 
 
 def watch_thoughts(
@@ -163,8 +184,8 @@ def _watch_tokens(
     wanted, _ = _runs(target, torch.full_like(target[:, 0], horizon), horizon, position)
     tally.add("thought/holds_target_frac", ((runs == wanted[..., None]) & inside).any(dim=2))
 
-    of_thought, has_letters = scripts.dominant(tokens, _inside(tokens, lengths))
-    of_prefix, prefix_has_letters = scripts.dominant(prefix, _inside(prefix, num_prefix))
+    of_thought, has_letters = scripts.dominant(tokens, inside_lengths(tokens, lengths))
+    of_prefix, prefix_has_letters = scripts.dominant(prefix, inside_lengths(prefix, num_prefix))
     both = has_letters & prefix_has_letters[:, None]
     tally.add("thought/script_switch_frac", (of_thought != of_prefix[:, None])[both])
 
@@ -177,7 +198,7 @@ def _padded(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tenso
     return torch.from_numpy(padded).to(device), torch.from_numpy(lengths).to(device)
 
 
-def _inside(tokens: Tensor, lengths: Tensor) -> Tensor:
+def inside_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
     """[..., X] bool, which tokens of each row count."""
     return torch.arange(tokens.shape[-1], device=tokens.device) < lengths[..., None]
 

@@ -282,7 +282,8 @@ STATE = Fields(
                 "collapsed": Flag(),
                 "streaks": Table(Many(NUMBER)),
                 "said": Many(NAME),
-            }
+            },
+            each(Table(Many(NUMBER)), "starts", "risen"),
         ),
         "dtype": NAME,
         "inputs": Table(CHECKSUM),
@@ -344,6 +345,7 @@ RUN_FILES: dict[str, Schema] = {
         | {"truncated": Flag()}
         | each(TEXT, "prefix_tail", "thought", "target"),
         each(Maybe(NUMBER), "reasoned_logprob", "baseline_logprob", "reward", "gain", "advantage")
+        | {"script_share": NUMBER}
         | {"prediction": TEXT},
     ),
     "alarms.jsonl": Fields(_STEP | {"text": TEXT}),

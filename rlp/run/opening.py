@@ -19,6 +19,7 @@ from rlp.learn.teacher import Teacher
 from rlp.measure.journal import Journal, weights_digest
 from rlp.measure.metrics_log import MetricsLog
 from rlp.measure.plan import Plan
+from rlp.measure.thought_language import ThoughtLanguage
 from rlp.measure.thought_statistics import token_scripts
 from rlp.model.admission import check_model
 from rlp.model.layout import LAYOUTS
@@ -143,6 +144,11 @@ def build_run(
 
     log = MetricsLog(folder, config, ranks, known_steps(config.budget))
     thought_format = setup.thought_format.predicting("prediction" in replaceable.reward.needs)
+    scripts = None
+    if config.objective.thinks:
+        scripts = token_scripts(
+            setup.tokenizer, setup.shapes.vocabulary, target=config.reward.script
+        )
     parts = StepParts(
         config=config,
         ranks=ranks,
@@ -158,10 +164,10 @@ def build_run(
         cut=Cutter(config, opened.layout, thought_format, engine, ranks),
         lay_out=LAYOUTS[opened.layout],
         sampler=build_sampler(config, opened, engine),
-        scripts=(
-            token_scripts(setup.tokenizer, setup.shapes.vocabulary, ranks.device)
-            if config.objective.thinks
-            else None
+        scripts=scripts and scripts.on(ranks.device),
+        language=scripts
+        and ThoughtLanguage(
+            setup.tokenizer, scripts, config.reward.script, len(setup.markers.close)
         ),
         selector=replaceable.selector,
         baseline=replaceable.baseline,

@@ -21,6 +21,7 @@ from rlp.learn.engine import Engine, StepResult
 from rlp.learn.guard import Guard
 from rlp.learn.teacher import Teacher
 from rlp.measure.ledger import Ledger
+from rlp.measure.thought_language import ThoughtLanguage
 from rlp.measure.thought_statistics import TokenScripts
 from rlp.model.layout import DOCUMENT, THOUGHT, Layout
 from rlp.model.policy import Policy
@@ -65,6 +66,8 @@ class StepParts:
     """Of `rlp.model.layout.LAYOUTS`."""
     sampler: Sampler
     scripts: TokenScripts | None
+    language: ThoughtLanguage | None
+    """None in a run that does not think, as `scripts`."""
     selector: Part
     baseline: Part
     reward: Part
@@ -179,11 +182,29 @@ class StepParts:
                 matched.append(of_part[1])
 
         known = torch.cat(matched, dim=1) if self.asks_for_matches else None
-        return batch.evidence(torch.cat(reasoned_logprob, dim=1), known)
+        return self.known_of(batch, torch.cat(reasoned_logprob, dim=1), known)
+
+    def known_of(
+        self, batch: MicroBatch, reasoned_logprob: Tensor, matched: Tensor | None
+    ) -> Evidence:
+        """What a reward is given about the thoughts of a micro-batch.
+
+        Args:
+            reasoned_logprob, matched: [M, G], of whole groups.
+        """
+        evidence = batch.evidence(reasoned_logprob, matched)
+        if self.config.reward.language_weight == 0:
+            return evidence
+        share = self.language.of(batch.on_host()).share.to(reasoned_logprob)
+        return replace(evidence, script_share=share)
+
+    def rewards(self, evidence: Evidence) -> Tensor:
+        """[M, G] float32 rewards of whole groups (eq. 5 or another)."""
+        return rewards_of(self.reward, evidence, self.config.reward.language_weight)
 
     def rewards_ahead(self, batch: MicroBatch) -> Tensor:
         """[M, G] rewards of a micro-batch before the pass with gradient."""
-        return rewards_of(self.reward, self.evidence_ahead(batch))
+        return self.rewards(self.evidence_ahead(batch))
 
     @property
     def panel_teacher(self) -> Policy | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.measure.journal import Journal
+from rlp.measure.thought_language import Languages, watch_language
 from rlp.measure.thought_statistics import (
     TokenScripts,
     thought_lengths,
@@ -44,6 +45,8 @@ class StepRecord:
     close_tokens: int
     """Of the close marker, which counts to no thought's length."""
     max_thought_tokens: int
+    language_weight: float = 0.0
+    """Of the share of a script, in the reward (`reward.language_weight`)."""
     on_ratios: Callable[[dict[str, float]], None] = lambda means: None
     """Is told `MISMATCH_METRICS` of all ranks before the first update, and ends the run where
     sampler and trainer are two policies."""
@@ -76,6 +79,10 @@ class StepRecord:
             close_tokens=self.close_tokens,
             max_thought_tokens=self.max_thought_tokens,
         )
+
+    def see_language(self, found: Languages) -> None:
+        """In which scripts it is written."""
+        watch_language(self.tally, found)
 
     def see_pass(
         self, scored: Scored, open_marker: Tensor, thoughts: Thoughts | None, *, first: bool
@@ -143,6 +150,9 @@ class StepRecord:
             watch_gains(tally, gain)
             values["baseline_logprob"] = evidence.baseline_logprob[:, None].expand_as(gain)
             values["gain"] = gain
+        if evidence.script_share is not None:
+            tally.add("reward/language", self.language_weight * evidence.script_share)
+            values["script_share"] = evidence.script_share
         if self.told is not None:
             self.told.offer(
                 evidence.documents,

@@ -18,7 +18,13 @@ from torch import Tensor
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
 from rlp.model.thoughts import Predictions, Thoughts
-from rlp.objective import exact_match, greedy_match, information_gain, prefix_match
+from rlp.objective import (
+    exact_match,
+    greedy_match,
+    information_gain,
+    prefix_match,
+    with_language,
+)
 from rlp.process.outside import Part, open_part
 from rlp.step.results import require_tensor
 
@@ -49,6 +55,9 @@ class Evidence:
     prediction: Predictions | None = None
     """[M, G, H] what the policy said would come, after each thought. None unless the reward needs
     it: then it is sampled, and trained as the thought is."""
+    script_share: Tensor | None = None
+    """[M, G] float32, from 0 to 1: letters of each thought that are of `reward.script`. None where
+    `reward.language_weight` is 0."""
 
 
 class Reward(Protocol):
@@ -132,14 +141,17 @@ def is_measured(reward: Part, evidence: Evidence) -> bool:
     return evidence.baseline_logprob is not None or not relative
 
 
-def rewards_of(reward: Part, evidence: Evidence) -> Tensor:
-    """[M, G] float32 rewards of whole groups, eq. 5 or another.
+def rewards_of(reward: Part, evidence: Evidence, language_weight: float = 0.0) -> Tensor:
+    """[M, G] float32 rewards of whole groups, eq. 5 or another, and what is paid for the script of
+    a thought, whatever the reward.
 
     Raises:
         PartError: a reward from outside gave another shape, or a value that is not finite.
     """
     values = reward(evidence)
-    if not reward.is_outside:
+    if reward.is_outside:
+        shape = list(evidence.reasoned_logprob.shape)
+        values = require_tensor(reward, values, shape, "[M, G]").to(evidence.reasoned_logprob)
+    if language_weight == 0:
         return values
-    shape = list(evidence.reasoned_logprob.shape)
-    return require_tensor(reward, values, shape, "[M, G]").to(evidence.reasoned_logprob)
+    return with_language(values, evidence.script_share, language_weight)

@@ -267,6 +267,7 @@ def toy_parts(
         lay_out=repeated_layout,
         sampler=None,
         scripts=None,
+        language=None,
         selector=open_selector("uniform"),
         baseline=baseline,
         reward=open_reward(reward),
