@@ -144,11 +144,7 @@ def build_run(
 
     log = MetricsLog(folder, config, ranks, known_steps(config.budget))
     thought_format = setup.thought_format.predicting("prediction" in replaceable.reward.needs)
-    scripts = None
-    if config.objective.thinks:
-        scripts = token_scripts(
-            setup.tokenizer, setup.shapes.vocabulary, target=config.reward.script
-        )
+    language = build_language(config, opened)
     parts = StepParts(
         config=config,
         ranks=ranks,
@@ -164,11 +160,8 @@ def build_run(
         cut=Cutter(config, opened.layout, thought_format, engine, ranks),
         lay_out=LAYOUTS[opened.layout],
         sampler=build_sampler(config, opened, engine),
-        scripts=scripts and scripts.on(ranks.device),
-        language=scripts
-        and ThoughtLanguage(
-            setup.tokenizer, scripts, config.reward.script, len(setup.markers.close)
-        ),
+        scripts=language and language.scripts.on(ranks.device),
+        language=language,
         selector=replaceable.selector,
         baseline=replaceable.baseline,
         reward=replaceable.reward,
@@ -212,6 +205,15 @@ def build_model(
     )
     twin, start = (copy and shard_frozen(copy, config, ranks, dtype) for copy in (twin, start))
     return engine, twin, start
+
+
+def build_language(config: Config, opened: Opened) -> ThoughtLanguage | None:
+    """What tells the language of thoughts; None in a run that does not think."""
+    setup, target = opened.setup, config.reward.script
+    if not config.objective.thinks:
+        return None
+    scripts = token_scripts(setup.tokenizer, setup.shapes.vocabulary, target=target)
+    return ThoughtLanguage(setup.tokenizer, scripts, target, len(setup.markers.close))
 
 
 def build_sampler(config: Config, opened: Opened, engine: Engine) -> Sampler:
