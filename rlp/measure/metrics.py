@@ -89,6 +89,17 @@ METRICS: dict[str, Metric] = {
         " over groups. Near 1: no two thoughts agree. A fall says that thoughts become one"
         " template.",
     ),
+    "thought/duplicates_frac": Metric(
+        "fraction",
+        "Pairs of sibling thoughts (of one position) that are the same, token for token. At 1 all"
+        " of a group are one thought, and eq. 7 has nothing to compare.",
+    ),
+    "thought/sibling_overlap_frac": Metric(
+        "fraction",
+        "Of a thought's different pairs of neighbouring tokens, those that another thought of its"
+        " position has too; mean over siblings and thoughts. Thoughts of fewer than two tokens are"
+        " left out.",
+    ),
     "thought/copied_frac": Metric(
         "fraction",
         "Runs of 4 tokens of thoughts that also stand in the prefix: copying of the context.",

@@ -1,7 +1,8 @@
-"""What is wrong with a run, told from the numbers of its steps: thoughts that collapse, are never
-closed, harm, or begin to mix scripts or to leave that of the text.
+"""What is wrong with a run, told from the numbers of its steps: thoughts that collapse, alone or
+onto one another, are never closed, harm, or begin to mix scripts or to leave that of the text.
 """
 
+import math
 from dataclasses import dataclass
 
 COLLAPSE_STEPS = 10
@@ -25,7 +26,14 @@ class Streak:
     """What is wrong, with places for the size of the mean of those steps and for their number, and
     what to do."""
 
-    def holds(self, value: float) -> bool:
+    unless: tuple[str, float] | None = None
+    """Another metric and the value from which on it is not wrong."""
+
+    def holds(self, values: dict[str, float]) -> bool:
+        """Of a step that measured the metric."""
+        if self.unless is not None and values.get(self.unless[0], -math.inf) >= self.unless[1]:
+            return False
+        value = values[self.metric]
         return value >= self.worst if self.above else value <= self.worst
 
 
@@ -40,6 +48,17 @@ STREAKS = {
         "the budget ended {0:.0%} of the thoughts of the last {1} steps: the model does not know"
         " how a thought ends. Warm it on text with thoughts in it (docs/warm_start.md), or raise"
         " thought.max_thought_tokens if its thoughts are long.",
+    ),
+    "alike": Streak(
+        "thought/duplicates_frac",
+        0.95,
+        True,
+        "siblings have collapsed onto one another: {0:.0%} of the pairs of thoughts of a position"
+        " in the last {1} steps were the same, token for token, and not nearly all of them help, so"
+        " eq. 7 compares a thought with itself and nothing better is found. Go back to a checkpoint"
+        " where they differed, and raise thought.temperature (docs/diversity.md).",
+        # Where a task has one right thought and all have found it, nothing is wrong.
+        unless=("gain/positive_frac", 0.9),
     ),
     "harm": Streak(
         "gain/mean",
@@ -74,8 +93,8 @@ RISES = {
 
 
 class Watch:
-    """Sees the numbers of every step, and says once each: thoughts have collapsed, are never
-    closed, harm, mix scripts, or leave that of the text."""
+    """Sees the numbers of every step, and says once each: thoughts have collapsed, alone or onto
+    one another, are never closed, harm, mix scripts, or leave that of the text."""
 
     def __init__(self) -> None:
         self._starts: dict[str, list[float]] = {name: [] for name in RISES}
@@ -97,7 +116,7 @@ class Watch:
         for name, streak in STREAKS.items():
             counts = name not in self._said and (has_baseline or name != "harm")
             if counts and streak.metric in values:
-                alarms.append(self._see_streak(name, streak, values[streak.metric]))
+                alarms.append(self._see_streak(name, streak, values))
         for name, (metric, _) in RISES.items():
             if name not in self._said and metric in values:
                 alarms.append(self._see_rise(name, values[metric]))
@@ -119,12 +138,13 @@ class Watch:
             " reward/length_correlation, and whether the base model gains from thinking at all."
         )
 
-    def _see_streak(self, name: str, streak: Streak, value: float) -> str | None:
-        self._streaks[name] = [*self._streaks[name], value] if streak.holds(value) else []
-        if len(self._streaks[name]) < STREAK_STEPS:
+    def _see_streak(self, name: str, streak: Streak, values: dict[str, float]) -> str | None:
+        held = [*self._streaks[name], values[streak.metric]] if streak.holds(values) else []
+        self._streaks[name] = held
+        if len(held) < STREAK_STEPS:
             return None
         self._said.append(name)
-        return streak.words.format(abs(sum(self._streaks[name]) / STREAK_STEPS), STREAK_STEPS)
+        return streak.words.format(abs(sum(held) / STREAK_STEPS), STREAK_STEPS)
 
     def _see_rise(self, name: str, value: float) -> str | None:
         """At the `STREAK_STEPS`th step in a row that is `RISE` above the mean of the first

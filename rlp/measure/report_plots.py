@@ -88,8 +88,14 @@ PLOTS = (
     Plot(
         "Variety of thoughts",
         "fraction",
-        "Different word pairs among the thoughts of a position. A fall: they become one template.",
-        ("thought/distinct_bigrams_frac",),
+        "Among the thoughts of a position: different word pairs over all (a fall: they become one"
+        " template), word pairs that a sibling has too, and pairs of thoughts that are the same.",
+        (
+            "thought/distinct_bigrams_frac",
+            "thought/sibling_overlap_frac",
+            "thought/duplicates_frac",
+        ),
+        ("different", "shared", "the same thought"),
     ),
     Plot(
         "What thoughts repeat",

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlp.data.documents import Document
 from rlp.data.positions import Positions
+from rlp.measure.siblings import watch_siblings
 from rlp.model.thoughts import Thoughts
 from rlp.process.tally import Tally
 from rlp.writing import family_of, script_of, scripts_of
@@ -172,6 +173,7 @@ def _watch_tokens(
     position = torch.arange(len(prefixes), device=tokens.device)[:, None]
 
     pairs, inside = _runs(tokens, lengths, 2, position[..., None])
+    watch_siblings(tally, tokens, lengths, pairs, inside)
     pairs, inside = (rearrange(part, "m g w -> m (g w)") for part in (pairs, inside))
     tally.add("thought/distinct_bigrams_frac", _distinct_fraction(pairs, inside))
 
