@@ -155,41 +155,6 @@ def test_distinct_bigrams_fall_as_thoughts_become_one_template(scripts):
     assert "thought/distinct_bigrams_frac" not in watched([nothing], scripts)
 
 
-def test_duplicates_are_pairs_of_siblings_that_are_the_same_thought(scripts):
-    """Of three thoughts two are the same: one pair of three. A thought is not the same as its
-    beginning, nor as the same tokens in another order, nor as another position's; two that closed
-    at once are."""
-    groups = [
-        [[20, 21, CLOSE], [20, 21, CLOSE], [20, 21, 22, CLOSE]],
-        [[20, 21, CLOSE], [21, 20, CLOSE], [20, 21, 0, CLOSE]],
-        [[CLOSE], [CLOSE], [0, CLOSE]],
-    ]
-    assert [watched([group], scripts)["thought/duplicates_frac"] for group in groups] == [
-        pytest.approx(1 / 3),
-        0,
-        pytest.approx(1 / 3),
-    ]
-    assert watched(groups, scripts)["thought/duplicates_frac"] == pytest.approx(2 / 9)
-
-
-def test_overlap_is_the_share_of_pairs_that_a_sibling_has_too(scripts):
-    """Of the first thought's pairs 20-21 and 21-22 its siblings have one and none; a pair that a
-    thought has twice counts once; thoughts without a pair are left out, but are siblings."""
-    one = [[20, 21, 22, CLOSE], [20, 21, 20, 21, CLOSE], [23, CLOSE]]
-    # First: (1/2 + 0) / 2. Second, whose pairs are 20-21 and 21-20: the same. Third: none.
-    assert watched([one], scripts)["thought/sibling_overlap_frac"] == pytest.approx(1 / 4)
-    same, apart, nothing = (
-        [[20, 21, 22, CLOSE]] * 2,
-        [[20, 21, CLOSE], [21, 20, CLOSE]],
-        [[20, CLOSE], [CLOSE]],
-    )
-    found = [
-        watched([group], scripts).get("thought/sibling_overlap_frac") for group in (same, apart)
-    ]
-    assert found == [1, 0]
-    assert "thought/sibling_overlap_frac" not in watched([nothing], scripts)
-
-
 def test_copies_are_runs_of_four_tokens_of_the_own_prefix(scripts):
     """Three of the five runs stand in the own prefix, in any order; those of another position's
     prefix, of the target or with the close marker do not count."""
@@ -524,26 +489,6 @@ def test_thoughts_that_never_close_and_thoughts_that_harm_are_said_once(metric, 
     said = [watch.see({} if value is None else {metric: value}) for value in steps]
     assert [index for index, alarms in enumerate(said) if alarms] == [10] and STREAK_STEPS == 5
     assert words in said[10][0] and "docs/warm_start.md" in said[10][0]
-
-
-@pytest.mark.parametrize("helping", [None, 0.0, 0.89])
-def test_siblings_that_collapse_onto_one_another_are_said_once(helping):
-    """At the fifth step in a row, where they are not known to help; a lower step begins the count
-    again."""
-    watch = Watch()
-    known = {} if helping is None else {"gain/positive_frac": helping}
-    steps = [0.95] * 4 + [0.94] + [0.99] * 9
-    said = [watch.see({"thought/duplicates_frac": value} | known) for value in steps]
-    assert [index for index, alarms in enumerate(said) if alarms] == [9]
-    assert "99% of the pairs of thoughts of a position in the last 5 steps" in said[9][0]
-    assert "thought.temperature" in said[9][0]
-
-
-def test_siblings_that_agree_on_what_helps_are_not_alarming():
-    """A task with one right thought, which all have found."""
-    step = {"thought/duplicates_frac": 1.0, "gain/positive_frac": 0.9}
-    watch = Watch()
-    assert not any(watch.see(step) for _ in range(20))
 
 
 def test_a_reward_without_a_baseline_harms_nobody():
