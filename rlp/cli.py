@@ -40,7 +40,7 @@ from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
-from rlp.process.run_folder import chosen_checkpoint, open_run_folder
+from rlp.process.run_folder import RunFolder, chosen_checkpoint, open_run_folder
 
 if TYPE_CHECKING:
     from rlp.process.ranks import Ranks
@@ -141,7 +141,9 @@ def _view(arguments: argparse.Namespace) -> int:
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="write an HTML page about one or several runs")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or that of a pipeline"
+    )
     report.add_argument(
         "--out",
         type=Path,
@@ -153,7 +155,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from rlp.measure.report import report_path, write_report
+    from rlp.post.pipeline_report import is_pipeline, write_pipeline_report
 
+    if pipelines := [path for path in arguments.runs if is_pipeline(path)]:
+        if len(arguments.runs) > 1:
+            raise ConfigError(f"{pipelines[0]} is a pipeline: a report on one has no other runs.")
+        out = report_path([RunFolder(pipelines[0])], arguments.out)
+        write_pipeline_report(pipelines[0], out)
+        print(out)
+        return 0
     folders = [open_run_folder(path) for path in arguments.runs]
     out = report_path(folders, arguments.out)
     write_report(arguments.runs, out)

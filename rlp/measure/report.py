@@ -108,7 +108,7 @@ def _render(runs: list[RunRecord]) -> str:
         for name, metric in (METRICS | EVALUATION).items()
         if not name.endswith(("_low", "_high"))
     ]
-    return _template().render(
+    return page_template(Path(__file__).parent / "report.html.j2").render(
         generator=Markup(GENERATOR),
         alone=alone,
         runs=runs,
@@ -140,9 +140,11 @@ def _render(runs: list[RunRecord]) -> str:
     )
 
 
-def _template() -> jinja2.Template:
+def page_template(path: Path) -> jinja2.Template:
+    """A template of a page, which escapes what enters it, and may include the style of reports."""
+    folders = [path.parent, Path(__file__).parent]
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_visible,
@@ -155,7 +157,7 @@ def _template() -> jinja2.Template:
         "gain": information_gain_of,
         "worth": worth_of,
     }
-    return templates.get_template("report.html.j2")
+    return templates.get_template(path.name)
 
 
 def _visible(value: object) -> object:

@@ -49,6 +49,7 @@ MANIFEST = Fields(
         "asked": ASKED,
         "models": Many(Fields({"step": STEP, "path": TEXT, "checksum": CHECKSUM, "spent": _SPENT})),
         "ledger": _SPENT,
+        "wall_s": AMOUNT,
         "environment": Table(PLAIN),
     }
 )
@@ -130,8 +131,12 @@ class TaskFolder:
                 " it, to have them made again."
             )
 
-    def finish(self, asked: dict, made: Made, environment: dict) -> None:
-        """Write the manifest: from here on the stage is finished."""
+    def finish(self, asked: dict, made: Made, environment: dict, wall_s: float) -> None:
+        """Write the manifest: from here on the stage is finished.
+
+        Args:
+            wall_s: seconds of the attempt that finished it.
+        """
         models = [
             {
                 "step": kept.step,
@@ -145,6 +150,7 @@ class TaskFolder:
             "asked": asked,
             "models": models,
             "ledger": asdict(made.spent),
+            "wall_s": wall_s,
             "environment": environment,
         }
         write_json(self.manifest_json, manifest, point="pipeline.torn_manifest")
@@ -165,6 +171,10 @@ class TaskFolder:
     def ledger(self) -> Spent:
         """What a finished stage has spent."""
         return _spent(self.manifest()["ledger"])
+
+    def wall_s(self) -> float:
+        """What a finished stage took, to be made and to be read, on the clock on the wall."""
+        return self.manifest()["wall_s"] + sum(line["seconds"] for line in self.read_lines())
 
     def read_lines(self) -> list[dict]:
         """What was read of its models so far."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,22 @@ from rlp.config import ConfigError
 from rlp.post.pipeline_checks import refuse_bad, refuse_changed
 from rlp.post.pipeline_config import Pipeline
 from rlp.post.pipeline_folder import TaskFolder
+from rlp.post.pipeline_plan import Costs, render
 from rlp.post.pipeline_results import add_lines, results_path
 from rlp.post.pipeline_task import asked_of, left_to_read, perform
 from rlp.post.pipeline_tasks import Task, run_tasks
+from rlp.post.pipeline_workers import Workers
 from rlp.post.stages.interface import StageStopped
 from rlp.process.console import format_duration, visible_text
 from rlp.process.exit_codes import DONE, PREEMPTED
-from rlp.process.files import make_folder, new_folder, read_bytes, write_atomically, write_new
+from rlp.process.files import (
+    make_folder,
+    new_folder,
+    read_bytes,
+    remove_unfinished,
+    write_atomically,
+    write_new,
+)
 from rlp.process.lock import BEAT_S, RunLock
 from rlp.process.poller import Poller
 from rlp.process.ranks import start_ranks
@@ -52,23 +62,33 @@ def run_pipeline(
                 add_lines(task, pipeline)
         progress = Progress(tasks, done, pipeline, workers, say)
         progress.begin()
-        return _run(tasks, done, pipeline, ranks, workers, progress)
+        if workers == 1:
+            return _run(tasks, done, pipeline, 1, progress, partial(here, pipeline, ranks))
+        with Workers(workers, Path(pipeline.dir) / "pipeline.yaml") as pool:
+            return _run(tasks, done, pipeline, workers, progress, pool.begin)
+
+
+def plan_pipeline(pipeline: Pipeline) -> str:
+    """What a pipeline would do and cost; nothing is written.
+
+    Raises:
+        ConfigError, DataError: what the pipeline would raise before its first task.
+    """
+    tasks = refuse_bad(pipeline)
+    done = finished(tasks, pipeline)
+    return render(tasks, done, pipeline, Costs(tasks, pipeline, start_ranks()))
 
 
 def _run(
     tasks: list[Task],
     done: set[Task],
     pipeline: Pipeline,
-    ranks: "Ranks",
     workers: int,
     progress: "Progress",
+    begin: Callable[[Task], Future],
 ) -> int:
     """Do the tasks that are not done, and tell of each."""
     stopped, failed = False, []
-
-    def begin(task: Task) -> Future:
-        return here(task, pipeline, ranks)
-
     for task, future in run_tasks(tasks, done, workers, lambda task: task.needs(pipeline), begin):
         error = future.exception()
         if isinstance(error, StageStopped):
@@ -83,7 +103,7 @@ def _run(
     return PREEMPTED if stopped else STAGES_FAILED if failed else DONE
 
 
-def here(task: Task, pipeline: Pipeline, ranks: "Ranks") -> Future:
+def here(pipeline: Pipeline, ranks: "Ranks", task: Task) -> Future:
     """Do a task in this process."""
     future: Future = Future()
     try:
@@ -131,6 +151,7 @@ def holding(
                 " Write another dir."
             )
         lock.claim(folder, say, lambda: None)
+        remove_unfinished(folder)
         if read_bytes(folder / "pipeline.yaml") != text:
             write_atomically(folder / "pipeline.yaml", text, point="pipeline.torn_config")
 
@@ -157,11 +178,14 @@ class Progress:
     pipeline: Pipeline
     workers: int
     say: Callable[[str], None]
-    expected: Callable[[Task], float | None] = lambda task: None
-    """Seconds that a task was planned to take; None where nobody knows."""
 
     def begin(self) -> None:
         self.began, self.left = time.monotonic(), [t for t in self.tasks if t not in self.done]
+        for task in self.left:
+            folder = TaskFolder(task.folder(self.pipeline))
+            if folder.path.exists():
+                state = "its models are to be read" if folder.is_finished else "begun"
+                self.say(f"{task.name}: {state}; going on with it")
         self.say(
             f"{self.pipeline.dir}: {len(self.done)} of {len(self.tasks)} stages are done,"
             f" {len(self.left)} are left"
@@ -180,20 +204,24 @@ class Progress:
         )
 
     def _remaining(self) -> str:
+        """Stages that nobody knows are taken to be as long as the mean of the others."""
         seconds = [self._seconds(task) for task in self.left]
-        if not seconds or None in seconds:
+        known = [value for value in seconds if value is not None]
+        if not known:
             return ""
-        return f", about {format_duration(sum(seconds) / self.workers)} left"
+        left = sum(known) / len(known) * len(seconds) / self.workers
+        return f", about {format_duration(left)} left"
 
     def _seconds(self, task: Task) -> float | None:
-        """What such a stage took on the seeds that have it, else what it was planned to take."""
-        taken = [
-            seconds_of(other, self.pipeline)
+        """What such a stage took where it is done, in other arms and on other seeds; None where it
+        is done nowhere."""
+        alike = [
+            TaskFolder(other.folder(self.pipeline))
             for other in self.tasks
             if other.chain[-1:] == task.chain[-1:] and other not in self.left
         ]
-        known = [seconds for seconds in taken if seconds is not None]
-        return sum(known) / len(known) if known else self.expected(task)
+        known = [folder.wall_s() for folder in alike if folder.is_finished]
+        return sum(known) / len(known) if known else None
 
     def end(self, failed: list[Task], stopped: bool) -> None:
         """What became of all of it, and how to go on."""
@@ -215,15 +243,6 @@ class Progress:
             f"{self.pipeline.dir}: all {len(self.tasks)} stages are done"
             f"{read if self.pipeline.evaluation.is_asked_for else ''}"
         )
-
-
-def seconds_of(task: Task, pipeline: Pipeline) -> float | None:
-    """What a finished task took, its readings too."""
-    folder = TaskFolder(task.folder(pipeline))
-    if not folder.is_finished:
-        return None
-    spent = folder.ledger().seconds
-    return None if spent is None else spent + sum(line["seconds"] for line in folder.read_lines())
 
 
 def _told(error: BaseException) -> str:

@@ -148,9 +148,11 @@ def perform(task: Task, pipeline: Pipeline, ranks: "Ranks") -> None:
     with open_log(folder.log) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if not folder.is_finished:
+                began = time.monotonic()
                 made = _make(task, pipeline, folder, ranks)
-                # Of one process, as the plan of the others; a stage's own ranks are in its run.
-                folder.finish(asked, made, environment([device_name(ranks.device)]))
+                # Of this process; those of a stage that has ranks are told in its run folder.
+                here = environment([device_name(ranks.device)])
+                folder.finish(asked, made, here, round(time.monotonic() - began, 2))
             read_models(task, pipeline, folder, ranks)
         except BaseException:
             traceback.print_exc()

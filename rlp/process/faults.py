@@ -100,6 +100,7 @@ COMMAND_POINTS: dict[str, str] = {
     "pipeline.torn_evaluation": "Half of what was read of its models is.",
     "stage.after_step": "SFT and RLVR: a step is made, and a model that is to be kept is kept.",
     "stage.before_model": "Such a model is written and does not have its name yet.",
+    "stage.torn_format": "Half of its thought_format.json is.",
     "stage.torn_checkpoint": "A checkpoint is written, but for half of what makes it whole.",
     "probe.torn_rows": "`rlp probe`: rows.parquet is written, and not on disk.",
     "probe.torn_picture": "probe.png is.",

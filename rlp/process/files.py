@@ -386,6 +386,14 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writes and new folders that were interrupted have left in a folder, at any depth.
+    For who holds it: what is being written looks the same."""
+    for pattern in (".tmp.*", ".*.partial"):
+        for left in list(folder.rglob(pattern)):
+            remove(left)
+
+
 def sync(path: Path) -> None:
     """Wait until a file or a folder is on disk."""
     handle = os.open(path, os.O_RDONLY | _GUARDED)

@@ -1,6 +1,9 @@
 """Starts runs without starting Python: this process imports everything once, and forks each rank.
 
-    python server.py MODEL      one JSON job a line on stdin, one JSON answer a line on stdout
+    python server.py MODEL [PROGRAM MODULE...]
+                                one JSON job a line on stdin, one JSON answer a line on stdout
+
+PROGRAM is the module whose `main` each rank is (train), MODULE what else is imported before.
 
 An import of torch, transformers and deepspeed takes 8 s of a core; a fork takes a hundredth of one.
 """
@@ -256,7 +259,10 @@ def _run(arguments: list[str], environment: dict[str, str], record: int | None) 
         importlib.import_module("rlp.process.launcher").watch_from_the_start()
         os.write(record, b"0\n")
         os.close(record)
-    return importlib.import_module("train").main(arguments)
+    return importlib.import_module(PROGRAM).main(arguments)
+
+
+PROGRAM = sys.argv[2] if len(sys.argv) > 2 else "train"
 
 
 def _children_cpu_s() -> float:
@@ -295,7 +301,7 @@ def main() -> None:
     )  # ranks whose launcher is killed become children of this process
     os.dup2(2, 1)  # what libraries print is no answer
     sys.path.insert(0, str(REPOSITORY))
-    for name in PRELOADED:
+    for name in (*PRELOADED, *sys.argv[3:]):
         importlib.import_module(name)
     importlib.import_module("rlp.run.ending").write_report = lambda runs, path: (
         importlib.import_module("rlp.process.files").write_atomically(

@@ -24,7 +24,7 @@ from rlp.post.stages.costs import spent_of
 from rlp.post.stages.interface import Kept, Made, Work
 from rlp.process.faults import fault
 from rlp.process.files import make_folder, new_folder, read_bytes, remove, sync, write_new
-from rlp.process.json_files import json_bytes, read_json
+from rlp.process.json_files import read_json, write_json
 from rlp.process.schemas import PLAIN, Fields, Table
 
 if TYPE_CHECKING:
@@ -107,15 +107,14 @@ class Account:
         with."""
         told = Path(self.work.model) / "thought_format.json"
         if told.is_file():
-            write_new(folder / told.name, read_bytes(told), point="stage.torn_checkpoint")
+            write_new(folder / told.name, read_bytes(told), point="stage.torn_format")
 
     def write(self, folder: Path) -> None:
         """Add the ledger to a folder, whose files are on disk before it."""
         for path in sorted(folder.rglob("*")):
             sync(path)
-        told = json_bytes({"state": self.ledger.state()}, "ledger.json")
-        write_new(folder / "ledger.json", told, point="stage.torn_checkpoint")
-        sync(folder)
+        told = {"state": self.ledger.state()}
+        write_json(folder / "ledger.json", told, point="stage.torn_checkpoint")
 
     # Going on
 
@@ -137,8 +136,6 @@ class Account:
         for step, path in _by_step(self.work.models, "step_").items():
             if step > behind:
                 remove(path)
-        for left in self.work.models.glob(".tmp.*"):
-            remove(left)
 
     def is_complete(self) -> bool:
         """Whether all models are there."""

@@ -1,0 +1,126 @@
+"""What the YAML of a pipeline may say, the tasks that come of it, and what is refused before any of
+them runs."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from rlp.config import ConfigError
+from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_tasks import Task, arms_of, every_task, run_tasks
+
+STAGES = """
+stages:
+  rlp: {kind: rlp, config: unused.yaml}
+  cpt: {kind: cpt, match: {stage: rlp}}
+  mine: {kind: "my_stages:filtered", options: {from: "{rlp}/thoughts.jsonl"}}
+  sft: {kind: sft, data: ["{mine}/{seed}.jsonl"], steps: 4, learning_rate: 1e-3}
+  plain: {kind: sft, data: [rows.jsonl], steps: 4, learning_rate: 1e-3, keep_steps: [2]}
+  rlvr: {kind: rlvr, data: [rows.jsonl], steps: 4, learning_rate: 1e-3}
+"""
+
+
+def pipeline_of(folder: Path, arms: str, stages: str = STAGES, head: str = "seeds: [0, 3]"):
+    path = folder / "pipeline.yaml"
+    path.write_text(f"dir: {folder / 'out'}\nmodel: base\n{head}\n{stages}\narms: {arms}\n")
+    return load_pipeline(path)
+
+
+def refused(folder: Path, *arguments: str, **named: str) -> str:
+    with pytest.raises(ConfigError) as told:
+        every_task(pipeline_of(folder, *arguments, **named))
+    return str(told.value)
+
+
+def test_stages_that_arms_share_are_done_once(tmp_path):
+    """Arms share what they begin with, and nothing behind it; controls stand behind what they are
+    matched with."""
+    arms = "{rlp: [rlp, plain, rlvr], short: [rlp, plain], cpt: [cpt, plain], base: [plain]}"
+    pipeline = pipeline_of(tmp_path, arms)
+    tasks = every_task(pipeline)
+    chains = ["rlp", "rlp+plain", "rlp+plain+rlvr", "cpt", "cpt+plain", "plain"]
+    assert [task.name for task in tasks] == [f"seed_{s}/{c}" for s in (0, 3) for c in chains]
+    assert arms_of(Task(0, ("rlp", "plain")), pipeline) == ["rlp", "short"]
+    assert Task(3, ("cpt",)).needs(pipeline) == [Task(3, ("rlp",))]
+    assert [Task.named(task.name) for task in tasks] == tasks
+
+
+def test_a_control_waits_for_what_it_is_matched_with_wherever_it_stands(tmp_path):
+    pipeline = pipeline_of(tmp_path, "{cpt: [cpt], rlp: [rlp]}", head="seeds: [0]")
+    assert every_task(pipeline) == [Task(0, ("rlp",)), Task(0, ("cpt",))]
+
+
+def test_a_stage_reads_the_folders_of_stages_before_it(tmp_path):
+    pipeline = pipeline_of(tmp_path, "{mine: [rlp, mine, sft]}")
+    places = Task(3, ("rlp", "mine", "sft")).places(pipeline)
+    out = tmp_path / "out" / "seed_3"
+    assert places == {"seed": 3, "rlp": out / "rlp", "mine": out / "rlp+mine"}
+
+
+def test_a_stage_that_does_not_exist_is_refused(tmp_path):
+    said = refused(tmp_path, "{rlp: [rlp, rlvl]}")
+    assert "arms.rlp: there is no stage 'rlvl'. Did you mean rlvr?" in said
+
+
+def test_an_arm_that_asks_for_data_of_a_later_stage_is_refused(tmp_path):
+    said = refused(tmp_path, "{early: [rlp, sft, mine]}")
+    assert "the stage sft asks for {mine}, which comes later" in said
+    assert "the folders of rlp." in said
+
+
+def test_an_arm_that_asks_for_data_of_another_arms_stage_is_refused(tmp_path):
+    assert "{mine}, which is no stage of this arm" in refused(tmp_path, "{bare: [sft]}")
+
+
+def test_a_match_with_a_stage_that_no_arm_has_there_is_refused(tmp_path):
+    said = refused(tmp_path, "{cpt: [plain, cpt], rlp: [rlp]}")
+    assert "no arm has rlp where cpt stands, behind plain" in said
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("kind: sft", "kind: stf"), "stages.sft.kind must be one of cpt, rlp, mixed_sft, sft"),
+        (("learning_rate: 1e-3}", "learning_rat: 1e-3}"), "unknown key learning_rat. Did you mean"),
+        (("keep_steps: [2]", "keep_steps: [8]"), "keep_steps ends at 4 steps, got [8]"),
+        (("keep_steps: [2]", "hand_on: 3"), "hand_on must be one of keep_steps, [4], got 3"),
+        (("config: unused.yaml", "ranks: 2"), "config or match has to be there, and not both"),
+        (("{stage: rlp}", "{stage: rlp, by: watts}"), "match.by must be one of tokens, flops"),
+        (("  rlvr:", "  seed:"), "'seed' can not be a name"),
+        (("data: [rows.jsonl], ", ""), "data must name the files of the rows"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place(tmp_path, change, said):
+    assert change[0] in STAGES
+    assert said in refused(tmp_path, "{rlp: [rlp]}", stages=STAGES.replace(*change))
+
+
+def performed(tasks, needs, fails=frozenset(), done=frozenset()) -> list:
+    """The order in which tasks are begun, when the oldest that runs is always the first to end."""
+    begun = []
+
+    def begin(task) -> Future:
+        begun.append(task)
+        future: Future = Future()
+        if task in fails:
+            future.set_exception(RuntimeError("broken"))
+        else:
+            future.set_result(None)
+        return future
+
+    list(run_tasks(list(tasks), set(done), 2, needs, begin))
+    return begun
+
+
+def test_a_failed_stage_stops_only_what_needs_it(tmp_path):
+    arms = "{rlp: [rlp, plain], cpt: [cpt, plain], base: [plain]}"
+    pipeline = pipeline_of(tmp_path, arms)
+    tasks = every_task(pipeline)
+    begun = performed(tasks, lambda task: task.needs(pipeline), fails={Task(0, ("rlp",))})
+    left_out = set(tasks) - set(begun)
+    assert {task.name for task in left_out} == {
+        "seed_0/rlp+plain",
+        "seed_0/cpt",
+        "seed_0/cpt+plain",
+    }
