@@ -8,17 +8,19 @@ model at one temperature. `panel` has its own section in the YAML; of the others
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlp.config import ConfigError
+from rlp.config import ConfigError, require_one_of
 from rlp.post.pipeline_config import EvaluationConfig, PanelConfig
 from rlp.process.outside import open_part
 
 if TYPE_CHECKING:
     from rlp.config import Config
+    from rlp.post.diversity_drawing import Drawing
+    from rlp.post.diversity_samples import Prompt
     from rlp.process.ranks import Ranks
 
 PANEL_FIGURES = (
@@ -28,6 +30,7 @@ PANEL_FIGURES = (
     "gain_over_no_think_nats",
     "document_loss_nats",
     "thought_tokens_mean",
+    "thought_duplicates_frac",
 )
 
 
@@ -44,6 +47,8 @@ class Reading:
     """The model that every arm begins with."""
     is_last: bool
     """Whether it is the last of its stage, not one of its curve."""
+    folder: Path
+    """Where an evaluation may keep what it draws; of this model at this temperature alone."""
     ranks: "Ranks"
 
 
@@ -52,6 +57,8 @@ Evaluation = Callable[[Reading], dict[str, float | None]]
 EVALUATIONS: dict[str, str] = {
     "panel": "rlp.post.evaluations:read_panel",
     "benchmarks": "rlp.post.evaluations:read_benchmarks",
+    "variety": "rlp.post.evaluations:read_variety",
+    "language": "rlp.post.evaluations:read_language",
 }
 """Those that come with this program."""
 
@@ -140,15 +147,127 @@ class PanelReader:
             thought=replace(own.thought, temperature=reading.temperature),
             evaluation=replace(evaluation, thoughts_per_position=thoughts),
         )
-        means = measure_panel(
+        found = measure_panel(
             load_frozen(ModelSetup(config), self._ranks),
             self._panel,
             config,
             self._ranks,
             start_logprob=self._start_logprob,
-        ).means
-        counts = {"n": int(means["panel_positions"]), "thoughts": thoughts}
-        return counts | {name: means.get(name) for name in PANEL_FIGURES}
+        )
+        counts = {"n": len(self._panel), "thoughts": thoughts}
+        figures = {name: found.means.get(name) for name in PANEL_FIGURES}
+        return counts | figures | {"thought_duplicates_frac": duplicates(found.thoughts.tokens)}
+
+
+def duplicates(thoughts: list[list]) -> float | None:
+    """Pairs of siblings that are the same thought, over all pairs of a position: the mean over
+    positions.
+
+    Args:
+        thoughts: of each position, the token ids of each thought.
+
+    Returns:
+        None where a position has one thought.
+    """
+    shares = []
+    for group in thoughts:
+        told = [tuple(thought.tolist()) for thought in group]
+        pairs = len(told) * (len(told) - 1)
+        if not pairs:
+            return None
+        shares.append(sum(told.count(one) - 1 for one in told) / pairs)
+    return sum(shares) / len(shares)
+
+
+# Answers to prompts
+
+
+def read_variety(reading: Reading) -> dict[str, float | None]:
+    """How alike the answers of the model are (`rlp diversity`), open prompts and closed ones.
+
+    Settings: those of a drawing (`rlp.post.diversity_drawing.Drawing`), and `prompts`, a JSON Lines
+    file in place of the committed panel. `inter` needs two models, and is not there.
+    """
+    from rlp.post.diversity import variety_of
+    from rlp.post.diversity_samples import KINDS
+
+    prompts, drawing = open_variety(reading.settings)
+    found = variety_of(
+        str(reading.model),
+        prompts,
+        samples=_samples(reading),
+        drawing=replace(drawing, temperature=reading.temperature, seed=reading.seed),
+        name=f"seed {reading.seed}",
+    )
+    return {
+        f"{kind}_{name}": value
+        for kind in KINDS
+        for name, value in (found[kind] or {}).items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def open_variety(settings: dict) -> tuple[list["Prompt"] | None, "Drawing"]:
+    """Its prompts, None for the committed panel, and how answers are drawn.
+
+    Raises:
+        ConfigError: there is no such setting, or no such file.
+    """
+    from rlp.post.diversity_drawing import Drawing
+    from rlp.post.diversity_samples import read_prompts
+
+    known = [item.name for item in fields(Drawing) if item.name not in ("temperature", "seed")]
+    _refuse_unknown("variety", settings, ["prompts", *known])
+    prompts = settings.get("prompts")
+    drawn = {name: value for name, value in settings.items() if name != "prompts"}
+    return None if prompts is None else read_prompts(Path(prompts)), Drawing(**drawn)
+
+
+def read_language(reading: Reading) -> dict[str, float | None]:
+    """In which scripts the model answers the prompts of `variety`, which stands before it.
+
+    Settings: `script`, whose share is wanted, and `of`, `text` (its answers) or `thought`.
+    """
+    from rlp.measure.language import language_of_texts
+    from rlp.post.diversity_samples import read_samples
+
+    samples = _samples(reading)
+    if not samples.exists():
+        raise ConfigError(
+            "evaluation.others.language: it reads the answers that variety draws. Write variety"
+            " before it."
+        )
+    texts = [one.text for one in read_samples(samples, field=reading.settings.get("of", "text"))]
+    told = language_of_texts(texts, reading.settings.get("script"))
+    return {f"language_{name}": value for name, value in told.items()}
+
+
+def refuse_language(settings: dict) -> None:
+    """
+    Raises:
+        ConfigError: there is no such setting, or no such script.
+    """
+    from rlp.measure.language import require_script
+
+    _refuse_unknown("language", settings, ["script", "of"])
+    require_one_of("evaluation.others.language.of", settings.get("of", "text"), OF)
+    if (script := settings.get("script")) is not None:
+        require_script("evaluation.others.language.script", script)
+
+
+OF = ("text", "thought")
+"""What `read_language` reads of a sample."""
+
+
+def _samples(reading: Reading) -> Path:
+    return reading.folder / "samples.jsonl"
+
+
+def _refuse_unknown(name: str, settings: dict, known: list[str]) -> None:
+    if unknown := sorted(set(settings) - set(known)):
+        raise ConfigError(
+            f"evaluation.others.{name}: unknown key {unknown[0]}. There are {', '.join(known)}."
+        )
 
 
 # Benchmarks
@@ -166,11 +285,6 @@ def read_benchmarks(reading: Reading) -> dict[str, float | None]:
     from rlp.compare.tasks import load_tasks
 
     settings = BENCHMARKS | reading.settings
-    if unknown := sorted(settings.keys() - BENCHMARKS.keys()):
-        raise ConfigError(
-            f"evaluation.others.benchmarks: unknown key {unknown[0]}. There are"
-            f" {', '.join(BENCHMARKS)}."
-        )
     named = benchmarks_by_name(
         settings["tasks"],
         question_field=settings["question_field"],
@@ -192,6 +306,14 @@ def read_benchmarks(reading: Reading) -> dict[str, float | None]:
     return {f"{result.benchmark}_{result.mode}": result.accuracy for result, _ in asked}
 
 
+def refuse_benchmarks(settings: dict) -> None:
+    """
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    _refuse_unknown("benchmarks", settings, list(BENCHMARKS))
+
+
 BENCHMARKS = {
     "tasks": "",
     "question_field": "question",
@@ -201,3 +323,10 @@ BENCHMARKS = {
     "batch_size": 8,
 }
 """Settings of `read_benchmarks`, and what they are where the YAML does not say."""
+
+CHECKS: dict[str, Callable[[dict], object]] = {
+    "variety": open_variety,
+    "language": refuse_language,
+    "benchmarks": refuse_benchmarks,
+}
+"""What refuses the settings of an evaluation before anything runs."""

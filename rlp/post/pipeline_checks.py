@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rlp.compare.arms import ARMS, with_settings
 from rlp.config import Config, ConfigError, load_config
-from rlp.post.evaluations import asked_for, open_evaluation, panel_config
+from rlp.post.evaluations import CHECKS, asked_for, open_evaluation, panel_config
 from rlp.post.pipeline_config import (
     MixedSftStage,
     PanelConfig,
@@ -30,8 +30,10 @@ def refuse_bad(pipeline: Pipeline) -> list[Task]:
         ConfigError, DataError: something is; where, and what to write.
     """
     tasks = every_task(pipeline)
-    for name in asked_for(pipeline.evaluation):
+    for name, settings in asked_for(pipeline.evaluation).items():
         open_evaluation(name)
+        if name in CHECKS:
+            CHECKS[name](fill(settings, {"seed": pipeline.seeds[0]}))
     for seed in pipeline.seeds:
         _refuse_start(pipeline, seed)
     for task in tasks:

@@ -4,6 +4,7 @@
     work/              what the stage itself writes
     manifest.json      asked.json again, the models by step with their checksums, ledger, versions,
                        commit; the stage is finished once it is there
+    readings/          what evaluations have drawn, such as answers to prompts
     evaluation.json    what was read of every model so far
     log.txt            what was printed
 
@@ -92,6 +93,10 @@ class TaskFolder:
     @property
     def work(self) -> Path:
         return self.path / "work"
+
+    def readings(self, step: int, temperature: float) -> Path:
+        """Where evaluations of a model at a temperature keep what they draw."""
+        return self.path / "readings" / f"step_{step}_T_{temperature:g}"
 
     @property
     def is_finished(self) -> bool:

@@ -31,7 +31,7 @@ from rlp.post.pipeline_tasks import Task, matched
 from rlp.post.stages.interface import Kept, Made, Spent, StageError, Work
 from rlp.post.stages.kinds import code_of, open_stage
 from rlp.process.environment import device_name, environment
-from rlp.process.files import open_log
+from rlp.process.files import make_folder, open_log
 from rlp.process.json_files import read_json
 from rlp.process.schemas import WHOLE_LEDGER
 
@@ -236,8 +236,10 @@ def read_models(task: Task, pipeline: Pipeline, folder: TaskFolder, ranks: "Rank
             settings=settings,
             start=start,
             is_last=kept.step == models[-1][0].step,
+            folder=folder.readings(kept.step, temperature),
             ranks=ranks,
         )
+        make_folder(reading.folder, exist_ok=True)
         figures = open_evaluation(name)(reading)
         line = {
             "stage_step": kept.step,

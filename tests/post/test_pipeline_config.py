@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlp.config import ConfigError
+from rlp.data.errors import DataError
+from rlp.post.pipeline_checks import refuse_bad
 from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_tasks import Task, arms_of, every_task, run_tasks
 
@@ -124,3 +126,58 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path):
         "seed_0/cpt",
         "seed_0/cpt+plain",
     }
+
+
+# What is refused once paths are looked at, and before anything runs
+
+
+def checked(folder: Path, change: tuple[str, str] = ("", ""), rows: str = "") -> str:
+    """What is said of a pipeline whose model and rows are there."""
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text(rows or '{"text": "one", "prompt": "one", "answer": "1"}\n')
+    stages = f"""
+stages:
+  sft: {{kind: sft, data: [{folder}/rows.jsonl], steps: 4, learning_rate: 1e-3}}
+  rlvr: {{kind: rlvr, data: [{folder}/rows.jsonl], steps: 4, batch_size: 1, learning_rate: 1e-3}}
+evaluation:
+  others: {{language: {{script: latin}}, variety: {{tokens: 4}}}}
+"""
+    head = f"seeds: [0]\nmodel: {folder}/base"
+    path = folder / "pipeline.yaml"
+    text = f"dir: {folder / 'out'}\n{head}\n{stages}\narms: {{one: [sft, rlvr]}}\n"
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    try:
+        refuse_bad(load_pipeline(path))
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_good_pipeline_is_not_refused(tmp_path):
+    assert checked(tmp_path) == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("rows.jsonl], steps", "row.jsonl], steps"), "row.jsonl: no such file. Write the path"),
+        (("/base", "/bases"), "there is no folder"),
+        (("batch_size: 1,", "batch_size: 9,"), "stages.rlvr, seed 0: data: 1 prompts, and a step"),
+        (("script: latin", "script: laitn"), "evaluation.others.language.script must be a script"),
+        (("{tokens: 4}", "{token: 4}"), "evaluation.others.variety: unknown key token"),
+        (("language: {", "langage: {"), "evaluation.others.langage: there is no such evaluation"),
+        (("{kind: rlvr", "{kind: 'no_module:stage', options: {}} #"), "no module 'no_module'"),
+        (("batch_size: 1,", "batch_size: 1, reward: 'json:nothing',"), "has no 'nothing'"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_runs(tmp_path, change, said):
+    told = checked(tmp_path, change)
+    assert said in told and not (tmp_path / "out").exists()
+
+
+def test_a_row_without_what_its_stage_needs_is_refused(tmp_path):
+    told = checked(
+        tmp_path, rows='{"text": "one", "prompt": "one", "answer": "1"}\n{"text": "b"}\n'
+    )
+    assert "rows.jsonl:2: a row needs text in prompt and answer, and prompt is none" in told
