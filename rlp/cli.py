@@ -14,6 +14,7 @@
     rlp mixed-sft RUN   rounds of splicing and training that spend what a run has spent
     rlp pipeline CONFIG stages of arms over seeds: RLP and its controls, SFT, RLVR
     rlp diversity CHECKPOINT...   how alike answers are: of one model, of several, above the floor
+    rlp traces RUN_OR_FILE   traces that are right, in one language, short and unique, for SFT
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
@@ -38,6 +39,7 @@ from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
+from rlp.post.traces_options import add_traces
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
 from rlp.process.run_folder import RunFolder, chosen_checkpoint, open_run_folder
@@ -516,6 +518,7 @@ COMMANDS = (
     _add_mixed_sft,
     add_pipeline,
     add_diversity,
+    add_traces,
     _add_audit,
     _add_world,
 )

@@ -36,6 +36,7 @@ ARMS = (
     "sft_language",
     "rlp",
     "rlp_language",
+    "rlp_language_4",
 )
 LAYOUT = Layout(
     identity=("arm", "seed"),
@@ -86,6 +87,9 @@ def write_traces(base: Path, path: Path, seed: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+RLP_WEIGHTS = {"rlp": 0.0, "rlp_language": 1.0, "rlp_language_4": 4.0}
+"""lambda, in nats."""
+
 RULES = {
     "sft_right": TraceRule(least_share=0.0, most_switches=None),
     "sft_language": TraceRule(script=SCRIPT, least_share=0.95, most_switches=0),
@@ -104,8 +108,7 @@ def model_of(arm: str, seed: int, home: Path, ranks: Ranks) -> tuple[Path, dict]
         corpus = home / "documents.jsonl"
         lines = [json.dumps({"text": document}) + "\n" for document in plain_documents(seed)]
         corpus.write_text("".join(lines))
-        paid = arm.endswith("language")
-        return think_ahead(base, corpus, home / arm, seed, ranks, with_language=paid), {}
+        return think_ahead(base, corpus, home / arm, seed, ranks, weight=RLP_WEIGHTS[arm]), {}
     told = {}
     if arm.startswith("sft"):
         traces, kept = home / "traces.jsonl", home / f"kept_{arm}"

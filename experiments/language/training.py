@@ -27,7 +27,7 @@ from rlp.process.ranks import Ranks
 
 BASE_RATE = 3e-3
 SCRIPT, WEIGHT = "latin", 1.0
-"""Of the reward term; lambda in nats for RLP, and beside a reward of 0 or 1 for RLVR."""
+"""Of the reward term; lambda of RLVR, beside a reward of 0 or 1."""
 
 RLVR_STEPS, RLVR_PROMPTS, RLVR_GENERATIONS, RLVR_RATE = 60, 8, 8, 3e-4
 SFT_STEPS, SFT_BATCH, SFT_RATE = 60, 16, 3e-4
@@ -193,7 +193,7 @@ def supervise(base: Path, kept: Path, out: Path, seed: int) -> None:
 
 
 def think_ahead(
-    base: Path, corpus: Path, run: Path, seed: int, ranks: Ranks, *, with_language: bool
+    base: Path, corpus: Path, run: Path, seed: int, ranks: Ranks, *, weight: float
 ) -> Path:
     """RLP on documents without thoughts, with or without the term; the model."""
     config = {
@@ -206,7 +206,7 @@ def think_ahead(
             "max_thought_tokens": THOUGHT_TOKENS + 2,
             "temperature": 1.0,
         },
-        "reward": {"script": SCRIPT, "language_weight": WEIGHT if with_language else 0.0},
+        "reward": {"script": SCRIPT, "language_weight": weight},
         "objective": {"lm_weight": 0.0},
         "optim": {
             "batch_size": RLP_DOCUMENTS,
