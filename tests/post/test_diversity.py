@@ -101,6 +101,14 @@ def test_means_over_pairs_by_hand():
     assert found["floor"] == pytest.approx((1 + half) / 4 / 2)
 
 
+def test_a_word_that_all_texts_have_weighs_less():
+    """TF-IDF by hand: of two texts that share one of two words, the shared one weighs ln(2/2) + 1,
+    the other ln(2/1) + 1."""
+    rows = measures.embedded(["red blue", "red green", "red blue"], None).toarray()
+    assert rows[0] @ rows[1] == pytest.approx(1 / (1 + (1 + math.log(2)) ** 2))
+    assert rows[0] @ rows[2] == pytest.approx(1)
+
+
 def test_a_mean_over_models_is_one_over_models_not_over_texts():
     """A model with more answers does not count for more."""
     rows = [("a", "p", "x")] * 10 + [("b", "p", "x"), ("b", "p", "y")]
