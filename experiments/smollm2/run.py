@@ -64,7 +64,7 @@ CONFIGS = ROOT / "configs"
 MARKERS = ("<think>", "</think>")
 ROUNDS = 3
 """Of mixed SFT."""
-LM_STEPS = ("optim.batch_size=4",)
+LM_STEPS = ("optim.batch_size=1",)
 """Of arms without thoughts: a step small enough to end within 1 % of RLP's FLOPs."""
 POINT = "results.torn_line"
 UNTRAINED = dict.fromkeys(("flops", "seconds", "steps"), 0.0)

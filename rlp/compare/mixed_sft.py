@@ -44,7 +44,7 @@ from rlp.process.files import new_folder, write_atomically
 from rlp.process.json_files import read_json, write_json
 from rlp.process.ranks import Ranks
 from rlp.process.run_folder import RunFolder
-from rlp.process.schemas import WHOLE_LEDGER
+from rlp.process.schemas import PLAIN, WHOLE_LEDGER, Table
 
 LOSSES = {"all": None, "thought_and_target": "loss_spans"}
 """What a round takes its loss on, and `data.loss_field` for it."""
@@ -244,7 +244,7 @@ def _open_folder(asked: MixedSft, out: Path, ranks: Ranks) -> None:
             f"--out: {out} is there and is no folder of rlp mixed-sft: it has no mixed_sft.json."
             " Write another path."
         )
-    before = read_json(told)
+    before = read_json(told, Table(PLAIN))
     for name, value in wanted.items():
         if before.get(name) != value:
             raise ConfigError(

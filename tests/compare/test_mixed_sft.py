@@ -9,6 +9,7 @@ import pytest
 from rlp.compare.mixed_sft import MixedSft, iterate
 from rlp.config import Config, ConfigError, load_config
 from rlp.process.exit_codes import DONE, PREEMPTED
+from rlp.process.json_files import DamagedFileError
 from tests.training import read_lines, tiny_config, train
 
 FINE = ("optim.batch_size=2", "optim.micro_batch_size=2")
@@ -109,6 +110,9 @@ def test_what_can_not_be_iterated_is_refused(finished, tmp_path, ranks):
     assert not (tmp_path / "out").exists()
     refused("--documents 60: with their thoughts .* are spent before round 1", documents=60)
     refused("was begun with documents 60, got 4", documents=4)
+    (tmp_path / "out" / "mixed_sft.json").write_text("[]")
+    with pytest.raises(DamagedFileError, match="mixed_sft.json: the value is"):
+        iterate(asking(finished), tmp_path / "out", ranks, trains(ranks, []))
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
