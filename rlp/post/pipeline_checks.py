@@ -6,6 +6,7 @@ from rlp.compare.arms import ARMS, with_settings
 from rlp.config import Config, ConfigError, load_config
 from rlp.post.evaluations import CHECKS, asked_for, open_evaluation, panel_config
 from rlp.post.pipeline_config import (
+    GenerateStage,
     MixedSftStage,
     PanelConfig,
     Pipeline,
@@ -17,6 +18,7 @@ from rlp.post.pipeline_config import (
 )
 from rlp.post.pipeline_folder import TaskFolder, checksums_of_data
 from rlp.post.pipeline_tasks import Task, every_task, matched
+from rlp.post.stages.generation import refuse_bad_generation
 from rlp.post.stages.kinds import code_of, open_stage
 from rlp.post.stages.rlvr import open_reward
 from rlp.post.stages.rows import read_rows, refuse_few
@@ -64,7 +66,7 @@ def _refuse_stage(task: Task, pipeline: Pipeline) -> None:
     settings = fill(task.settings(pipeline), {"seed": task.seed})
     open_stage(settings.kind)
     code_of(settings)
-    own_data = [source for source in getattr(settings, "data", []) if not places(source)]
+    own_data = [source for source in settings.sources() if not places(source)]
     checksums_of_data(own_data)
     if isinstance(settings, TrlStage):
         require_trl()
@@ -74,6 +76,9 @@ def _refuse_stage(task: Task, pipeline: Pipeline) -> None:
             rows = read_rows(settings)
             if isinstance(settings, RlvrStage):
                 refuse_few(settings, len(rows))
+    elif isinstance(settings, GenerateStage):
+        if not places(settings.prompts):
+            refuse_bad_generation(settings)
     elif isinstance(settings, PretrainingStage | MixedSftStage):
         config = planned_config(task, pipeline)
         if matched(settings) is None and not places(config.data.train):

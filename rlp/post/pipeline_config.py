@@ -89,6 +89,10 @@ class StageConfig:
         """Steps that are known to be kept."""
         return self.keep_steps
 
+    def sources(self) -> list[str]:
+        """Files, and globs, whose content is among its inputs."""
+        return []
+
 
 @dataclass
 class PretrainingStage(StageConfig):
@@ -174,6 +178,9 @@ class TrlStage(StageConfig):
     def steps_named(self) -> list[int]:
         return sorted({*self.keep_steps, self.steps})
 
+    def sources(self) -> list[str]:
+        return self.data
+
 
 @dataclass
 class SftStage(TrlStage):
@@ -222,12 +229,73 @@ class RlvrStage(TrlStage):
 
 
 @dataclass
+class GenerateStage(StageConfig):
+    """`generate`: documents of the model that the stage begins with, real ones, or both, as
+    work/documents.jsonl for the stages behind it. It makes no model."""
+
+    documents: int = 0
+    """That it makes at most: a filter may leave fewer."""
+    real_share: float = 0.0
+    """Part of them that is taken from `data`, from its first row on."""
+    data: list[str] = field(default_factory=list)
+    """Files of real documents, rows {"text"}."""
+    prompts: str = ""
+    """A panel (`rlp.post.diversity_samples`) whose prompts own documents begin with, as many with
+    each."""
+    separator: str = ""
+    """Between a prompt and what is drawn behind it."""
+    tokens: int = 64
+    """That are drawn of a document at most, where its prompt names none."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    draws: int = 1
+    """Own documents that are drawn for each that is wanted, for a filter to choose among."""
+    filter: str = ""
+    """`package.module:function` (`rlp.post.stages.generation.Filter`); empty: all are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("keep_steps", "hand_on"):
+            value = getattr(self, name)
+            require(not value, name, value, "must be left out: it makes no model")
+        for name in ("documents", "tokens", "draws"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        share = self.real_share
+        require(0 <= share <= 1, "real_share", share, "is a fraction from 0 to 1")
+        require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        for name, given, needed in (
+            ("data", bool(self.data), self.num_real > 0),
+            ("prompts", bool(self.prompts), self.num_own > 0),
+        ):
+            why = f"must be {'there' if needed else 'left out'} with real_share {share:g}"
+            require(given == needed, name, getattr(self, name), why)
+        require(self.draws == 1 or self.filter, "draws", self.draws, "above 1 is for a filter")
+        name = self.filter
+        require(not name or ":" in name, "filter", name, "must be a package.module:function")
+
+    @property
+    def num_real(self) -> int:
+        return round(self.real_share * self.documents)
+
+    @property
+    def num_own(self) -> int:
+        return self.documents - self.num_real
+
+    def sources(self) -> list[str]:
+        return [*self.data, *filter(None, [self.prompts])]
+
+
+@dataclass
 class OwnStage(StageConfig):
     """`package.module:function`, a stage of one's own (`rlp.post.stages.interface`)."""
 
     data: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever it reads."""
+
+    def sources(self) -> list[str]:
+        return self.data
 
 
 KINDS: dict[str, type[StageConfig]] = {
@@ -236,6 +304,7 @@ KINDS: dict[str, type[StageConfig]] = {
     "mixed_sft": MixedSftStage,
     "sft": SftStage,
     "rlvr": RlvrStage,
+    "generate": GenerateStage,
 }
 
 

@@ -23,6 +23,7 @@ from rlp.post.pipeline_config import (
     SftStage,
     TrlStage,
     fill,
+    places,
 )
 from rlp.post.pipeline_folder import TaskFolder
 from rlp.post.pipeline_tasks import Task, matched
@@ -97,6 +98,8 @@ class Costs:
         from rlp.run.checks import Opened, plan_here, run_dtype, speed_here
 
         config = planned_config(task, self._pipeline)
+        if places(config.data.train):
+            return Cost(steps=config.budget.steps)  # a stage before it makes the data
         ranks = replace(self._ranks, world_size=settings.ranks)
         opened = Opened(config, settings.ranks, 0, warn=lambda text: None)
         shapes = opened.setup.shapes

@@ -91,7 +91,7 @@ def asked_of(task: Task, pipeline: Pipeline) -> dict:
 def _inputs(task: Task, pipeline: Pipeline, settings: StageConfig) -> dict:
     inputs: dict[str, object] = {"model": handed_on(task.before, pipeline).checksum}
     places = task.places(pipeline)
-    for source in getattr(settings, "data", []):
+    for source in settings.sources():
         named = fill(source, {"seed": task.seed})
         files = checksums_of_data([fill(source, places)])
         inputs |= {f"data {named}: {Path(file).name}": checksum for file, checksum in files.items()}

@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 
-from rlp.post.pipeline_config import OwnStage, RlvrStage, StageConfig
+from rlp.post.pipeline_config import GenerateStage, OwnStage, RlvrStage, StageConfig
 from rlp.post.stages.interface import Stage
 from rlp.process.outside import open_part
 
@@ -13,6 +13,7 @@ STAGES = {
     "mixed_sft": "rlp.post.stages.pretraining:mix",
     "sft": "rlp.post.stages.sft:supervise",
     "rlvr": "rlp.post.stages.rlvr:reinforce",
+    "generate": "rlp.post.stages.generation:generate",
 }
 """Those that come with this program."""
 
@@ -31,6 +32,8 @@ def code_of(settings: StageConfig) -> Path | None:
     name = settings.kind if isinstance(settings, OwnStage) else ""
     if isinstance(settings, RlvrStage) and ":" in settings.reward:
         name = settings.reward
+    if isinstance(settings, GenerateStage):
+        name = settings.filter
     if not name:
         return None
     found = inspect.getsourcefile(open_part("kind", name, {}, ()).call)
