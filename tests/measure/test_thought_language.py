@@ -22,6 +22,9 @@ from tests.tiny_models import WORDS
 from tests.training import assert_same_run, read_lines, tiny_config, train, write_corpus
 
 CLOSE = 0
+LETTERS = 257
+"""The first whole token, "ab": the one that ends a thought and 256 bytes stand before it."""
+
 PIECES = ("ab", " cd", "\u0431\u0432", "x\u03b1", "\u6771\u306f", "12", " +", "\u05d0", "e\u0301")
 """Whole tokens: of one script, of two, of one family, neutral, with a mark."""
 
@@ -41,7 +44,7 @@ def bytewise():
 def thoughts_of(rows):
     """Closed thoughts [M, G] of token lists without their close marker."""
     longest = max(len(row) for group in rows for row in group) + 1
-    tokens = torch.full((len(rows), len(rows[0]), longest), 7)  # what is padded has letters too
+    tokens = torch.full((len(rows), len(rows[0]), longest), LETTERS)  # behind a thought
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for m, group in enumerate(rows):
         for g, row in enumerate(group):
@@ -54,7 +57,8 @@ def thoughts_of(rows):
 
 @pytest.mark.parametrize("target", ["latin", "cyrillic", "japanese", None])
 def test_the_language_of_tokens_is_that_of_their_text(bytewise, target):
-    """Of 300 random thoughts, of whole tokens alone and with pieces of characters among them."""
+    """And not of what stands behind it. Of 300 random thoughts, of whole tokens alone and with
+    pieces of characters among them."""
     generator, size = np.random.default_rng(0), len(bytewise)
     whole = list(range(size - len(PIECES), size))
     rows = [

@@ -220,3 +220,51 @@ def test_the_reward_of_a_completion_is_the_share_in_its_thought():
     assert decoded(completions=[f"ab {DOM}"], completion_ids=[[1]]) == [1.0]
     with pytest.raises(ConfigError, match="script must be a script"):
         language_reward("klingon")
+
+
+@pytest.mark.slow
+def test_trl_reads_what_is_kept_and_adds_up_the_reward(tmp_path, model_folder):
+    """One step of SFT on kept.jsonl as it is, and one of GRPO with the share beside a reward."""
+    import trl
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    rows = [
+        {"prompt": "w1 w2 <think>", "text": f"w{i} </think> w4", "right": True} for i in range(8)
+    ]
+    filter_traces(rollouts(tmp_path / "rollouts.jsonl", rows), tmp_path / "out", LATIN)
+    data = load_dataset(
+        "json",
+        data_files=str(tmp_path / "out" / "kept.jsonl"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    common = {
+        "output_dir": str(tmp_path / "unused"),
+        "max_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    sft = trl.SFTConfig(**common, per_device_train_batch_size=8)
+    trainer = trl.SFTTrainer(model=str(model_folder), args=sft, train_dataset=data)
+    assert len(trainer.train_dataset) == 8 and trainer.train().training_loss > 0
+
+    decode = AutoTokenizer.from_pretrained(model_folder).decode
+    grpo = trl.GRPOConfig(
+        **common, per_device_train_batch_size=4, num_generations=4, max_completion_length=4
+    )
+    trainer = trl.GRPOTrainer(
+        model=str(model_folder),
+        reward_funcs=[lambda completions, **_: [0.25] * len(completions)]
+        + [language_reward("latin", weight=0.5, decode=decode)],
+        args=grpo,
+        train_dataset=data.select_columns(["prompt"]),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/script_share/mean"] == 0.5  # the tiny model writes Latin words alone
+    assert logged["reward"] == 0.75
