@@ -174,3 +174,9 @@ def test_the_most_confident_thought_and_the_vote():
     assert found.vote_right.tolist() == [False, True]
     assert found.kept_logprob == pytest.approx(np.log([0.9, 0.1]))
     assert found.mixture_logprob == pytest.approx(np.log([1.2 / 3, 1.0 / 3]))
+
+
+def test_the_page_on_the_world_has_the_table_of_shares():
+    share = script("world", "share.py")
+    table = share.table(share.read_results(share.RESULTS, share.LAYOUT))
+    assert table in (REPOSITORY / "experiments" / "world" / "README.md").read_text()
