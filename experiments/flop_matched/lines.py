@@ -4,8 +4,7 @@ stage       `sweep` (of the base, over temperatures), `pretrain`, `sft`, `rlvr`
 stage_step  optimizer steps of that stage; 0 where nothing is trained
 n           positions that were read, each with `thoughts` thoughts
 input_tokens, flops, paper_flops, seconds
-            of the stage so far, as the ledger of the run counts them; of post-training by TRL only
-            the seconds of the whole stage are known
+            of the stage so far, as its ledger counts them; null where that is not known
 """
 
 import sys

@@ -14,9 +14,6 @@ import itertools
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import ARMS, REFERENCE, SETTINGS
 from lines import ROOT, TEMPERATURES
-from pretraining import Pretraining, arm_folder
-from worlds import make_world, reader_of
+from stages import evaluation, stage_of, write_pipeline
+from worlds import make_world, world_folder
 
-from rlp.process.ranks import start_ranks
+from rlp.measure.results_file import Results
+from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_results import open_results, results_path
+from rlp.post.pipeline_run import run_pipeline
 
 SEED = 100
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -57,37 +57,41 @@ def tuned_arms() -> list[str]:
     return [arm for arm, made in ARMS.items() if made.is_trained and made.tuned_as is None]
 
 
-def attempt(arm: str, settings: dict, out: Path) -> dict:
-    """Run an arm with some settings and read it at both temperatures."""
-    label = "_".join(str(value) for value in settings.values())
-    folder = out / "tuning" / arm / label
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        (folder / "log.txt").open("a", encoding="utf-8") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
-        ranks = start_ranks()
-        reader, reference = reader_of(SEED, ranks), arm_folder(out, REFERENCE, SEED) / "run"
-        work = Pretraining(arm, SEED, settings, folder, reference, ranks, draws=False)
-        model, _, _ = work.train(reader)
-        figures = [reader.figures(model, T) for T in TEMPERATURES]
+def label(arm: str, settings: dict) -> str:
+    """The name of a try: its arm and its values, such as cpt_3e-05."""
+    return "_".join([arm, "tried", *(str(value).replace(".", "-") for value in settings.values())])
+
+
+def tries(out: Path, left: list[tuple[str, dict]]) -> dict:
+    """The YAML of a pipeline with an arm for each try, beside RLP's run as configs/quickstart.yaml
+    has it, whose cost they spend."""
+    stages = {REFERENCE: stage_of(REFERENCE, {}, evaluates_every=0)}
+    stages |= {
+        label(arm, settings): stage_of(arm, settings, evaluates_every=0) for arm, settings in left
+    }
     return {
-        "arm": arm,
-        "settings": settings,
-        "accuracy": [round(one["accuracy_with_thought"], 4) for one in figures],
-        "gain": [round(one["gain_over_start_nats"], 4) for one in figures],
+        "dir": str(out / "tuning"),
+        "seeds": [SEED],
+        "model": str(world_folder("{seed}") / "base"),
+        "stages": stages,
+        "arms": {name: [name] for name in stages},
+        "evaluation": evaluation(),
     }
 
 
-def make_reference(out: Path) -> None:
-    """The world of the seed, and RLP's run on it as configs/quickstart.yaml has it."""
-    ranks = start_ranks()
-    make_world(SEED)
-    folder = arm_folder(out, REFERENCE, SEED)
-    folder.mkdir(parents=True, exist_ok=True)
-    reader = reader_of(SEED, ranks)
-    Pretraining(REFERENCE, SEED, {}, folder, folder / "run", ranks).train(reader)
+def tried_line(arm: str, settings: dict, results: Results) -> dict | None:
+    """What came of a try, where it is done: its last model at both temperatures."""
+    lines = results.where(arm=label(arm, settings), stage=label(arm, settings)).lines
+    if not lines:
+        return None
+    last = max(line["stage_step"] for line in lines)
+    ends = {line["temperature"]: line for line in lines if line["stage_step"] == last}
+    return {
+        "arm": arm,
+        "settings": settings,
+        "accuracy": [round(ends[T]["accuracy_with_thought"], 4) for T in TEMPERATURES],
+        "gain": [round(ends[T]["gain_over_start_nats"], 4) for T in TEMPERATURES],
+    }
 
 
 def best(tried: list[dict]) -> dict:
@@ -119,14 +123,16 @@ def main() -> int:
     asked = [(arm, settings) for arm in arguments.arms for settings in grid(arm)]
     left = [pair for pair in asked if pair not in there]
     print(f"{SETTINGS}: {len(tried)} are tried, {len(left)} are left")
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        if left:
-            pool.submit(make_reference, out).result()
-        for future in [pool.submit(attempt, arm, settings, out) for arm, settings in left]:
-            tried.append(future.result())
-            write_settings(tried)
-            print(json.dumps(tried[-1]), flush=True)
-    return 0
+    if not left:
+        return 0
+    make_world(SEED)
+    path = write_pipeline(tries(out, left), out / "tuning.yaml")
+    pipeline = load_pipeline(path)
+    code = run_pipeline(pipeline, path.read_bytes(), print, arguments.workers)
+    results = open_results(results_path(pipeline))
+    found = [tried_line(arm, settings, results) for arm, settings in left]
+    write_settings([*tried, *(line for line in found if line is not None)])
+    return code
 
 
 def write_settings(tried: list[dict]) -> None:

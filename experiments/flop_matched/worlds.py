@@ -31,7 +31,16 @@ CURVE = (256, 1)
 """The same for what is read along a run."""
 
 
-def world_folder(seed: int) -> Path:
+AT_PANEL = (
+    "position.per_document=1",
+    "position.selector=marker",
+    "position.marker=faces",
+)
+"""Where the answers are: one position in a document."""
+
+
+def world_folder(seed: int | str) -> Path:
+    """Of a seed, or, with `{seed}`, of whichever it is."""
     return KINDS["rare"].out / str(seed)
 
 
@@ -77,9 +86,7 @@ class Reader:
             [
                 f"model.path={world_folder(seed) / 'base'}",
                 f"data.held_out={file}",
-                "position.per_document=1",
-                "position.selector=marker",
-                "position.marker=faces",
+                *AT_PANEL,
                 *panel_of(PANEL),
             ],
         )

@@ -29,6 +29,7 @@ from config_page import config_keys, sections
 SLOW = {
     "docs/comparing.md",
     "docs/install.md",
+    "docs/pipeline.md",
     "docs/python_api.md",
     "docs/run_folder.md",
     "docs/scale.md",

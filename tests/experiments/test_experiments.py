@@ -1,18 +1,19 @@
-"""The comparison of arms: its pages hold what its results.jsonl holds, and a run of it can be
-stopped, continued and taken from another machine."""
+"""The comparison of arms: its pages hold what its results.jsonl holds, and what is run is a
+pipeline of all its arms."""
 
 import json
-from concurrent.futures import Future
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_tasks import Task, every_task
 from tests import REPOSITORY
 from tests.experiments.scripts import script
 
 analyze = script("flop_matched", "analyze.py")
 run = script("flop_matched", "run.py")
+stages = script("flop_matched", "stages.py")
 KINDS = run.make_world.__globals__["KINDS"]
 FOLDER = REPOSITORY / "experiments" / "flop_matched"
 
@@ -72,90 +73,80 @@ def test_the_settings_of_every_arm_were_chosen_by_one_rule():
         assert tune.best(tried)["settings"] == settings
 
 
-def performed(tasks: list, workers: int, fails: set = frozenset(), done: set = frozenset()) -> list:
-    """The order in which tasks are begun, when the oldest that runs is always the first to end."""
-    begun = []
-
-    def begin(task) -> Future:
-        begun.append(task)
-        future: Future = Future()
-        if task in fails:
-            future.set_exception(RuntimeError("broken"))
-        else:
-            future.set_result([])
-        return future
-
-    list(run.run_tasks(tasks, set(done), workers, begin))
-    return begun
+ALL = ("pretrain", "sft", "rlvr")
 
 
-def test_what_a_stage_needs_is_done_before_it():
-    """Arms wait for RLP's run of their seed, and post-training for its own arm's."""
-    tasks = run.every_task(["rlp", "base", "cpt"], [0, 1], ["pretrain", "sft", "rlvr"])
-    begun = performed(tasks, workers=2)
-    assert sorted(begun) == sorted(tasks) and len(tasks) == 18
-    for place, task in enumerate(begun):
-        assert run.needs(task) is None or run.needs(task) in begun[:place]
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    """Makes the pipeline of some arms on two seeds, as run.py does."""
+    monkeypatch.setattr(stages, "write_rows", lambda *arguments: None)
+
+    def made(arms, until=ALL):
+        mapping = stages.comparison(tmp_path, list(arms), [0, 4], until)
+        return load_pipeline(stages.write_pipeline(mapping, tmp_path / "pipeline.yaml"))
+
+    return made
 
 
-def test_a_failed_stage_stops_only_what_needs_it():
-    tasks = run.every_task(["rlp", "base", "cpt"], [0, 1], ["pretrain", "sft", "rlvr"])
-    begun = performed(tasks, 2, fails={run.Task("rlp", 0, "pretrain")})
-    left_out = set(tasks) - set(begun)
-    assert {(task.arm, task.seed) for task in left_out} == {("rlp", 0), ("cpt", 0)}
+def test_the_comparison_is_a_pipeline_of_all_arms(comparison):
+    """Every arm that is trained has its stage, and those that are post-trained the same two behind
+    it; a control waits for RLP's run of its seed."""
+    pipeline = comparison(analyze.ARMS)
+    tasks = every_task(pipeline)
+    trained = [arm for arm, made in analyze.ARMS.items() if made.is_trained]
+    assert [
+        task.stage
+        for task in tasks
+        if task.seed == 4 and len(task.chain) == 1 and (task.stage != "sft")
+    ] == trained
+    for arm in stages.POST_TRAINED:
+        own = [arm] if analyze.ARMS[arm].is_trained else []
+        assert pipeline.arms[arm] == [*own, "sft", "grpo"]
+    for task in tasks:
+        if len(task.chain) == 1 and task.stage not in ("rlp", "sft"):
+            assert task.needs(pipeline) == [Task(task.seed, ("rlp",))]
+    assert comparison(["rlp", "base"], ("pretrain",)).arms == {"rlp": ["rlp"]}
 
 
-def test_what_is_there_is_not_done_again():
-    tasks = run.every_task(["rlp", "cpt"], [0], ["pretrain"])
-    begun = performed(tasks, 1, done={run.Task("rlp", 0, "pretrain")})
-    assert begun == [run.Task("cpt", 0, "pretrain")]
+def test_every_arm_is_run_with_what_was_chosen_for_it(comparison):
+    pipeline = comparison(analyze.ARMS)
+    for arm, made in analyze.ARMS.items():
+        if not made.is_trained:
+            continue
+        stage = pipeline.stages[arm]
+        for key, value in stages.settings_of(arm).items():
+            given = stage.overrides if "." in key else [f"{key}={getattr(stage, key)}"]
+            assert f"{key}={value}" in given, arm
+        assert stage.overrides[len(stage.overrides) - len(made.overrides) :] == (
+            [*made.overrides] if arm != "rlp" else []
+        )
 
 
-def lines_of(task, steps: tuple[int, ...]) -> list[dict]:
-    """Lines of a stage, at both temperatures."""
-    figures = dict.fromkeys(run.LAYOUT.figures, 0.5)
-    return [
-        {**task._asdict(), "stage_step": step, "temperature": T, **figures}
-        for step in steps
+def test_tries_of_an_arm_are_arms_of_one_pipeline(tmp_path, monkeypatch):
+    """On the seed apart, each beside the RLP run whose cost it spends."""
+    monkeypatch.setattr(stages, "write_rows", lambda *arguments: None)
+    tune = script("flop_matched", "tune.py")
+    left = [(arm, settings) for arm in tune.tuned_arms() for settings in tune.grid(arm)]
+    path = stages.write_pipeline(tune.tries(tmp_path, left), tmp_path / "tuning.yaml")
+    tasks = every_task(load_pipeline(path))
+    assert {task.seed for task in tasks} == {100} and len(tasks) == 2 + len(left)
+
+
+def test_lines_that_are_there_stay_and_are_not_doubled(tmp_path):
+    """Such as another machine's."""
+    path = tmp_path / "results.jsonl"
+    identity = {"arm": "rlp", "seed": 0, "stage": "pretrain"}
+    lines = [
+        {**identity, "stage_step": step, "temperature": T, **dict.fromkeys(run.LAYOUT.figures, 0.5)}
+        for step in (40, 80)
         for T in analyze.TEMPERATURES
     ]
-
-
-def test_another_machines_lines_stay_and_its_missing_folders_are_told(
-    tmp_path, monkeypatch, capsys
-):
-    """Its results.jsonl with no run folder: RLP's run is done again, its lines are not doubled, and
-    what has all that it needs is not touched."""
-    worlds = replace(KINDS["rare"], out=tmp_path / "worlds")
-    monkeypatch.setitem(KINDS, "rare", worlds)
-    (worlds.out / "0" / "base").mkdir(parents=True)
-    rlp, base = (run.Task(arm, 0, "pretrain") for arm in ("rlp", "base"))
-    there = lines_of(rlp, (80,)) + lines_of(base, (0,))
-    run.add_results(tmp_path / "results.jsonl", run.LAYOUT, there)
-    before = (tmp_path / "results.jsonl").read_bytes()
-
-    def begin(task) -> Future:
-        future: Future = Future()
-        future.set_result(lines_of(task, (80,)))
-        return future
-
-    assert run.run_all(tmp_path, [rlp, base], 1, lambda pool, task, out: begin(task)) == 0
-    told = capsys.readouterr().out
-    assert (tmp_path / "results.jsonl").read_bytes() == before
-    assert told.count("another machine's") == 1 and "1 stages are done, 1 are left" in told
-
-
-def test_a_run_that_can_not_be_gone_on_with_is_kept_aside(tmp_path, capsys):
-    """An unfinished run has no checkpoint; its folder gets another name, and nothing is lost."""
-    pretraining = script("flop_matched", "pretraining.py")
-    for content in ("one", "two"):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "metrics.jsonl").write_text(content)
-        pretraining.set_aside_another(tmp_path / "run", config=None)
-    aside = sorted(path for path in tmp_path.iterdir())
-    assert [path.name for path in aside] == ["run_aside_1", "run_aside_2"]
-    assert [(path / "metrics.jsonl").read_text() for path in aside] == ["one", "two"]
-    assert "not finished" in capsys.readouterr().out
+    assert run.gather(path, iter(lines[:2])) == 2
+    before = path.read_bytes()
+    assert run.gather(path, iter([line | {"n": 1} for line in lines])) == 2
+    assert path.read_bytes().startswith(before)
+    results = analyze.read_results(path, run.LAYOUT)
+    assert run.bases_left(results, ["rlp", "base"], [0, 4]) == [("base", 0), ("base", 4)]
 
 
 def test_the_most_confident_thought_and_the_vote():
