@@ -18,6 +18,8 @@ from glob import glob
 from pathlib import Path
 
 from rlp.config import ConfigError
+from rlp.post.pipeline_tasks import WORK
+from rlp.post.run_settings import with_defaults
 from rlp.post.stages.interface import Kept, Made, Spent
 from rlp.process.files import make_folder, new_folder, open_to_read, write_new
 from rlp.process.json_files import json_bytes, read_json, write_json
@@ -92,7 +94,7 @@ class TaskFolder:
 
     @property
     def work(self) -> Path:
-        return self.path / "work"
+        return self.path / WORK
 
     def readings(self, step: int, temperature: float) -> Path:
         """Where evaluations of a model at a temperature keep what they draw."""
@@ -116,7 +118,7 @@ class TaskFolder:
                     json_bytes(asked, "asked.json"),
                     point="pipeline.torn_asked",
                 )
-                make_folder(new / "work")
+                make_folder(new / WORK)
             return
         self.refuse_other(asked)
 
@@ -127,6 +129,8 @@ class TaskFolder:
             ConfigError: it was; says what differs.
         """
         before = read_json(self.asked_json, ASKED)
+        if (config := before["inputs"].get("config")) is not None:
+            before["inputs"]["config"] = with_defaults(config)
         # As it comes back from the file.
         if changes := differences(before, json.loads(json.dumps(asked))):
             what = "is finished" if self.is_finished else "was begun"

@@ -28,6 +28,7 @@ from rlp.post.pipeline_folder import (
     checksums_of_data,
 )
 from rlp.post.pipeline_tasks import Task, matched
+from rlp.post.run_settings import settings_of
 from rlp.post.stages.interface import Kept, Made, Spent, StageError, Work
 from rlp.post.stages.kinds import code_of, open_stage
 from rlp.process.environment import device_name, environment
@@ -110,18 +111,12 @@ def _inputs(task: Task, pipeline: Pipeline, settings: StageConfig) -> dict:
 
 def _inputs_of_run(task: Task, pipeline: Pipeline) -> dict:
     """Of a run with a config of its own: what that says, and the data that it names."""
-    from rlp.post.stages.pretraining import settings_of_run
-
     settings = fill(task.settings(pipeline), task.places(pipeline))
     config = load_config(settings.config, [*settings.overrides, "run.dir=unused"])
     files = checksums_of_data([*config.data.train, *config.data.held_out])
-    told = settings_of_run(config)
-    # Data count by their content.
-    told = {key: value for key, value in told.items() if key not in _DATA}
-    return {"config": told} | {f"data {Path(file).name}": sha for file, sha in files.items()}
-
-
-_DATA = ("data.train", "data.held_out")
+    return {"config": settings_of(config)} | {
+        f"data {Path(file).name}": sha for file, sha in files.items()
+    }
 
 
 def reference_run(task: Task, pipeline: Pipeline) -> Path:

@@ -14,6 +14,8 @@ from rlp.config import ConfigError
 from rlp.post.pipeline_config import Match, Pipeline, StageConfig
 
 START = "start"
+WORK = "work"
+"""The folder, in that of a task, that its stage writes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class Task:
         """What `{seed}` and the names of stages before it stand for."""
         ends = {name: self.chain[: end + 1] for end, name in enumerate(self.chain[:-1])}
         folders = {name: Task(self.seed, chain) for name, chain in ends.items()}
-        return {"seed": self.seed} | {name: task.folder(pipeline) for name, task in folders.items()}
+        return {"seed": self.seed} | {
+            name: task.folder(pipeline) / WORK for name, task in folders.items()
+        }
 
 
 def matched(settings: StageConfig) -> Match | None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rlp.config import ConfigError
+from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.pipeline_checks import refuse_bad
 from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_tasks import Task, arms_of, every_task, run_tasks
+from rlp.post.run_settings import settings_of, with_defaults
 
 STAGES = """
 stages:
@@ -57,7 +58,7 @@ def test_a_stage_reads_the_folders_of_stages_before_it(tmp_path):
     pipeline = pipeline_of(tmp_path, "{mine: [rlp, mine, sft]}")
     places = Task(3, ("rlp", "mine", "sft")).places(pipeline)
     out = tmp_path / "out" / "seed_3"
-    assert places == {"seed": 3, "rlp": out / "rlp", "mine": out / "rlp+mine"}
+    assert places == {"seed": 3, "rlp": out / "rlp/work", "mine": out / "rlp+mine/work"}
 
 
 def test_a_stage_that_does_not_exist_is_refused(tmp_path):
@@ -181,3 +182,13 @@ def test_a_row_without_what_its_stage_needs_is_refused(tmp_path):
         tmp_path, rows='{"text": "one", "prompt": "one", "answer": "1"}\n{"text": "b"}\n'
     )
     assert "rows.jsonl:2: a row needs text in prompt and answer, and prompt is none" in told
+
+
+def test_a_stage_that_was_made_before_a_key_was_there_stands():
+    """What the key does by default is what was done without it."""
+    named = {"model": {"path": "m"}, "run": {"dir": "d"}, "data": {"train": ["t"]}}
+    config = load_config(named | {"budget": {"steps": 1}})
+    told = settings_of(config)
+    without = {key: value for key, value in told.items() if key != "reward.language_weight"}
+    assert with_defaults(without) == told
+    assert with_defaults(without | {"optim.learning_rate": 0.5}) != told

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rlp.compare.arms import KEPT, write_arm
@@ -214,15 +214,3 @@ def last_run(settings: PretrainingStage | MixedSftStage, folder: Path) -> Path:
     if isinstance(settings, MixedSftStage):
         return folder / "rounds" / f"round_{settings.rounds}" / "run"
     return folder / "run"
-
-
-def settings_of_run(config: Config) -> dict[str, object]:
-    """What a run depends on, without where it is, and what its model is made of."""
-    tree = asdict(config)
-    left_out = {"run.dir", "run.resume", "run.seed", "model.path"}
-    return {
-        f"{section}.{name}": value
-        for section, values in tree.items()
-        for name, value in values.items()
-        if f"{section}.{name}" not in left_out
-    }
