@@ -53,7 +53,7 @@ def generate(work: Work) -> Made:
     ledger.close_step(work.ranks)
 
     if not path.exists():
-        own = _kept(work, _documents(samples, settings.separator)) if settings.num_own else []
+        own = _kept(work, _drawn(samples, settings.separator)) if settings.num_own else []
         texts = [*own, *real_documents(settings)]
         work.tell(f"{len(texts)} documents, {len(own)} of them of the model")
         _write_rows(path, ({"text": text} for text in texts))
@@ -100,15 +100,15 @@ def real_documents(settings: GenerateStage) -> list[str]:
 # Drawing
 
 
-def samples_each(settings: GenerateStage, prompts: int) -> int:
-    """Documents that are drawn with each prompt: enough for all that are wanted, times `draws`."""
-    return -(-settings.num_own // prompts) * settings.draws
+def parts(settings: GenerateStage, prompts: int) -> int:
+    """Own documents that begin with each prompt, at most: all are wanted together."""
+    return -(-settings.num_own // prompts)
 
 
 def _draw(work: Work, samples: Path) -> None:
     settings: GenerateStage = work.settings
     prompts = read_prompts(Path(settings.prompts))
-    each = samples_each(settings, len(prompts))
+    each = parts(settings, len(prompts)) * settings.draws
     drawing = Drawing(
         open_samples=each,
         closed_samples=each,
@@ -127,39 +127,45 @@ ROWS = 256
 """Documents that are drawn side by side."""
 
 
-def _documents(samples: Path, separator: str) -> list[list[str]]:
-    """[samples of a prompt][prompts]: what was drawn, each behind its prompt."""
-    by_number: dict[int, list[tuple[str, str]]] = {}
-    for line in read_json_lines(samples):
-        text = line["prompt"] + separator + line["text"]
-        by_number.setdefault(line["sample"], []).append((line["prompt"], text))
-    return [[text for _, text in sorted(by_number[n])] for n in sorted(by_number)]
+def _drawn(samples: Path, separator: str) -> list[tuple[str, str]]:
+    """Prompt, and document that begins with it: the first of each prompt, then the second of each,
+    and so on."""
+    lines = sorted(read_json_lines(samples), key=lambda line: (line["sample"], line["prompt"]))
+    return [(line["prompt"], line["prompt"] + separator + line["text"]) for line in lines]
 
 
-def _kept(work: Work, drawn: list[list[str]]) -> list[str]:
-    """The documents that are taken: the first of each prompt, then the second of each, and so on,
-    what the filter leaves out passed over.
+def _kept(work: Work, drawn: list[tuple[str, str]]) -> list[str]:
+    """The documents that are taken: of each prompt its part, the first ones that the filter does
+    not leave out.
 
     Raises:
         StageError: the filter leaves nothing.
     """
     settings: GenerateStage = work.settings
-    texts = [text for of_number in drawn for text in of_number]
+    texts = [text for _, text in drawn]
     reasons = _reasons(settings.filter, texts) if settings.filter else [""] * len(texts)
-    dropped = [(text, reason) for text, reason in zip(texts, reasons) if reason]
     if settings.filter:
-        rows = ({"text": text, "reason": reason} for text, reason in dropped)
-        _write_rows(work.folder / "dropped.jsonl", rows)
-        counts = Counter(reason for _, reason in dropped)
-        said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        work.tell(f"drawn {len(texts)}, dropped {len(dropped)}{said and ': '}{said}")
-    kept = [text for text, reason in zip(texts, reasons) if not reason]
+        _write_dropped(work, [pair for pair in zip(texts, reasons) if pair[1]], len(texts))
+    part = parts(settings, len({prompt for prompt, _ in drawn}))
+    kept, taken = [], Counter()
+    for (prompt, text), reason in zip(drawn, reasons):
+        if not reason and taken[prompt] < part:
+            taken[prompt] += 1
+            kept.append(text)
     if not kept:
         raise StageError(
             f"filter: {settings.filter} has left none of {len(texts)} documents. Write a greater"
             " draws, or another filter."
         )
     return kept[: settings.num_own]
+
+
+def _write_dropped(work: Work, dropped: list[tuple[str, str]], drawn: int) -> None:
+    rows = ({"text": text, "reason": reason} for text, reason in dropped)
+    _write_rows(work.folder / "dropped.jsonl", rows)
+    counts = Counter(reason for _, reason in dropped)
+    said = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    work.tell(f"drawn {drawn}, dropped {len(dropped)}{said and ': '}{said}")
 
 
 def _reasons(name: str, texts: list[str]) -> list[str]:
