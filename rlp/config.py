@@ -444,8 +444,8 @@ class TargetConfig:
 
 @dataclass
 class RewardConfig:
-    """What a thought is rewarded for. Anything but the defaults is a control that RLP is compared
-    with."""
+    """What a thought is rewarded for. Another kind, and a placebo, is a control that RLP is
+    compared with."""
 
     kind: str = "information_gain"
     """`information_gain`: eq. 5. `greedy_match`: 1 where every target is the most probable token

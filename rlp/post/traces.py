@@ -114,7 +114,12 @@ class TraceRule:
         if self.vocabulary is not None:
             numbers["outside"] = outside_share(thought, self.vocabulary)
         if self.classifier is not None:
-            numbers["language"] = self.classifier(thought)
+            numbers["language"] = named = self.classifier(thought)
+            if not isinstance(named, str):
+                raise ConfigError(
+                    f"--classifier gave {named!r:.60}; expected the name of a language, such as"
+                    f" {self.language!r}."
+                )
         return numbers
 
     def reasons(self, trace: Trace, numbers: dict[str, float | str]) -> list[str]:
@@ -233,7 +238,7 @@ def _of_file(path: Path, open_marker: str, close_marker: str) -> Iterator[Trace]
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Numbered lines, each an object."""
-    number = 0
+    number = objects = 0
     with open_to_read(path) as file:
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
@@ -245,8 +250,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
                 raise ConfigError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {number} is no object, got {row!r:.60}.")
+            objects += 1
             yield number, row
-    if not number:
+    if not objects:
         raise ConfigError(f"{path} is empty: there is no trace in it.")
 
 

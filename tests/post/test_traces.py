@@ -152,6 +152,7 @@ def test_the_thoughts_of_a_run_are_traces(tmp_path):
     "content, words",
     [
         ("", "is empty: there is no trace in it"),
+        ("\n \n", "is empty: there is no trace in it"),
         ('{"prompt": "p", "text": "t"}\n', "line 1: nothing says whether it is right"),
         ('{"prompt": "p", "text": 4, "right": true}\n', "line 1: text must be a text, got 4"),
         ('{"text": "t", "right": 1}\n{"prompt": "p", "text": "t", "right": 1}\n', "line 2: has a"),
@@ -183,6 +184,12 @@ def test_a_bad_rule_is_one_message(tmp_path, capsys, options, words):
     assert words in said and said.count("\n") == 1
     assert main(["traces", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "out")]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_a_classifier_that_names_no_language_is_refused():
+    rule = TraceRule(classifier=lambda text: None, language="de")
+    with pytest.raises(ConfigError, match="--classifier gave None"):
+        list(judged([trace("zwei")], rule))
 
 
 def test_a_disk_that_fills_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
