@@ -1,7 +1,7 @@
 """curves.png: accuracy and gain along pretraining, against FLOPs and against seconds, thoughts at
 T 1. post_training.png: accuracy along both stages of post-training, thoughts at both temperatures.
 
-Lines are means over seeds; a band holds all of them.
+Lines are means over seeds; a band, of the second, holds all of them.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def draw(results: Results, folder: Path) -> None:
 def draw_curves(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for column, amount in enumerate(("flops", "seconds")):
         for row, metric in enumerate(("accuracy_with_thought", "gain_over_start_nats")):
@@ -60,7 +60,7 @@ def draw_curves(results: Results, path: Path) -> None:
         axes[0][0].set_ylabel(METRICS["accuracy_with_thought"])
         axes[1][0].set_ylabel(f"{METRICS['gain_over_start_nats']}, nats")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=100)
 
 
