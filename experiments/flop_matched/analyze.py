@@ -39,6 +39,7 @@ PAGES = {
         "claims",
         "pretrain",
         "seeds",
+        "bounded",
         "against",
         "selection",
         "sweep",
@@ -303,6 +304,21 @@ def seeds(results: Results) -> str:
     return table(header, rows)
 
 
+def bounded(results: Results) -> str:
+    """What a floor under the gain does, world by world, in the order of `seeds`."""
+    final = ends(results, "pretrain", 1.0)
+    bases = sorted(final.where(arm="base").lines, key=lambda line: -line["computed_frac"])
+    order = [base["seed"] for base in bases]
+    rows = []
+    for arm in (REFERENCE, "rlp_bounded"):
+        accuracy = final.by_seed(arm, "accuracy_with_thought")
+        learned = sum(value > LEARNED for value in accuracy.values())
+        cells = [told(accuracy.get(seed)) for seed in order]
+        rows.append([WORDS[arm], *cells, f"{learned} of {len(accuracy)}"])
+    header = ["accuracy, T 1, in the world of seed", *map(str, order), f"above {LEARNED:g}"]
+    return table(header, rows)
+
+
 def costs(results: Results) -> str:
     """What each arm spent in pretraining, mean over seeds."""
     final, rows = ends(results, "pretrain", 1.0), []
@@ -361,6 +377,7 @@ def sections(results: Results) -> dict[str, str]:
         "post": post(results),
         "post_claims": post_claims(results),
         "seeds": seeds(results),
+        "bounded": bounded(results),
         "costs": costs(results),
         "compared": compared(results),
     }

@@ -82,6 +82,12 @@ ARMS = {
         overrides=("optim.learning_rate=3e-4",),
         tuned_as=REFERENCE,
     ),
+    "rlp_bounded": Arm(
+        "RLP with a floor under the gain",
+        "rlp",
+        overrides=("reward.kind=bounded:BoundedGain",),
+        tuned_as=REFERENCE,
+    ),
     "cpt_seconds": Arm("CPT for equal seconds", "cpt", by="seconds", tuned_as="cpt"),
 }
 """In the order of the tables."""

@@ -30,6 +30,7 @@ COLORS = {
     "rlp_uniform": "#8c510a",
     "rlp_paper": "#c7a17a",
     "rlp_fast": "#fdae61",
+    "rlp_bounded": "#b2182b",
     "cpt_seconds": "#80cdc1",
 }
 
