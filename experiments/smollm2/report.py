@@ -211,7 +211,8 @@ def text_table(results: Results) -> str:
     """What speaks against an arm: other positions, and plain text."""
     cold, trained = (results.where(stage=stage, temperature=1.0) for stage in (COLD, TRAINED))
     rows = [_text_row("as it comes", "base", cold)] if cold.lines else []
-    rows += [_text_row(WORDS[arm], arm, trained) for arm in arms_of(results)]
+    read = [arm for arm in arms_of(results) if trained.has(arm=arm, panel="solutions")]
+    rows += [_text_row(WORDS[arm], arm, trained) for arm in read]
     titles = [
         *("arm", "seeds", "any token of solutions: gain of a thought", "without one, nats", "loss"),
         *(
