@@ -31,11 +31,11 @@ from rlp.process.schemas import (
     NUMBER,
     PLAIN,
     STEP,
-    TEXT,
     Fields,
     Many,
     Maybe,
     Table,
+    Text,
     each,
 )
 
@@ -47,10 +47,15 @@ _SPENT = Fields(
     | each(Maybe(AMOUNT), "flops", "paper_flops", "seconds")
 )
 
+_INSIDE = Text(4096, r"(?!/)(?!(.*/)?\.\.(/|$)).+")
+"""A path that stays in its folder."""
+
 MANIFEST = Fields(
     {
         "asked": ASKED,
-        "models": Many(Fields({"step": STEP, "path": TEXT, "checksum": CHECKSUM, "spent": _SPENT})),
+        "models": Many(
+            Fields({"step": STEP, "path": _INSIDE, "checksum": CHECKSUM, "spent": _SPENT})
+        ),
         "ledger": _SPENT,
         "wall_s": AMOUNT,
         "environment": Table(PLAIN),

@@ -119,7 +119,8 @@ class Pipelines:
         assert answer, (self.folder / "server.log").read_text()[-2000:]
         told = json.loads(answer)
         assert not told["hung"] and not told["left"], told
-        return told["codes"][0], Path(f"{log}.rank0").read_text(errors="replace")
+        said = Path(f"{log}.rank0")  # not there where it was killed at once
+        return told["codes"][0], said.read_text(errors="replace") if said.exists() else ""
 
 
 PRELOADED = (
@@ -186,7 +187,9 @@ def content(folder: Path) -> dict[str, object]:
             found[name] = "there"
         elif path.suffix in (".json", ".jsonl") and "work" not in path.parts:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            found[name] = [without_times(json.loads(line)) for line in lines]
+            told = [without_times(json.loads(line)) for line in lines]
+            # Of stages side by side the one that ends first stands first.
+            found[name] = sorted(told, key=str) if name == "results.jsonl" else told
         else:
             found[name] = path.read_bytes()
     return found

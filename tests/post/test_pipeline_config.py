@@ -1,7 +1,9 @@
 """What the YAML of a pipeline may say, the tasks that come of it, and what is refused before any of
 them runs."""
 
+import json
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.pipeline_checks import refuse_bad
 from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_folder import TaskFolder
 from rlp.post.pipeline_tasks import Task, arms_of, every_task, run_tasks
 from rlp.post.run_settings import settings_of, with_defaults
+from rlp.post.stages.interface import Spent
+from rlp.process.json_files import DamagedFileError
 
 STAGES = """
 stages:
@@ -192,3 +197,20 @@ def test_a_stage_that_was_made_before_a_key_was_there_stands():
     without = {key: value for key, value in told.items() if key != "reward.language_weight"}
     assert with_defaults(without) == told
     assert with_defaults(without | {"optim.learning_rate": 0.5}) != told
+
+
+@pytest.mark.parametrize("path", ["/etc", "../other", "work/../../other", "..", ""])
+def test_a_manifest_whose_model_lies_elsewhere_is_refused(tmp_path, path):
+    """Somebody else's folder leads nowhere."""
+    spent = asdict(Spent())
+    model = {"step": 1, "path": path, "checksum": "0" * 64, "spent": spent}
+    asked = {"stage": "sft", "seed": 0, "settings": {}, "inputs": {}}
+    told = {"asked": asked, "models": [model], "ledger": spent, "wall_s": 1.0, "environment": {}}
+    folder = TaskFolder(tmp_path)
+    folder.manifest_json.write_text(json.dumps(told))
+    with pytest.raises(DamagedFileError, match="path"):
+        folder.kept()
+    folder.manifest_json.write_text(
+        json.dumps(told).replace(f'"path": "{path}"', '"path": "work/a"')
+    )
+    assert folder.kept()[0][0].path == tmp_path / "work" / "a"

@@ -1,12 +1,21 @@
 """A pipeline that is killed, and started again until it is done, leaves what one that was never
 interrupted leaves."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_folder import TaskFolder
+from rlp.post.pipeline_plan import Costs
+from rlp.post.pipeline_tasks import every_task
+from rlp.process.ranks import start_ranks
+from tests import REPOSITORY
 from tests.post.pipelines import Pipelines, differing
 
 KILLED = -signal.SIGKILL
@@ -69,6 +78,68 @@ def test_a_finished_stage_whose_inputs_changed_is_refused(pipelines, undisturbed
     rows.write_text(told)
     code, said = pipelines.start(config)
     assert code == 0 and "4 of 4 stages are done, 0 are left" in said
+
+
+def test_a_ledger_counts_what_a_stage_has_done(undisturbed):
+    """A row of SFT is 12 words of the question, `faces`, a thought of 12 words in its markers, the
+    answer, a full stop and the end: 30 tokens. A prompt of RLVR is 14, and each of 4 steps has 8
+    completions, which the paper charges at their budget of 16."""
+    ledger = TaskFolder(undisturbed / "seed_0" / "rlp+sft").ledger()
+    assert (ledger.optimizer_steps, ledger.input_tokens) == (5, 5 * 4 * 30)
+    assert (ledger.generated_tokens, ledger.rewarded_tokens) == (0, 0)
+    assert ledger.paper_flops == ledger.input_tokens and ledger.flops > 0
+
+    ledger = TaskFolder(undisturbed / "seed_0" / "rlp+sft+rlvr").ledger()
+    completions = 4 * 2 * 4
+    assert (ledger.optimizer_steps, ledger.input_tokens) == (4, completions * 14)
+    assert 0 < ledger.generated_tokens == ledger.rewarded_tokens <= completions * 16
+    assert ledger.paper_flops == completions * (14 + 16)
+
+
+def test_what_a_stage_kept_on_its_way_cost_its_part(undisturbed):
+    """The model of step 3 of 5 steps of equal rows; the run's from its log."""
+    (early, _), (last, _) = TaskFolder(undisturbed / "seed_0" / "rlp+sft").kept()
+    assert (early.step, last.step) == (3, 5)
+    assert early.spent.flops == pytest.approx(last.spent.flops * 3 / 5)
+    (early, _), (last, _) = TaskFolder(undisturbed / "seed_0" / "rlp").kept()
+    assert (early.step, last.step) == (2, 4) and 0 < early.spent.flops < last.spent.flops
+
+
+def test_a_plan_bounds_what_a_stage_costs(pipelines, undisturbed):
+    """Steps are exact and FLOPs an upper bound, before anything has run."""
+    pipeline = load_pipeline(pipelines.write("planned"))
+    tasks = every_task(pipeline)
+    costs = Costs(tasks, pipeline, start_ranks())
+    for task in tasks[1:]:
+        cost, spent = costs.of(task), TaskFolder(undisturbed / task.name).ledger()
+        assert not cost.is_measured and cost.steps == spent.optimizer_steps
+        assert spent.flops <= cost.flops <= 10 * spent.flops, task.name
+
+
+@pytest.mark.slow
+def test_stages_side_by_side_make_what_one_after_the_other_makes(pipelines, undisturbed):
+    """In two processes, of which one is killed while it works: its stage fails, is told, and is
+    there after the next start."""
+    config = pipelines.write("side_by_side")
+    command = [sys.executable, "-m", "rlp", "pipeline", str(config), "--workers", "2"]
+    killed = os.environ | {"RLP_FAULT": "stage.after_step:1:kill"}
+    done = subprocess.run(command, env=killed, text=True, capture_output=True, cwd=REPOSITORY)
+    assert done.returncode == 1, done.stderr
+    assert "rlp+sft: FAILED: the process that did it has ended with signal SIGKILL" in done.stdout
+    done = subprocess.run(command, text=True, capture_output=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert differing(pipelines.folder / "side_by_side", undisturbed) == []
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_is_a_stage_as_any_other(pipelines, undisturbed):
+    """Under the launcher of DeepSpeed; ranks change no more than the order of sums."""
+    config = pipelines.write("ranks", ("    kind: rlp\n", "    kind: rlp\n    ranks: 2\n"))
+    code, said = pipelines.start(config)
+    assert code == 0, said
+    folders = [path / "seed_0" / "rlp" for path in (pipelines.folder / "ranks", undisturbed)]
+    one, other = (TaskFolder(folder).ledger() for folder in folders)
+    assert one.input_tokens == other.input_tokens and one.flops == pytest.approx(other.flops, 0.1)
 
 
 @pytest.mark.slow

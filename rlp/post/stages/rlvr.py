@@ -93,7 +93,7 @@ def _trainer(work: Work, account: Account) -> "Trainer":
             tokenizer=tokenizer,
             **columns,
         )
-        return _checked(given, len(prompts), settings.reward)
+        return checked(given, len(prompts), settings.reward)
 
     trainer = Counted(
         model=work.model,
@@ -117,7 +117,12 @@ def spelled(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return tokenizer.decode([token for token in ids if token not in silent])
 
 
-def _checked(given: object, number: int, name: str) -> list[float]:
+def checked(given: object, number: int, name: str) -> list[float]:
+    """What a reward gave for so many completions.
+
+    Raises:
+        StageError: it is no list of as many numbers.
+    """
     if not isinstance(given, list) or len(given) != number:
         came = f"{len(given)} of them" if isinstance(given, list) else type(given).__name__
         raise StageError(
