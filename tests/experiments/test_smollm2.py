@@ -3,9 +3,7 @@ stage which is done is not done again, and that its page says what its results s
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -19,11 +17,10 @@ from tests import REPOSITORY
 from tests.experiments.scripts import script
 
 HERE = REPOSITORY / "experiments" / "smollm2"
-sys.path.append(str(HERE))  # the scripts import each other, as they do when one of them is run
-documents, layout, panels, prepare, report = map(
-    import_module, ("documents", "layout", "panels", "prepare", "report")
+documents, layout, panels, prepare, report, run = (
+    script("smollm2", f"{name}.py")
+    for name in ("documents", "layout", "panels", "prepare", "report", "run")
 )
-run = script("smollm2", "run.py")  # other experiments have a run.py too
 
 # Documents
 
