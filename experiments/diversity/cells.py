@@ -1,10 +1,11 @@
 """What is drawn: stages of a real model, with and without the chat template, at four temperatures.
 
-A cell is one file of samples: the committed panel, and three prompts of it many times.
+A cell is one such way to draw: answers to a third of the committed panel's open prompts and half of
+its closed ones, and many answers to three of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlp.post.diversity_drawing import Drawing, draw_answers
@@ -22,7 +23,9 @@ after the calibration, after RLP."""
 FORMATS = ("chat", "raw")
 
 TEMPERATURES = (0.7, 1.0, 1.5, 2.0)
-"""Of the plain model; the stages are compared at 1."""
+"""Of the plain model; the stages are compared at `COMPARED`."""
+
+COMPARED = 1.0
 
 TOP_P = 0.9
 """As in arXiv 2510.22954."""
@@ -33,6 +36,19 @@ FOCUS = {
     "advice": ("Give one piece of advice to a student before an examination.", 8),
 }
 """Prompts of the panel that get more answers, and how many."""
+
+
+def panel() -> list[Prompt]:
+    """Every third open prompt, four of each category, and every second closed one."""
+    prompts = committed_panel()
+    by_kind = {kind: [one for one in prompts if one.kind == kind] for kind in ("open", "closed")}
+    return [*by_kind["open"][::3], *by_kind["closed"][::2]]
+
+
+def focus() -> list[Prompt]:
+    """The prompts of `FOCUS`, in its order."""
+    prompts = {prompt.text: prompt for prompt in committed_panel()}
+    return [replace(prompts[text], samples=samples) for text, samples in FOCUS.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +72,7 @@ class Cell:
         return folder / f"{self.name}_focus.jsonl"
 
     def draw(self, models: Path, folder: Path) -> None:
-        """What is missing of both files; seconds of CPU are the caller's to count."""
+        """What is missing of both files."""
         checkpoint = str(models / STAGES[self.stage])
         drawing = Drawing(
             open_samples=4,
@@ -65,32 +81,16 @@ class Cell:
             top_p=TOP_P,
             format=self.format,
         )
-        prompts = committed_panel()
-        draw_answers(checkpoint, prompts, drawing, self.samples(folder), name=self.stage)
-        for text, samples in FOCUS.values():
-            prompt = next(one for one in prompts if one.text == text)
-            more = Drawing(
-                open_samples=samples,
-                temperature=self.temperature,
-                top_p=TOP_P,
-                format=self.format,
-            )
-            draw_answers(checkpoint, [prompt], more, self.focus(folder), name=self.stage)
+        draw_answers(checkpoint, panel(), drawing, self.samples(folder), name=self.stage)
+        draw_answers(checkpoint, focus(), drawing, self.focus(folder), name=self.stage)
 
 
 def cells() -> Iterator[Cell]:
-    """All of them, those that most is asked of first."""
-    for temperature in (1.0, 0.7):
+    """All of them: the plain model by temperature, then the stages beside it."""
+    for temperature in TEMPERATURES:
         for form in FORMATS:
             yield Cell("plain", form, temperature)
-    for stage in ("warm", "rlp", "calibrated"):
-        for form in FORMATS:
-            yield Cell(stage, form, 1.0)
-    for temperature in (1.5, 2.0):
-        for form in FORMATS:
-            yield Cell("plain", form, temperature)
-
-
-def focus_prompt(panel: list[Prompt], name: str) -> Prompt:
-    """A prompt of `FOCUS` by its short name."""
-    return next(one for one in panel if one.text == FOCUS[name][0])
+    for form in FORMATS:
+        for stage in STAGES:
+            if stage != "plain":
+                yield Cell(stage, form, COMPARED)

@@ -107,7 +107,9 @@ def _add_machine_and_files(command: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="sequences decoded side by side (32); changes memory and speed, never an answer",
+        help=(
+            "sequences decoded side by side (32); changes memory, speed, and in float32 no answer"
+        ),
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda")
     command.add_argument(

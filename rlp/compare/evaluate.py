@@ -48,7 +48,7 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, DataError: something that is named is not there or can not be used.
     """
-    checkpoint, chosen_device, console = _model_of(checkpoint), _device(device), _wide_console()
+    checkpoint, chosen_device, console = model_of(checkpoint), _device(device), _wide_console()
     tasks = load_tasks(benchmarks)
     model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
     for note in model.marker_notes():
@@ -168,8 +168,8 @@ def refuse_output(flag: str, path: Path | None) -> None:
         )
 
 
-def _model_of(name: str) -> str:
-    """The model folder or Hub name that is to be evaluated; of a run folder its export. Looked at
+def model_of(name: str) -> str:
+    """The model folder or Hub name that a command line means; of a run folder its export. Looked at
     before anything is asked or loaded."""
     path = Path(name)
     if (path / "meta.json").is_file():

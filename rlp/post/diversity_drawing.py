@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlp.compare.asked_model import AskedModel, open_asked_model
 from rlp.compare.thinker import GREEDY, Reply, Thinker
 from rlp.config import ConfigError, SamplingConfig
-from rlp.post.diversity_samples import DRAWN, Kind, Prompt
+from rlp.post.diversity_samples import DRAWN, Prompt
 from rlp.process.files import append, cut, read_bytes
 from rlp.sampling.opening import open_sampler
 
@@ -70,9 +70,10 @@ class Drawing:
         if "{prompt}" not in self.frame:
             raise ConfigError(f"the frame {self.frame!r} has no {{prompt}} where the prompt goes.")
 
-    def samples(self, kind: Kind) -> int:
-        """Answers to a prompt of a kind."""
-        return self.open_samples if kind == "open" else self.closed_samples
+    def samples(self, prompt: Prompt) -> int:
+        """Answers to a prompt."""
+        of_kind = self.open_samples if prompt.kind == "open" else self.closed_samples
+        return prompt.samples or of_kind
 
 
 def draw_answers(
@@ -102,9 +103,7 @@ def draw_answers(
     how = _how(drawing, model)
     done = _settle(path, name, how)
     wanted = [
-        prompt
-        for prompt in prompts
-        if not done.issuperset(_keys(prompt, drawing.samples(prompt.kind)))
+        prompt for prompt in prompts if not done.issuperset(_keys(prompt, drawing.samples(prompt)))
     ]
     if len(wanted) < len(prompts):
         tell(f"{path} has {name}'s answers to {len(prompts) - len(wanted)} prompts already.")
@@ -199,7 +198,7 @@ def _answers(
     """Each prompt with its replies; those of equal budget and number are drawn together."""
     groups: dict[tuple[int, int], dict[str, list[Prompt]]] = defaultdict(dict)
     for prompt in prompts:
-        key = (drawing.samples(prompt.kind), prompt.tokens or drawing.tokens)
+        key = (drawing.samples(prompt), prompt.tokens or drawing.tokens)
         text = written(prompt.text, drawing, tokenizer)
         groups[key].setdefault(text, []).append(prompt)
     again = drawing.frame.partition("{prompt}")[0].strip()

@@ -218,7 +218,7 @@ def duplicates(texts: list[str]) -> float:
 def entropy(counts: np.ndarray) -> float:
     """Nats of the distribution that counts make."""
     share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    return max(0.0, float(-(share * np.log(share)).sum()))
 
 
 def answer_entropy(texts: list[str]) -> float:

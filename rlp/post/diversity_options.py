@@ -20,7 +20,7 @@ def add_diversity(commands: argparse._SubParsersAction) -> None:
         "checkpoints",
         nargs="*",
         metavar="CHECKPOINT",
-        help="Hugging Face folders or Hub names, such as runs/NAME/export",
+        help="Hugging Face folders, run folders (their exports are meant), or Hub names",
     )
     diversity.add_argument(
         "--samples",
@@ -108,7 +108,7 @@ def _add_drawing(diversity: argparse.ArgumentParser) -> None:
 
 
 def _diversity(arguments: argparse.Namespace) -> int:
-    from rlp.compare.evaluate import refuse_output
+    from rlp.compare.evaluate import model_of, refuse_output
     from rlp.post.diversity_command import Asked, tell_diversity
     from rlp.process.outside import open_part
 
@@ -126,7 +126,7 @@ def _diversity(arguments: argparse.Namespace) -> int:
         )
     tell_diversity(
         Asked(
-            checkpoints=list(zip(arguments.checkpoints, names)),
+            checkpoints=list(zip(map(model_of, arguments.checkpoints), names)),
             samples=arguments.samples,
             prompts=arguments.prompts,
             field=arguments.of,

@@ -2,8 +2,8 @@
 
 A line of a samples file is {"model", "prompt", "kind": "open" | "closed", "text"}, with "answer" (a
 text, or a list of texts that are all right) where the prompt is closed, and, where it was drawn by
-`rlp diversity`, how. A line of a panel is {"prompt", "kind"}, with "answer", "category", and
-"tokens", how many an answer has at most.
+`rlp diversity`, how. A line of a panel is {"prompt", "kind"}, with "answer", "category",
+"tokens", how many an answer has at most, and "samples", how many answers are drawn.
 """
 
 import json
@@ -36,6 +36,8 @@ class Prompt:
     category: str = ""
     tokens: int | None = None
     """Of an answer at most; None: as the command says."""
+    samples: int | None = None
+    """Answers that are drawn; None: as the command says for its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +149,15 @@ def _prompt(line: dict, where: str) -> Prompt:
     kind = line.get("kind")
     if kind not in KINDS:
         raise DataError(f'{where}: "kind" is {kind!r}, expected "open" or "closed".')
-    tokens = line.get("tokens")
-    if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise DataError(f'{where}: "tokens" is {tokens!r}, expected a number from 1 up.')
+    counts = {name: line.get(name) for name in ("tokens", "samples")}
+    for name, count in counts.items():
+        if count is not None and (type(count) is not int or count < 1):
+            raise DataError(f'{where}: "{name}" is {count!r}, expected a number from 1 up.')
     category = line.get("category") or ""
     if not isinstance(category, str):
         raise DataError(f'{where}: "category" is {category!r}, expected a text.')
     answers = _answers(line.get("answer"), where) if kind == "closed" else ()
-    return Prompt(_text(line, "prompt", where), kind, answers, category, tokens)
+    return Prompt(_text(line, "prompt", where), kind, answers, category, **counts)
 
 
 def _answers(value: object, where: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from tests.tiny_models import word_tokenizer
 PROMPTS = [
     Prompt("w1 w2 w3", "open", category="some"),
     Prompt("w4", "open", tokens=3),
-    Prompt("w5 w6 w7 w8", "open"),
+    Prompt("w5 w6 w7 w8", "open", samples=4),
     Prompt("w9 w10", "closed", ("w11",)),
 ]
 DRAWING = Drawing(
@@ -57,11 +57,13 @@ def other_model(tmp_path_factory, model_folder) -> Path:
 
 def test_every_prompt_has_its_answers_and_lines_say_how(drawn):
     samples = read_samples(drawn)
-    assert len(texts(drawn)) == len(samples) == 3 * 3 + 2
+    assert len(texts(drawn)) == len(samples) == 3 + 3 + 4 + 2
     assert len(set(texts(drawn).values())) > 5
     how = how_drawn(samples)["m"]
     assert (how["temperature"], how["top_p"], how["format"]) == (0.8, 0.9, "raw")
-    assert {sample.prompt for sample in samples} == {replace(p, tokens=None) for p in PROMPTS}
+    assert {sample.prompt for sample in samples} == {
+        replace(p, tokens=None, samples=None) for p in PROMPTS
+    }
     assert all(
         line["tokens_drawn"] <= (3 if line["prompt"] == "w4" else 6)
         for line in map(json.loads, drawn.read_text().splitlines())
@@ -71,7 +73,7 @@ def test_every_prompt_has_its_answers_and_lines_say_how(drawn):
 def test_an_answer_depends_on_prompt_seed_number_and_weights_alone(tmp_path, model_folder, drawn):
     """In another order, beside other prompts, in other batches, and as one of more answers."""
     path = tmp_path / "samples.jsonl"
-    for prompt, samples in zip(reversed(PROMPTS), (3, 4, 3, 5)):
+    for prompt, samples in zip(reversed(PROMPTS), (3, 9, 3, 5)):
         other = replace(DRAWING, open_samples=samples, closed_samples=samples, rows=samples + 5)
         draw_answers(str(model_folder), [prompt], other, path, name="m")
     assert texts(path).items() >= texts(drawn).items()
