@@ -276,8 +276,7 @@ def _refuse_unknown(name: str, settings: dict, known: list[str]) -> None:
 def read_benchmarks(reading: Reading) -> dict[str, float | None]:
     """Accuracy on benchmarks, thoughts at the temperature, answers greedy.
 
-    Settings: `tasks`, as `rlp eval --tasks` has them, `question_field`, `answer_field`, `modes`,
-    `limit` and `batch_size`.
+    Settings: `tasks`, as `rlp eval --tasks` has them, and the other keys of `BENCHMARKS`.
     """
     from rlp.compare.asked_model import open_asked_model
     from rlp.compare.benchmarks import run_benchmarks
@@ -291,8 +290,10 @@ def read_benchmarks(reading: Reading) -> dict[str, float | None]:
         answer_field=settings["answer_field"],
         examples=None,
     )
+    lengths = {name: settings[name] for name in ("thought_tokens", "answer_tokens")}
     benchmarks = {
-        name: replace(one, thought_temperature=reading.temperature) for name, one in named.items()
+        name: replace(one, thought_temperature=reading.temperature, **lengths)
+        for name, one in named.items()
     }
     asked = run_benchmarks(
         benchmarks,
@@ -319,6 +320,8 @@ BENCHMARKS = {
     "question_field": "question",
     "answer_field": "answer",
     "modes": ["think", "no_think"],
+    "thought_tokens": None,
+    "answer_tokens": None,
     "limit": None,
     "batch_size": 8,
 }

@@ -14,6 +14,7 @@ A task whose folder was begun with other settings or inputs is refused, and what
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 
@@ -221,7 +222,16 @@ def checksum_of_text(value: object) -> str:
 
 
 def checksum_of_file(path: Path) -> str:
-    with open_to_read(path.resolve()) as file:
+    """Read once, as long as its size and its time stay: every stage of an arm asks for the same
+    model and rows."""
+    path = path.resolve()
+    status = path.stat()
+    return _checksum(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, size: int, mtime_ns: int) -> str:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
