@@ -409,8 +409,9 @@ TOLD = [
 ]
 
 LEADS_ELSEWHERE = re.compile(
-    r"(?<![\w.])/(?:home|root|work|mnt|tmp|srv|Users)/|~/|(?<![\w./])\.\./"
+    r"(?<![\w.}])/(?:home|root|work|mnt|tmp|srv|Users)/|~/|(?<![\w./])\.\./"
 )
+"""What begins behind a name in braces, such as `{stage}/work`, begins where that leads."""
 
 
 def paths_outside(text: str, folder: Path) -> list[str]:

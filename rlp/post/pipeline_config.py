@@ -12,7 +12,7 @@
     evaluation: {temperatures: [1.0, 0.3], panel: {config: "worlds/{seed}/quickstart.yaml"}}
 
 Read strictly, as the config of a run is. `{seed}` stands for the seed in every text; `{NAME}`, NAME
-a stage that stands before in the arm, for the folder that this stage writes to.
+a stage that stands before in the arm, for the folder of that stage.
 """
 
 import dataclasses

@@ -57,6 +57,9 @@ def run_pipeline(
     ranks = start_ranks()
     with holding(pipeline, text, ranks, say):
         done = finished(tasks, pipeline)
+        told = Path(pipeline.dir) / "pipeline.yaml"
+        if read_bytes(told) != text:
+            write_atomically(told, text, point="pipeline.torn_config")
         for task in tasks:
             if task in done:
                 add_lines(task, pipeline)
@@ -64,7 +67,7 @@ def run_pipeline(
         progress.begin()
         if workers == 1:
             return _run(tasks, done, pipeline, 1, progress, partial(here, pipeline, ranks))
-        with Workers(workers, Path(pipeline.dir) / "pipeline.yaml") as pool:
+        with Workers(workers, told) as pool:
             return _run(tasks, done, pipeline, workers, progress, pool.begin)
 
 
@@ -152,8 +155,6 @@ def holding(
             )
         lock.claim(folder, say, lambda: None)
         remove_unfinished(folder)
-        if read_bytes(folder / "pipeline.yaml") != text:
-            write_atomically(folder / "pipeline.yaml", text, point="pipeline.torn_config")
 
         def beat(polls: Iterator[bytes]) -> None:
             for _ in polls:

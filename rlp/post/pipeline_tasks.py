@@ -69,9 +69,7 @@ class Task:
         """What `{seed}` and the names of stages before it stand for."""
         ends = {name: self.chain[: end + 1] for end, name in enumerate(self.chain[:-1])}
         folders = {name: Task(self.seed, chain) for name, chain in ends.items()}
-        return {"seed": self.seed} | {
-            name: task.folder(pipeline) / WORK for name, task in folders.items()
-        }
+        return {"seed": self.seed} | {name: task.folder(pipeline) for name, task in folders.items()}
 
 
 def matched(settings: StageConfig) -> Match | None:

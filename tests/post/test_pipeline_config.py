@@ -63,7 +63,7 @@ def test_a_stage_reads_the_folders_of_stages_before_it(tmp_path):
     pipeline = pipeline_of(tmp_path, "{mine: [rlp, mine, sft]}")
     places = Task(3, ("rlp", "mine", "sft")).places(pipeline)
     out = tmp_path / "out" / "seed_3"
-    assert places == {"seed": 3, "rlp": out / "rlp/work", "mine": out / "rlp+mine/work"}
+    assert places == {"seed": 3, "rlp": out / "rlp", "mine": out / "rlp+mine"}
 
 
 def test_a_stage_that_does_not_exist_is_refused(tmp_path):

@@ -69,6 +69,8 @@ def test_a_finished_stage_whose_inputs_changed_is_refused(pipelines, undisturbed
     code, said = pipelines.start(config)
     assert code == 2 and "settings.steps was 5, now 6" in said and "seed_0/rlp+sft is" in said
 
+    assert (undisturbed / "pipeline.yaml").read_text() == before
+
     config.write_text(before)
     told = rows.read_text()
     rows.write_text(told.replace("north", "south", 1))
