@@ -4,6 +4,7 @@ comparison of arms."""
 import json
 
 from rlp.post.pipeline_config import load_pipeline
+from rlp.post.pipeline_results import open_results
 from rlp.post.pipeline_tasks import every_task
 from tests import REPOSITORY
 from tests.experiments.scripts import script
@@ -35,3 +36,9 @@ def test_rows_of_a_seed_are_its_own_and_share_no_question_with_the_panel(tmp_pat
     asked = [text["text"].partition(" <think>")[0] for text in texts]
     asked += [prompt["prompt"].partition(" <think>")[0] for prompt in prompts]
     assert all(one.endswith("faces") for one in asked) and not held_out & set(asked)
+
+
+def test_the_page_says_what_the_results_say():
+    results = open_results(FOLDER / "results.jsonl")
+    page = (FOLDER / "README.md").read_text()
+    assert show.filled(page, show.sections(results, list(show.WORDS))) == page
