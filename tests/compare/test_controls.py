@@ -178,7 +178,14 @@ def test_other_thoughts_cost_what_ones_own_cost(trained):
     assert line["policy/ratio_max_deviation"] == 0 != line["optim/grad_norm"]
 
 
-@pytest.mark.parametrize("placebo", ["shuffled_reward", "foreign_thought", "other_thought"])
+@pytest.mark.parametrize(
+    "placebo",
+    [
+        "shuffled_reward",
+        pytest.param("foreign_thought", marks=pytest.mark.slow),
+        "other_thought",
+    ],
+)
 def test_micro_batches_do_not_change_a_placebo(trained, placebo):
     """The positions of the step are exchanged: documents one by one, in pairs or all at once,
     groups whole or in slices."""

@@ -113,7 +113,14 @@ CASES = {
 """Each fault is one attempt of a run, which the next continues."""
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("bfloat16, stage 1", "one of two ranks, stage 3")
+"""Whose mechanisms other cases have too."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES],
+)
 def test_a_run_that_dies_is_continued_as_if_it_had_not(harness, name):
     """Journal, metrics, thoughts, evaluations and export are the uninterrupted run's, bit for bit;
     at most the steps since the last save are made again; a survivor ends by itself, within

@@ -13,6 +13,7 @@ from tests import REPOSITORY
 BENCH = REPOSITORY / "kernels" / "bench_step.py"
 
 
+@pytest.mark.slow
 def test_contenders_compute_the_same_step(tmp_path):
     """Rewards and gradients of ours and of TRL's trainer agree to 1e-4 in float32, and the report
     holds every number."""

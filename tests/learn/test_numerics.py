@@ -157,7 +157,13 @@ def test_the_newest_sound_checkpoint_stands_and_is_named(
 
 @pytest.mark.parametrize(
     "stage,dtype",
-    [(0, "float32"), (1, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16")],
+    [
+        (0, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+        (3, "float32"),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+        (2, "bfloat16"),
+    ],
 )
 def test_a_refused_update_leaves_no_trace_at_any_stage(
     tmp_path, model_folder, corpus, ranks, stage, dtype
@@ -268,7 +274,7 @@ def sampled(monkeypatch, token: int) -> None:
     monkeypatch.setattr(rlp.sampling.growth, "draw", same)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_groups_without_variance_give_a_step_without_a_gradient(trained, monkeypatch, dtype):
     """All thoughts of a group the same: advantages and gradient are zero, the step is made, and
     every number is finite."""
