@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,7 +158,7 @@ def _launch(config: Config, ranks: int, work: Work) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in apart}
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)),
-        *("--module", "rlp.train", str(path)),
+        *("--master_port", str(_free_port()), "--module", "rlp.train", str(path)),
     ]
     sys.stdout.flush()
     launcher = subprocess.Popen(
@@ -169,6 +170,13 @@ def _launch(config: Config, ranks: int, work: Work) -> None:
         preexec_fn=end_with_parent,
     )
     _ended(launcher.wait(), work)
+
+
+def _free_port() -> int:
+    """Where the ranks meet: stages side by side meet at different ones."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
