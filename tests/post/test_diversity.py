@@ -250,7 +250,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(ROWS)
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_sums_of_cells_give_the_means_over_pairs(rows):
@@ -265,7 +265,7 @@ def test_sums_of_cells_give_the_means_over_pairs(rows):
 # What it must not depend on
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(ROWS, st.randoms(use_true_random=False))
 def test_nothing_depends_on_the_order_of_lines(rows, random):
     mixed = list(rows)
@@ -273,7 +273,7 @@ def test_nothing_depends_on_the_order_of_lines(rows, random):
     assert measure(samples_of(mixed)) == measure(samples_of(rows))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(ROWS)
 def test_nothing_depends_on_what_models_are_called(rows):
     """Names that sort the other way round."""
@@ -285,7 +285,7 @@ def test_nothing_depends_on_what_models_are_called(rows):
     assert json.dumps(other) == json.dumps(one)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(ROWS)
 def test_a_copy_of_every_model_changes_no_model(rows):
     """TF-IDF knows different texts only, so how many models there are is nothing to it."""

@@ -22,6 +22,7 @@ PROMPTS = [
     Prompt("w4", "open", tokens=3),
     Prompt("w5 w6 w7 w8", "open", samples=4),
     Prompt("w9 w10", "closed", ("w11",)),
+    Prompt("w12 w13", "open"),  # drawn beside the first
 ]
 DRAWING = Drawing(
     open_samples=3, closed_samples=2, tokens=6, frame="{prompt}", temperature=0.8, rows=4
@@ -57,7 +58,7 @@ def other_model(tmp_path_factory, model_folder) -> Path:
 
 def test_every_prompt_has_its_answers_and_lines_say_how(drawn):
     samples = read_samples(drawn)
-    assert len(texts(drawn)) == len(samples) == 3 + 3 + 4 + 2
+    assert len(texts(drawn)) == len(samples) == 3 + 3 + 4 + 2 + 3
     assert len(set(texts(drawn).values())) > 5
     how = how_drawn(samples)["m"]
     assert (how["temperature"], how["top_p"], how["format"]) == (0.8, 0.9, "raw")
@@ -73,7 +74,7 @@ def test_every_prompt_has_its_answers_and_lines_say_how(drawn):
 def test_an_answer_depends_on_prompt_seed_number_and_weights_alone(tmp_path, model_folder, drawn):
     """In another order, beside other prompts, in other batches, and as one of more answers."""
     path = tmp_path / "samples.jsonl"
-    for prompt, samples in zip(reversed(PROMPTS), (3, 9, 3, 5)):
+    for prompt, samples in zip(reversed(PROMPTS), (4, 3, 9, 3, 5)):
         other = replace(DRAWING, open_samples=samples, closed_samples=samples, rows=samples + 5)
         draw_answers(str(model_folder), [prompt], other, path, name="m")
     assert texts(path).items() >= texts(drawn).items()
@@ -107,7 +108,7 @@ def test_an_interrupted_drawing_ends_with_the_same_answers(tmp_path, model_folde
 def test_a_finished_drawing_draws_nothing(drawn, model_folder):
     before, told = drawn.read_bytes(), []
     draw_answers(str(model_folder), PROMPTS, DRAWING, drawn, name="m", tell=told.append)
-    assert drawn.read_bytes() == before and "m's answers to 4 prompts already" in told[0]
+    assert drawn.read_bytes() == before and "m's answers to 5 prompts already" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_variety_of_a_checkpoint_is_one_call(tmp_path, model_folder):
     found = variety_of(
         str(model_folder), PROMPTS, samples=tmp_path / "samples.jsonl", drawing=DRAWING
     )
-    assert found["open"]["prompts"] == 3 and found["open"]["inter"] is None
+    assert found["open"]["prompts"] == 4 and found["open"]["inter"] is None
     assert 0 <= found["open"]["intra"] <= 1 and found["closed"]["accuracy"] in (0, 0.5, 1)
 
 
@@ -157,7 +158,7 @@ def test_the_command_draws_of_several_models_and_measures(
     arguments += ["--prompts", str(panel), "--samples", str(samples), "--json", str(out)]
     assert main([*arguments, "--open-samples", "2", "--frame", "{prompt}", "--device", "cpu"]) == 0
     found = json.loads(out.read_text())
-    assert found["open"]["texts"] == 2 * 2 * 4
+    assert found["open"]["texts"] == 2 * 2 * 5
     assert found["open"]["matrix"]["one"]["two"] == found["open"]["inter"]
     assert found["settings"]["drawn"]["two"]["temperature"] == 1
     assert "one: drawn with seed 0, temperature 1.0, top_p 0.9" in capsys.readouterr().out
