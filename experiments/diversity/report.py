@@ -243,9 +243,10 @@ def _draw_stages(results: Results, path: Path) -> None:
         right.plot(places, shares, "o", color=COLORS[form], label=WORDS[form])
     alike.set_title("How alike open answers are, T 1 (dash: floor)")
     right.set_title("Closed answers that are right, T 1")
-    right.set_ylim(bottom=0)
+    alike.set_ylim(0, 0.27)
+    right.set_ylim(0, 0.65)
     for axis in (alike, right):
         _plain(axis)
         axis.set_xticks(range(len(STAGES)), [STAGE_WORDS[stage] for stage in STAGES])
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
     _save(figure, path)
