@@ -48,7 +48,7 @@ def pipeline_tree(
             stages[trained] = {
                 "kind": "cpt",
                 "config": str(HERE / "round.yaml"),
-                "overrides": [f'data.train=["{{{made}}}/documents.jsonl"]', *training],
+                "overrides": [f'data.train=["{{{made}}}/work/documents.jsonl"]', *training],
             }
             chains[arm] += [made, trained]
     return {

@@ -231,7 +231,7 @@ class RlvrStage(TrlStage):
 @dataclass
 class GenerateStage(StageConfig):
     """`generate`: documents of the model that the stage begins with, real ones, or both, as
-    documents.jsonl for the stages behind it. It makes no model."""
+    work/documents.jsonl for the stages behind it. It makes no model."""
 
     documents: int = 0
     """That it makes at most: a filter may leave fewer."""

@@ -151,7 +151,7 @@ seeds: [0]
 model: {model}
 stages:
   made: {{kind: generate, documents: 4, prompts: {prompts}}}
-  cpt: {{kind: cpt, config: {config}, overrides: ['data.train=["{{made}}/documents.jsonl"]']}}
+  cpt: {{kind: cpt, config: {config}, overrides: ['data.train=["{{made}}/work/documents.jsonl"]']}}
 arms: {{own: [made, cpt]}}
 """
 

@@ -4,7 +4,7 @@ work/samples.jsonl      what was drawn, as `rlp diversity` writes it; continued 
 work/dropped.jsonl      {"text", "reason"}: what a filter has left out
 work/documents.jsonl    {"text"}: what is trained on; it is there once the stage is done
 
-The stages behind it name the last one as `{NAME}/documents.jsonl`. A round of a generation
+The stages behind it name the last one as `{NAME}/work/documents.jsonl`. A round of a generation
 loop is such a stage and a `cpt` behind it, whose model the next round begins with; what tells arms
 apart is how much is real, and what is filtered.
 
