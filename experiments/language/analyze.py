@@ -7,10 +7,18 @@ import argparse
 import re
 from pathlib import Path
 
-from run import LAYOUT, RESULTS
-
 from rlp.measure.paired import Difference, claim_in_words, compare
-from rlp.measure.results_file import Results, read_results
+from rlp.measure.results_file import Layout, Results, read_results
+from rlp.process.schemas import NUMBER, Maybe
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+LAYOUT = Layout(
+    identity=("arm", "seed"),
+    figures=("accuracy", "mixed", "switches", "latin", "cyrillic", "n", "seconds"),
+    others=dict.fromkeys(("accuracy_mixed", "accuracy_one_script", "traces"), Maybe(NUMBER)),
+)
+"""Shares, of `n` thoughts at held-out questions: right answers after them, thoughts with both
+scripts, letters that are Latin, thoughts in Cyrillic alone; and CPU seconds of the arm."""
 
 README = Path(__file__).parent / "README.md"
 PICTURE = Path(__file__).parent / "switching.png"
@@ -25,6 +33,8 @@ NAMES = {
     "rlp_language": "RLP + language",
     "rlp_language_4": "RLP + 4 x language",
 }
+ARMS = tuple(NAMES)
+
 FAMILIES = {
     "rlvr": ("base", "rlvr_language"),
     "sft_right": ("base", "sft_language"),
@@ -38,7 +48,8 @@ MARGIN = 0.05
 
 def complete(results: Results) -> list[int]:
     """Seeds of which every arm is there."""
-    return [seed for seed in results.values("seed") if len(results.where(seed=seed).lines) == 8]
+    seeds = results.values("seed")
+    return [seed for seed in seeds if set(results.where(seed=seed).values("arm")) == set(ARMS)]
 
 
 def by_seed(results: Results, arm: str, figure: str, seeds: list[int]) -> dict[int, float]:
@@ -60,7 +71,7 @@ def table(results: Results, seeds: list[int]) -> str:
     """A line for each arm: means over seeds, and in how many switching rose and fell."""
     lines = [
         "| arm | accuracy | of mixed thoughts | of others | mixed | switches | Latin letters"
-        f" | seeds of {len(seeds)} in which switching rose | fell | all Cyrillic > 0.9 |",
+        f" | switching rose, seeds of {len(seeds)} | fell | less than 0.05 mixed |",
         "|---" * 10 + "|",
     ]
     base = by_seed(results, "base", "mixed", seeds)
@@ -72,7 +83,7 @@ def table(results: Results, seeds: list[int]) -> str:
         changes = [line["mixed"] - base[line["seed"]] for line in lines_of(results, arm, seeds)]
         cells += [str(sum(change > MARGIN for change in changes))]
         cells += [str(sum(change < -MARGIN for change in changes))]
-        cells += [str(sum(line["cyrillic"] > 0.9 for line in lines_of(results, arm, seeds)))]
+        cells += [str(sum(line["mixed"] < MARGIN for line in lines_of(results, arm, seeds)))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,9 +119,10 @@ def claims(results: Results, seeds: list[int]) -> str:
             said.append(f"- {words}: {claim_in_words(NAMES[reference], found, NAMES)}")
             for one in found if figure == "accuracy" else ():
                 if one.arm != "base":
+                    p = f"p {one.adjusted:.3f}" if one.relation else "no verdict"
                     said.append(
                         f"  - price of {NAMES[one.arm]}: {one.mean:+.3f} ({one.low:+.3f} to"
-                        f" {one.high:+.3f}; p {one.adjusted:.3f})"
+                        f" {one.high:+.3f}; {p})"
                     )
     return "\n".join(said)
 
@@ -140,6 +152,14 @@ def draw(results: Results, seeds: list[int], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def filled(text: str, results: Results) -> str:
+    """The page with its tables and claims made of the results."""
+    seeds = complete(results)
+    for name, made in (("table", table), ("seeds", seed_table), ("claims", claims)):
+        text = write_into(text, name, made(results, seeds))
+    return text
+
+
 def write_into(text: str, name: str, content: str) -> str:
     """A text with what stands between two markers replaced."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
@@ -150,16 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = read_results(parser.parse_args().results, LAYOUT)
-    seeds = complete(results)
-    text = README.read_text()
-    for name, content in (
-        ("table", table(results, seeds)),
-        ("seeds", seed_table(results, seeds)),
-        ("claims", claims(results, seeds)),
-    ):
-        text = write_into(text, name, content)
-    README.write_text(text)
-    draw(results, seeds, PICTURE)
+    README.write_text(filled(README.read_text(), results))
+    draw(results, complete(results), PICTURE)
 
 
 if __name__ == "__main__":

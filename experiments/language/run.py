@@ -9,6 +9,7 @@ import json
 import time
 from pathlib import Path
 
+from analyze import ARMS, LAYOUT, RESULTS
 from training import (
     SCRIPT,
     completions,
@@ -22,27 +23,10 @@ from training import (
 from world import CLOSE, OPEN, ROOT, answer_of, asked, questions_of
 
 from rlp.measure.language import letters_of, thought_of
-from rlp.measure.results_file import Layout, add_result, read_results
+from rlp.measure.results_file import add_result, read_results
 from rlp.post.traces import TraceRule, filter_traces
 from rlp.process.ranks import Ranks, start_ranks
-from rlp.process.schemas import NUMBER, Maybe
 
-RESULTS = Path(__file__).parent / "results.jsonl"
-ARMS = (
-    "base",
-    "rlvr",
-    "rlvr_language",
-    "sft_right",
-    "sft_language",
-    "rlp",
-    "rlp_language",
-    "rlp_language_4",
-)
-LAYOUT = Layout(
-    identity=("arm", "seed"),
-    figures=("accuracy", "mixed", "switches", "latin", "cyrillic", "n", "seconds"),
-    others=dict.fromkeys(("accuracy_mixed", "accuracy_one_script", "traces"), Maybe(NUMBER)),
-)
 HELD_OUT_THOUGHTS, TRACES = 8, 8
 """Thoughts at each held-out question, and traces of the base at each train question."""
 
