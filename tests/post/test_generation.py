@@ -10,7 +10,9 @@ from rlp.post.diversity_drawing import Drawing, draw_answers
 from rlp.post.diversity_samples import read_prompts
 from rlp.post.pipeline_checks import refuse_bad
 from rlp.post.pipeline_config import GenerateStage, load_pipeline
+from rlp.post.pipeline_folder import checksum_of_file
 from rlp.post.pipeline_plan import Costs
+from rlp.post.pipeline_task import asked_of
 from rlp.post.pipeline_tasks import Task, every_task
 from rlp.post.stages.generation import generate
 from rlp.post.stages.interface import StageError, Work
@@ -169,6 +171,11 @@ def test_a_round_can_be_planned_before_its_documents_are_there(tmp_path, files, 
     tasks = every_task(pipeline)
     assert refuse_bad(pipeline) == tasks
     assert Costs(tasks, pipeline, start_ranks()).of(Task(0, ("made", "cpt"))).steps == 7
+
+    inputs = asked_of(Task(0, ("made",)), pipeline)["inputs"]
+    assert inputs[f"data {files['prompts']}: prompts.jsonl"] == checksum_of_file(
+        Path(files["prompts"])
+    )
 
     path.write_text(text.replace(files["prompts"], "absent.jsonl"))
     with pytest.raises(ConfigError, match="absent.jsonl: no such file"):
