@@ -113,20 +113,21 @@ def finding(share: float, seed: int, out: Path) -> dict:
 def table(results: Results) -> str:
     """One row for each share: means over seeds, and how many found it."""
     rows = [
-        "| share in the base's data | thoughts that compute | base, T 1 | T 0.3 | surest of 8"
+        "| share in the base's data | thoughts that compute | right words in these | base, T 1 | T 0.3 | surest of 8"
         " | worlds that RLP solves | steps to 0.9 | RLP, T 1 | T 0.3 | without a thought |",
-        "|" + "---|" * 10,
+        "|" + "---|" * 11,
     ]
     for arm in sorted(results.values("arm"), key=float):
         lines = results.where(arm=arm).lines
         steps = [line["steps_to_right"] for line in lines]
         means = {
             name: statistics.fmean(line[name] for line in lines)
-            for name in ("computing_frac", "base_accuracy", "base_accuracy_cold")
+            for name in ("computing_frac", "computed_frac", "base_accuracy", "base_accuracy_cold")
             + ("base_surest_of_8", "accuracy", "accuracy_cold", "accuracy_without")
         }
         found = sorted(step for step in steps if step is not None)
-        cells = [f"{float(arm):g}", f"{means['computing_frac']:.3f}"]
+        cells = [f"{float(arm):g}"]
+        cells += [f"{means[name]:.3f}" for name in ("computing_frac", "computed_frac")]
         cells += [f"{means[name]:.2f}" for name in ("base_accuracy", "base_accuracy_cold")]
         cells += [f"{means['base_surest_of_8']:.2f}", f"{len(found)} of {len(steps)}"]
         cells += [", ".join(map(str, found)) or f"not in {STEPS}"]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 from rlp.config import ConfigError
 from rlp.process.faults import VARIABLE, forget_passages
 from rlp.process.files import NotWrittenError
+from tests import REPOSITORY
 from tests.experiments.scripts import script
 from tests.tiny_models import tiny_policy, word_tokenizer
 
@@ -151,16 +153,25 @@ def test_a_full_disk_leaves_nothing_half_made(source, tmp_path, monkeypatch, pas
     assert prepare.what_is_lacking(out) is None
 
 
-def test_a_killed_preparation_is_told_of_and_made_again(source, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv(VARIABLE, "markers.before_rename:1:kill")
-    forget_passages()
+PREPARATION = """
+import sys
+from pathlib import Path
+from tests.experiments.test_smollm2_prepare import byte_tokenizer, prepare, tiny_llama
+
+prepare.read_gguf = lambda source: (tiny_llama(), byte_tokenizer())
+prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_preparation_is_told_of_and_made_again(source, tmp_path, capfd):
     out = tmp_path / "models" / "model"
-    child = os.fork()
-    if not child:
-        prepare.prepare(out, source)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.delenv(VARIABLE)
+    killed = subprocess.run(
+        [sys.executable, "-c", PREPARATION, out, source],
+        env=os.environ | {VARIABLE: "markers.before_rename:1:kill", "PYTHONPATH": "."},
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
     (left,) = out.parent.iterdir()
     prepare.prepare(out, source)
     assert f"{left}: left by a preparation that was interrupted" in capfd.readouterr().out
