@@ -114,7 +114,8 @@ def table(results: Results) -> str:
     """One row for each share: means over seeds, and how many found it."""
     rows = [
         "| share in the base's data | thoughts that compute | right words in these | base, T 1"
-        " | T 0.3 | surest of 8 | worlds that RLP solves | steps to 0.9 | RLP, T 1 | T 0.3 | without a thought |",
+        " | T 0.3 | surest of 8 | worlds that RLP solves | steps to 0.9 | RLP, T 1"
+        " | T 0.3 | without a thought |",
         "|" + "---|" * 11,
     ]
     for arm in sorted(results.values("arm"), key=float):
