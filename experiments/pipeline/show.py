@@ -5,6 +5,7 @@
 Copies the file beside this script, and writes what it says between the marks of README.md.
 """
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from rlp.measure.paired import claim_in_words, compare
 from rlp.measure.results_file import Results
 from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_results import open_results
@@ -56,8 +58,8 @@ def columns(results: Results, temperature: float) -> list[tuple[str, int]]:
     return [(stage, step) for stage in SHARED for step in points(results, arm, stage, temperature)]
 
 
-def own_end(results: Results, arm: str, temperature: float, figure: str) -> float | None:
-    """After what an arm has alone; of the base what it begins with."""
+def own_end(results: Results, arm: str, temperature: float, figure: str) -> dict[int, float]:
+    """By seed, after what an arm has alone; of the base what it begins with."""
     stages = results.where(arm=arm).values("stage")
     own = next((stage for stage in stages if stage not in ("start", *SHARED)), "start")
     lines = results.where(arm=arm, stage=own, temperature=temperature).lines
@@ -65,8 +67,7 @@ def own_end(results: Results, arm: str, temperature: float, figure: str) -> floa
     for line in lines:
         if line["stage_step"] >= last.get(line["seed"], line)["stage_step"]:
             last[line["seed"]] = line
-    values = [line[figure] for line in last.values() if line.get(figure) is not None]
-    return fmean(values) if values else None
+    return {seed: line[figure] for seed, line in last.items() if line.get(figure) is not None}
 
 
 def table(results: Results, figure: str, temperature: float) -> str:
@@ -76,12 +77,33 @@ def table(results: Results, figure: str, temperature: float) -> str:
     head = [f"{FIGURES[figure]}, T {temperature:g}", "before"]
     rows = [head + [f"{names[stage]} {step}" for stage, step in heads]]
     for arm in results.values("arm"):
-        own = own_end(results, arm, temperature, figure)
+        alone = own_end(results, arm, temperature, figure)
+        own = fmean(alone.values()) if alone else None
         cells = [value(results, arm, *head, temperature, figure) for head in heads]
         rows.append([WORDS[arm], *("-" if one is None else f"{one:.3f}" for one in (own, *cells))])
     keep = [column for column in range(len(rows[0])) if any(row[column] != "-" for row in rows[1:])]
     lines = ["| " + " | ".join(row[column] for column in keep) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(keep), *lines[1:]])
+
+
+def claims(results: Results, figure: str) -> str:
+    """What the exact test allows at T 1: RLP against the others where each has ended alone and
+    after each stage, and what RLVR does to an arm."""
+    arms, hot = results.values("arm"), results.where(temperature=1.0)
+    ends = {"before": {arm: own_end(results, arm, 1.0, figure) for arm in arms}}
+    for stage, step in columns(results, 1.0):
+        part = hot.where(stage=stage, stage_step=step)
+        ends[f"{stage.upper()} {step}"] = {arm: part.by_seed(arm, figure) for arm in arms}
+    said = []
+    for place in ("before", "SFT 64", "RLVR 80"):
+        others = {arm: values for arm, values in ends[place].items() if arm != "rlp"}
+        sentence = claim_in_words("RLP", compare(ends[place]["rlp"], others), WORDS)
+        said.append(f"- {FIGURES[figure]}, {place}: {sentence}")
+    for arm in arms:
+        found = compare(ends["RLVR 80"][arm], {"sft": ends["SFT 16"][arm]})
+        sentence = claim_in_words(f"{WORDS[arm]}, RLVR 80,", found, {"sft": "itself at SFT 16"})
+        said.append(f"- {FIGURES[figure]}: {sentence}")
+    return "\n".join(said)
 
 
 def sections(results: Results, arms: list[str]) -> dict[str, str]:
@@ -92,6 +114,7 @@ def sections(results: Results, arms: list[str]) -> dict[str, str]:
         name: "\n\n".join(table(results, figure, T) for T in temperatures)
         for name, figure in made.items()
     }
+    told |= {f"{name} claims": claims(results, figure) for name, figure in made.items()}
     seeds = results.values("seed")
     missing = [WORDS[arm] for arm in arms if arm not in results.values("arm")]
     told["runs"] = (
@@ -138,7 +161,9 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results.jsonl"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results.jsonl")
+    source = parser.parse_args().results
     if source.resolve() != (HERE / "results.jsonl").resolve():
         shutil.copyfile(source, HERE / "results.jsonl")
     results = open_results(HERE / "results.jsonl")
