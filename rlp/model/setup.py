@@ -6,6 +6,7 @@ Whatever a user may have got wrong in files and names is refused here, before a 
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -253,7 +254,7 @@ class PanelSetup(ModelSetup):
         def holds(start: int, stop: int) -> bool:
             return text in self.tokenizer.decode(tokens[start:stop])
 
-        stop = next(end for end in range(1, len(tokens) + 1) if holds(0, end))
+        stop = bisect_left(range(len(tokens)), True, key=lambda end: holds(0, end))
         start = next(begin for begin in reversed(range(stop)) if holds(begin, stop))
         return tokens[start:stop]
 
