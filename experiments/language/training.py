@@ -4,8 +4,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM
 from world import (
     BASE_BATCH,
     CLOSE,
@@ -24,6 +23,7 @@ from rlp.config import load_config
 from rlp.post.language import language_reward
 from rlp.process.exit_codes import DONE
 from rlp.process.ranks import Ranks
+from rlp.world.folder import make_model_config, make_tokenizer
 
 BASE_RATE = 3e-3
 SCRIPT, WEIGHT = "latin", 1.0
@@ -45,41 +45,11 @@ _QUIET = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word."""
-    words = {word: index for index, word in enumerate(VOCABULARY)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        additional_special_tokens=[OPEN, CLOSE],
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def make_base(out: Path, seed: int) -> None:
     """Train two layers on the base's documents, every word of them."""
-    words = tokenizer()
+    words = make_tokenizer(VOCABULARY)
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        pad_token_id=words.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(make_model_config(VOCABULARY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_RATE, betas=(0.9, 0.95))
     problems = list(base_problems(seed))
     steps = len(problems) // BASE_BATCH
@@ -103,7 +73,7 @@ def make_base(out: Path, seed: int) -> None:
 @torch.no_grad()
 def completions(folder: Path, questions: list[int], count: int, seed: int) -> list[tuple[int, str]]:
     """`count` thoughts and answers after each question, at temperature 1: question and text."""
-    words = tokenizer()
+    words = make_tokenizer(VOCABULARY)
     words.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(seed)
@@ -134,7 +104,7 @@ def reinforce(base: Path, out: Path, seed: int, *, with_language: bool) -> None:
     import trl
     from datasets import Dataset
 
-    words, rng = tokenizer(), random.Random(f"language rlvr {seed}")
+    words, rng = make_tokenizer(VOCABULARY), random.Random(f"language rlvr {seed}")
     questions = [rng.choice(questions_of(seed)["train"]) for _ in range(RLVR_PROMPTS * RLVR_STEPS)]
     rows = {
         "prompt": [" ".join([*asked(question), OPEN]) for question in questions],
@@ -189,7 +159,7 @@ def supervise(base: Path, kept: Path, out: Path, seed: int) -> None:
     trainer = trl.SFTTrainer(model=str(base), args=args, train_dataset=rows)
     trainer.train()
     trainer.model.save_pretrained(out)
-    tokenizer().save_pretrained(out)
+    make_tokenizer(VOCABULARY).save_pretrained(out)
 
 
 def think_ahead(

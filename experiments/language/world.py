@@ -17,8 +17,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from rlp.world.problems import disjoint_blocks
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 MARKS = ("1", "2", "3", "4", "5")
 TURNS = ("straight", "right", "around", "left")
@@ -94,13 +97,7 @@ def problem(question: int, thought: Sequence[str] | None = None) -> str:
 
 def questions_of(seed: int) -> dict[str, list[int]]:
     """The questions of every block."""
-    questions = list(range(4 ** len(MARKS)))
-    random.Random(f"language split {seed}").shuffle(questions)
-    blocks, start = {}, 0
-    for name, size in BLOCKS.items():
-        blocks[name] = questions[start : start + size]
-        start += size
-    return blocks
+    return disjoint_blocks(4 ** len(MARKS), BLOCKS, f"language split {seed}")
 
 
 def base_problems(seed: int) -> Iterator[str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from rlp.process.files import make_folder, new_folder, write_new
+from rlp.world.folder import make_model_config, make_tokenizer
 from rlp.world.problems import CLOSE, HEADINGS, MARKS, OPEN, TURNS, computed, echo, headings_after
 
 TOPICS = tuple(
@@ -199,39 +200,5 @@ def write_world(out: Path, seed: int, *, base: int, rounds: int, documents: int)
         for name, lines in rows.items():
             content = "".join(json.dumps(line) + "\n" for line in lines).encode()
             write_new(folder / f"{name}.jsonl", content, point="world.torn_file")
-        make_tokenizer().save_pretrained(folder / "tokenizer")
-        model_config().to_json_file(folder / "model_config.json", use_diff=False)
-
-
-def make_tokenizer():
-    """One token per word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        additional_special_tokens=[OPEN, CLOSE],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def model_config():
-    """Two layers, 89 thousand parameters."""
-    from transformers import Qwen3Config
-
-    from rlp.world.folder import make_model_config
-
-    return Qwen3Config(
-        **make_model_config().to_dict()
-        | {
-            "vocab_size": len(VOCABULARY),
-            "pad_token_id": VOCABULARY.index("<pad>"),
-            "eos_token_id": VOCABULARY.index("<eos>"),
-        }
-    )
+        make_tokenizer(VOCABULARY).save_pretrained(folder / "tokenizer")
+        make_model_config(VOCABULARY).to_json_file(folder / "model_config.json", use_diff=False)

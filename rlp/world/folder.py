@@ -80,9 +80,9 @@ WORLDS = {
 """By `rlp world --kind`."""
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
     """One token per word; text is split at spaces and decoded with spaces."""
-    words = {word: index for index, word in enumerate(VOCABULARY)}
+    words = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -95,11 +95,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model_config() -> Qwen3Config:
+def make_model_config(vocabulary: Sequence[str] = VOCABULARY) -> Qwen3Config:
     """Two layers, 84,992 parameters: enough for one addition a word, not for a sum of six."""
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -109,9 +109,9 @@ def make_model_config() -> Qwen3Config:
         max_position_embeddings=256,
         initializer_range=0.1,  # at this width the default 0.02 does not learn
         tie_word_embeddings=False,
-        pad_token_id=VOCABULARY.index("<pad>"),
+        pad_token_id=vocabulary.index("<pad>"),
         bos_token_id=None,
-        eos_token_id=VOCABULARY.index("<eos>"),
+        eos_token_id=vocabulary.index("<eos>"),
     )
 
 

@@ -22,7 +22,7 @@ questions of one block only, so no question of one file is in another.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 MARKS = ("one", "two", "three", "four", "five", "six")
 TURNS = ("straight", "right", "around", "left")
@@ -76,11 +76,16 @@ def problem_text(turns: Sequence[int], thought: Sequence[str] | None = None) -> 
 
 def split_questions(seed: int) -> dict[str, list[int]]:
     """The question indices of every split: disjoint blocks of one permutation."""
-    questions = list(range(4 ** len(MARKS)))
-    random.Random(f"split {seed}").shuffle(questions)
+    return disjoint_blocks(4 ** len(MARKS), BLOCKS, f"split {seed}")
+
+
+def disjoint_blocks(count: int, sizes: Mapping[str, int], key: str) -> dict[str, list[int]]:
+    """Blocks of so many indices each, cut from one permutation of `count`, keyed by a text."""
+    indices = list(range(count))
+    random.Random(key).shuffle(indices)
     blocks, start = {}, 0
-    for name, size in BLOCKS.items():
-        blocks[name] = questions[start : start + size]
+    for name, size in sizes.items():
+        blocks[name] = indices[start : start + size]
         start += size
     return blocks
 
