@@ -13,6 +13,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.paired import claim_in_words, compare
 from rlp.measure.results_file import Results
 from rlp.post.pipeline_config import load_pipeline
@@ -75,15 +76,16 @@ def table(results: Results, figure: str, temperature: float) -> str:
     heads = columns(results, temperature)
     names = {"sft": "SFT", "rlvr": "RLVR"}
     head = [f"{FIGURES[figure]}, T {temperature:g}", "before"]
-    rows = [head + [f"{names[stage]} {step}" for stage, step in heads]]
+    titles = head + [f"{names[stage]} {step}" for stage, step in heads]
+    rows = []
     for arm in results.values("arm"):
         alone = own_end(results, arm, temperature, figure)
         own = fmean(alone.values()) if alone else None
         cells = [value(results, arm, *head, temperature, figure) for head in heads]
         rows.append([WORDS[arm], *("-" if one is None else f"{one:.3f}" for one in (own, *cells))])
-    keep = [column for column in range(len(rows[0])) if any(row[column] != "-" for row in rows[1:])]
-    lines = ["| " + " | ".join(row[column] for column in keep) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(keep), *lines[1:]])
+    keep = [column for column in range(len(titles)) if any(row[column] != "-" for row in rows)]
+    chosen = [[row[column] for column in keep] for row in (titles, *rows)]
+    return markdown_table(chosen[0], chosen[1:])
 
 
 def claims(results: Results, figure: str) -> str:
@@ -123,15 +125,6 @@ def sections(results: Results, arms: list[str]) -> dict[str, str]:
     return told
 
 
-def filled(page: str, told: dict[str, str]) -> str:
-    """The page with its sections made anew."""
-    for name, text in told.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, _, behind = page.partition(start)
-        page = f"{before}{start}{text}\n{end}{behind.partition(end)[2]}"
-    return page
-
-
 def draw(results: Results, path: Path) -> None:
     """Accuracy along SFT and RLVR, thoughts at both temperatures, the mean over seeds."""
     import matplotlib
@@ -169,7 +162,7 @@ def main() -> None:
     results = open_results(HERE / "results.jsonl")
     arms = list(load_pipeline(HERE / "pipeline.yaml").arms)
     page = HERE / "README.md"
-    page.write_text(filled(page.read_text(), sections(results, arms)))
+    page.write_text(fill_page(page.read_text(), sections(results, arms)))
     draw(results, HERE / "curves.png")
 
 

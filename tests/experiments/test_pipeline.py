@@ -3,6 +3,7 @@ comparison of arms."""
 
 import json
 
+from rlp.measure.pages import fill_page
 from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_results import open_results
 from rlp.post.pipeline_tasks import every_task
@@ -41,4 +42,4 @@ def test_rows_of_a_seed_are_its_own_and_share_no_question_with_the_panel(tmp_pat
 def test_the_page_says_what_the_results_say():
     results = open_results(FOLDER / "results.jsonl")
     page = (FOLDER / "README.md").read_text()
-    assert show.filled(page, show.sections(results, list(show.WORDS))) == page
+    assert fill_page(page, show.sections(results, list(show.WORDS))) == page
