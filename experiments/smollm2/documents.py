@@ -228,7 +228,7 @@ def write_documents(
         return json.loads((out / RECORD).read_text(encoding="utf-8"))
     files: dict[str, list[dict]] = {name: [] for name in FILES}
     for split in ("train", "test"):
-        for number, answer in enumerate(_answers(source, split)):
+        for number, answer in enumerate(solutions(source, split)):
             for line in read_lines(answer):
                 _deal(files, line, part_of(split, number), markers, encode)
     files["other_text"] = [{"text": text} for text in docstrings()]
@@ -243,7 +243,7 @@ def write_documents(
     return counts
 
 
-def _answers(source: str, split: str) -> list[str]:
+def solutions(source: str, split: str) -> list[str]:
     name = source if source.startswith("hub:") else str(Path(source) / f"{split}.jsonl")
     rows = open_rows([name], DataConfig(train=[name]), split, "--gsm8k")
     return ["{answer}".format_map(rows.read(index)) for index in range(len(rows))]
