@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.smollm2.documents import Line, part_of, read_lines, solutions
 from rlp.config import ConfigError, require
@@ -26,7 +25,7 @@ from rlp.post.pipeline_results import open_results
 from rlp.post.stages.interface import Kept, Made, Spent, Work
 from rlp.process.files import make_folder, new_folder, write_new
 
-HERE = Path(__file__).parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 DATA, RESULTS, PAGE = HERE / "data" / "smollm2", HERE / "smollm2.jsonl", HERE / "smollm2.md"
 
 PLACES = {
