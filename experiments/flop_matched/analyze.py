@@ -21,6 +21,7 @@ from arms import ARMS, BESIDE, FAMILY, POST_TRAINED, REFERENCE
 from lines import LAYOUT, RLVR_FROM, ROOT, STEPS, TEMPERATURES
 
 from rlp.config import ConfigError
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.paired import Difference
 from rlp.measure.results_file import Results, read_results
 
@@ -51,7 +52,7 @@ PAGES = {
     ROOT / "README.md": ("compared",),
     ROOT / "docs" / "comparing.md": ("claims", "against"),
 }
-"""Pages with generated parts, between `<!-- NAME -->` and `<!-- end -->`."""
+"""Pages with generated parts, between `<!-- made NAME -->` and `<!-- end -->`."""
 
 
 def ends(results: Results, stage: str, temperature: float) -> Results:
@@ -76,11 +77,6 @@ def mean_of(results: Results, arm: str, figure: str) -> float | None:
 
 def told(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(line)} |" for line in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def against(one: Difference | None) -> str:
@@ -157,7 +153,7 @@ def pretrain(results: Results) -> str:
         "held-out loss",
         *(f"RLP minus arm: accuracy, {at(T)}" for T in TEMPERATURES),
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def beside(results: Results) -> str:
@@ -191,7 +187,9 @@ def selection(results: Results) -> str:
         ]
         rows.append([at(T), *map(told, shown)])
     header = ["thoughts at", "one thought", "the most confident of 8", "vote of 8"]
-    return table([*header, "gain, most confident", "gain, mean of the 8 predictions"], rows)
+    return markdown_table(
+        [*header, "gain, most confident", "gain, mean of the 8 predictions"], rows
+    )
 
 
 def _mean_of_other(part: Results, arm: str, name: str) -> float | None:
@@ -223,7 +221,7 @@ def sweep(results: Results) -> str:
             told(float(np.mean([line["gain_over_start_nats"] for line in chosen]))),
         ]
     )
-    return table(
+    return markdown_table(
         ["temperature", "accuracy with a thought", "the best seed's", "gain over no thought"], rows
     )
 
@@ -265,7 +263,7 @@ def post(results: Results) -> str:
                 mean = told(mean_of(part, arm, "accuracy_with_thought"))
                 cells[arm].append(mean + marks.get(arm, ""))
         header = [f"thoughts at {at(T)}", *(label for label, _ in points)]
-        tables.append(table(header, [[WORDS[arm], *cells[arm]] for arm in arms]))
+        tables.append(markdown_table(header, [[WORDS[arm], *cells[arm]] for arm in arms]))
     return "\n\n".join(tables)
 
 
@@ -301,7 +299,7 @@ def seeds(results: Results) -> str:
     ]
     header = ["seed", "right words in a computing thought", "thoughts that compute"]
     header += ["of these with a gain", "their gain, nats", *(WORDS[arm] for arm in arms)]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def bounded(results: Results) -> str:
@@ -316,7 +314,7 @@ def bounded(results: Results) -> str:
         cells = [told(accuracy.get(seed)) for seed in order]
         rows.append([WORDS[arm], *cells, f"{learned} of {len(accuracy)}"])
     header = ["accuracy, T 1, in the world of seed", *map(str, order), f"above {LEARNED:g}"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def costs(results: Results) -> str:
@@ -341,7 +339,7 @@ def costs(results: Results) -> str:
                 ]
             )
     header = ["arm", "seeds", "steps", "input tokens", "FLOPs", "paper's T_flop", "seconds"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def compared(results: Results) -> str:
@@ -362,7 +360,7 @@ def compared(results: Results) -> str:
         for T in TEMPERATURES
     }
     sentences = "\n".join([*(f"- {at(T)}: {said}" for T, said in claim.items()), reached(results)])
-    return table(["thoughts at", *(WORDS[arm] for arm in arms)], rows) + "\n\n" + sentences
+    return markdown_table(["thoughts at", *(WORDS[arm] for arm in arms)], rows) + "\n\n" + sentences
 
 
 def sections(results: Results) -> dict[str, str]:
@@ -383,27 +381,9 @@ def sections(results: Results) -> dict[str, str]:
     }
 
 
-def fill(page: str, parts: dict[str, str]) -> str:
-    """A page with its parts between `<!-- NAME -->` and `<!-- end -->` replaced.
-
-    Raises:
-        ValueError: a part has no place.
-    """
-    for name, text in parts.items():
-        start = page.find(f"<!-- {name} -->")
-        end = page.find("<!-- end -->", start)
-        if start < 0 or end < 0:
-            raise ValueError(
-                f"the page has no <!-- {name} --> ... <!-- end -->; write the two lines where the"
-                " part belongs."
-            )
-        page = page[:start] + f"<!-- {name} -->\n{text}\n" + page[end:]
-    return page
-
-
 def filled(path: Path, parts: dict[str, str]) -> str:
     """A page of `PAGES` as the results make it."""
-    return fill(path.read_text(encoding="utf-8"), {name: parts[name] for name in PAGES[path]})
+    return fill_page(path.read_text(encoding="utf-8"), {name: parts[name] for name in PAGES[path]})
 
 
 def main() -> int:

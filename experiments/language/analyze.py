@@ -4,9 +4,9 @@ python experiments/language/analyze.py
 """
 
 import argparse
-import re
 from pathlib import Path
 
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.paired import Difference, claim_in_words, compare
 from rlp.measure.results_file import Layout, Results, read_results
 from rlp.process.schemas import NUMBER, Maybe
@@ -69,11 +69,10 @@ def differences(
 
 def table(results: Results, seeds: list[int]) -> str:
     """A line for each arm: means over seeds, and in how many switching rose and fell."""
-    lines = [
-        "| arm | accuracy | of mixed thoughts | of others | mixed | switches | Latin letters"
-        f" | switching rose, seeds of {len(seeds)} | fell | less than 0.05 mixed |",
-        "|---" * 10 + "|",
-    ]
+    titles = ["arm", "accuracy", "of mixed thoughts", "of others", "mixed", "switches"]
+    titles += ["Latin letters", f"switching rose, seeds of {len(seeds)}", "fell"]
+    titles += ["less than 0.05 mixed"]
+    lines = []
     base = by_seed(results, "base", "mixed", seeds)
     for arm, name in NAMES.items():
         cells = [name]
@@ -84,8 +83,8 @@ def table(results: Results, seeds: list[int]) -> str:
         cells += [str(sum(change > MARGIN for change in changes))]
         cells += [str(sum(change < -MARGIN for change in changes))]
         cells += [str(sum(line["mixed"] < MARGIN for line in lines_of(results, arm, seeds)))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(titles, lines)
 
 
 def lines_of(results: Results, arm: str, seeds: list[int]) -> list[dict]:
@@ -103,11 +102,11 @@ def mean_of(values: list[float | None]) -> str:
 
 def seed_table(results: Results, seeds: list[int]) -> str:
     """The share of mixed thoughts, seed by seed."""
-    lines = [f"| seed | {' | '.join(NAMES.values())} |", "|---" * (len(NAMES) + 1) + "|"]
+    lines = []
     for seed in seeds:
         mixed = [f"{by_seed(results, arm, 'mixed', [seed])[seed]:.3f}" for arm in NAMES]
-        lines.append(f"| {seed} | {' | '.join(mixed)} |")
-    return "\n".join(lines)
+        lines.append([str(seed), *mixed])
+    return markdown_table(["seed", *NAMES.values()], lines)
 
 
 def claims(results: Results, seeds: list[int]) -> str:
@@ -152,25 +151,18 @@ def draw(results: Results, seeds: list[int], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def filled(text: str, results: Results) -> str:
-    """The page with its tables and claims made of the results."""
+def sections(results: Results) -> dict[str, str]:
+    """What the page has of the seeds that are complete."""
     seeds = complete(results)
-    for name, made in (("table", table), ("seeds", seed_table), ("claims", claims)):
-        text = write_into(text, name, made(results, seeds))
-    return text
-
-
-def write_into(text: str, name: str, content: str) -> str:
-    """A text with what stands between two markers replaced."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.S)
+    made = {"table": table, "seeds": seed_table, "claims": claims}
+    return {name: make(results, seeds) for name, make in made.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = read_results(parser.parse_args().results, LAYOUT)
-    README.write_text(filled(README.read_text(), results))
+    README.write_text(fill_page(README.read_text(), sections(results)))
     draw(results, complete(results), PICTURE)
 
 

@@ -4,7 +4,6 @@ python -m experiments.loop.report                             # of the committed
 python -m experiments.loop.report runs/loop/results.jsonl     # of a run; printed, not written
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from experiments.loop.arms import ARMS, REFERENCE, ROUNDS, WORDS, round_of
 from experiments.loop.reading import TAIL
 from experiments.loop.world import NAMES, entropy, zipf
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.results_file import Layout, Results, read_results
 
 HERE = Path(__file__).resolve().parent
@@ -84,11 +84,6 @@ def whole_seeds(results: Results) -> list[int]:
     return [seed for seed in results.values("seed") if not last.missing(list(ARMS), [seed])]
 
 
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _over_seeds(results: Results, arm: str, name: str) -> str:
     """Mean, and standard deviation over seeds."""
     values = list(results.by_seed(arm, name).values())
@@ -107,7 +102,7 @@ def last_table(results: Results) -> str:
         rows.append(["base", *(_over_seeds(first, REFERENCE, name) for name in FIGURES)])
     rows += [[WORDS[arm], *(_over_seeds(last, arm, name) for name in FIGURES)] for arm in ARMS]
     rows.append(["truth", *(TRUTH.get(name, "") for name in FIGURES)])
-    return _table(["after the last round", *FIGURES.values()], rows)
+    return markdown_table(["after the last round", *FIGURES.values()], rows)
 
 
 TRUTH = {
@@ -131,7 +126,7 @@ def rounds_table(results: Results) -> str:
                 for n in range(ROUNDS + 1)
             ]
             rows.append([WORDS[arm], FIGURES[name], *found])
-    return _table(["arm", "figure", "base", *map(str, range(1, ROUNDS + 1))], rows)
+    return markdown_table(["arm", "figure", "base", *map(str, range(1, ROUNDS + 1))], rows)
 
 
 def claims(results: Results, family: str) -> str:
@@ -142,16 +137,6 @@ def claims(results: Results, family: str) -> str:
     return "\n".join(
         f"- {FIGURES[name]}: {last.claim(REFERENCE, words, name) or 'nothing has run.'}"
         for name in figures
-    )
-
-
-def with_tables(text: str, tables: dict[str, str]) -> str:
-    """A README with what stands between its markers made again."""
-    return re.sub(
-        r"(<!-- made (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + tables[found[2]] + found[3],
-        text,
-        flags=re.DOTALL,
     )
 
 
@@ -192,7 +177,7 @@ def main() -> None:
     if path.resolve() != RESULTS:
         print(f"\nTo publish: copy {path} to {RESULTS}, and run this again.")
         return
-    README.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    README.write_text(fill_page(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
     draw(results, PICTURE)
 
 

@@ -14,7 +14,6 @@ finished run; run again, only missing runs are made.
 import argparse
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from rlp.measure.pages import fill_page, markdown_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -419,18 +420,15 @@ def table(name: str, rows: list[dict]) -> str:
         }
         for setting in question.settings
     }
-    lines = [
-        "| " + " | ".join([f"`{name}`", *(column.title for column in question.columns)]) + " |",
-        "|---" * (len(question.columns) + 1) + "|",
-    ]
+    lines = []
     for setting, of_seed in by_setting.items():
         label = f"{question.default} (default)" if setting == DEFAULT else setting
         cells = [
             cell(column, of_seed, by_setting[DEFAULT] if setting != DEFAULT else {})
             for column in question.columns
         ]
-        lines.append("| " + " | ".join([label, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([label, *cells])
+    return markdown_table([f"`{name}`", *(column.title for column in question.columns)], lines)
 
 
 def cell(column: Column, of_seed: dict[int, dict], default: dict[int, dict]) -> str:
@@ -450,14 +448,9 @@ def cell(column: Column, of_seed: dict[int, dict], default: dict[int, dict]) -> 
     return f"{text} ({form.format(np.mean(differences))} [{form.format(low)}, {form.format(high)}])"
 
 
-def with_tables(text: str, rows: list[dict]) -> str:
-    """A README with the tables between its markers made again."""
-    return re.sub(
-        r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + table(found[2], rows) + found[3],
-        text,
-        flags=re.DOTALL,
-    )
+def tables(rows: list[dict]) -> dict[str, str]:
+    """Of all questions, by name."""
+    return {name: table(name, rows) for name in QUESTIONS}
 
 
 def main() -> int:
@@ -482,7 +475,7 @@ def main() -> int:
             )
         )
     if arguments.tables:
-        README.write_text(with_tables(README.read_text(), read_results()))
+        README.write_text(fill_page(README.read_text(), tables(read_results())))
     return 0
 
 

@@ -21,7 +21,6 @@ was interrupted; each is a line of benchmark.jsonl.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from rlp.compare.benchmarks import mean_and_error, run_benchmarks
 from rlp.compare.tasks import Benchmark, versions
 from rlp.config import ConfigError
 from rlp.data.errors import DataError
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.results_file import Layout, add_result, read_results
 from rlp.process.environment import environment
 from rlp.process.exit_codes import BAD_CONFIG, BAD_DATA, DONE
@@ -330,32 +330,21 @@ TITLES = {
 }
 
 
-def told(line: dict) -> str:
+def told(line: dict) -> list[str]:
     """A row of the table."""
     same = "" if line["same_answers"] is None else f"{line['same_answers']} of {line['problems']}"
     if line["spelled_otherwise"]:
         same += f" ({line['spelled_otherwise']} spelled otherwise)"
     right = round(line["accuracy"] * line["problems"])
     thought = "" if line["thought_tokens"] is None else f"{line['thought_tokens']:.1f}"
-    cells = (line["arm"], TITLES[line["stage"]], f"{right} of {line['problems']}", thought, same)
-    return f"| {' | '.join(cells)} | {line['cpu_seconds']:.0f} |"
+    cells = [line["arm"], TITLES[line["stage"]], f"{right} of {line['problems']}", thought, same]
+    return [*cells, f"{line['cpu_seconds']:.0f}"]
 
 
 def table() -> str:
     """All of benchmark.jsonl."""
-    head = "| model | read by | right | tokens of a thought | the same answer | CPU-seconds |"
-    lines = read_results(RESULTS, LAYOUT).lines
-    return "\n".join([head, "|---" * 6 + "|", *map(told, lines)])
-
-
-def with_table(page: str) -> str:
-    """The page with its table made again."""
-    return re.sub(
-        r"(<!-- table -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + table() + found[2],
-        page,
-        flags=re.DOTALL,
-    )
+    titles = ["model", "read by", "right", "tokens of a thought", "the same answer", "CPU-seconds"]
+    return markdown_table(titles, [told(line) for line in read_results(RESULTS, LAYOUT).lines])
 
 
 def main() -> int:
@@ -387,7 +376,7 @@ def main() -> int:
             )
             run(setting, options.name, options.readings)
         if options.table:
-            PAGE.write_text(with_table(PAGE.read_text()))
+            PAGE.write_text(fill_page(PAGE.read_text(), {"table": table()}))
     except (ConfigError, DataError, DamagedFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_DATA if isinstance(error, DataError) else BAD_CONFIG

@@ -4,7 +4,6 @@ python experiments/smollm2/report.py            # the committed results again
 """
 
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,13 +11,17 @@ import numpy as np
 from layout import ARMS, CALIBRATED, COLD, LAYOUT, REFERENCE, TRAINED, WARM, WORDS
 from panels import gate_in_words
 
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.paired import claim_in_words, compare
 from rlp.measure.results_file import Results, read_results
 
 HERE = Path(__file__).resolve().parent
 README, RESULTS, COSTS = (HERE / name for name in ("README.md", "results.jsonl", "costs.jsonl"))
-PAGES = (README, HERE.parents[1] / "README.md")
-"""With tables of these results in them."""
+PAGES = {
+    README: ("gate", "verdict", "arms", "claim", "text", "costs"),
+    HERE.parents[1] / "README.md": ("short", "sentence"),
+}
+"""With what they have of these results."""
 
 STAGES = {COLD: "as it comes", WARM: "after the warm start", CALIBRATED: "after calibration"}
 
@@ -32,7 +35,13 @@ def write_report(results: Path = RESULTS, costs: Path = COSTS) -> None:
         print(f"\nTo publish: copy {results} and {costs} to {HERE}, and run its report.py.")
         return
     for page in PAGES:
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        page.write_text(filled(page, tables), encoding="utf-8")
+
+
+def filled(page: Path, tables: dict[str, str]) -> str:
+    """A page of `PAGES` as the results make it."""
+    own = {name: tables[name] for name in PAGES[page]}
+    return fill_page(page.read_text(encoding="utf-8"), own)
 
 
 def read_costs(path: Path) -> list[dict]:
@@ -52,21 +61,6 @@ def make_tables(results: Results, costs: list[dict]) -> dict[str, str]:
         "sentence": claim(results).partition("\n")[0].removeprefix("- "),
         "costs": costs_table(costs),
     }
-
-
-def with_tables(text: str, tables: dict[str, str]) -> str:
-    """A README with what stands between its markers made again."""
-    return re.sub(
-        r"(<!-- made (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + tables[found[2]] + found[3],
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _number(value: float | None, form: str = "{:.3f}") -> str:
@@ -106,7 +100,7 @@ def gate_table(results: Results) -> str:
         *("without a thought, nats", "accuracy without", "with", "with the surest of G"),
         *("over another's thought", "closed"),
     ]
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
 def gate_words(results: Results) -> str:
@@ -144,7 +138,7 @@ def short_table(results: Results) -> str:
         ),
         *("with one", "at T 0.3"),
     ]
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
 # The arms
@@ -192,7 +186,7 @@ def arms_table(results: Results) -> str:
         *("gain, T 0.3", "accuracy, T 0.3", "accuracy without a thought", "best of G"),
         *("tokens of a thought", "FLOPs", "seconds"),
     ]
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
 def _text_row(words: str, arm: str, read: Results) -> list[str]:
@@ -222,7 +216,7 @@ def text_table(results: Results) -> str:
             "loss of lines with results",
         ),
     ]
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
 def claim(results: Results) -> str:
@@ -261,7 +255,7 @@ def costs_table(costs: list[dict]) -> str:
         known = [value for value in cpu if value is not None]
         seconds = [f"{np.mean(wall):.0f}", f"{np.mean(known):.0f}" if known else "-"]
         rows.append([stage, WORDS.get(of, of), str(len(lines)), *seconds, machine])
-    return _table(["stage", "of", "times", "wall, s each", "CPU, s each", "machine"], rows)
+    return markdown_table(["stage", "of", "times", "wall, s each", "CPU, s each", "machine"], rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How rare may the useful thought be? RLP from bases whose thoughts compute in other shares.
 
-    python experiments/world/share.py                   # makes what is missing, then the table
-    python experiments/world/share.py --table           # the table alone
+    python experiments/world/share.py               # makes what is missing, and README.md's table
+    python experiments/world/share.py --table       # the table alone
 
 For every share and seed a world, a base trained as the committed one but for the share of computing
 thoughts in the second part of its data, and RLP from it with the quickstart's config, for twice its
@@ -22,6 +22,7 @@ from make_bases import HERE, ROOT, BaseError, computed_frac, train_base
 from without_training import Base, measure
 
 from rlp.config import ConfigError
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.results_file import Layout, Results, add_result, read_results
 from rlp.process.files import make_folder, write_atomically
 from rlp.process.json_files import read_json
@@ -36,7 +37,7 @@ SEEDS = (0, 2, 3)
 STEPS = 160
 RIGHT = 0.9
 """Accuracy with a thought, at temperature 1, of a model that has found it."""
-RESULTS = HERE / "share.jsonl"
+RESULTS, PAGE = HERE / "share.jsonl", HERE / "README.md"
 LAYOUT = Layout(
     ("arm", "seed"),
     (
@@ -112,12 +113,10 @@ def finding(share: float, seed: int, out: Path) -> dict:
 
 def table(results: Results) -> str:
     """One row for each share: means over seeds, and how many found it."""
-    rows = [
-        "| share in the base's data | thoughts that compute | right words in these | base, T 1"
-        " | T 0.3 | surest of 8 | worlds that RLP solves | steps to 0.9 | RLP, T 1"
-        " | T 0.3 | without a thought |",
-        "|" + "---|" * 11,
-    ]
+    titles = ["share in the base's data", "thoughts that compute", "right words in these"]
+    titles += ["base, T 1", "T 0.3", "surest of 8", "worlds that RLP solves", "steps to 0.9"]
+    titles += ["RLP, T 1", "T 0.3", "without a thought"]
+    rows = []
     for arm in sorted(results.values("arm"), key=float):
         lines = results.where(arm=arm).lines
         steps = [line["steps_to_right"] for line in lines]
@@ -135,8 +134,8 @@ def table(results: Results) -> str:
         cells += [
             f"{means[name]:.2f}" for name in ("accuracy", "accuracy_cold", "accuracy_without")
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return markdown_table(titles, rows)
 
 
 def main() -> int:
@@ -154,7 +153,11 @@ def main() -> int:
                     line = finding(share, seed, options.out.resolve())
                     add_result(RESULTS, LAYOUT, line)
                     print(json.dumps(line), flush=True)
-        print(table(read_results(RESULTS, LAYOUT)))
+        made = table(read_results(RESULTS, LAYOUT))
+        print(made)
+        write_atomically(
+            PAGE, fill_page(PAGE.read_text(), {"shares": made}).encode(), point="share.torn"
+        )
     except (BaseError, ConfigError) as error:
         print(f"share: {error}", file=sys.stderr)
         return 2

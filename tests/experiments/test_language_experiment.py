@@ -4,6 +4,7 @@ documents the incentive that they are said to hold."""
 import pytest
 
 from rlp.measure.language import letters_of, thought_of
+from rlp.measure.pages import fill_page
 from rlp.measure.results_file import read_results
 from tests import REPOSITORY
 from tests.experiments.scripts import script
@@ -36,7 +37,7 @@ def test_questions_of_the_blocks_are_disjoint():
 def test_the_page_says_what_the_results_say():
     results = read_results(RESULTS, analyze.LAYOUT)
     page = analyze.README.read_text()
-    assert analyze.filled(page, results) == page and analyze.complete(results)
+    assert fill_page(page, analyze.sections(results)) == page and analyze.complete(results)
 
 
 def test_rises_are_counted_against_the_base_of_the_same_seed():

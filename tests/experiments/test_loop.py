@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.loop import arms, filtering, reading, report, run, world
+from rlp.measure.pages import fill_page
 from rlp.measure.results_file import read_results
 from rlp.post.diversity_drawing import _digest
 from rlp.post.pipeline_folder import TaskFolder, checksum_of_model
@@ -187,7 +188,7 @@ def test_every_model_is_read_and_a_second_start_adds_nothing(small):
 def test_the_page_says_what_the_results_say():
     tables = report.make_tables(read_results(report.RESULTS, report.LAYOUT))
     text = report.README.read_text()
-    assert report.with_tables(text, tables) == text
+    assert fill_page(text, tables) == text
     assert {*tables} == {part.split(" ")[0] for part in text.split("<!-- made ")[1:]}
 
 
@@ -197,4 +198,4 @@ def test_a_result_that_changes_changes_the_page():
     found = read_results(report.RESULTS, report.LAYOUT)
     more = replace(found, lines=(*found.lines, line | {"stage": "round_1"}))
     text = report.README.read_text()
-    assert report.with_tables(text, report.make_tables(more)) != text
+    assert fill_page(text, report.make_tables(more)) != text

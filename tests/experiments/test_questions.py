@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from rlp.measure.pages import fill_page
 from rlp.world.folder import WORLDS, jsonl, make_documents
 from tests import REPOSITORY
 
@@ -50,11 +51,11 @@ def untraced(section: str) -> list[str]:
 
 
 def test_every_table_is_made_from_results(results, readme):
-    assert ask.with_tables(readme, results) == readme
+    assert fill_page(readme, ask.tables(results)) == readme
 
 
 def test_every_question_has_a_section_and_a_table(readme):
-    assert set(re.findall(r"<!-- table (\w+) -->", readme)) == set(ask.QUESTIONS)
+    assert set(re.findall(r"<!-- made (\w+) -->", readme)) == set(ask.QUESTIONS)
     assert {title.split(":")[0].strip("`") for title in sections(readme)} >= set(ask.QUESTIONS)
 
 
@@ -74,7 +75,7 @@ def test_a_number_from_nowhere_is_found(results, readme):
         )
         for row in results
     ]
-    assert ask.with_tables(readme, changed) != readme
+    assert fill_page(readme, ask.tables(changed)) != readme
     assert untraced("x: y\naccuracy 0.777\n| 0.666 |") == ["0.777"]
 
 

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 
 from rlp.config import ConfigError
+from rlp.measure.pages import fill_page
 from rlp.model.markers import Markers
 from tests.experiments.scripts import script
 from tests.tiny_models import tiny_policy, word_tokenizer
@@ -138,7 +139,7 @@ def test_markers_of_several_tokens_are_refused(setting, monkeypatch):
 
 def test_the_table_is_that_of_the_results():
     page = benchmark.PAGE.read_text()
-    assert benchmark.with_table(page) == page
+    assert fill_page(page, {"table": benchmark.table()}) == page
 
 
 @pytest.mark.slow
