@@ -4,7 +4,8 @@
 
 reads the name of a task a line and answers each with a JSON line when it is done. A worker keeps
 what it has imported for the next task, and ends with the process that started it, however that
-ends. One that dies takes its task with it, and another one is started for the next.
+ends. One that dies takes its task with it, and another one is started for the next. Where the
+process that started them is asked to stop (SIGTERM), it passes that on.
 """
 
 import json
@@ -30,6 +31,7 @@ class Workers:
         """
         self._config, self._own = config, threading.local()
         self._all: list[subprocess.Popen] = []
+        self._stopping = False
         self._pool = ThreadPoolExecutor(number)
 
     def begin(self, task: Task) -> Future:
@@ -37,6 +39,8 @@ class Workers:
         return self._pool.submit(self._ask, task)
 
     def _ask(self, task: Task) -> None:
+        if self._stopping:
+            raise StageStopped("asked to stop")
         worker = self._worker()
         try:
             worker.stdin.write(f"{task.name}\n")
@@ -44,6 +48,8 @@ class Workers:
             answer = worker.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        if not answer and self._stopping:
+            raise StageStopped("asked to stop")
         if not answer:
             code = worker.wait()
             said = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -65,7 +71,14 @@ class Workers:
             self._all.append(worker)
         return worker
 
+    def _stop(self, number: int, frame: object) -> None:
+        """Ask every worker to stop: one that trains saves, another one ends at once."""
+        self._stopping = True
+        for worker in self._all:
+            worker.terminate()
+
     def __enter__(self) -> "Workers":
+        self._before = signal.signal(signal.SIGTERM, self._stop)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,6 +89,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         for worker in self._all:
             worker.wait()
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def work(config: Path) -> int:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,16 @@ from rlp.post.pipeline_plan import Costs
 from rlp.post.pipeline_tasks import every_task
 from rlp.process.ranks import start_ranks
 from tests import REPOSITORY
-from tests.post.pipelines import Pipelines, differing
+from tests.post.pipelines import LIMIT_S, Pipelines, differing
 
 KILLED = -signal.SIGKILL
 
 FAULTS = (
     # The disk is full where the first model of SFT is kept.
     ("stage.before_model:1:enospc", 1),
+    ("stage.after_step:1:term", 75),  # step 3 of SFT, which no checkpoint is due at
     ("stage.after_step:2:kill", KILLED),  # SFT, behind a model that is kept
-    ("stage.torn_checkpoint:6:kill", KILLED),  # RLVR
+    ("stage.torn_checkpoint:4:kill", KILLED),  # RLVR
     ("pipeline.torn_manifest:1:kill", KILLED),  # RLVR is done, and nobody has been told
 )
 """Each strikes in a start of its own, which ends with this code."""
@@ -52,9 +54,12 @@ def test_a_pipeline_that_fails_and_is_killed_ends_as_an_undisturbed_one(pipeline
     for fault, expected in FAULTS:
         code, said = pipelines.start(config, fault=fault)
         assert code == expected, f"{fault}: {said}"
+        saved = pipelines.folder / "killed/seed_0/rlp+sft/work/checkpoints/checkpoint-3/ledger.json"
+        assert saved.exists() or code != 75, f"{fault}: {said}"
         told.append(said)
     assert "rlp+sft: FAILED: [Errno 28] No space left on device" in told[0]
     assert "1 stages failed, 1 that need them wait" in told[0] and "Traceback" not in told[0]
+    assert "asked to stop, and saved. Start the same command again" in told[1]
     code, said = pipelines.start(config)
     assert code == 0 and "3 of 4 stages are done" in said, said
     assert differing(pipelines.folder / "killed", undisturbed) == []
@@ -131,6 +136,24 @@ def test_stages_side_by_side_make_what_one_after_the_other_makes(pipelines, undi
     done = subprocess.run(command, text=True, capture_output=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert differing(pipelines.folder / "side_by_side", undisturbed) == []
+
+
+@pytest.mark.slow
+def test_stages_side_by_side_save_where_they_are_asked_to_stop(pipelines, undisturbed):
+    """SIGTERM to the command: its processes save at the step that they are in."""
+    config = pipelines.write("asked", ("steps: 5\n", "steps: 5000\n"))
+    command = [sys.executable, "-m", "rlp", "pipeline", str(config), "--workers", "2"]
+    began = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    work = pipelines.folder / "asked" / "seed_0" / "rlp+sft" / "work"
+    deadline = time.monotonic() + LIMIT_S
+    while not (work / "checkpoints" / "checkpoint-2").exists():
+        assert began.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    began.terminate()
+    said, _ = began.communicate(timeout=LIMIT_S)
+    assert began.returncode == 75 and "asked to stop, and saved" in said, said
+    assert "FAILED" not in said
+    assert list((work / "checkpoints").glob("checkpoint-*/ledger.json"))
 
 
 @pytest.mark.slow

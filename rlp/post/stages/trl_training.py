@@ -21,10 +21,11 @@ from rlp.model.loading import read_model_config
 from rlp.model.shapes import model_shapes
 from rlp.post.pipeline_config import TrlStage
 from rlp.post.stages.costs import spent_of
-from rlp.post.stages.interface import Kept, Made, Work
+from rlp.post.stages.interface import Kept, Made, StageStopped, Work
 from rlp.process.faults import fault
 from rlp.process.files import make_folder, new_folder, read_bytes, remove, sync, write_new
 from rlp.process.json_files import read_json, write_json
+from rlp.process.preemption import Preemption
 from rlp.process.schemas import PLAIN, Fields, Table
 
 if TYPE_CHECKING:
@@ -152,18 +153,29 @@ class Account:
 
 
 def train(account: Account, make: Callable[[], "Trainer"]) -> Made:
-    """Train to the end of the budget, from where an interrupted attempt has left off."""
+    """Train to the end of the budget, from where an interrupted attempt has left off.
+
+    Raises:
+        StageStopped: somebody has asked it to stop; there is a checkpoint of the step it was in.
+    """
     if not account.is_complete():
         checkpoint = account.newest_checkpoint()
         trainer = make()
-        trainer.add_callback(_callback(account, trainer))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with Preemption(account.work.ranks) as preemption:
+            trainer.add_callback(_callback(account, trainer, preemption))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if not account.is_complete():
+            raise StageStopped(
+                f"{account.work.folder} was asked to stop ({preemption.reason}), and has saved step"
+                f" {trainer.state.global_step}."
+            )
     remove(account.work.folder / "checkpoints")
     return account.made()
 
 
-def _callback(account: Account, trainer: "Trainer") -> object:
-    """Tells the account of every step, and makes checkpoints whole."""
+def _callback(account: Account, trainer: "Trainer", preemption: Preemption) -> object:
+    """Tells the account of every step, makes checkpoints whole, and ends at a step where somebody
+    has asked for that."""
     from transformers import TrainerCallback
 
     def save(place: Path) -> None:
@@ -176,6 +188,8 @@ def _callback(account: Account, trainer: "Trainer") -> object:
 
         def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
             account.end_step(state.global_step, save)
+            if preemption.requested:
+                control.should_save = control.should_training_stop = True
 
         def on_save(self, args: object, state: object, control: object, **_: object) -> None:
             account.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
