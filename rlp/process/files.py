@@ -395,8 +395,10 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder is on disk."""
-    handle = os.open(path, os.O_RDONLY | _GUARDED)
+    """Wait until a file or a folder is on disk. A folder may be reached by a link: what is waited
+    for is the name that something in it was given."""
+    flags = os.O_RDONLY | (os.O_DIRECTORY | os.O_CLOEXEC if path.is_dir() else _GUARDED)
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -108,6 +108,18 @@ def test_a_run_folder_may_itself_be_reached_by_a_link(run: Path):
     assert open_run_folder(run.parent / "link").config_yaml.read_text() == "run: {}\n"
 
 
+def test_what_is_made_below_a_link_is_made_where_it_leads(tmp_path: Path):
+    """`runs` may stand for a folder on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to("disk")
+    with files.new_folder(tmp_path / "runs" / "new", point="world.before_rename") as new:
+        files.write_new(new / "file", b"told", point="world.torn_file")
+    files.write_atomically(tmp_path / "runs" / "other", b"more", point="world.torn_file")
+    files.append(tmp_path / "runs" / "other", b"!", point="world.torn_file")
+    assert (tmp_path / "disk" / "new" / "file").read_bytes() == b"told"
+    assert (tmp_path / "disk" / "other").read_bytes() == b"more!"
+
+
 def test_a_link_in_a_checkpoint_is_refused(run: Path):
     """Also where the checkpoint is all that was handed over."""
     (run / "checkpoints" / "step_1" / "COMPLETE").symlink_to(run.parent / "outside" / "file")
