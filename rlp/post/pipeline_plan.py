@@ -2,24 +2,27 @@
 as they are known.
 
 Of `rlp` and `cpt` the plan of the run says it (`rlp.measure.plan`), an upper bound; what is matched
-spends what it is matched with; of `sft` and `rlvr` steps, FLOPs at the longest rows and disk are
-known, seconds are not. Where such a stage is finished on one seed, what it took stands for the
-others. What is not known is `unknown`, and a sum with it says so.
+spends what it is matched with; of `sft`, `rlvr` and `generate` it is that of the longest rows, at
+the speed of this machine (`rlp.post.pipeline_time`). Where such a stage is finished on one seed,
+what it took stands for the others. What is not known is `unknown`, and a sum with it says so.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlp.config import ConfigError, ModelConfig
 from rlp.model.loading import read_model_config
-from rlp.model.shapes import ModelShapes, forward_flops, model_shapes, row_work
+from rlp.model.shapes import ModelShapes, model_shapes
+from rlp.post.diversity_samples import read_prompts
 from rlp.post.pipeline_checks import planned_config
 from rlp.post.pipeline_config import (
+    GenerateStage,
     MixedSftStage,
     Pipeline,
     PretrainingStage,
-    RlvrStage,
     SftStage,
     TrlStage,
     fill,
@@ -27,11 +30,15 @@ from rlp.post.pipeline_config import (
 )
 from rlp.post.pipeline_folder import TaskFolder
 from rlp.post.pipeline_tasks import Task, matched
+from rlp.post.pipeline_time import StageWork, work_of
 from rlp.post.stages.rows import read_rows
 from rlp.process.console import format_bytes, format_duration
 from rlp.process.files import folder_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlp.measure.machines import Speed
     from rlp.process.ranks import Ranks
 
 BYTES_OF_A_MODEL, BYTES_OF_A_CHECKPOINT = 4, 12
@@ -91,7 +98,9 @@ class Costs:
         if isinstance(settings, PretrainingStage):
             return self._plan_run(task, settings)
         if isinstance(settings, TrlStage):
-            return self._plan_trl(task, fill(settings, {"seed": task.seed}))
+            return self._plan_trl(fill(settings, {"seed": task.seed}))
+        if isinstance(settings, GenerateStage):
+            return self._plan_generation(fill(settings, {"seed": task.seed}))
         return Cost()
 
     def _plan_run(self, task: Task, settings: PretrainingStage) -> Cost:
@@ -116,22 +125,29 @@ class Costs:
             disk_bytes=plan.disk_bytes + kept,
         )
 
-    def _plan_trl(self, task: Task, settings: TrlStage) -> Cost:
-        shapes = self._shapes(task.seed)
-        tokens = self._row_tokens(task, settings)
-        rows = settings.steps * settings.batch_size
-        flops = None
-        if tokens is not None and not shapes.uncounted:
-            flops = rows * _row_flops(settings, shapes, tokens)
+    def _plan_trl(self, settings: TrlStage) -> Cost:
         models = len(settings.steps_named()) * BYTES_OF_A_MODEL
-        size = shapes.parameters * (models + CHECKPOINTS * BYTES_OF_A_CHECKPOINT)
-        return Cost(steps=settings.steps, flops=flops, disk_bytes=size)
+        size = self._shapes.parameters * (models + CHECKPOINTS * BYTES_OF_A_CHECKPOINT)
+        cost = Cost(steps=settings.steps, disk_bytes=size)
+        tokens = self._row_tokens(settings)
+        return (
+            cost if tokens is None else self._worked(cost, work_of(settings, self._shapes, tokens))
+        )
 
-    def _shapes(self, seed: int) -> ModelShapes:
-        model = fill(self._pipeline.model, {"seed": seed})
-        return model_shapes(read_model_config(ModelConfig(path=model)))
+    def _plan_generation(self, settings: GenerateStage) -> Cost:
+        if not settings.num_own:
+            return Cost(steps=0, flops=0.0, seconds=0.0)
+        prompts = read_prompts(Path(settings.prompts))
+        tokens = max(self._tokens_of(prompt.text) for prompt in prompts)
+        return self._worked(Cost(steps=0), work_of(settings, self._shapes, tokens, len(prompts)))
 
-    def _row_tokens(self, task: Task, settings: TrlStage) -> int | None:
+    def _worked(self, cost: Cost, work: StageWork | None) -> Cost:
+        """With FLOPs and seconds, where the work is known, and the FLOPs of all layers are."""
+        if work is None or self._shapes.uncounted:
+            return cost
+        return replace(cost, flops=work.flops, seconds=work.seconds(self._shapes, self._speed))
+
+    def _row_tokens(self, settings: TrlStage) -> int | None:
         """Tokens of the longest row, or prompt; None where the rows are not there yet."""
         if isinstance(settings, SftStage):
             return settings.max_tokens
@@ -139,21 +155,36 @@ class Costs:
             rows = read_rows(settings)
         except (ConfigError, ValueError):
             return None  # another stage makes them
+        return max(self._tokens_of(row["prompt"]) for row in rows)
+
+    def _tokens_of(self, text: str) -> int:
+        return len(self._tokenizer(text).input_ids)
+
+    # Of the first seed's start: those of the others have the same architecture
+
+    @cached_property
+    def _model(self) -> str:
+        return fill(self._pipeline.model, {"seed": self._pipeline.seeds[0]})
+
+    @cached_property
+    def _shapes(self) -> ModelShapes:
+        return model_shapes(read_model_config(ModelConfig(path=self._model)))
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(fill(self._pipeline.model, {"seed": task.seed}))
-        return max(len(tokenizer(row["prompt"]).input_ids) for row in rows)
+        return AutoTokenizer.from_pretrained(self._model)
 
+    @cached_property
+    def _speed(self) -> "Speed":
+        """Of this process's device."""
+        import torch
 
-def _row_flops(settings: TrlStage, shapes: ModelShapes, tokens: int) -> float:
-    """Of a row, or of a prompt with its completions, at their longest."""
-    if not isinstance(settings, RlvrStage):
-        return 3 * forward_flops(shapes, row_work(tokens, head_rows=tokens))
-    sampled = settings.max_completion_tokens
-    prefill = forward_flops(shapes, row_work(tokens, head_rows=1))
-    decode = forward_flops(shapes, row_work(sampled, head_rows=sampled, before=tokens))
-    update = 3 * forward_flops(shapes, row_work(tokens + sampled, head_rows=sampled))
-    return settings.generations * (prefill + decode + update)
+        from rlp.measure.speed_here import measure_speed
+
+        folder = Path(self._pipeline.dir)
+        return measure_speed(self._shapes, torch.float32, self._ranks.device, folder)
 
 
 def render(tasks: list[Task], done: set[Task], pipeline: Pipeline, costs: Costs) -> str:

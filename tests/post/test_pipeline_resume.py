@@ -121,6 +121,7 @@ def test_a_plan_bounds_what_a_stage_costs(pipelines, undisturbed):
         cost, spent = costs.of(task), TaskFolder(undisturbed / task.name).ledger()
         assert not cost.is_measured and cost.steps == spent.optimizer_steps
         assert spent.flops <= cost.flops <= 10 * spent.flops, task.name
+        assert cost.seconds > 0
 
 
 @pytest.mark.slow
