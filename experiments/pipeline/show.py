@@ -143,13 +143,21 @@ def draw(results: Results, path: Path) -> None:
                     value(results, arm, stage, step, temperature, "accuracy_with_thought")
                     for step in steps
                 ]
-                one.plot(steps, at, marker="o", label=WORDS[arm])
+                dashed = arm == "greedy_match"  # it lies on another one
+                one.plot(
+                    *(steps, at),
+                    marker="o",
+                    ls="--" if dashed else "-",
+                    zorder=3 if dashed else 2,
+                    label=WORDS[arm],
+                )
             one.set_title(f"{stage.upper()}, thoughts at T {temperature:g}", fontsize=10)
             one.set_xlabel("step")
             one.set_ylim(0, 1.02)
     rows[0][0].set_ylabel("accuracy with a thought")
-    rows[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
 
 
