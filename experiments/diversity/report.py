@@ -88,22 +88,25 @@ def _most_frequent(numbers: dict | None) -> str:
 def _by_stage(results: Results) -> list[str]:
     told = [
         "| format | stage | open intra | its floor | Vendi of 4 | words | closed right |"
-        " inter with the plain model | its floor | above the floor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " inter with the plain model | its floor | above the floor |"
+        " inter with the stage before, above its floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for form in FORMATS:
         for stage in STAGES:
-            open_, closed, beside = (
+            open_, closed, beside, before = (
                 line_of(results, stage, form, COMPARED, panel)
-                for panel in ("open", "closed", "open_beside_plain")
+                for panel in ("open", "closed", "open_beside_plain", "open_beside_before")
             )
             if open_ is None:
                 continue
-            above = "-" if beside is None else _interval(beside, "above_floor")
+            above, above_before = (
+                "-" if one is None else _interval(one, "above_floor") for one in (beside, before)
+            )
             cells = [
                 *(form, STAGE_WORDS[stage], _interval(open_, "intra"), _number(open_, "floor")),
                 *(_number(open_, "vendi"), _number(open_, "words", 1), _number(closed, "valid")),
-                *(_number(beside, "inter"), _number(beside, "floor"), above),
+                *(_number(beside, "inter"), _number(beside, "floor"), above, above_before),
             ]
             told.append(f"| {' | '.join(cells)} |")
     return told

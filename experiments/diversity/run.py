@@ -47,8 +47,14 @@ LAYOUT = Layout(
 )
 """arm: the format; temperature: of the answers; valid: the share of right answers (closed), or of
 answers that name one number from 1 to 10 (numbers), else null; counts: how often each of these
-came, for `numbers_exact` its chance; panel `open_beside_plain`: inter of the stage and the plain
-model, both in this format."""
+came, for `numbers_exact` its chance; a panel of `BESIDE`: inter of the stage and another one, both
+in this format."""
+
+BESIDE = {
+    "open_beside_plain": dict.fromkeys(("warm", "calibrated", "rlp"), "plain"),
+    "open_beside_before": {"calibrated": "warm", "rlp": "calibrated"},
+}
+"""Panels of two models: the other one of each stage."""
 
 OF_PANEL = ("duplicates", "vendi", "distinct_2", "answer_entropy", "words", "empty_frac")
 
@@ -116,9 +122,9 @@ def _numbers(samples: list[Sample]) -> dict:
     }
 
 
-def beside_plain(stage: str, form: str, folder: Path) -> dict | None:
-    """How alike a stage and the plain model answer; None where one of them is not drawn."""
-    both = [Cell(one, form, COMPARED) for one in ("plain", stage)]
+def beside(other: str, stage: str, form: str, folder: Path, panel_name: str) -> dict | None:
+    """How alike a stage and another one answer; None where one of them is not drawn."""
+    both = [Cell(one, form, COMPARED) for one in (other, stage)]
     if not all(is_drawn(cell, folder) for cell in both):
         return None
     prompts = {prompt.text for prompt in panel()}
@@ -126,7 +132,7 @@ def beside_plain(stage: str, form: str, folder: Path) -> dict | None:
     found = measure([one for one in samples if one.prompt.text in prompts])["open"]
     low, high = found["intervals"]["inter_above_floor"]
     return {
-        **_identity(both[1], "open_beside_plain"),
+        **_identity(both[1], panel_name),
         "n": found["texts"],
         "valid": None,
         "inter": found["inter"],
@@ -154,11 +160,12 @@ def measure_drawn(folder: Path, results: Path) -> None:
             add_results(results, LAYOUT, own_lines(cell, folder))
     for form in FORMATS:
         for stage in STAGES:
-            there = read_results(results, LAYOUT)
-            if stage == "plain" or there.has(arm=form, stage=stage, panel="open_beside_plain"):
-                continue
-            if (line := beside_plain(stage, form, folder)) is not None:
-                add_results(results, LAYOUT, [line])
+            for name, other in BESIDE.items():
+                there = read_results(results, LAYOUT)
+                if stage not in other or there.has(arm=form, stage=stage, panel=name):
+                    continue
+                if (line := beside(other[stage], stage, form, folder, name)) is not None:
+                    add_results(results, LAYOUT, [line])
 
 
 def add_exact(models: Path, results: Path) -> None:

@@ -106,6 +106,18 @@ PLOTS = (
         ("context", "target", "other script"),
     ),
     Plot(
+        "Language of thoughts",
+        "fraction",
+        "Of their letters those of the thought's most frequent script, and those of reward.script"
+        " where one is named; and thoughts that mix scripts.",
+        (
+            "thought/script_purity_frac",
+            "thought/target_script_frac",
+            "thought/mixed_scripts_frac",
+        ),
+        ("most frequent script", "reward.script", "thoughts that mix"),
+    ),
+    Plot(
         "Entropy of thought tokens",
         "nats per token",
         "How open the choice of the next thought token is. Near 0: always the same thought.",

@@ -16,6 +16,7 @@ from rlp.post.pipeline_task import asked_of
 from rlp.post.pipeline_tasks import Task, every_task
 from rlp.post.stages.generation import generate
 from rlp.post.stages.interface import StageError, Work
+from rlp.process.faults import VARIABLE, InjectedFault
 from rlp.process.outside import PartError
 from rlp.process.ranks import start_ranks
 
@@ -100,6 +101,20 @@ def test_an_interrupted_stage_ends_with_the_same_documents(tmp_path, files, mode
     }
     assert texts(tmp_path / "own") == before["documents"]
     assert again.spent.flops == whole.spent.flops
+
+
+def test_a_stage_that_dies_while_it_writes_leaves_no_half_of_its_documents(
+    tmp_path, files, model_folder, monkeypatch
+):
+    generate(work(tmp_path / "whole", model_folder, files))
+    asked = work(tmp_path / "own", model_folder, files)
+    monkeypatch.setenv(VARIABLE, "generate.torn_documents:1:raise")
+    with pytest.raises(InjectedFault):
+        generate(asked)
+    assert not (tmp_path / "own" / "documents.jsonl").exists()
+    monkeypatch.delenv(VARIABLE)
+    generate(asked)
+    assert texts(tmp_path / "own") == texts(tmp_path / "whole")
 
 
 def test_a_filter_chooses_among_more_and_says_why(tmp_path, files, model_folder):
