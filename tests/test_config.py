@@ -409,9 +409,9 @@ TOLD = [
 ]
 
 LEADS_ELSEWHERE = re.compile(
-    r"(?<![\w.}])/(?:home|root|work|mnt|tmp|srv|Users)/|~/|(?<![\w./])\.\./"
+    r"(?<![\w.}])/work/|(?<![\w.])/(?:home|root|mnt|tmp|srv|Users)/|~/|(?<![\w./])\.\./"
 )
-"""What begins behind a name in braces, such as `{stage}/work`, begins where that leads."""
+"""`{stage}/work/` is the folder of a stage."""
 
 
 def paths_outside(text: str, folder: Path) -> list[str]:
@@ -442,9 +442,16 @@ def test_no_config_experiment_or_page_names_a_path_outside_the_repository(path: 
 
 
 def test_the_checker_sees_a_path_outside():
-    for text in ("data: ../../shared/x.jsonl", "see ~/data", "at /home/me/x", "[x](../../y.md)"):
+    for text in (
+        "data: ../../shared/x.jsonl",
+        "see ~/data",
+        "at /home/me/x",
+        "[x](../../y.md)",
+        "{a}/tmp/b",
+    ):
         assert paths_outside(text, REPOSITORY / "docs") == [text]
-    assert paths_outside("[x](../README.md), configs/x.yaml, 1/2", REPOSITORY / "docs") == []
+    inside = "[x](../README.md), configs/x.yaml, 1/2, {stage}/work/documents.jsonl"
+    assert paths_outside(inside, REPOSITORY / "docs") == []
 
 
 def read_back(config: Config) -> Config:
