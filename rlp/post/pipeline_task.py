@@ -6,7 +6,6 @@ Each part is kept as soon as it is there, so that a task that was killed goes on
 import json
 import time
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ from rlp.post.pipeline_tasks import Task, matched
 from rlp.post.run_settings import settings_of
 from rlp.post.stages.interface import Kept, Made, Spent, StageError, Work
 from rlp.post.stages.kinds import code_of, open_stage
+from rlp.process.console import printed_to
 from rlp.process.environment import device_name, environment
 from rlp.process.files import make_folder, open_log
 from rlp.process.json_files import read_json
@@ -140,7 +140,7 @@ def perform(task: Task, pipeline: Pipeline, ranks: "Ranks") -> None:
     folder = TaskFolder(task.folder(pipeline))
     asked = asked_of(task, pipeline)
     folder.open(asked)
-    with open_log(folder.log) as log, redirect_stdout(log), redirect_stderr(log):
+    with open_log(folder.log) as log, printed_to(log):
         try:
             if not folder.is_finished:
                 began = time.monotonic()

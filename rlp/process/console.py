@@ -1,7 +1,10 @@
 """Text for people: what they read is what there is, and it does nothing to their terminal."""
 
+import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 from tqdm import tqdm
@@ -46,6 +49,22 @@ def say_line(text: str, file: TextIO | None = None) -> None:
         # The output goes to a full disk, or nobody reads it any more: nobody is left to be told,
         # and work goes on.
         pass
+
+
+@contextmanager
+def printed_to(log: TextIO) -> Iterator[None]:
+    """All that is printed goes to a file: what Python prints, what libraries write past it (a
+    compiler, the C++ of torch), and what processes print that are started meanwhile."""
+    with ExitStack() as stack:
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            before = os.dup(number)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, number)
+            os.dup2(log.fileno(), number)
+        stack.callback(log.flush)
+        with redirect_stdout(log), redirect_stderr(log):
+            yield
 
 
 def format_duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from rlp.__main__ import main as rlp_process
 from rlp.cli import main
 from rlp.config import ConfigError, load_config
 from rlp.process.command import run_command
+from rlp.process.console import printed_to
 from tests import REPOSITORY
 
 
@@ -196,3 +197,18 @@ def test_benchmarks_look_at_a_folder_before_they_ask_for_it(
         assert main([*command, str(path)]) == 2
         assert words in capsys.readouterr().err
     assert len(asked) == 1
+
+
+def test_all_that_is_printed_goes_to_the_log_and_to_the_terminal_again(tmp_path, capfd):
+    """By Python, past it, and by a process."""
+    print("before")
+    with open(tmp_path / "log.txt", "w") as log, printed_to(log):
+        print("by Python")
+        print("aside", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os.write(2, b"by a library\n")
+        subprocess.run(["echo", "by a process"], check=True)
+    print("behind")
+    told = (tmp_path / "log.txt").read_text()
+    assert told == "by Python\naside\nby a library\nby a process\n"
+    assert capfd.readouterr() == ("before\nbehind\n", "")
