@@ -15,6 +15,7 @@
     rlp pipeline CONFIG stages of arms over seeds: RLP and its controls, SFT, RLVR
     rlp diversity CHECKPOINT...   how alike answers are: of one model, of several, above the floor
     rlp traces RUN_OR_FILE   traces that are right, in one language, short and unique, for SFT
+    rlp spectrum rows|score   rows of tasks of known distributions; how near a model comes to these
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
@@ -39,6 +40,7 @@ from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
+from rlp.post.spectrum_options import add_spectrum
 from rlp.post.traces_options import add_traces
 from rlp.process.console import visible_text
 from rlp.process.json_files import DamagedFileError
@@ -519,6 +521,7 @@ COMMANDS = (
     add_pipeline,
     add_diversity,
     add_traces,
+    add_spectrum,
     _add_audit,
     _add_world,
 )

@@ -11,7 +11,9 @@ import numpy as np
     BENCHMARK_THOUGHT_NOISE,
     BENCHMARK_ANSWER_NOISE,
     PLAIN_NOISE,
-) = range(8)
+    SPECTRUM_NOISE,
+    SPECTRUM_DROP_NOISE,
+) = range(10)
 """Purposes of `keyed_noise`: draws for different purposes never share a stream."""
 
 

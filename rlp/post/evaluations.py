@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rlp.config import Config
     from rlp.post.diversity_drawing import Drawing
     from rlp.post.diversity_samples import Prompt
+    from rlp.post.spectrum_rows import RowFormat
+    from rlp.post.spectrum_scoring import Asked
     from rlp.process.ranks import Ranks
 
 PANEL_FIGURES = (
@@ -59,6 +61,7 @@ EVALUATIONS: dict[str, str] = {
     "benchmarks": "rlp.post.evaluations:read_benchmarks",
     "variety": "rlp.post.evaluations:read_variety",
     "language": "rlp.post.evaluations:read_language",
+    "spectrum": "rlp.post.evaluations:read_spectrum",
 }
 """Those that come with this program."""
 
@@ -270,6 +273,47 @@ def _refuse_unknown(name: str, settings: dict, known: list[str]) -> None:
         )
 
 
+# Tasks of known distributions
+
+
+def read_spectrum(reading: Reading) -> dict[str, float | None]:
+    """How near the model comes to the right distribution of tasks, told or shown by pairs
+    (`rlp spectrum score`): `spectrum_FIGURE` over all, `spectrum_FAMILY_FIGURE` of each family.
+
+    Settings: `families`, `tasks`, `shots`, and `format`, as the stage `spectrum` has it.
+    """
+    from rlp.compare.asked_model import open_asked_model
+    from rlp.post.spectrum_scoring import score_model
+
+    asked, row_format = open_spectrum(reading.settings)
+    model = open_asked_model(str(reading.model), device=reading.ranks.device, dtype="float32")
+    temperature = reading.temperature
+    asked = replace(asked, seed=reading.seed)
+    found = score_model(model, asked, row_format, [temperature])[temperature]
+    return {
+        f"spectrum_{name}" if family == "all" else f"spectrum_{family}_{name}": value
+        for family, figures in found.items()
+        for name, value in figures.items()
+    }
+
+
+def open_spectrum(settings: dict) -> tuple["Asked", "RowFormat"]:
+    """What is asked, and in which words.
+
+    Raises:
+        ConfigError: there is no such setting, or a wrong value.
+    """
+    from rlp.post.spectrum_rows import RowFormat
+    from rlp.post.spectrum_scoring import Asked
+
+    _refuse_unknown("spectrum", settings, ["families", "tasks", "shots", "format"])
+    words = settings.get("format", {})
+    _refuse_unknown("spectrum.format", words, [item.name for item in fields(RowFormat)])
+    asked = {name: settings[name] for name in ("families", "tasks", "shots") if name in settings}
+    asked = Asked(**{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()})
+    return asked, RowFormat(**words)
+
+
 # Benchmarks
 
 
@@ -331,5 +375,6 @@ CHECKS: dict[str, Callable[[dict], object]] = {
     "variety": open_variety,
     "language": refuse_language,
     "benchmarks": refuse_benchmarks,
+    "spectrum": open_spectrum,
 }
 """What refuses the settings of an evaluation before anything runs."""

@@ -37,6 +37,7 @@ from rlp.config import (
     require_one_of,
     require_part,
 )
+from rlp.post.spectrum_rows import RowFormat
 
 _NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 
@@ -191,6 +192,25 @@ class SftStage(TrlStage):
 
 
 @dataclass
+class SpectrumStage(TrlStage):
+    """`spectrum`: Spectrum tuning (arXiv 2510.06084), on rows {"description", "pairs"}; no row is
+    read twice."""
+
+    max_tokens: int = 1024
+    """Of a row at most; of pairs that do not fit, whole ones are left out."""
+    drop: float = 0.2
+    """The probability that a row is without its description, and without a loss on its first
+    output. With 0 and rows of one pair it is SFT on one draw at a time."""
+    format: RowFormat = field(default_factory=RowFormat)
+    """Texts around description, inputs and outputs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        require(0 <= self.drop < 1, "drop", self.drop, "must be from 0 on, below 1")
+
+
+@dataclass
 class RlvrStage(TrlStage):
     """`rlvr`: RL from verifiable rewards by TRL's GRPO, on rows {"prompt", ...}."""
 
@@ -303,6 +323,7 @@ KINDS: dict[str, type[StageConfig]] = {
     "rlp": PretrainingStage,
     "mixed_sft": MixedSftStage,
     "sft": SftStage,
+    "spectrum": SpectrumStage,
     "rlvr": RlvrStage,
     "generate": GenerateStage,
 }

@@ -2,9 +2,10 @@
 as they are known.
 
 Of `rlp` and `cpt` the plan of the run says it (`rlp.measure.plan`), an upper bound; what is matched
-spends what it is matched with; of `sft`, `rlvr` and `generate` it is that of the longest rows, at
-the speed of this machine (`rlp.post.pipeline_time`). Where such a stage is finished on one seed,
-what it took stands for the others. What is not known is `unknown`, and a sum with it says so.
+spends what it is matched with; of `sft`, `spectrum`, `rlvr` and `generate` it is that of the
+longest rows, at the speed of this machine (`rlp.post.pipeline_time`). Where such a stage is
+finished on one seed, what it took stands for the others. What is not known is `unknown`, and a sum
+with it says so.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from rlp.post.pipeline_config import (
     Pipeline,
     PretrainingStage,
     SftStage,
+    SpectrumStage,
     TrlStage,
     fill,
     places,
@@ -149,7 +151,7 @@ class Costs:
 
     def _row_tokens(self, settings: TrlStage) -> int | None:
         """Tokens of the longest row, or prompt; None where the rows are not there yet."""
-        if isinstance(settings, SftStage):
+        if isinstance(settings, SftStage | SpectrumStage):
             return settings.max_tokens
         try:
             rows = read_rows(settings)

@@ -1,5 +1,5 @@
-"""What stages that are no run of this program do and take: `sft`, `rlvr`, `generate`, every row at
-its longest, on a machine whose speed is known (`rlp.measure.machines`).
+"""What stages that are no run of this program do and take: `sft`, `spectrum`, `rlvr`,
+`generate`, every row at its longest, on a machine whose speed is known (`rlp.measure.machines`).
 
     update      flops / rate, the operators that Python calls, and the optimizer's own reading
     sampling    tokens in turn x (reading the weights, or their FLOPs, and the operators)
@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from rlp.measure.machines import Speed
 from rlp.measure.plan_time import BESIDE_LAYERS, OPERATORS, OPTIMIZER_PASSES
 from rlp.model.shapes import ModelShapes, forward_flops, row_work
-from rlp.post.pipeline_config import GenerateStage, RlvrStage, SftStage, TrlStage
+from rlp.post.pipeline_config import (
+    GenerateStage,
+    RlvrStage,
+    SftStage,
+    SpectrumStage,
+    TrlStage,
+)
 from rlp.post.stages.generation import ROWS, parts
 
 FLOAT32 = 4
@@ -57,10 +63,10 @@ def work_of(
     """What a stage does at most; None for a kind that is not known here.
 
     Args:
-        tokens: of the longest row (`sft`), or the longest prompt.
+        tokens: of the longest row (`sft`, `spectrum`), or the longest prompt.
         prompts: of `generate`, how many there are.
     """
-    if isinstance(settings, SftStage):
+    if isinstance(settings, SftStage | SpectrumStage):
         rows = settings.steps * settings.batch_size
         update = rows * 3 * forward_flops(shapes, row_work(tokens, head_rows=tokens))
         return StageWork(flops=update, update_flops=update, updates=settings.steps)

@@ -12,6 +12,7 @@ STAGES = {
     "rlp": "rlp.post.stages.pretraining:pretrain",
     "mixed_sft": "rlp.post.stages.pretraining:mix",
     "sft": "rlp.post.stages.sft:supervise",
+    "spectrum": "rlp.post.stages.spectrum:tune",
     "rlvr": "rlp.post.stages.rlvr:reinforce",
     "generate": "rlp.post.stages.generation:generate",
 }

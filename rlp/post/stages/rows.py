@@ -1,9 +1,10 @@
-"""The rows that `sft` and `rlvr` read."""
+"""The rows that `sft`, `spectrum` and `rlvr` read."""
 
 from rlp.config import ConfigError, DataConfig
 from rlp.data.errors import DataError
 from rlp.data.sources import open_rows
-from rlp.post.pipeline_config import RlvrStage, SftStage, TrlStage
+from rlp.post.pipeline_config import RlvrStage, SftStage, SpectrumStage, TrlStage
+from rlp.post.spectrum_rows import refuse_drop, row_of
 
 
 def read_rows(settings: TrlStage) -> list[dict]:
@@ -16,6 +17,8 @@ def read_rows(settings: TrlStage) -> list[dict]:
     read = [rows.read(index) for index in range(len(rows))]
     if isinstance(settings, SftStage):
         return _same_fields(read, rows)
+    if isinstance(settings, SpectrumStage):
+        return _of_tasks(read, rows, settings)
     needs = ["prompt"]
     if settings.reward == "exact_match":
         needs.append(settings.answer_field)
@@ -30,6 +33,20 @@ def _same_fields(read: list[dict], rows: object) -> list[dict]:
     for index, row in enumerate(read):
         _refuse_lacking(row, needs, rows.where(index))
     return [{name: row[name] for name in needs} for row in read]
+
+
+def _of_tasks(read: list[dict], rows: object, settings: SpectrumStage) -> list[dict]:
+    """Rows of pairs, enough that none is read twice."""
+    found = [row_of(row, rows.where(index)) for index, row in enumerate(read)]
+    refuse_drop(found, settings.drop)
+    needs = settings.steps * settings.batch_size
+    if len(found) < needs:
+        raise ConfigError(
+            f"data: {len(found)} rows, and {settings.steps} steps of {settings.batch_size} read"
+            f" {needs}: a row would be read twice, and learnt by heart. Write more rows, or fewer"
+            " steps."
+        )
+    return [row.to_json() for row in found]
 
 
 def _refuse_lacking(row: dict, needs: list[str], where: str) -> None:

@@ -6,7 +6,7 @@ Thought markers are ordinary tokens here: a row may hold whole thoughts.
 from typing import TYPE_CHECKING
 
 from rlp.model.shapes import row_work
-from rlp.post.pipeline_config import SftStage
+from rlp.post.pipeline_config import SftStage, SpectrumStage
 from rlp.post.stages.interface import Made, Work
 from rlp.post.stages.rows import read_rows
 from rlp.post.stages.trl_training import Account, train, trl_arguments
@@ -20,14 +20,19 @@ def supervise(work: Work) -> Made:
     """Fine-tune on rows of text, or on completions of prompts, on whose tokens alone the loss
     is."""
     account = Account(work)
-    return train(account, lambda: _trainer(work, account))
+    return train(account, lambda: sft_trainer(work, account, read_rows(work.settings)))
 
 
-def _trainer(work: Work, account: Account) -> "Trainer":
+def sft_trainer(work: Work, account: Account, rows: list[dict]) -> "Trainer":
+    """TRL's trainer, which counts what it does.
+
+    Args:
+        rows: with the columns that TRL reads.
+    """
     import trl
     from datasets import Dataset
 
-    settings: SftStage = work.settings
+    settings: SftStage | SpectrumStage = work.settings
 
     class Counted(trl.SFTTrainer):
         """Its steps are in the ledger."""
@@ -38,7 +43,6 @@ def _trainer(work: Work, account: Account) -> "Trainer":
             _count(account, inputs)
             return super().compute_loss(model, inputs, *more, **named)
 
-    rows = read_rows(settings)
     return Counted(
         model=work.model,
         args=trl.SFTConfig(

@@ -1,4 +1,5 @@
-"""What `sft` and `rlvr` have in common: a trainer of TRL that can be killed at any moment.
+"""What `sft`, `spectrum` and `rlvr` have in common: a trainer of TRL that can be killed at any
+moment.
 
     work/checkpoints/checkpoint-N    TRL's own, whole once `ledger.json` is in it
     work/models/step_N               models that are kept, with their `ledger.json`
@@ -52,8 +53,8 @@ def require_trl() -> None:
 
     if find_spec("trl") is None:
         raise ConfigError(
-            "the stages sft and rlvr are TRL's trainers, and trl is not installed. Write pip"
-            " install 'rlp-pretraining[post]' -c constraints.txt."
+            "the stages sft, spectrum and rlvr are TRL's trainers, and trl is not installed. Write"
+            " pip install 'rlp-pretraining[post]' -c constraints.txt."
         )
 
 
