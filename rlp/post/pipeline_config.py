@@ -156,7 +156,8 @@ class MixedSftStage(StageConfig):
 
 @dataclass
 class TrlStage(StageConfig):
-    """What `sft` and `rlvr` have in common: AdamW at a constant rate, in float32 on a CPU."""
+    """What the stages of TRL's trainers have in common: AdamW at a constant rate, in float32 on a
+    CPU."""
 
     data: list[str] = field(default_factory=list)
     """Files of rows: .jsonl, .parquet or .csv, or a glob."""
@@ -208,6 +209,41 @@ class SpectrumStage(TrlStage):
         super().__post_init__()
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
         require(0 <= self.drop < 1, "drop", self.drop, "must be from 0 on, below 1")
+
+
+@dataclass
+class RediStage(TrlStage):
+    """`redi`: training on pairs, rows {"prompt", "chosen", "rejected"} of a right and a wrong
+    trace."""
+
+    loss: str = "redi"
+    """`redi` (`rlp.post.redi.redi_loss`), or by TRL `dpo` or `simpo`."""
+    alpha: float = 0.8
+    """Weight of the wrong traces in `redi`: 0 is SFT on the right ones, 1 symmetric."""
+    negative: str = "all"
+    """Which tokens of a wrong trace `redi` pushes down: `all`, the `first_wrong` alone (that which
+    the row's `first_wrong` names, or where it departs from the right trace), or those behind it,
+    `after_wrong`."""
+    beta: float = 0.1
+    """Of `dpo` and `simpo`; SimPO's paper has 2."""
+    margin: float = 0.5
+    """Of `simpo`: gamma / beta, in nats a token."""
+    max_tokens: int = 1024
+    """A prompt with its trace is cut behind so many."""
+    drop: float = 0.1
+    """Nats a token that the right traces may lose in `redi` before it is a collapse."""
+    stop_on_collapse: bool = True
+    """Whether a collapse ends the stage, as failed; else the log tells of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("loss", self.loss, ("redi", "dpo", "simpo"))
+        require_one_of("negative", self.negative, ("all", "first_wrong", "after_wrong"))
+        require(0 <= self.alpha <= 1, "alpha", self.alpha, "is a weight from 0 to 1")
+        for name in ("beta", "drop"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        require(self.margin >= 0, "margin", self.margin, "must be at least 0")
+        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "must be at least 2")
 
 
 @dataclass
@@ -324,6 +360,7 @@ KINDS: dict[str, type[StageConfig]] = {
     "mixed_sft": MixedSftStage,
     "sft": SftStage,
     "spectrum": SpectrumStage,
+    "redi": RediStage,
     "rlvr": RlvrStage,
     "generate": GenerateStage,
 }

@@ -2,8 +2,8 @@
 as they are known.
 
 Of `rlp` and `cpt` the plan of the run says it (`rlp.measure.plan`), an upper bound; what is matched
-spends what it is matched with; of `sft`, `spectrum`, `rlvr` and `generate` it is that of the
-longest rows, at the speed of this machine (`rlp.post.pipeline_time`). Where such a stage is
+spends what it is matched with; of `sft`, `spectrum`, `redi`, `rlvr` and `generate` it is that of
+the longest rows, at the speed of this machine (`rlp.post.pipeline_time`). Where such a stage is
 finished on one seed, what it took stands for the others. What is not known is `unknown`, and a sum
 with it says so.
 """
@@ -24,6 +24,7 @@ from rlp.post.pipeline_config import (
     MixedSftStage,
     Pipeline,
     PretrainingStage,
+    RediStage,
     SftStage,
     SpectrumStage,
     TrlStage,
@@ -151,7 +152,7 @@ class Costs:
 
     def _row_tokens(self, settings: TrlStage) -> int | None:
         """Tokens of the longest row, or prompt; None where the rows are not there yet."""
-        if isinstance(settings, SftStage | SpectrumStage):
+        if isinstance(settings, SftStage | SpectrumStage | RediStage):
             return settings.max_tokens
         try:
             rows = read_rows(settings)

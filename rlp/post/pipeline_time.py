@@ -1,4 +1,4 @@
-"""What stages that are no run of this program do and take: `sft`, `spectrum`, `rlvr`,
+"""What stages that are no run of this program do and take: `sft`, `spectrum`, `redi`, `rlvr`,
 `generate`, every row at its longest, on a machine whose speed is known (`rlp.measure.machines`).
 
     update      flops / rate, the operators that Python calls, and the optimizer's own reading
@@ -15,6 +15,7 @@ from rlp.measure.plan_time import BESIDE_LAYERS, OPERATORS, OPTIMIZER_PASSES
 from rlp.model.shapes import ModelShapes, forward_flops, row_work
 from rlp.post.pipeline_config import (
     GenerateStage,
+    RediStage,
     RlvrStage,
     SftStage,
     SpectrumStage,
@@ -63,12 +64,16 @@ def work_of(
     """What a stage does at most; None for a kind that is not known here.
 
     Args:
-        tokens: of the longest row (`sft`, `spectrum`), or the longest prompt.
+        tokens: of the longest row (`sft`, `spectrum`; of `redi` with either trace), or the longest
+            prompt.
         prompts: of `generate`, how many there are.
     """
-    if isinstance(settings, SftStage | SpectrumStage):
-        rows = settings.steps * settings.batch_size
-        update = rows * 3 * forward_flops(shapes, row_work(tokens, head_rows=tokens))
+    if isinstance(settings, SftStage | SpectrumStage | RediStage):
+        rows, passes = settings.steps * settings.batch_size, 3
+        if isinstance(settings, RediStage):
+            rows *= 2
+            passes += settings.loss == "dpo"  # a reference, forward only
+        update = rows * passes * forward_flops(shapes, row_work(tokens, head_rows=tokens))
         return StageWork(flops=update, update_flops=update, updates=settings.steps)
     if isinstance(settings, RlvrStage):
         sampled, rows = settings.max_completion_tokens, settings.batch_size * settings.generations

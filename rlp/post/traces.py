@@ -14,7 +14,8 @@ as a whole. What is dropped keeps its reasons, so that wrong traces can serve as
     cut          its budget ended it
     duplicate    a kept trace has the same prompt and the same words
 
-Traces stream: what is held of a kept one is a checksum.
+Traces stream: what is held of a kept one is a checksum. `rlp.post.trace_pairs` makes pairs of right
+and wrong ones.
 """
 
 import hashlib
@@ -22,12 +23,13 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from rlp.config import ConfigError, load_config, require, require_script
 from rlp.measure.language import letters_of, outside_share, thought_of
+from rlp.post.trace_pairs import PairCounts, Pairing, refuse_no_pair
 from rlp.process.files import make_folder, new_file, new_folder, open_to_read, refuse_existing
 from rlp.process.json_files import json_bytes
 from rlp.process.outside import Part, name_of
@@ -55,6 +57,8 @@ class Trace:
     """Whether the budget ended the thought."""
     line: int = 0
     """Of the file that it comes from; 0 without one."""
+    is_written: bool = True
+    """Whether the model wrote all of the text; else its end is the target that stands there."""
 
     def example(self) -> dict[str, str]:
         """As TRL's trainers read it: prompt and completion, or text."""
@@ -177,7 +181,8 @@ def read_traces(source: Path, *, open_marker: str = OPEN, close_marker: str = CL
 
     Of a run these are the thoughts that it told (`thoughts.jsonl`): the prompt is the tail of the
     prefix, the text the thought between the run's own markers and the target after it, and right
-    is a thought that gained (eq. 5), or after which the prediction was the target.
+    is a thought that gained (eq. 5), or after which the prediction was the target; where it was
+    another, that stands in place of the target.
 
     A line of a file has `prompt` and `text` (or `completion`), or `text` alone; and `right` (true
     or false, or a number, above 0 for right), or `answer` and `expected`, which are equal where it
@@ -215,8 +220,10 @@ def _of_run(run: RunFolder) -> Iterator[Trace]:
                 f"{where}: has neither gain nor reward, so nothing says whether it helped. Write a"
                 " run whose baseline is scored at every step (baseline.every_n_steps=1)."
             )
-        text = f"{thought.open_marker}{said}{thought.close_marker}{target}"
-        yield Trace(prompt, text, said, right, row.get("truncated") is True, line)
+        said_behind = row.get("prediction", target) if not right else target
+        text = f"{thought.open_marker}{said}{thought.close_marker}{said_behind}"
+        is_written = right or "prediction" in row
+        yield Trace(prompt, text, said, right, row.get("truncated") is True, line, is_written)
 
 
 def _of_file(path: Path, open_marker: str, close_marker: str) -> Iterator[Trace]:
@@ -288,15 +295,24 @@ class TraceCounts:
     kept: int
     dropped: dict[str, int]
     """By reason; a trace may have several."""
+    pairs: PairCounts | None = None
+    """None: none were asked for."""
 
     def in_words(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
         why = f" ({reasons}; one may have several reasons)" if reasons else ""
-        return f"{self.kept:,} of {self.read:,} traces kept, {self.read - self.kept:,} dropped{why}"
+        kept = f"{self.kept:,} of {self.read:,} traces kept, {self.read - self.kept:,} dropped{why}"
+        return kept if self.pairs is None else f"{kept}; {self.pairs.in_words()}"
 
 
 def filter_traces(
-    source: Path, out: Path, rule: TraceRule, *, open_marker: str = OPEN, close_marker: str = CLOSE
+    source: Path,
+    out: Path,
+    rule: TraceRule,
+    *,
+    open_marker: str = OPEN,
+    close_marker: str = CLOSE,
+    with_pairs: bool = False,
 ) -> TraceCounts:
     """Make a folder of kept.jsonl, dropped.jsonl and traces.json from a run or a file of rollouts.
 
@@ -304,10 +320,21 @@ def filter_traces(
     example, `right`, `reasons`, what was `measured`, and the `line` that it comes from. The folder
     gets its name when all is on disk; where something fails there is none.
 
+    Args:
+        with_pairs: whether it also gets pairs.jsonl (`rlp.post.trace_pairs`).
+
     Raises:
-        ConfigError: `out` exists, or the source can not be read (`read_traces`).
+        ConfigError: `out` exists, or the source can not be read (`read_traces`); with pairs, traces
+            without prompts, or of which no pair can be made.
     """
     refuse_existing(out)
+    require(
+        rule.only_right or not with_pairs,
+        "--pairs",
+        with_pairs,
+        "sets right traces against wrong ones: leave out --wrong-too, which keeps both alike",
+    )
+    pairing = Pairing() if with_pairs else None
     traces = read_traces(source, open_marker=open_marker, close_marker=close_marker)
     make_folder(out.parent, exist_ok=True)
     with new_folder(out, point="traces.before_rename") as folder:
@@ -315,17 +342,27 @@ def filter_traces(
             new_file(folder / "kept.jsonl", point="traces.torn_kept") as kept,
             new_file(folder / "dropped.jsonl", point="traces.torn_dropped") as dropped,
         ):
-            counts = _write(judged(traces, rule), kept, dropped)
+            counts = _write(judged(traces, rule), kept, dropped, pairing)
+        if pairing is not None:
+            counts = replace(counts, pairs=pairing.finish())
+            refuse_no_pair(counts.pairs, source)
+            with new_file(folder / "pairs.jsonl", point="traces.torn_pairs") as file:
+                for pair in pairing.pairs(folder / "kept.jsonl", folder / "dropped.jsonl"):
+                    file.write(_line(pair))
         told = {"source": str(source), "rule": _rule_in_words(rule), **asdict(counts)}
         with new_file(folder / "traces.json", point="traces.torn_counts") as file:
             file.write(json_bytes(told, "traces.json"))
     return counts
 
 
-def _write(judged_traces: Iterable, kept: BinaryIO, dropped: BinaryIO) -> TraceCounts:
+def _write(
+    judged_traces: Iterable, kept: BinaryIO, dropped: BinaryIO, pairing: Pairing | None
+) -> TraceCounts:
     read, reasons_seen, num_kept = 0, Counter(), 0
     for trace, reasons, numbers in judged_traces:
         read += 1
+        if pairing is not None:
+            _pair(trace, reasons, pairing, (dropped if reasons else kept).tell())
         if not reasons:
             num_kept += 1
             kept.write(_line(trace.example()))
@@ -334,6 +371,29 @@ def _write(judged_traces: Iterable, kept: BinaryIO, dropped: BinaryIO) -> TraceC
         told = {"right": trace.right, "reasons": reasons, "measured": numbers, "line": trace.line}
         dropped.write(_line(trace.example() | told))
     return TraceCounts(read, num_kept, dict(reasons_seen))
+
+
+def _pair(trace: Trace, reasons: list[str], pairing: Pairing, place: int) -> None:
+    """Take a trace, whose line begins at this place, for the pairs.
+
+    Raises:
+        ConfigError: it can be part of none.
+    """
+    if trace.prompt is None:
+        raise ConfigError("--pairs needs prompts, and the lines have none: write prompt in each.")
+    if not trace.is_written:
+        raise ConfigError(
+            f"--pairs: line {trace.line} has a thought that did not gain, and nothing says what the"
+            " model wrote after it: the run told targets alone. Give it a file of rollouts, or a"
+            " run whose reward predicts (reward.kind=exact_match)."
+        )
+    prompt = hashlib.sha256(trace.prompt.encode()).digest()[:16]
+    if not reasons:
+        pairing.add_kept(prompt, _same_words(trace), place, trace.line)
+    elif not trace.right:
+        pairing.add_wrong(prompt, _same_words(trace), place, trace.line)
+    else:
+        pairing.add_other(prompt)
 
 
 def _line(value: dict) -> bytes:

@@ -73,6 +73,11 @@ def _add_others(traces: argparse.ArgumentParser) -> None:
         "--wrong-too", action="store_true", help="keep wrong ones as well, by language alone"
     )
     traces.add_argument(
+        "--pairs",
+        action="store_true",
+        help="pairs.jsonl too: kept traces with wrong ones of the same prompt",
+    )
+    traces.add_argument(
         "--open", default="<think>", metavar="TEXT", help="the open marker in a file (<think>)"
     )
     traces.add_argument(
@@ -108,6 +113,7 @@ def _traces(arguments: argparse.Namespace) -> int:
         rule,
         open_marker=arguments.open,
         close_marker=arguments.close,
+        with_pairs=arguments.pairs,
     )
     print(f"{arguments.out}: {counts.in_words()}")
     return 0

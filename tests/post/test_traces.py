@@ -203,9 +203,90 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 
         monkeypatch.setattr("rlp.process.files.fault", fault)
         with pytest.raises(OSError, match="No space left"):
-            filter_traces(source, tmp_path / "out", LATIN)
+            filter_traces(source, tmp_path / "out", LATIN, with_pairs=True)
         assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
-    assert len(points) == 4
+    assert len(points) == 5
+
+
+PAIRED = [
+    {"prompt": "2+2", "text": "four", "right": True},
+    {"prompt": "2+2", "text": "5", "right": False},
+    {"prompt": "2+3", "text": "five", "right": True},  # none wrong
+    {"prompt": "2+2", "text": " 5 ", "right": False},  # there already
+    {"prompt": "2+4", "text": "seven", "right": False},  # none right
+    {"prompt": "2+2", "text": "vier", "right": True},
+    {"prompt": "2+2", "text": DOM, "right": False, "truncated": True},
+    {"prompt": "2+2", "text": "six", "right": False},
+    {"prompt": "2+5", "text": "7", "right": False},  # judged twice, and right at last
+    {"prompt": "2+5", "text": "7", "right": True},
+    {"prompt": "2+6", "text": DOM, "right": True},  # neither kept nor wrong
+]
+
+
+def test_every_wrong_trace_is_set_against_a_kept_one_of_its_prompt(tmp_path, capsys):
+    """Whatever else is held against it, and once; kept ones take turns. Nothing is lost: what is in
+    no pair is counted, and stands where it stood."""
+    source, out = rollouts(tmp_path / "rollouts.jsonl", PAIRED), tmp_path / "out"
+    options = ["--out", str(out), "--script", "latin", "--pairs"]
+    assert main(["traces", str(source), *options]) == 0
+    assert lines(out / "pairs.jsonl") == [
+        {"prompt": "2+2", "chosen": chosen, "rejected": rejected, "reasons": why, "lines": numbers}
+        for chosen, rejected, why, numbers in (
+            ("four", "5", ["wrong"], [1, 2]),
+            ("vier", DOM, ["wrong", "language", "cut"], [6, 7]),
+            ("four", "six", ["wrong"], [1, 8]),
+        )
+    ]
+    assert capsys.readouterr().out.endswith(
+        "; 3 pairs; prompts without a wrong trace 3, without a kept one 1; wrong traces that were"
+        " there already 2\n"
+    )
+    told = json.loads((out / "traces.json").read_text())
+    assert told["pairs"] == {"pairs": 3, "without_wrong": 3, "without_right": 1, "same": 2}
+    assert len(lines(out / "kept.jsonl")) + len(lines(out / "dropped.jsonl")) == len(PAIRED)
+
+
+@pytest.mark.parametrize(
+    "rows, options, words",
+    [
+        (PAIRED[2:3], [], "1 of its prompts have no wrong trace, and 0 wrong ones only"),
+        (PAIRED[4:5], [], "0 of its prompts have no wrong trace, and 1 wrong ones only"),
+        ([{"text": "t", "right": 1}], [], "--pairs needs prompts"),
+        (PAIRED, ["--wrong-too"], "leave out --wrong-too"),
+    ],
+)
+def test_traces_that_give_no_pair_are_one_message(tmp_path, capsys, rows, options, words):
+    source = rollouts(tmp_path / "rollouts.jsonl", rows)
+    assert main(["traces", str(source), "--out", str(tmp_path / "out"), "--pairs", *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+def test_a_run_gives_pairs_where_it_told_what_the_model_said(tmp_path):
+    """A wrong thought stands with the prediction behind it; without one nobody knows what the model
+    would have written, and the target is not that."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = "run: {dir: r}\nmodel: {path: m}\ndata: {train: [d]}\nbudget: {steps: 1}\n"
+    (run / "config.yaml").write_text(config)
+    common = {"step": 1, "prefix_tail": "2 + 2 =", "target": " 4", "gain": 0.1}
+    rows = [
+        common | {"thought": " two", "prediction": " 4"},
+        common | {"thought": " ten", "prediction": " 9"},
+    ]
+    rollouts(run / "thoughts.jsonl", rows)
+    filter_traces(run, tmp_path / "out", LATIN, with_pairs=True)
+    (pair,) = lines(tmp_path / "out" / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == (
+        "<think> two</think> 4",
+        "<think> ten</think> 9",
+    )
+
+    rollouts(run / "thoughts.jsonl", [common | {"thought": " ten", "gain": -1.0}])
+    with pytest.raises(ConfigError, match="line 1 has a thought that did not gain, and nothing"):
+        filter_traces(run, tmp_path / "other", LATIN, with_pairs=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_traces_are_read_one_at_a_time(tmp_path):

@@ -13,6 +13,7 @@ STAGES = {
     "mixed_sft": "rlp.post.stages.pretraining:mix",
     "sft": "rlp.post.stages.sft:supervise",
     "spectrum": "rlp.post.stages.spectrum:tune",
+    "redi": "rlp.post.stages.redi:contrast",
     "rlvr": "rlp.post.stages.rlvr:reinforce",
     "generate": "rlp.post.stages.generation:generate",
 }

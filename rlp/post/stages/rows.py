@@ -1,9 +1,9 @@
-"""The rows that `sft`, `spectrum` and `rlvr` read."""
+"""The rows that trainers of TRL read."""
 
 from rlp.config import ConfigError, DataConfig
 from rlp.data.errors import DataError
 from rlp.data.sources import open_rows
-from rlp.post.pipeline_config import RlvrStage, SftStage, SpectrumStage, TrlStage
+from rlp.post.pipeline_config import RediStage, RlvrStage, SftStage, SpectrumStage, TrlStage
 from rlp.post.spectrum_rows import refuse_drop, row_of
 
 
@@ -19,6 +19,8 @@ def read_rows(settings: TrlStage) -> list[dict]:
         return _same_fields(read, rows)
     if isinstance(settings, SpectrumStage):
         return _of_tasks(read, rows, settings)
+    if isinstance(settings, RediStage):
+        return _pairs(read, rows)
     needs = ["prompt"]
     if settings.reward == "exact_match":
         needs.append(settings.answer_field)
@@ -47,6 +49,28 @@ def _of_tasks(read: list[dict], rows: object, settings: SpectrumStage) -> list[d
             " steps."
         )
     return [row.to_json() for row in found]
+
+
+def _pairs(read: list[dict], rows: object) -> list[dict]:
+    """Prompts with two different traces, and where the second goes wrong if that is said of all."""
+    needs = ["prompt", "chosen", "rejected"]
+    for index, row in enumerate(read):
+        _refuse_lacking(row, needs, rows.where(index))
+    equal = [index for index, row in enumerate(read) if row["chosen"] == row["rejected"]]
+    if equal:
+        raise DataError(
+            f"{rows.where(equal[0])}: chosen and rejected are equal, as in {len(equal)} of"
+            f" {len(read)} rows. There is nothing to learn from such a pair: leave it out."
+        )
+    if "first_wrong" not in read[0]:
+        return [{name: row[name] for name in needs} for row in read]
+    for index, row in enumerate(read):
+        if type(row.get("first_wrong")) is not int:
+            raise DataError(
+                f"{rows.where(index)}: first_wrong must be the index of a character of rejected, in"
+                f" every row or in none, got {row.get('first_wrong')!r:.60}."
+            )
+    return [{name: row[name] for name in [*needs, "first_wrong"]} for row in read]
 
 
 def _refuse_lacking(row: dict, needs: list[str], where: str) -> None:

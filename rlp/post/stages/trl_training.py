@@ -1,5 +1,5 @@
-"""What `sft`, `spectrum` and `rlvr` have in common: a trainer of TRL that can be killed at any
-moment.
+"""What `sft`, `spectrum`, `redi` and `rlvr` have in common: a trainer of TRL that can be killed
+at any moment.
 
     work/checkpoints/checkpoint-N    TRL's own, whole once `ledger.json` is in it
     work/models/step_N               models that are kept, with their `ledger.json`
@@ -53,13 +53,13 @@ def require_trl() -> None:
 
     if find_spec("trl") is None:
         raise ConfigError(
-            "the stages sft, spectrum and rlvr are TRL's trainers, and trl is not installed. Write"
-            " pip install 'rlp-pretraining[post]' -c constraints.txt."
+            "the stages sft, spectrum, redi and rlvr are TRL's trainers, and trl is not installed."
+            " Write pip install 'rlp-pretraining[post]' -c constraints.txt."
         )
 
 
 def trl_arguments(work: Work, settings: TrlStage) -> dict:
-    """What both trainers are given."""
+    """What all trainers are given."""
     return {
         "output_dir": str(work.folder / "checkpoints"),
         "max_steps": settings.steps,
@@ -76,8 +76,14 @@ def trl_arguments(work: Work, settings: TrlStage) -> dict:
 class Account:
     """The ledger of a stage, and the models that it keeps."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, log: str = "") -> None:
+        """
+        Args:
+            log: a file that the trainer writes into the folder behind its last step; what has been
+                done is not complete without it.
+        """
         settings: TrlStage = work.settings
+        self._log = log
         self.work, self.steps = work, settings.steps_named()
         config = _model_config(work.model)
         self.ledger = Ledger(model_shapes(config))
@@ -140,8 +146,9 @@ class Account:
                 remove(path)
 
     def is_complete(self) -> bool:
-        """Whether all models are there."""
-        return list(_by_step(self.work.models, "step_")) == self.steps
+        """Whether all models are there, and the log."""
+        has_log = not self._log or (self.work.folder / self._log).is_file()
+        return has_log and list(_by_step(self.work.models, "step_")) == self.steps
 
     def made(self) -> Made:
         """The models that are there, and what they have cost."""
