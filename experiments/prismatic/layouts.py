@@ -1,0 +1,26 @@
+"""What the lines of the results hold."""
+
+from pathlib import Path
+
+from rlp.measure.results_file import Layout
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
+
+MEASURES = (
+    "g_vendi",
+    "g_vendi_untrained",
+    "hidden_vendi",
+    "ngram_vendi",
+    "nats",
+    "skills",
+    "entries",
+)
+"""Of a set, before anything is trained on it."""
+
+SET_LAYOUT = Layout(
+    identity=("arm", "seed"),
+    figures=(*MEASURES, "accuracy", "accuracy_before", "seconds"),
+)
+"""`accuracy` is that of the student on held-out problems of every skill, `accuracy_before` the
+base's; `seconds` of CPU."""
