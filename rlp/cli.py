@@ -16,6 +16,7 @@
     rlp diversity CHECKPOINT...   how alike answers are: of one model, of several, above the floor
     rlp traces RUN_OR_FILE   traces that are right, in one language, short and unique, for SFT
     rlp spectrum rows|score   rows of tasks of known distributions; how near a model comes to these
+    rlp select CORPUS   documents whose gradients under a proxy stand where few others do
     rlp audit RUN REFERENCE   what a run did otherwise than another one, step by step
     rlp world FOLDER    a small world, with its base and a config: something to train at once
     rlp probe CHECKPOINT DATA   what thinking gains on held-out documents: is there a reward to
@@ -40,6 +41,7 @@ from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
+from rlp.post.selection_options import add_select
 from rlp.post.spectrum_options import add_spectrum
 from rlp.post.traces_options import add_traces
 from rlp.process.console import visible_text
@@ -522,6 +524,7 @@ COMMANDS = (
     add_diversity,
     add_traces,
     add_spectrum,
+    add_select,
     _add_audit,
     _add_world,
 )

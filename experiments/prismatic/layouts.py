@@ -24,3 +24,27 @@ SET_LAYOUT = Layout(
 )
 """`accuracy` is that of the student on held-out problems of every skill, `accuracy_before` the
 base's; `seconds` of CPU."""
+
+LOOP = HERE / "loop.jsonl"
+LOOP_ARMS = ("random", "words", "hidden", "gradient", "all")
+LOOP_LAYOUT = Layout(
+    identity=("arm", "seed"),
+    figures=(
+        "kept",
+        "proposed",
+        "answers",
+        "skills",
+        "entries",
+        "covered",
+        "error_one",
+        "error_kept",
+        "undecided",
+        "duplicates",
+        "g_vendi",
+        "accuracy",
+        "seconds",
+    ),
+)
+"""`skills` and `entries` are the equally frequent ones that the pool amounts to, `covered` skills
+with at least four examples; errors are shares of wrong answers: of one answer of the solver, and of
+those that were kept after the vote."""

@@ -6,7 +6,6 @@ known_skills_M_fillers_32 the same where nine of ten documents are of entries th
 """
 
 import random
-from collections.abc import Callable
 
 from world import ALL_FILLERS, NAMES, Problem, World
 
@@ -35,18 +34,14 @@ def make_set(world: World, name: str, seed: int) -> list[Problem]:
     ]
     those = rng.sample(ALL_FILLERS, fillers)
 
-    def one(wanted: Callable[[Problem], bool] = lambda problem: True) -> Problem:
-        while True:
+    problems = []
+    while len(problems) < DOCUMENTS:
+        knows = rng.random() < KNOWN_FRAC if name.startswith("known") else None
+        problem = world.problem(rng, names=names, fillers=those)
+        while knows not in (None, is_known(world, problem)):
             problem = world.problem(rng, names=names, fillers=those)
-            if wanted(problem):
-                return problem
-
-    if not name.startswith("known"):
-        return [one() for _ in range(DOCUMENTS)]
-    return [
-        one(lambda problem, knows=rng.random() < KNOWN_FRAC: is_known(world, problem) == knows)
-        for _ in range(DOCUMENTS)
-    ]
+        problems.append(problem)
+    return problems
 
 
 def is_known(world: World, problem: Problem) -> bool:

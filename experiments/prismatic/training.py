@@ -89,11 +89,18 @@ def nats(model: torch.nn.Module, problems: Sequence[Problem]) -> float:
 
 
 @torch.no_grad()
-def hidden_features(model: torch.nn.Module, problems: Sequence[Problem]) -> np.ndarray:
-    """[N, D] of length 1: the last hidden states of a document, their mean over its tokens taken
-    and the mean document taken off, without which all are alike."""
+def hidden_features(
+    model: torch.nn.Module, problems: Sequence[Problem], *, centred: bool = True
+) -> np.ndarray:
+    """[N, D] of length 1: the last hidden states of a document, their mean over its tokens.
+
+    Args:
+        centred: the mean document is taken off, without which all are alike.
+    """
     hidden = model.base_model(input_ids=tokens_of(problems)).last_hidden_state.mean(dim=1)
-    return unit_rows((hidden - hidden.mean(dim=0)).numpy())
+    if centred:
+        hidden = hidden - hidden.mean(dim=0)
+    return unit_rows(hidden.numpy())
 
 
 def gradients(model: torch.nn.Module, problems: Sequence[Problem]) -> np.ndarray:

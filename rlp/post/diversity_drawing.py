@@ -133,7 +133,7 @@ def _how(drawing: Drawing, model: AskedModel) -> dict[str, object]:
         "top_p": drawing.top_p,
         "format": drawing.format,
         "frame": frame,
-        "weights": _digest(model),
+        "weights": digest_of_weights(model),
         "thinks": drawing.thinks,
         "dtype": dtype,
     }
@@ -141,7 +141,7 @@ def _how(drawing: Drawing, model: AskedModel) -> dict[str, object]:
     return how
 
 
-def _digest(model: AskedModel) -> str:
+def digest_of_weights(model: AskedModel) -> str:
     """Of all weights as they are held."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in model.policy.lm.named_parameters():

@@ -19,11 +19,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlp.config import ConfigError
 from rlp.data.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DIMENSIONS = 1024
 """d, as in the paper."""
@@ -98,8 +102,8 @@ def _refuse_documents(documents: Sequence[Document], vocabulary: int) -> None:
             )
         if not 0 <= document.tokens.min() <= document.tokens.max() < vocabulary:
             raise ConfigError(
-                f"document {number} holds token {document.tokens.max()}, and the proxy has rows 0 to"
-                f" {vocabulary - 1}: its vocabulary is another."
+                f"document {number} holds token {document.tokens.max()}, and the proxy has rows 0"
+                f" to {vocabulary - 1}: its vocabulary is another."
             )
 
 
@@ -128,7 +132,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 # Diversity
 
 
-def g_vendi(features: np.ndarray) -> float:
+def g_vendi(features: np.ndarray, among: np.ndarray | None = None) -> float:
     """The number of different directions that the features amount to: 1 where all are equal, n
     where no two have anything in common.
 
@@ -137,19 +141,20 @@ def g_vendi(features: np.ndarray) -> float:
 
     Args:
         features: [n, d], rows of length 1.
+        among: [n] bool, which of them are measured; None: all.
 
     Raises:
         ConfigError: there is no row, or one that is not of length 1.
     """
-    count, dimensions = features.shape
+    count = len(features) if among is None else int(among.sum())
     if not count:
         raise ConfigError("G-Vendi of no document: there is nothing to measure.")
-    if count < dimensions:
-        rows = np.concatenate(list(_pieces(features))).astype(np.float64)
+    if count < features.shape[1]:
+        rows = np.concatenate(list(_pieces(features, among))).astype(np.float64)
         gram = rows @ rows.T
     else:
-        gram = np.zeros((dimensions, dimensions))
-        for rows in _pieces(features):
+        gram = np.zeros((features.shape[1],) * 2)
+        for rows in _pieces(features, among):
             rows = rows.astype(np.float64)
             gram += rows.T @ rows
     values = np.linalg.eigvalsh(gram / count)
@@ -157,16 +162,19 @@ def g_vendi(features: np.ndarray) -> float:
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
-def _pieces(features: np.ndarray) -> Iterator[np.ndarray]:
+def _pieces(features: np.ndarray, among: np.ndarray | None = None) -> Iterator[np.ndarray]:
     """Rows in their order, some thousand at a time, each piece checked."""
     for start in range(0, len(features), AT_ONCE):
         rows = np.asarray(features[start : start + AT_ONCE])
+        if among is not None:
+            rows = rows[among[start : start + AT_ONCE]]
         square = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
         wrong = np.flatnonzero(~(np.abs(square - 1) <= ROUNDING))
         if len(wrong):
             raise ConfigError(
-                f"feature {start + wrong[0]} has length {np.sqrt(square[wrong[0]]):g}; expected"
-                " rows of length 1. Leave out documents whose gradient has no direction (NaN)."
+                f"a feature among {start} to {start + len(rows) - 1} has length"
+                f" {np.sqrt(square[wrong[0]]):g}; expected rows of length 1. Leave out documents"
+                " whose gradient has no direction (NaN)."
             )
         yield rows
 
@@ -289,21 +297,26 @@ def keep_share(keep: float | str | Fraction) -> Fraction:
 
 
 def _first_centroids(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """[at most k, d]: rows chosen one by one with a probability that is proportional to the squared
-    distance to the nearest chosen one, among the `SAMPLED` * k with the least checksums."""
+    """[at most k, d]: rows chosen one by one, among the `SAMPLED` * k with the least checksums.
+    Each is the best of some that are drawn with a probability that is proportional to the squared
+    distance to the nearest chosen one: a single draw puts two into one bundle too often."""
     checksum = np.concatenate([_checksums(rows, seed) for rows in _pieces(features)])
     sample = np.lexsort((np.arange(len(checksum)), checksum))[: SAMPLED * clusters]
     rows = np.asarray(features[np.sort(sample)])
     rows = rows[np.argsort(checksum[np.sort(sample)], kind="stable")]
 
-    draws = np.random.Generator(np.random.Philox(key=seed)).random(clusters)
+    draws = np.random.Generator(np.random.Philox(key=seed))
+    trials = 2 + int(np.log(clusters))
     distance, chosen = np.full(len(rows), 2.0), []
-    for draw in draws:
+    for _ in range(clusters):
         total = np.cumsum(np.where(distance > ROUNDING, distance, 0.0))
         if not total[-1]:
             break  # no two rows that are left differ
-        chosen.append(int(np.searchsorted(total, draw * total[-1], side="right")))
-        distance = np.minimum(distance, 2 - 2 * (rows @ rows[chosen[-1]]).astype(np.float64))
+        tried = np.searchsorted(total, draws.random(trials) * total[-1], side="right")
+        apart = np.minimum(distance, 2 - 2 * (rows[tried] @ rows.T).astype(np.float64))
+        best = apart.sum(axis=1).argmin()
+        chosen.append(int(tried[best]))
+        distance = apart[best]
     return rows[chosen]
 
 

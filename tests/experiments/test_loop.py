@@ -14,7 +14,7 @@ import pytest
 from experiments.loop import arms, filtering, reading, report, run, world
 from rlp.measure.pages import fill_page
 from rlp.measure.results_file import read_results
-from rlp.post.diversity_drawing import _digest
+from rlp.post.diversity_drawing import digest_of_weights
 from rlp.post.pipeline_folder import TaskFolder, checksum_of_model
 
 # The truth
@@ -140,7 +140,7 @@ def weights_of(folder) -> str:
 
     from rlp.compare.asked_model import open_asked_model
 
-    return _digest(open_asked_model(str(folder), device=torch.device("cpu"), dtype="float32"))
+    return digest_of_weights(open_asked_model(str(folder), device=torch.device("cpu"), dtype="float32"))
 
 
 @pytest.mark.slow
