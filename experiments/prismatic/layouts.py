@@ -48,3 +48,25 @@ LOOP_LAYOUT = Layout(
 """`skills` and `entries` are the equally frequent ones that the pool amounts to, `covered` skills
 with at least four examples; errors are shares of wrong answers: of one answer of the solver, and of
 those that were kept after the vote."""
+
+GSM8K = HERE / "gsm8k.jsonl"
+SUBSETS = (
+    "random",
+    "repeated_5",
+    "repeated_10",
+    "repeated_20",
+    "repeated_40",
+    "short",
+    "long",
+    "words_near",
+    "gradients_near",
+    "gradients_sparse",
+    "gradients_dense",
+)
+GSM8K_MEASURES = ("g_vendi", "hidden_vendi", "word_vendi", "nats", "tokens")
+GSM8K_LAYOUT = Layout(
+    identity=("arm", "seed"),
+    figures=(*GSM8K_MEASURES, "held_out_nats", "held_out_right", "seconds"),
+)
+"""`nats` per token of the answers under the real model, `tokens` of a problem; what a student says
+of held-out answers, per token."""
