@@ -22,7 +22,7 @@ from rlp.post.diversity_measures import tfidf, vendi
 from rlp.post.selection import g_vendi, gradient_features, sparse_clusters, unit_rows
 from rlp.post.selection_documents import document_of
 
-POOL, SUBSET, HELD_OUT, MOST_TOKENS = 240, 80, 128, 160
+POOL, SUBSET, HELD_OUT, MOST_TOKENS = 160, 56, 128, 160
 WORDS = 1500
 """Most frequent tokens of the train problems; a student knows no others."""
 STEPS, BATCH, RATE = 100, 8, 2e-3
