@@ -37,7 +37,8 @@ def run_checksums(text: str) -> np.ndarray:
     """[runs] uint64 of the different runs of a text, in rising order; none of a text without
     words."""
     (found,) = runs([text], RUN_WORDS)
-    digests = [hashlib.blake2b(" ".join(run).encode(), digest_size=8).digest() for run in found]
+    written = [" ".join(run).encode() for run in found if run]
+    digests = [hashlib.blake2b(run, digest_size=8).digest() for run in written]
     return np.unique(np.frombuffer(b"".join(digests), dtype=np.uint64))
 
 
