@@ -140,7 +140,8 @@ def weights_of(folder) -> str:
 
     from rlp.compare.asked_model import open_asked_model
 
-    return digest_of_weights(open_asked_model(str(folder), device=torch.device("cpu"), dtype="float32"))
+    model = open_asked_model(str(folder), device=torch.device("cpu"), dtype="float32")
+    return digest_of_weights(model)
 
 
 @pytest.mark.slow
