@@ -41,6 +41,7 @@ from rlp.config import ConfigError, load_config
 from rlp.data.errors import DataError
 from rlp.post.diversity_options import add_diversity
 from rlp.post.pipeline_options import add_pipeline
+from rlp.post.pluralism_options import add_pluralism
 from rlp.post.selection_options import add_select
 from rlp.post.spectrum_options import add_spectrum
 from rlp.post.traces_options import add_traces
@@ -522,6 +523,7 @@ COMMANDS = (
     _add_mixed_sft,
     add_pipeline,
     add_diversity,
+    add_pluralism,
     add_traces,
     add_spectrum,
     add_select,

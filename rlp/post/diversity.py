@@ -23,12 +23,7 @@ from rlp.post import diversity_measures as measures
 from rlp.post.diversity_drawing import Drawing, draw_answers
 from rlp.post.diversity_measures import Embedding
 from rlp.post.diversity_samples import KINDS, Kind, Prompt, Sample, committed_panel, read_samples
-
-DRAWS = 1000
-"""Resamples of the prompts behind an interval."""
-
-DIGITS = 10
-"""Decimals of a figure; what lies behind them is the order of a sum."""
+from rlp.post.resampling import as_number, interval, mean_over, resamples
 
 NEAREST = 10
 """Answers that `models_among_nearest` takes together, or as many as the model with the fewest
@@ -106,14 +101,7 @@ class _Table:
     def mean(self, weights: np.ndarray) -> np.ndarray:
         """[...]: means over prompts with weights [..., Q], then over rows; NaN where there is
         none."""
-        whole = np.isfinite(self.values)
-        sums = weights @ np.where(whole, self.values, 0).T
-        counts = weights @ whole.T.astype(np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rows = sums / counts
-        measured = np.isfinite(rows)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(measured, rows, 0).sum(axis=-1) / measured.sum(axis=-1)
+        return mean_over(self.values, weights)
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
         """[DRAWS]: the figure of each resample, whose counts of prompts are `weights`."""
@@ -164,14 +152,14 @@ class _Measured:
         """All of them; see `measure`."""
         tables = self._tables() if self._texts else {}
         every = np.ones(len(self._prompts))
-        weights = _resamples(len(self._prompts))
+        weights = resamples(len(self._prompts))
         named = {name: table.mean(every) for name, table in tables.items()}
         drawn = {name: table.drawn(weights) for name, table in tables.items()}
         for figures in (named, drawn):
             if tables:
                 figures[HEADLINE] = figures["inter"] - figures["floor"]
         numbers = dict.fromkeys((*ALWAYS, HEADLINE)) | {
-            name: _number(value) for name, value in named.items()
+            name: as_number(value) for name, value in named.items()
         }
         asked, told = int(self._asked.sum()), int(self._sizes.sum())
         return {
@@ -180,8 +168,8 @@ class _Measured:
             **numbers,
             "prompts": len(self._prompts),
             "texts": asked,
-            "empty_frac": _number(1 - told / asked),
-            "intervals": {name: _interval(values) for name, values in drawn.items()},
+            "empty_frac": as_number(1 - told / asked),
+            "intervals": {name: interval(values) for name, values in drawn.items()},
             "matrix": self._matrix(tables, "intra", "inter"),
             "floor_matrix": self._matrix(tables, "floor_within", "floor_between"),
             "models": {
@@ -312,20 +300,20 @@ class _Measured:
         if not tables:
             return found
         for name, row in zip(names, tables[own].values):
-            found[name][name] = _number(_mean(row))
+            found[name][name] = as_number(_mean(row))
         for (one, two), row in zip(combinations(names, 2), tables[other].values):
-            found[one][two] = found[two][one] = _number(_mean(row))
+            found[one][two] = found[two][one] = as_number(_mean(row))
         return found
 
     def _of_model(self, m: int, tables: dict[str, _Table], every: np.ndarray) -> dict:
         """The figures of one model alone."""
         found = {
-            name: _number(_Table(table.values[m : m + 1]).mean(every))
+            name: as_number(_Table(table.values[m : m + 1]).mean(every))
             for name, table in tables.items()
             if len(table.values) == len(self._models) and name in OF_MODELS
         }
         asked = int(self._asked[m].sum())
-        empty = _number(1 - self._sizes[m].sum() / asked)
+        empty = as_number(1 - self._sizes[m].sum() / asked)
         return found | {"texts": asked, "empty_frac": empty}
 
     def _of_categories(self, tables: dict[str, _Table]) -> dict[str, dict]:
@@ -335,7 +323,7 @@ class _Measured:
         for name in sorted(set(category) - {""}):
             inside = (category == name).astype(np.float64)
             found[name] = {"prompts": int(inside.sum())} | {
-                figure: _number(table.mean(inside)) for figure, table in tables.items()
+                figure: as_number(table.mean(inside)) for figure, table in tables.items()
             }
         return found
 
@@ -344,7 +332,7 @@ class _Measured:
         only[q] = 1
         line = {"prompt": prompt.text, "category": prompt.category or None}
         line["texts"] = int(self._asked[:, q].sum())
-        return line | {name: _number(table.mean(only)) for name, table in tables.items()}
+        return line | {name: as_number(table.mean(only)) for name, table in tables.items()}
 
 
 def _first(text: str, count: int | None) -> str:
@@ -372,26 +360,7 @@ ALWAYS = ("intra", "inter", "floor", "duplicates", "verbatim", "vendi")
 """Figures that are always named, null where there is nothing to measure."""
 
 
-def _resamples(prompts: int) -> np.ndarray:
-    """[DRAWS, Q]: how often each prompt comes in each resample. The same for the same number."""
-    drawn = np.random.default_rng(prompts).integers(prompts, size=(DRAWS, prompts))
-    counts = np.zeros((DRAWS, prompts))
-    np.add.at(counts, (np.arange(DRAWS)[:, None], drawn), 1)
-    return counts
-
-
 def _mean(row: np.ndarray) -> float:
     """Of what is there; NaN where nothing is."""
     there = row[np.isfinite(row)]
     return float(there.mean()) if len(there) else np.nan
-
-
-def _number(value: float) -> float | None:
-    """As JSON holds it: None where it was not measured."""
-    return round(float(value), DIGITS) + 0.0 if np.isfinite(value) else None
-
-
-def _interval(values: np.ndarray) -> list[float] | None:
-    """The middle 95 % of resamples, of those that measured anything."""
-    there = values[np.isfinite(values)]
-    return [_number(end) for end in np.percentile(there, (2.5, 97.5))] if len(there) else None

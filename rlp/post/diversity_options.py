@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlp.config import ConfigError
+
+if TYPE_CHECKING:
+    from rlp.post.diversity_drawing import Drawing
 
 
 def add_diversity(commands: argparse._SubParsersAction) -> None:
@@ -32,7 +36,17 @@ def add_diversity(commands: argparse._SubParsersAction) -> None:
     )
     diversity.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
     _add_measuring(diversity)
-    _add_drawing(diversity)
+    diversity.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a panel of your own (the one that comes along)",
+    )
+    counts = {
+        "--open-samples": (8, "answers to each open prompt"),
+        "--closed-samples": (4, "answers to each closed one"),
+    }
+    add_drawing(diversity, counts, top_p=0.9)
     diversity.set_defaults(command=_diversity)
 
 
@@ -57,25 +71,25 @@ def _add_measuring(diversity: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_drawing(diversity: argparse.ArgumentParser) -> None:
-    """How answers are drawn."""
-    drawing = diversity.add_argument_group("drawing answers of checkpoints")
-    drawing.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="a panel of your own (the one that comes along)",
-    )
+def add_drawing(
+    command: argparse.ArgumentParser, counts: dict[str, tuple[int, str]], *, top_p: float
+) -> None:
+    """How answers are drawn, of every command that draws some; `drawing_of` reads it.
+
+    Args:
+        counts: options that say how many, with their defaults and what they are.
+        top_p: by default.
+    """
+    drawing = command.add_argument_group("drawing answers of checkpoints")
     drawing.add_argument(
         "--names", metavar="NAME,...", help="of the models in the file (the paths)"
     )
-    for name, default, what in (
-        ("--open-samples", 8, "answers to each open prompt"),
-        ("--closed-samples", 4, "answers to each closed one"),
-        ("--tokens", 32, "of an answer at most, where its prompt names none"),
-        ("--seed", 0, "of all noise"),
-        ("--batch-size", 64, "answers drawn side by side"),
-    ):
+    numbers = counts | {
+        "--tokens": (32, "of an answer at most, where its prompt names none"),
+        "--seed": (0, "of all noise"),
+        "--batch-size": (64, "answers drawn side by side"),
+    }
+    for name, (default, what) in numbers.items():
         drawing.add_argument(
             name, type=int, default=default, metavar="N", help=f"{what} ({default})"
         )
@@ -83,7 +97,11 @@ def _add_drawing(diversity: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=1.0, metavar="T", help="0: greedy (1)"
     )
     drawing.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="1: the whole distribution (0.9)"
+        "--top-p",
+        type=float,
+        default=top_p,
+        metavar="P",
+        help=f"1: the whole distribution ({top_p:g})",
     )
     drawing.add_argument(
         "--format",
@@ -108,7 +126,7 @@ def _add_drawing(diversity: argparse.ArgumentParser) -> None:
 
 
 def _diversity(arguments: argparse.Namespace) -> int:
-    from rlp.compare.evaluate import model_of, refuse_output
+    from rlp.compare.evaluate import refuse_output
     from rlp.post.diversity_command import Asked, tell_diversity
     from rlp.process.outside import open_part
 
@@ -118,15 +136,13 @@ def _diversity(arguments: argparse.Namespace) -> int:
     embedding = None
     if arguments.embedding is not None:
         embedding = open_part("--embedding", arguments.embedding, {}, ()).call
-    names = arguments.names.split(",") if arguments.names else [None] * len(arguments.checkpoints)
-    if len(names) != len(arguments.checkpoints):
-        raise ConfigError(
-            f"--names has {len(names)} names for {len(arguments.checkpoints)} checkpoints. Write"
-            " one for each, with commas between them."
-        )
+    drawing = None
+    if arguments.checkpoints:
+        counts = {name: getattr(arguments, name) for name in ("open_samples", "closed_samples")}
+        drawing = drawing_of(arguments, **counts)
     tell_diversity(
         Asked(
-            checkpoints=list(zip(map(model_of, arguments.checkpoints), names)),
+            checkpoints=models_of(arguments),
             samples=arguments.samples,
             prompts=arguments.prompts,
             field=arguments.of,
@@ -134,13 +150,35 @@ def _diversity(arguments: argparse.Namespace) -> int:
             embedding_name=arguments.embedding or "TF-IDF of words",
             json=arguments.json,
         ),
-        _drawing(arguments) if arguments.checkpoints else None,
+        drawing,
         embedding,
     )
     return 0
 
 
-def _drawing(arguments: argparse.Namespace):
+def models_of(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Each checkpoint with its name; None: its path.
+
+    Raises:
+        ConfigError: there is none of that name, or not one name for each.
+    """
+    from rlp.compare.evaluate import model_of
+
+    names = arguments.names.split(",") if arguments.names else [None] * len(arguments.checkpoints)
+    if len(names) != len(arguments.checkpoints):
+        raise ConfigError(
+            f"--names has {len(names)} names for {len(arguments.checkpoints)} checkpoints. Write"
+            " one for each, with commas between them."
+        )
+    return list(zip(map(model_of, arguments.checkpoints), names))
+
+
+def drawing_of(arguments: argparse.Namespace, **counts: int) -> "Drawing":
+    """As the options of `add_drawing` say.
+
+    Args:
+        counts: `open_samples` and `closed_samples`, or one of them.
+    """
     import torch
 
     from rlp.post.diversity_drawing import FRAME, Drawing
@@ -149,8 +187,7 @@ def _drawing(arguments: argparse.Namespace):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Drawing(
-        open_samples=arguments.open_samples,
-        closed_samples=arguments.closed_samples,
+        **counts,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         format=arguments.format,

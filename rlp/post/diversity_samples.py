@@ -64,7 +64,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DataError: a line is none, or two are the same.
     """
-    prompts = [_prompt(line, where) for where, line in _objects(path, "prompt")]
+    prompts = [
+        _prompt(line, where) for where, line in read_objects(path, "prompt", EXAMPLES["prompt"])
+    ]
     twice = [key for key, n in Counter((one.kind, one.text) for one in prompts).items() if n > 1]
     if twice:
         raise DataError(f"{path}: the {twice[0][0]} prompt {twice[0][1]!r} stands there twice.")
@@ -82,9 +84,9 @@ def read_samples(path: Path, *, field: str = "text") -> list[Sample]:
             or give a prompt different right answers.
     """
     samples, first, how = [], {}, {}
-    for where, line in _objects(path, "sample"):
-        model = _text(line, "model", where)
-        text = _text(line, field, where, empty=True)
+    for where, line in read_objects(path, "sample", EXAMPLES["sample"]):
+        model = text_of(line, "model", where)
+        text = text_of(line, field, where, empty=True)
         prompt = _prompt(line, where)
         earlier = first.setdefault((prompt.kind, prompt.text), (where, prompt))
         if earlier[1].answers != prompt.answers:
@@ -115,8 +117,17 @@ def _in_words(drawn: tuple[tuple[str, str], ...]) -> str:
     return ", ".join(f"{name} {value}" for name, value in drawn) or "nothing that it says"
 
 
-def _objects(path: Path, what: str) -> Iterator[tuple[str, dict]]:
-    """Each line of a file as `PATH, line N`, and its object; empty lines are passed over."""
+def read_objects(path: Path, what: str, example: str) -> Iterator[tuple[str, dict]]:
+    """Each line of a file as `PATH, line N`, and its object; empty lines are passed over.
+
+    Args:
+        what: a line is, in a word.
+        example: of a line.
+
+    Raises:
+        ConfigError: there is no file.
+        DataError: a line is no JSON object, or there is none.
+    """
     if not path.exists():
         raise ConfigError(f"no file at {path}. Write the path of a .jsonl file of {what}s.")
     found = False
@@ -127,13 +138,13 @@ def _objects(path: Path, what: str) -> Iterator[tuple[str, dict]]:
         try:
             line = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON: {error}. Expected {EXAMPLES[what]}.") from error
+            raise DataError(f"{where} is no JSON: {error}. Expected {example}.") from error
         if not isinstance(line, dict):
-            raise DataError(f"{where}: got a {type(line).__name__}, expected {EXAMPLES[what]}.")
+            raise DataError(f"{where}: got a {type(line).__name__}, expected {example}.")
         found = True
         yield where, line
     if not found:
-        raise DataError(f"{path} is empty: it has no {what}. Expected lines as {EXAMPLES[what]}.")
+        raise DataError(f"{path} is empty: it has no {what}. Expected lines as {example}.")
 
 
 EXAMPLES = {
@@ -157,7 +168,7 @@ def _prompt(line: dict, where: str) -> Prompt:
     if not isinstance(category, str):
         raise DataError(f'{where}: "category" is {category!r}, expected a text.')
     answers = _answers(line.get("answer"), where) if kind == "closed" else ()
-    return Prompt(_text(line, "prompt", where), kind, answers, category, **counts)
+    return Prompt(text_of(line, "prompt", where), kind, answers, category, **counts)
 
 
 def _answers(value: object, where: str) -> tuple[str, ...]:
@@ -168,7 +179,15 @@ def _answers(value: object, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _text(line: dict, name: str, where: str, *, empty: bool = False) -> str:
+def text_of(line: dict, name: str, where: str, *, empty: bool = False) -> str:
+    """A text of a line.
+
+    Args:
+        empty: whether it may be empty.
+
+    Raises:
+        DataError: there is none.
+    """
     value = line.get(name)
     if not isinstance(value, str) or not (empty or value.strip()):
         got = f"is {value!r}" if name in line else "is missing"

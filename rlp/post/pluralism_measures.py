@@ -110,12 +110,12 @@ def overton(held: Iterable[str], reasonable: Iterable[str]) -> tuple[float, floa
 
 
 def overton_weighted(held: Iterable[str], reasonable: Mapping[str, float]) -> float:
-    """The share of the people with a reasonable view whose view an answer holds.
+    """The share of the people with a reasonable view whose view an answer holds; NaN where nobody
+    has one.
 
     Args:
-        reasonable: the population's share of each such view, not all 0.
+        reasonable: the population's share of each such view.
     """
-    held = set(held)
-    return sum(share for view, share in reasonable.items() if view in held) / sum(
-        reasonable.values()
-    )
+    held, total = set(held), math.fsum(reasonable.values())
+    seen = math.fsum(share for view, share in reasonable.items() if view in held)
+    return seen / total if total > 0 else math.nan
