@@ -149,7 +149,11 @@ def _view(arguments: argparse.Namespace) -> int:
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="write an HTML page about one or several runs")
     report.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or that of a pipeline"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, that of a pipeline, or the JSON of a selection",
     )
     report.add_argument(
         "--out",
@@ -163,7 +167,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from rlp.measure.report import report_path, write_report
     from rlp.post.pipeline_report import is_pipeline, write_pipeline_report
+    from rlp.post.selection_report import is_selection, write_selection_report
 
+    if len(arguments.runs) == 1 and is_selection(selection := arguments.runs[0]):
+        wanted = arguments.out or selection.with_suffix(".html")
+        out = report_path([RunFolder(selection)], wanted)
+        write_selection_report(selection, out)
+        print(out)
+        return 0
     if pipelines := [path for path in arguments.runs if is_pipeline(path)]:
         if len(arguments.runs) > 1:
             raise ConfigError(f"{pipelines[0]} is a pipeline: a report on one has no other runs.")

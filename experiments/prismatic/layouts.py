@@ -70,3 +70,12 @@ GSM8K_LAYOUT = Layout(
 )
 """`nats` per token of the answers under the real model, `tokens` of a problem; what a student says
 of held-out answers, per token."""
+
+PRETRAINING = HERE / "pretraining.jsonl"
+PRETRAINING_ARMS = ("random", "distinct", "selected")
+PRETRAINING_LAYOUT = Layout(
+    identity=("arm", "seed"),
+    figures=("distinct", "straight", "before", "accuracy", "flops", "seconds"),
+)
+"""Different questions, and the share of lopsided ones, of what is trained on; held-out accuracy
+after a thought."""

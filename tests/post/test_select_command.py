@@ -255,6 +255,23 @@ def test_a_field_of_its_own_keeps_the_rows_fields(tmp_path, model_folder):
     assert whys == {None: 2, "beyond the most asked for": 4}
 
 
+def test_a_page_shows_its_clusters_with_examples(tmp_path, texts, model_folder, capsys):
+    corpus = write_rows(tmp_path / "corpus.jsonl", [*texts, {"text": "<b>w1</b> w2"}])
+    figures = tmp_path / "out.json"
+    arguments = command(corpus, model_folder, tmp_path / "out", "--json", str(figures))
+    assert main(arguments) == 0
+    assert main(["report", str(figures)]) == 0
+    page, told = (tmp_path / "out.html").read_text(), json.loads(figures.read_text())
+    assert page.count('<div class="text">') == sum(map(len, told["examples"]))
+    assert "<b>w1" not in page and f"{told['g_vendi']:.1f}" in page
+    assert main(["report", str(figures)]) == 0  # over itself
+
+    figures.write_text('{"kept": 3}')
+    capsys.readouterr()
+    assert main(["report", str(figures)]) == 2
+    assert "is not what `rlp select --json` writes" in capsys.readouterr().err
+
+
 # Overlap
 
 
