@@ -15,6 +15,7 @@ from experiments.pluralism.world import (
     World,
     prompt_of,
 )
+from rlp.post.spectrum_rows import NO_LOSS, Row, RowFormat, RowWriter, row_example
 from rlp.world.folder import make_model_config, make_tokenizer
 
 BASE_STEPS, BASE_BATCH, BASE_RATE = 500, 128, 3e-3
@@ -32,7 +33,9 @@ ASKED = {PEOPLE: 0.4, **dict.fromkeys(NAMES, 0.15)}
 DROPPED = 0.3
 """Rows of `spectrum` that do not say which community answers."""
 
-NO_LOSS = -100
+FORM = RowFormat(description="{text}", input="{text}", output=":", end=".")
+"""`north q7 : elm . q3 : oak .`, as the base has read it, but for the pairs behind the first."""
+MAX_TOKENS = 128
 
 SFT_ARMS = {
     "mode_sft": (1, ROWS),
@@ -85,29 +88,27 @@ def sft_rows(world: World, arm: str) -> list[dict[str, list[int]]]:
     """What an arm reads, in order: tokens, and labels on answers and their ends alone."""
     pairs, rows = SFT_ARMS[arm]
     rng = random.Random(f"pluralism {arm} {world.seed}")
-    words = make_tokenizer(VOCABULARY)
-    return [_row(world, arm, pairs, rng, words) for _ in range(STEPS * rows)]
+    writer = RowWriter(make_tokenizer(VOCABULARY), FORM)
+    return [_row(world, arm, pairs, rng, writer) for _ in range(STEPS * rows)]
 
 
-def _row(world: World, arm: str, pairs: int, rng: random.Random, words) -> dict[str, list[int]]:
+def _row(
+    world: World, arm: str, pairs: int, rng: random.Random, writer: RowWriter
+) -> dict[str, list[int]]:
     """One row. Without the name its first answer has no loss: nothing tells it."""
     name = rng.choices(list(ASKED), list(ASKED.values()))[0]
     dropped = arm == "spectrum" and rng.random() < DROPPED
     if dropped:
         name = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-    ids = [] if dropped else words(name).input_ids
-    labels = [NO_LOSS] * len(ids)
-    for number in range(pairs):
+    found = []
+    for _ in range(pairs):
         topic = rng.choice(TRAINED)
         if arm == "mode_sft":
             answer = world.majority(name, topic)
         else:
             answer = rng.choices(TREES, world.wanted(name, topic))[0]
-        asked, answered = (words(text).input_ids for text in (f"{topic} :", f"{answer} ."))
-        ids += asked + answered
-        without = dropped and number == 0
-        labels += [NO_LOSS] * len(asked) + ([NO_LOSS] * len(answered) if without else answered)
-    return {"input_ids": ids, "labels": labels}
+        found.append((topic, answer))
+    return row_example(Row(name, tuple(found)), writer, dropped=dropped, max_tokens=MAX_TOKENS)
 
 
 def supervise(world: World, arm: str, base: Path, out: Path) -> None:
@@ -117,7 +118,7 @@ def supervise(world: World, arm: str, base: Path, out: Path) -> None:
 
     args = trl.SFTConfig(
         output_dir=str(out.parent / "unused"),
-        max_length=128,
+        max_length=MAX_TOKENS,
         max_steps=STEPS,
         per_device_train_batch_size=SFT_ARMS[arm][1],
         learning_rate=RATE,
