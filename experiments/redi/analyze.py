@@ -3,12 +3,10 @@
 python experiments/redi/analyze.py
 """
 
-import argparse
 from pathlib import Path
 
-from rlp.measure.pages import fill_page, markdown_table
-from rlp.measure.results_file import Layout, Results, read_results
-from rlp.process.schemas import COUNT, NUMBER, PLAIN, Many, Maybe
+from rlp.measure.results_file import Layout
+from rlp.process.schemas import COUNT, PLAIN, Many, Maybe
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 FIGURES = (
@@ -24,10 +22,10 @@ FIGURES = (
     "gradient_last",
     "seconds",
 )
-"""pass@1 and pass@8 at held-out questions. Log-probabilities in nats a token: of the right traces of
-held-out questions, of the chosen and rejected of the pairs, of the first wrong token of a rejected,
-and of the tokens behind it that are right where they stand. Norms of the gradient, of the first and
-last ten steps. CPU seconds."""
+"""pass@1 and pass@8 at held-out questions. Log-probabilities in nats a token: of the right traces
+of held-out questions, of the chosen and rejected of the arm's pairs, of the first wrong token of a
+rejected, and of the tokens behind it that are right where they stand. Norms of the gradient, of the
+first and last ten steps. CPU seconds."""
 
 LAYOUT = Layout(
     identity=("arm", "seed"),
@@ -51,3 +49,7 @@ ARMS: dict[str, dict[str, object]] = {
     "simpo": {"loss": "simpo", "beta": 2.0},
 }
 """Settings of the stage `redi`."""
+OWN = "own_"
+OWN_ARMS = ("alpha_0", "alpha_0.2", "alpha_0.8", "alpha_1", "first_wrong")
+OWN_RATES = (1e-4, 3e-4)
+"""Of pairs of the start's own traces; their arms are `own_NAME@RATE`."""

@@ -11,8 +11,7 @@ import time
 from math import comb
 from pathlib import Path
 
-import torch
-from analyze import ARMS, LAYOUT, RATES, RESULTS, START
+from analyze import ARMS, LAYOUT, OWN, OWN_ARMS, OWN_RATES, RATES, RESULTS, START
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from world import (
     NUMBERS,
@@ -28,6 +27,7 @@ from world import (
     sound_after_slip,
     token_logprobs,
     trace_of,
+    write_pairs,
 )
 
 from rlp.measure.results_file import add_result, read_results
@@ -76,12 +76,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def train(arm: str, rate: float, home: Path, seed: int, ranks: Ranks) -> tuple[Path, dict]:
+def plan() -> list[tuple[str, str, float, str]]:
+    """Of every line of a seed: the arm as results have it, its settings' name, its rate, and the
+    file of its pairs."""
+    ours = [(f"{arm}@{rate:g}", arm, rate, "pairs.jsonl") for arm in ARMS for rate in RATES]
+    own = [(arm, rate) for arm in OWN_ARMS for rate in OWN_RATES]
+    return ours + [(f"{OWN}{arm}@{rate:g}", arm, rate, "own.jsonl") for arm, rate in own]
+
+
+def train(
+    arm: str, rate: float, pairs: Path, folder: Path, seed: int, ranks: Ranks
+) -> tuple[Path, dict]:
     """An arm at a rate, by the stage `redi`; its model, and what its log says."""
     alarms: list[str] = []
     settings = RediStage(
         kind="redi",
-        data=[str(home / "pairs.jsonl")],
+        data=[str(pairs)],
         steps=STEPS,
         batch_size=BATCH,
         learning_rate=rate,
@@ -90,9 +100,9 @@ def train(arm: str, rate: float, home: Path, seed: int, ranks: Ranks) -> tuple[P
         stop_on_collapse=False,
         **ARMS[arm],
     )
-    folder = home / f"{arm}_{rate:g}"
     shutil.rmtree(folder, ignore_errors=True)
-    made = contrast(Work(settings, seed, str(home / "start"), folder, ranks, tell=alarms.append))
+    start = str(pairs.with_name("start"))
+    made = contrast(Work(settings, seed, start, folder, ranks, tell=alarms.append))
     norms = [line["grad_norm"] for line in read_rows(folder / "steps.jsonl")]
     told = {"gradient_first": mean(norms[:10]), "gradient_last": mean(norms[-10:])}
     fired = [said for said in alarms if said.startswith("collapse at step ")]
@@ -129,26 +139,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "redi")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked_for = parser.parse_args()
-    torch.set_num_threads(1)
     ranks = start_ranks()
     for seed in range(asked_for.first, asked_for.first + asked_for.seeds):
         home = asked_for.out / f"seed_{seed}"
-        for arm in ARMS:
-            for rate in RATES:
-                name = f"{arm}@{rate:g}"
-                if read_results(asked_for.results, LAYOUT).has(arm=name, seed=seed):
-                    continue
-                if not (home / "start" / "tokenizer_config.json").exists():
-                    begin(home, seed, asked_for.results)
-                began = time.process_time()
-                path, told = train(arm, rate, home, seed, ranks)
-                model = AutoModelForCausalLM.from_pretrained(path)
-                told |= figures(model, seed, read_rows(home / "pairs.jsonl"))
-                shutil.rmtree(home / f"{arm}_{rate:g}")
-                seconds = round(time.process_time() - began, 2)
-                line = {"arm": name, "seed": seed, "rate": rate, **told, "seconds": seconds}
-                add_result(asked_for.results, LAYOUT, line)
-                print(json.dumps(line), flush=True)
+        for name, arm, rate, file in plan():
+            if read_results(asked_for.results, LAYOUT).has(arm=name, seed=seed):
+                continue
+            if not (home / "start" / "tokenizer_config.json").exists():
+                begin(home, seed, asked_for.results)
+            pairs, folder = home / file, home / name
+            if not pairs.exists():
+                start = AutoModelForCausalLM.from_pretrained(home / "start")
+                write_pairs(pairs, start, questions_of(seed)["fresh"], seed + 1)
+            began = time.process_time()
+            path, told = train(arm, rate, pairs, folder, seed, ranks)
+            model = AutoModelForCausalLM.from_pretrained(path)
+            told |= figures(model, seed, read_rows(pairs)) | {"pairs": len(read_rows(pairs))}
+            shutil.rmtree(folder)
+            seconds = round(time.process_time() - began, 2)
+            line = {"arm": name, "seed": seed, "rate": rate, **told, "seconds": seconds}
+            add_result(asked_for.results, LAYOUT, line)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ has read right traces of so few questions that some additions are not known, and
     pairs    its own traces at `POOL` questions: kept where right, rejected where wrong
     start    the base, fine-tuned on the given traces and on those that were kept, until that helps
              no more on held-out questions
+    own      pairs from traces of the start itself, at `FRESH` questions
 """
 
 import json
@@ -28,7 +29,7 @@ from rlp.world.problems import CLOSE, OPEN, disjoint_blocks
 MODULUS, NUMBERS = 16, 5
 VOCABULARY = ("<pad>", "<unk>", "<eos>", OPEN, CLOSE, ".", "=", *map(str, range(MODULUS)))
 WORDS = make_tokenizer(VOCABULARY)
-GIVEN, POOL, HELD_OUT = 240, 512, 512
+GIVEN, POOL, HELD_OUT, FRESH = 240, 512, 512, 1024
 WIDTH = 32
 PROMPT_TOKENS = NUMBERS + 2
 TRACE_TOKENS = NUMBERS + 4
@@ -48,7 +49,7 @@ SAMPLES = 16
 
 def questions_of(seed: int) -> dict[str, list[list[int]]]:
     """Numbers of the questions of every block; no question is in two."""
-    sizes = {"given": GIVEN, "pool": POOL, "held_out": HELD_OUT}
+    sizes = {"given": GIVEN, "pool": POOL, "held_out": HELD_OUT, "fresh": FRESH}
     blocks = disjoint_blocks(MODULUS**NUMBERS, sizes, f"redi {seed}")
     return {name: [_numbers(one) for one in block] for name, block in blocks.items()}
 
@@ -198,7 +199,7 @@ def sampled(
 
 
 def make_start(home: Path, seed: int, read: Callable[[str, int, PreTrainedModel], None]) -> None:
-    """The folders `start` and `traces`, and pairs.jsonl, of a seed.
+    """The folder `start` and pairs.jsonl of a seed.
 
     Args:
         read: is shown the base and the start on its way: name, steps, model.
@@ -209,18 +210,8 @@ def make_start(home: Path, seed: int, read: Callable[[str, int, PreTrainedModel]
     fine_tune(model, given, BASE_STEPS, _falling(BASE_RATE, BASE_STEPS), rng)
     read("base", 0, model)
 
-    said = sampled(model, questions["pool"], POOL_TRACES, seed)
-    rollouts = [
-        {"prompt": prompt_of(numbers), "completion": trace, "right": is_right(numbers, trace)}
-        for numbers, traces in zip(questions["pool"], said)
-        for trace in traces
-    ]
-    write_rows(home / "rollouts.jsonl", rollouts)
-    counts = filter_traces(home / "rollouts.jsonl", home / "traces", TraceRule(), with_pairs=True)
-    print(counts.in_words(), flush=True)
-    write_rows(home / "pairs.jsonl", _with_slips(home / "traces" / "pairs.jsonl"))
-
-    kept = read_rows(home / "traces" / "kept.jsonl")
+    write_pairs(home / "pairs.jsonl", model, questions["pool"], seed)
+    kept = read_rows(home / "traces_pairs" / "kept.jsonl")
     rows = [*given, *((row["prompt"], row["completion"]) for row in kept)]
     steps = START_STEPS // PARTS
     for part in range(1, PARTS + 1):
@@ -231,6 +222,22 @@ def make_start(home: Path, seed: int, read: Callable[[str, int, PreTrainedModel]
         read("start", part * steps, model)
     model.save_pretrained(home / "start")
     WORDS.save_pretrained(home / "start")
+
+
+def write_pairs(
+    path: Path, model: PreTrainedModel, questions: Sequence[Sequence[int]], seed: int
+) -> None:
+    """Pairs of a model's own traces, by `rlp traces`, whose folder stays beside them."""
+    rollouts = [
+        {"prompt": prompt_of(numbers), "completion": trace, "right": is_right(numbers, trace)}
+        for numbers, traces in zip(questions, sampled(model, questions, POOL_TRACES, seed))
+        for trace in traces
+    ]
+    source, out = path.with_name(f"rollouts_{path.name}"), path.with_name(f"traces_{path.stem}")
+    write_rows(source, rollouts)
+    counts = filter_traces(source, out, TraceRule(), with_pairs=True)
+    print(counts.in_words(), flush=True)
+    write_rows(path, _with_slips(out / "pairs.jsonl"))
 
 
 def _falling(rate: float, steps: int) -> Callable[[int], float]:
