@@ -36,7 +36,7 @@ LAYOUT = Layout(
 which the alarm fired."""
 
 START = "start"
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 3e-4)
 ARMS: dict[str, dict[str, object]] = {
     "alpha_0": {"alpha": 0.0},
     "alpha_0.2": {"alpha": 0.2},
@@ -51,5 +51,4 @@ ARMS: dict[str, dict[str, object]] = {
 """Settings of the stage `redi`."""
 OWN = "own_"
 OWN_ARMS = ("alpha_0", "alpha_0.2", "alpha_0.8", "alpha_1", "first_wrong")
-OWN_RATES = (1e-4, 3e-4)
-"""Of pairs of the start's own traces; their arms are `own_NAME@RATE`."""
+"""Of pairs of the start's own traces; they are called `own_NAME@RATE`."""

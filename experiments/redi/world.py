@@ -40,9 +40,11 @@ BASE_RATE, START_RATE = 3e-3, 1e-3
 PARTS = 3
 """Of the fine-tuning of the start, behind each of which it is read."""
 POOL_TRACES = 8
-SAMPLES = 16
+SAMPLES = 8
 """Traces at a held-out question, from which pass@1 and pass@8 are estimated."""
 
+
+CPU = torch.device("cpu")
 
 # Questions
 

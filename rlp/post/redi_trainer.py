@@ -227,15 +227,22 @@ class _Redi:
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
-        self._note(inputs, chosen.sum(1) / chosen_mask.sum(1), "chosen_logprob")
-        self._note(inputs, rejected.sum(1) / rejected_mask.sum(1), "rejected_logprob")
-        self._note(inputs, negative.sum(1) / counts.sum(1), "negative_logprob")
+        self._note(
+            {
+                "chosen": chosen.sum(1) / chosen_mask.sum(1),
+                "rejected": rejected.sum(1) / rejected_mask.sum(1),
+                "negative": negative.sum(1) / counts.sum(1),
+            }
+        )
         return (loss, outputs) if return_outputs else loss
 
-    def _note(self, inputs: dict, value: torch.Tensor, name: str) -> None:
+    def _note(self, logprobs: dict[str, torch.Tensor]) -> None:
+        """Means over the pairs of all ranks, for what is logged next."""
         mode = "train" if self.model.training else "eval"
-        mean = self.accelerator.gather(value.detach()).mean().item()
-        self._metrics[mode][f"redi/{name}"].append(mean)
+        values = torch.stack([value.detach() for value in logprobs.values()], dim=1)
+        means = self.accelerator.gather(values).mean(dim=0).tolist()
+        for name, mean in zip(logprobs, means):
+            self._metrics[mode][f"redi/{name}_logprob"].append(mean)
 
 
 class _Watch(TrainerCallback):
