@@ -52,8 +52,8 @@ def add_spectrum(commands: argparse._SubParsersAction) -> None:
     score.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
     score.add_argument("--device", default="auto", help="auto, cpu, cuda")
     for name, what in (
-        ("description", "with {text}"),
-        ("input", "with {text}"),
+        ("description", "with %%s"),
+        ("input", "with %%s"),
         ("output", "before an output"),
         ("end", "behind an output"),
     ):

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 NO_LOSS = -100
 """The label of a token without loss, as of transformers."""
 
+HOLE = "%s"
+"""Where a description, or an input, goes. Braces are what a pipeline fills in."""
+
 Answers = Literal["drawn", "mode"]
 
 
@@ -43,8 +46,8 @@ Answers = Literal["drawn", "mode"]
 class RowFormat:
     """The texts around what a row holds."""
 
-    description: str = "Description: {text}\n"
-    input: str = "Input: {text}\n"
+    description: str = "Description: %s\n"
+    input: str = "Input: %s\n"
     output: str = "Output:"
     """Stands before every output, which follows after a space."""
     end: str = "\n"
@@ -53,9 +56,9 @@ class RowFormat:
     def __post_init__(self) -> None:
         for name in ("description", "input"):
             frame = getattr(self, name)
-            if "{text}" not in frame:
+            if HOLE not in frame:
                 raise ConfigError(
-                    f"format.{name} needs {{text}} where the {name} goes, got {frame!r}."
+                    f"format.{name} needs {HOLE} where the {name} goes, got {frame!r}."
                 )
         for name in ("output", "end"):
             if not getattr(self, name):
@@ -174,13 +177,13 @@ class RowWriter:
         """Before the first pair; None where the description is dropped."""
         if description is None:
             return list(self._begin)
-        return self._begin + self._ids(self._format.description.replace("{text}", description))
+        return self._begin + self._ids(self._format.description.replace(HOLE, description))
 
     def ask(self, given: str) -> list[int]:
         """An input, empty where there is none, and what stands before its output."""
         if not given:
             return list(self._lead)
-        return self._ids(self._format.input.replace("{text}", given)) + self._lead
+        return self._ids(self._format.input.replace(HOLE, given)) + self._lead
 
     def answer(self, output: str) -> list[int]:
         """An output and its end: the tokens with a loss."""

@@ -17,7 +17,7 @@ from rlp.compare.asked_model import AskedModel
 from rlp.config import ConfigError
 from rlp.data.errors import DataError
 from rlp.post.evaluations import EVALUATIONS, Reading, open_spectrum, read_spectrum
-from rlp.post.pipeline_config import SpectrumStage
+from rlp.post.pipeline_config import SpectrumStage, load_pipeline
 from rlp.post.spectrum_measures import (
     divergence,
     excess_nats,
@@ -144,7 +144,7 @@ WORDS = (
     *("<pad>", "<unk>", "<eos>", OPEN, CLOSE, "z", "in", "out", ";"),
     *("a", "toss", "first", "second", "heads", "tails", "red", "blue"),
 )
-WORDY = RowFormat(description="z {text} ", input="in {text} ", output="out", end=" ;")
+WORDY = RowFormat(description="z %s ", input="in %s ", output="out", end=" ;")
 ROW = Row("a toss", (("first", "heads"), ("", "red blue"), ("second", "tails")))
 
 
@@ -264,7 +264,7 @@ def test_a_drop_that_leaves_a_row_without_a_loss_is_refused():
         ({"end": "\n"}, "format: the tokenizer makes no token of"),
         ({"end": " never"}, "format: the tokenizer makes <unk> of ' never'"),
         ({"end": ""}, "format.end must not be empty"),
-        ({"input": "in "}, "format.input needs {text}"),
+        ({"input": "in "}, "format.input needs %s"),
     ],
 )
 def test_a_format_that_marks_no_end_is_refused(change, said):
@@ -476,6 +476,18 @@ def test_the_stage_trains_keeps_its_models_and_counts_its_loss(tuned: Work):
     assert EVALUATIONS["spectrum"].endswith("read_spectrum")
 
 
+def test_a_pipeline_has_the_stage_in_its_usual_words(tmp_path):
+    """The frames of a row hold nothing that a pipeline would fill in."""
+    stage = "{kind: spectrum, data: [rows.jsonl], steps: 2, learning_rate: 1e-5}"
+    text = f"dir: d\nmodel: m\nseeds: [0]\nstages: {{tune: {stage}}}\narms: {{tuned: [tune]}}\n"
+    (tmp_path / "pipeline.yaml").write_text(text)
+    settings = load_pipeline(tmp_path / "pipeline.yaml").stages["tune"]
+    assert settings.format == RowFormat() and settings.drop == 0.2
+    (tmp_path / "pipeline.yaml").write_text(text.replace("learning", "drop: 1, learning"))
+    with pytest.raises(ConfigError, match="stages.tune: drop must be from 0 on, below 1, got 1"):
+        load_pipeline(tmp_path / "pipeline.yaml")
+
+
 def test_a_row_is_not_read_twice(tuned: Work):
     more = replace(tuned.settings, steps=5)
     with pytest.raises(ConfigError, match="16 rows, and 5 steps of 4 read 20"):
@@ -490,7 +502,7 @@ def test_an_evaluation_that_can_not_be_made_is_refused():
 
 
 def test_the_command_tells_a_checkpoint_beside_the_oracles(tuned: Work, tmp_path, capsys):
-    frames = ["--description-format", "z {text} ", "--input-format", "in {text} "]
+    frames = ["--description-format", "z %s ", "--input-format", "in %s "]
     frames += ["--output-format", "out", "--end-format", " ;"]
     score = f"spectrum score {tuned.model} --families coin --tasks 2 --shots 0,2"
     out = tmp_path / "scores.json"
