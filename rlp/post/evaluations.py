@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlp.config import Config
     from rlp.post.diversity_drawing import Drawing
     from rlp.post.diversity_samples import Prompt
+    from rlp.post.pluralism_population import Question
     from rlp.post.spectrum_rows import RowFormat
     from rlp.post.spectrum_scoring import Asked
     from rlp.process.ranks import Ranks
@@ -62,6 +63,7 @@ EVALUATIONS: dict[str, str] = {
     "variety": "rlp.post.evaluations:read_variety",
     "language": "rlp.post.evaluations:read_language",
     "spectrum": "rlp.post.evaluations:read_spectrum",
+    "pluralism": "rlp.post.evaluations:read_pluralism",
 }
 """Those that come with this program."""
 
@@ -216,14 +218,61 @@ def open_variety(settings: dict) -> tuple[list["Prompt"] | None, "Drawing"]:
     Raises:
         ConfigError: there is no such setting, or no such file.
     """
-    from rlp.post.diversity_drawing import Drawing
     from rlp.post.diversity_samples import read_prompts
 
+    prompts, drawing = _open_drawing("variety", settings, "prompts")
+    return None if prompts is None else read_prompts(Path(prompts)), drawing
+
+
+def _open_drawing(name: str, settings: dict, own: str) -> tuple[str | None, "Drawing"]:
+    """A setting of an evaluation's own, None where it is not there, and how answers are drawn.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    from rlp.post.diversity_drawing import Drawing
+
     known = [item.name for item in fields(Drawing) if item.name not in ("temperature", "seed")]
-    _refuse_unknown("variety", settings, ["prompts", *known])
-    prompts = settings.get("prompts")
-    drawn = {name: value for name, value in settings.items() if name != "prompts"}
-    return None if prompts is None else read_prompts(Path(prompts)), Drawing(**drawn)
+    _refuse_unknown(name, settings, [own, *known])
+    drawn = {key: value for key, value in settings.items() if key != own}
+    return settings.get(own), Drawing(**drawn)
+
+
+def read_pluralism(reading: Reading) -> dict[str, float | None]:
+    """How far the answers of the model are from a population (`rlp pluralism`), by divergence.
+
+    Settings: `population`, its file, and those of a drawing, which is from the whole distribution
+    where `top_p` is not among them.
+    """
+    from rlp.post.pluralism import FIGURES, pluralism_of
+
+    questions, drawing = open_pluralism(reading.settings)
+    name = f"seed {reading.seed}"
+    found = pluralism_of(
+        str(reading.model),
+        questions,
+        samples=reading.folder / "pluralism.jsonl",
+        drawing=replace(drawing, temperature=reading.temperature, seed=reading.seed),
+        name=name,
+    )
+    return {f"pluralism_{figure}": found["models"][name][figure] for figure in FIGURES}
+
+
+def open_pluralism(settings: dict) -> tuple[list["Question"], "Drawing"]:
+    """What the population is asked, and how answers are drawn.
+
+    Raises:
+        ConfigError: there is no such setting, or no such file.
+        DataError: the file has a line that is no question.
+    """
+    from rlp.post.pluralism_population import read_population
+
+    population, drawing = _open_drawing("pluralism", {"top_p": 1.0} | settings, "population")
+    if population is None:
+        raise ConfigError(
+            "evaluation.others.pluralism: there is no population. Write the path of its file."
+        )
+    return read_population(Path(population)), drawing
 
 
 def read_language(reading: Reading) -> dict[str, float | None]:
@@ -376,5 +425,6 @@ CHECKS: dict[str, Callable[[dict], object]] = {
     "language": refuse_language,
     "benchmarks": refuse_benchmarks,
     "spectrum": open_spectrum,
+    "pluralism": open_pluralism,
 }
 """What refuses the settings of an evaluation before anything runs."""

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from rlp.cli import main
+from rlp.config import ConfigError
 from rlp.post import pluralism_measures as measures
 from rlp.post.diversity_drawing import Drawing
 from rlp.post.diversity_samples import Prompt, Sample
+from rlp.post.evaluations import CHECKS, Reading, read_pluralism
 from rlp.post.pluralism import measure, pluralism_of
 from rlp.post.pluralism_population import read_population
 
@@ -316,3 +318,23 @@ def test_answers_of_a_checkpoint_are_drawn_with_each_name_and_without(tmp_path, 
     assert found["models"]["m"]["answers"] == 4
     again = pluralism_of(str(model_folder), questions, samples=path, drawing=drawing, name="m")
     assert again == found and len(path.read_text().splitlines()) == 12
+
+    # As an evaluation of a pipeline: from the whole distribution too.
+    settings = {"population": str(tmp_path / "population.jsonl"), "open_samples": 2}
+    reading = Reading(
+        model=model_folder,
+        seed=0,
+        temperature=1.0,
+        start=str(model_folder),
+        is_last=True,
+        settings=settings,
+        folder=tmp_path,
+        ranks=None,
+    )
+    told = read_pluralism(reading)
+    drawn = [json.loads(line) for line in (tmp_path / "pluralism.jsonl").read_text().splitlines()]
+    assert len(drawn) == 3 * 2 and {line["top_p"] for line in drawn} == {1.0}
+    assert 0 <= told["pluralism_overton"] <= 1
+    for wrong, said in (({}, "there is no population"), (settings | {"topp": 1}, "key topp")):
+        with pytest.raises(ConfigError, match=said):
+            CHECKS["pluralism"](wrong)
