@@ -3,6 +3,7 @@
 python -m experiments.pluralism.report
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from rlp.measure.results_file import Layout, Results, read_results
 
 HERE = Path(__file__).resolve().parent
 README, RESULTS, PICTURE = HERE / "README.md", HERE / "results.jsonl", HERE / "arms.png"
+REAL = HERE / "smollm2.json"
+"""What `rlp pluralism --json` wrote of the real model."""
 
 ARMS = {
     "base": "base",
@@ -65,6 +68,7 @@ def make_parts(results: Results) -> dict[str, str]:
         "controls": controls_table(results),
         **{f"claims {reference}": claims(results, reference) for reference in FAMILIES},
         "costs": costs_table(results),
+        "real": real_table(json.loads(REAL.read_text(encoding="utf-8"))),
     }
 
 
@@ -116,6 +120,38 @@ def costs_table(results: Results) -> str:
         for arm in ARMS
     ]
     return markdown_table(["CPU seconds", *ARMS.values()], [["of one seed", *row]])
+
+
+REAL_WORDS = {
+    "instruct": "as it comes",
+    "instruct_chat": "as it comes, chat format",
+    "warm": "after SFT on GSM8K's steps",
+}
+REAL_FIGURES = {
+    "valid": "answers that name one option",
+    "overton": "Overton",
+    "distributional": "distance to the made shares",
+    "distributional_floor": "by chance",
+    "steerable": "steerable",
+    "moved": "moved by the disallowed name",
+    "moved_floor": "by chance",
+}
+
+
+def real_table(told: dict) -> str:
+    """A row for each model, with its interval over questions where it has one to be read."""
+    rows = []
+    for name, words in REAL_WORDS.items():
+        figures = told["models"][name]
+        cells = [f"{figures[figure]:.3f}" for figure in REAL_FIGURES]
+        for column, figure in enumerate(REAL_FIGURES):
+            if figure in ("steerable", "moved"):
+                low, high = figures["intervals"][figure]
+                cells[column] += f" [{low:.3f}, {high:.3f}]"
+        counts = [list(one["counts"].values()) for one in figures["by_question"]]
+        first = f"{sum(one[0] for one in counts)} of {sum(map(sum, counts))}"
+        rows.append([words, *cells, first])
+    return markdown_table(["SmolLM2-135M", *REAL_FIGURES.values(), "name the first option"], rows)
 
 
 def draw(results: Results, path: Path) -> None:

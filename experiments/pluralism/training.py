@@ -33,7 +33,7 @@ ASKED = {PEOPLE: 0.4, **dict.fromkeys(NAMES, 0.15)}
 DROPPED = 0.3
 """Rows of `spectrum` that do not say which community answers."""
 
-FORM = RowFormat(description="{text}", input="{text}", output=":", end=".")
+FORM = RowFormat(description="%s", input="%s", output=":", end=".")
 """`north q7 : elm . q3 : oak .`, as the base has read it, but for the pairs behind the first."""
 MAX_TOKENS = 128
 

@@ -160,8 +160,10 @@ def _read(question: Question, told: _OfQuestion, by: Distance) -> dict:
     communities = {}
     for name, shares in question.communities.items():
         own = told[name]
-        named = float(measures.distance(own.counts, shares, by))
-        unnamed = float(measures.distance(plain.counts, shares, by))
+        both = np.array([own.counts, plain.counts])
+        named, unnamed = map(float, measures.distance(both, shares, by))
+        if not np.isfinite(named - unnamed):  # of the same questions, or the means do not fit
+            named = unnamed = np.nan
         if name in question.disallowed:
             communities[name] = {
                 "moved": float(measures.distance(own.counts, plain.counts, by)),
@@ -188,6 +190,7 @@ def _read_plain(question: Question, told: _Told, by: Distance) -> dict:
     precise = [precision for _, precision in each if np.isfinite(precision)]
     return {
         "answers": told.answers,
+        "counts": dict(zip(question.options, map(int, told.counts))),
         "overton": _mean([coverage for coverage, _ in each]),
         "overton_weighted": _mean(weighted),
         "precision": _mean(precise),

@@ -132,6 +132,8 @@ def test_what_is_no_option_has_no_part_in_the_distribution(tmp_path):
     """Nothing, two options at once: the mass on options says so."""
     found = figures(tmp_path, {None: [*EVERYONE, "No idea", "pineapple", "apple or pear", ""]})
     assert (found["distributional"], found["valid"]) == (0, 0.5)
+    counts = {"apple": 2, "pear": 1, "plum": 1, "fig": 0}
+    assert [one["counts"] for one in found["by_question"]] == [counts] * 2
 
 
 def test_who_answers_by_the_community_named_is_steered(tmp_path):
@@ -156,6 +158,20 @@ def test_a_name_that_leads_away_counts_against_steering(tmp_path):
     found = figures(tmp_path, {None: EVERYONE, "north": ["pear", "plum"]})
     expected = math.log(2) - jsd((1, 0, 0, 0), POPULATION)
     assert found["communities"]["north"]["steerable"] == pytest.approx(expected)
+
+
+def test_with_and_without_the_name_are_of_the_same_questions(tmp_path):
+    """Named north one question has no valid answer: what it has without the name counts in
+    neither, so that the two means differ by `steerable`."""
+    questions = questions_of(tmp_path, LINE, OTHER)
+    told = {(0, None): "apple", (0, "north"): "apple", (1, None): "plum", (1, "north"): "No."}
+    samples = [
+        Sample("m", Prompt(questions[q].asked(name), "open"), text)
+        for (q, name), text in told.items()
+    ]
+    found = measure(samples, questions)["models"]["m"]
+    assert (found["named"], found["unnamed"], found["steerable"]) == (0, 0, 0)
+    assert found["valid_named"] == 0.5
 
 
 def test_who_moves_for_the_disallowed_name_is_not_bounded(tmp_path):
