@@ -6,6 +6,7 @@ from pathlib import Path
 from cells import COMPARED, FORMATS, STAGES, TEMPERATURES, Cell, focus
 from exact import LEAD, NUMBERS
 
+from rlp.measure.pages import fill_page, markdown_table
 from rlp.measure.results_file import Results
 from rlp.post.diversity_samples import read_samples
 
@@ -23,17 +24,25 @@ SHOWN = 6
 
 
 def write_report(results: Results, samples: Path, folder: Path) -> None:
-    """Print the tables, and draw the pictures into a folder."""
-    for told in (*tables(results), _answers(results, samples)):
-        print("\n".join(told), end="\n\n")
+    """Print the tables, fill them into the page of a folder that has one, and draw its pictures."""
+    made = tables(results)
+    for told in (*made.values(), "\n".join(_answers(results, samples))):
+        print(told, end="\n\n")
+    page = folder / "README.md"
+    if page.exists():
+        page.write_text(fill_page(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     _draw_numbers(results, folder / "numbers.png")
     _draw_variety(results, folder / "variety.png")
     _draw_stages(results, folder / "stages.png")
 
 
-def tables(results: Results) -> list[list[str]]:
-    """By temperature, by stage, and of numbers: the lines of each."""
-    return [_by_temperature(results), _by_stage(results), _by_number(results)]
+def tables(results: Results) -> dict[str, str]:
+    """By name, each as README.md has it."""
+    return {
+        "temperatures": _by_temperature(results),
+        "stages": _by_stage(results),
+        "numbers": _by_number(results),
+    }
 
 
 def line_of(results: Results, stage: str, form: str, temperature: float, panel: str) -> dict | None:
@@ -52,12 +61,21 @@ def _interval(line: dict | None, name: str) -> str:
     return f"{_number(line, name)} [{low}, {high}]"
 
 
-def _by_temperature(results: Results) -> list[str]:
-    told = [
-        "| format | T | open intra | its floor | Vendi of 4 | open empty | closed right |"
-        " closed intra | numbers valid | most frequent | entropy, nats |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def _by_temperature(results: Results) -> str:
+    titles = [
+        "format",
+        "T",
+        "open intra",
+        "its floor",
+        "Vendi of 4",
+        "open empty",
+        "closed right",
+        "closed intra",
+        "numbers valid",
+        "most frequent",
+        "entropy, nats",
     ]
+    told = []
     for form in FORMATS:
         for temperature in TEMPERATURES:
             open_, closed, numbers = (
@@ -72,8 +90,8 @@ def _by_temperature(results: Results) -> list[str]:
                 *(_number(closed, "valid"), _number(closed, "intra"), _number(numbers, "valid")),
                 *(_most_frequent(numbers), _number(numbers, "entropy")),
             ]
-            told.append(f"| {' | '.join(cells)} |")
-    return told
+            told.append(cells)
+    return markdown_table(titles, told)
 
 
 def _most_frequent(numbers: dict | None) -> str:
@@ -85,13 +103,21 @@ def _most_frequent(numbers: dict | None) -> str:
     return f"{which}: {numbers['top_share']:.2f}"
 
 
-def _by_stage(results: Results) -> list[str]:
-    told = [
-        "| format | stage | open intra | its floor | Vendi of 4 | words | closed right |"
-        " inter with the plain model | its floor | above the floor |"
-        " inter with the stage before, above its floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def _by_stage(results: Results) -> str:
+    titles = [
+        "format",
+        "stage",
+        "open intra",
+        "its floor",
+        "Vendi of 4",
+        "words",
+        "closed right",
+        "inter with the plain model",
+        "its floor",
+        "above the floor",
+        "inter with the stage before, above its floor",
     ]
+    told = []
     for form in FORMATS:
         for stage in STAGES:
             open_, closed, beside, before = (
@@ -108,21 +134,22 @@ def _by_stage(results: Results) -> list[str]:
                 *(_number(open_, "vendi"), _number(open_, "words", 1), _number(closed, "valid")),
                 *(_number(beside, "inter"), _number(beside, "floor"), above, above_before),
             ]
-            told.append(f"| {' | '.join(cells)} |")
-    return told
+            told.append(cells)
+    return markdown_table(titles, told)
 
 
-def _by_number(results: Results) -> list[str]:
-    told = ["| format | stage | T | a number at all | most probable | entropy, nats (even: 2.30) |"]
-    told.append("|---|---|---|---|---|---|")
+def _by_number(results: Results) -> str:
+    titles = ["format", "stage", "T", "a number at all", "most probable"]
+    titles += ["entropy, nats (even: 2.30)"]
+    told = []
     for line in results.where(panel="numbers_exact").lines:
         most = max(NUMBERS, key=lambda number: line["counts"][number - 1])
         cells = [
             *(line["arm"], STAGE_WORDS[line["stage"]], f"{line['temperature']:g}"),
             *(_number(line, "valid"), f"{most}: {line['top_share']:.2f}", _number(line, "entropy")),
         ]
-        told.append(f"| {' | '.join(cells)} |")
-    return told
+        told.append(cells)
+    return markdown_table(titles, told)
 
 
 def _answers(results: Results, samples: Path) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlp.config import ConfigError
 from rlp.data.errors import DataError
 from rlp.post import pluralism_measures as measures
 from rlp.post.diversity_drawing import Drawing, draw_answers
@@ -85,6 +86,7 @@ def measure(
 
     Raises:
         DataError: a sample answers what no question asks.
+        ConfigError: `views` gives something else than names.
     """
     of_model = _told(samples, questions, views)
     notes: list[str] = []
@@ -140,17 +142,25 @@ def _told(
             )
         q, name = place[sample.prompt.text]
         question, told = questions[q], found[sample.model][q][name]
-        held = (
-            measures.held_by_patterns(sample.text, question.options)
-            if views is None
-            else list(dict.fromkeys(views(question.prompt, sample.text)))
-        )
+        held = _held(question, sample.text, views)
         told.answers += 1
         told.held.append(tuple(held))
         told.words.append(len(words(sample.text)))
         if len(held) == 1 and held[0] in question.options:
             told.counts[list(question.options).index(held[0])] += 1
     return found
+
+
+def _held(question: Question, text: str, views: Views | None) -> list[str]:
+    if views is None:
+        return measures.held_by_patterns(text, question.options)
+    found = views(question.prompt, text)
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise ConfigError(
+            f"the function of views gave {found!r} for {text!r:.60}, expected the names of what it"
+            " holds, such as a list of texts."
+        )
+    return list(dict.fromkeys(found))
 
 
 def _read(question: Question, told: _OfQuestion, by: Distance) -> dict:

@@ -215,6 +215,13 @@ def test_views_can_be_told_by_a_function_of_ones_own(tmp_path):
     assert found["overton"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("wrong", ["apple", None])
+def test_a_function_of_views_that_gives_no_names_is_refused(tmp_path, wrong):
+    """The letters of one text would be views that nobody has."""
+    with pytest.raises(ConfigError, match="expected the names of what it holds"):
+        figures(tmp_path, {None: ["apple"]}, views=lambda prompt, text: wrong)
+
+
 def test_reasonable_views_can_be_named(tmp_path):
     """One that nobody holds weighs nothing, and counts as a view."""
     questions = questions_of(tmp_path, LINE | {"reasonable": ["apple", "fig"]})
