@@ -263,6 +263,9 @@ class RlvrStage(TrlStage):
     all of the completion."""
     pattern: str = r"\s*(\S+)"
     """What is there; its first group is compared. By default the first word."""
+    keep_rollouts: bool = False
+    """Whether work/rollouts.jsonl has every completion with its reward, as `rlp traces` reads them;
+    right is what has a reward above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,6 +102,7 @@ COMMAND_POINTS: dict[str, str] = {
     "stage.before_model": "Such a model is written and does not have its name yet.",
     "stage.torn_format": "Half of its thought_format.json is.",
     "stage.torn_steps": "Half of the log of its steps is on disk.",
+    "stage.torn_rollouts": "Half of the rollouts of a step of RLVR are.",
     "stage.torn_checkpoint": "A checkpoint is written, but for half of what makes it whole.",
     "generate.torn_documents": "`generate` of a pipeline: half of the documents are on disk.",
     "probe.torn_rows": "`rlp probe`: rows.parquet is written, and not on disk.",

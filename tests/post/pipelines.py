@@ -52,6 +52,7 @@ stages:
     learning_rate: 1e-3
     max_completion_tokens: 16
     checkpoint_every: 1
+    keep_rollouts: true
 arms:
   rlp: [rlp, sft, rlvr]
   rlp_and_sft: [rlp, sft]

@@ -1,6 +1,7 @@
 """A pipeline that is killed, and started again until it is done, leaves what one that was never
 interrupted leaves."""
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_folder import TaskFolder
 from rlp.post.pipeline_plan import Costs
 from rlp.post.pipeline_tasks import every_task
+from rlp.post.traces import read_traces
 from rlp.process.ranks import start_ranks
 from tests import REPOSITORY
 from tests.post.pipelines import LIMIT_S, Pipelines, differing
@@ -27,6 +29,7 @@ FAULTS = (
     ("stage.after_step:1:term", 75),  # step 3 of SFT, which no checkpoint is due at
     ("stage.after_step:2:kill", KILLED),  # SFT, behind a model that is kept
     ("stage.torn_checkpoint:4:kill", KILLED),  # RLVR
+    ("stage.torn_rollouts:1:kill", KILLED),  # RLVR, in the step that it goes on with
     ("pipeline.torn_manifest:1:kill", KILLED),  # RLVR is done, and nobody has been told
 )
 """Each strikes in a start of its own, which ends with this code."""
@@ -101,6 +104,17 @@ def test_a_ledger_counts_what_a_stage_has_done(undisturbed):
     assert (ledger.optimizer_steps, ledger.input_tokens) == (4, completions * 14)
     assert 0 < ledger.generated_tokens == ledger.rewarded_tokens <= completions * 16
     assert ledger.paper_flops == completions * (14 + 16)
+
+
+def test_the_rollouts_of_rlvr_are_traces(undisturbed):
+    """All 4 steps of 8 completions, in their order, with the reward that they were given."""
+    path = undisturbed / "seed_0" / "rlp+sft+rlvr" / "work" / "rollouts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in (1, 2, 3, 4) for _ in range(8)]
+    for row, trace in zip(rows, read_traces(path)):
+        assert (trace.prompt, trace.text) == (row["prompt"], row["completion"])
+        assert (trace.right, trace.cut) == (row["right"] > 0, row["truncated"])
+        assert row["right"] in (0.0, 1.0) and trace.prompt.endswith("<think>")
 
 
 def test_what_a_stage_kept_on_its_way_cost_its_part(undisturbed):

@@ -9,9 +9,11 @@ markers too; not those that end or pad it), their token ids, the tokenizer, and 
 rows as a list.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from rlp.post.pipeline_config import RlvrStage
 from rlp.post.stages.interface import Made, StageError, Work
 from rlp.post.stages.rows import read_rows, refuse_few
 from rlp.post.stages.trl_training import Account, train, trl_arguments
+from rlp.process.files import append, read_bytes
 from rlp.process.outside import open_part
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ def _trainer(work: Work, account: Account) -> "Trainer":
     rows = read_rows(settings)
     refuse_few(settings, len(rows))
     reward = open_reward(settings)
+    kept = Rollouts(work.folder / "rollouts.jsonl", account.resumed)
 
     class Counted(trl.GRPOTrainer):
         """Its steps are in the ledger."""
@@ -86,14 +90,19 @@ def _trainer(work: Work, account: Account) -> "Trainer":
         tokenizer = trainer.processing_class
         _count(account, tokenizer, prompts, completion_ids)
         columns = {name: value for name, value in fields.items() if name in rows[0]}
+        completions = [spelled(tokenizer, ids) for ids in completion_ids]
         given = reward(
             prompts=prompts,
-            completions=[spelled(tokenizer, ids) for ids in completion_ids],
+            completions=completions,
             completion_ids=completion_ids,
             tokenizer=tokenizer,
             **columns,
         )
-        return checked(given, len(prompts), settings.reward)
+        given = checked(given, len(prompts), settings.reward)
+        if settings.keep_rollouts:
+            is_cut = [tokenizer.eos_token_id not in ids for ids in completion_ids]
+            kept.add(trainer.state.global_step + 1, prompts, completions, given, is_cut)
+        return given
 
     trainer = Counted(
         model=work.model,
@@ -109,6 +118,39 @@ def _trainer(work: Work, account: Account) -> "Trainer":
         train_dataset=Dataset.from_list(rows),
     )
     return trainer
+
+
+class Rollouts:
+    """A file of what was sampled, step by step; a step that is made again stands there once."""
+
+    def __init__(self, path: Path, resumed: int) -> None:
+        """
+        Args:
+            resumed: the last step whose rollouts stand.
+        """
+        self.path, self._size = path, 0
+        content = read_bytes(path) if path.exists() else b""
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > resumed:
+                break
+            self._size += len(line)
+
+    def add(
+        self,
+        step: int,
+        prompts: list[str],
+        completions: list[str],
+        rewards: list[float],
+        is_cut: list[bool],
+    ) -> None:
+        """Lines that `rlp.post.traces.read_traces` reads."""
+        lines = [
+            {"step": step, "prompt": prompt, "completion": text, "right": right, "truncated": cut}
+            for prompt, text, right, cut in zip(prompts, completions, rewards, is_cut)
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        append(self.path, content, point="stage.torn_rollouts", size=self._size)
+        self._size += len(content)
 
 
 def spelled(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:

@@ -84,6 +84,8 @@ class Account:
         """
         settings: TrlStage = work.settings
         self._log = log
+        self.resumed = 0
+        """The step from which training goes on."""
         self.work, self.steps = work, settings.steps_named()
         config = _model_config(work.model)
         self.ledger = Ledger(model_shapes(config))
@@ -136,6 +138,7 @@ class Account:
                 continue
             self.ledger.load_state(_state(path))
             self._forget_models(behind=step)
+            self.resumed = step
             return path
         self._forget_models(behind=0)
         return None
