@@ -25,7 +25,7 @@ LAYOUT = Layout(
     ("arm", "seed", "panel", "temperature"),
     (*FIGURES, "optimizer_steps", "input_tokens", "flops", "seconds"),
 )
-"""panel: the model, tiny or smollm2. Costs are those of the last stage."""
+"""panel: the model, tiny, single or smollm2. Costs are those of the last stage."""
 
 WORDS = {
     "base": "base",
@@ -77,6 +77,8 @@ def make_parts(results: Results) -> dict[str, str]:
         "shots": shots_table(chosen(results, "tiny"), arms_of("tiny")),
         "claims": claims(chosen(results, "tiny")),
         "heat": heat_table(results),
+        "single": main_table(chosen(results, "single"), arms_of("single")),
+        "single_shots": shots_table(chosen(results, "single"), arms_of("single")),
         "smollm2": main_table(chosen(results, "smollm2"), arms_of("smollm2")),
         "smollm2_shots": shots_table(chosen(results, "smollm2"), arms_of("smollm2"), (0, 2, 8)),
     }
@@ -84,7 +86,7 @@ def make_parts(results: Results) -> dict[str, str]:
 
 def seeds_in_words(results: Results) -> str:
     told = []
-    for panel in ("tiny", "smollm2"):
+    for panel in ("tiny", "single", "smollm2"):
         seeds = whole_seeds(results, panel, arms_of(panel))
         told.append(f"{panel}: {len(seeds)} ({', '.join(map(str, seeds)) or 'none yet'})")
     return f"Seeds of which every arm is there: {'; '.join(told)}."

@@ -2,6 +2,7 @@
 time do as well?
 
     python -m experiments.spectrum.run --seeds 6                       # the tiny model
+    python -m experiments.spectrum.run --seeds 5 --single              # one that read no two pairs
     python -m experiments.spectrum.run --seeds 1 --model FOLDER        # SmolLM2-135M
     python -m experiments.spectrum.report                              # the tables of README.md
 
@@ -49,10 +50,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=6, metavar="N", help="seeds 0 to N - 1 (6)")
     parser.add_argument("--first", type=int, default=0, metavar="S", help="seed to begin with (0)")
     parser.add_argument("--model", type=Path, help="a folder of SmolLM2; the tiny model without")
+    parser.add_argument("--single", action="store_true", help="a tiny one that read single pairs")
     parser.add_argument("--out", type=Path, default=Path("runs/spectrum"), metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     asked = parser.parse_args()
-    panel = "tiny" if asked.model is None else "smollm2"
+    panel = "smollm2" if asked.model else "single" if asked.single else "tiny"
     for seed in range(asked.first, asked.first + asked.seeds):
         if read_results(asked.results, LAYOUT).has(arm="uniform", seed=seed, panel=panel):
             continue
@@ -69,7 +71,7 @@ def run_seed(out: Path, panel: str, seed: int, model: Path | None, results: Path
     write_all_rows(out / f"rows_{seed}", world, seed)
     base = out / f"base_{seed}" if model is None else model.resolve()
     if model is None and not (base / "tokenizer_config.json").exists():
-        make_base(base, seed)
+        make_base(base, seed, 1 if panel == "single" else world.pairs)
     text = yaml.safe_dump(tree(out, panel, seed, base), sort_keys=False).encode()
     path = out / f"pipeline_{seed}.yaml"
     write_atomically(path, text, point="pipeline.torn_config")

@@ -1,11 +1,12 @@
-"""The two models of the experiment, and the rows that they are tuned on.
+"""The models of the experiment, and the rows that they are tuned on.
 
-`tiny`: two layers that know words alone, which have read rows of all tasks. `smollm2`: SmolLM2-135M
-(`experiments/smollm2`), tuned on some families and asked for others.
+`tiny`: two layers that know words alone, which have read rows of all tasks. `single`: the same, but
+what it has read are rows of one pair. `smollm2`: SmolLM2-135M (`experiments/smollm2`), tuned on some
+families and asked for others.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from rlp.world.problems import CLOSE, OPEN
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One of the two."""
+    """One of them."""
 
     tuned: tuple[str, ...]
     """Families of the rows."""
@@ -62,6 +63,8 @@ WORLDS = {
     ),
 }
 
+WORLDS["single"] = replace(WORLDS["tiny"], steps=100)
+
 BASE_STEPS, BASE_BATCH, BASE_RATE, BASE_SEED = 600, 16, 3e-3, 1000
 """Of the tiny base; its rows are of the seed plus BASE_SEED."""
 
@@ -78,17 +81,22 @@ def vocabulary() -> list[str]:
     return list(words)
 
 
-def make_base(out: Path, seed: int, steps: int = BASE_STEPS) -> None:
-    """Train two layers on rows, every token of them, half of them told."""
+SINGLE_BATCH = 48
+"""Rows of one pair, of about as many tokens."""
+
+
+def make_base(out: Path, seed: int, pairs: int, steps: int = BASE_STEPS) -> None:
+    """Train two layers on rows of so many pairs, every token of them, half of them told."""
     words, world = make_tokenizer(vocabulary()), WORLDS["tiny"]
     writer = RowWriter(words, world.format)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(make_model_config(vocabulary()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_RATE, betas=(0.9, 0.95))
-    count = steps * BASE_BATCH
-    rows = make_rows(ALL, count, pairs=world.pairs, told=0.5, seed=seed + BASE_SEED)
+    batch_size = BASE_BATCH if pairs > 1 else SINGLE_BATCH
+    count = steps * batch_size
+    rows = make_rows(ALL, count, pairs=pairs, told=0.5, seed=seed + BASE_SEED)
     ids = [row_example(r, writer, dropped=False, max_tokens=256)["input_ids"] for r in rows]
-    order = torch.randperm(count).reshape(steps, BASE_BATCH)
+    order = torch.randperm(count).reshape(steps, batch_size)
     for step, chosen in enumerate(order.tolist()):
         for group in optimizer.param_groups:
             group["lr"] = BASE_RATE * min(1, (step + 1) / 50, (steps - step) / 200)
