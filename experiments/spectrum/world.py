@@ -1,8 +1,8 @@
 """The models of the experiment, and the rows that they are tuned on.
 
 `tiny`: two layers that know words alone, which have read rows of all tasks. `single`: the same, but
-what it has read are rows of one pair. `smollm2`: SmolLM2-135M (`experiments/smollm2`), tuned on some
-families and asked for others.
+what it has read are rows of one pair. `smollm2`: SmolLM2-135M (`experiments/smollm2`), tuned on
+some families and asked for others.
 """
 
 from collections.abc import Iterator
