@@ -29,13 +29,13 @@ LAYOUT = Layout(
 
 WORDS = {
     "base": "base",
-    "spectrum": "base, Spectrum",
-    "one_steps": "base, one draw, equal steps",
-    "one_draws": "base, one draw, equal draws",
+    "spectrum": "Spectrum of base",
+    "one_steps": "one draw of base (equal steps)",
+    "one_draws": "one draw of base (equal draws)",
     "mode": "mode-SFT",
-    "mode_spectrum": "mode-SFT, Spectrum",
-    "mode_one_steps": "mode-SFT, one draw, equal steps",
-    "mode_one_draws": "mode-SFT, one draw, equal draws",
+    "mode_spectrum": "Spectrum of mode-SFT",
+    "mode_one_steps": "one draw of mode-SFT (equal steps)",
+    "mode_one_draws": "one draw of mode-SFT (equal draws)",
 }
 
 ORACLES = {"bayes": "Bayes", "uniform": "uniform"}
