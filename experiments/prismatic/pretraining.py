@@ -30,7 +30,7 @@ BASE = str(files("rlp.world") / "headings_base")
 POOL, DOCUMENTS, LOPSIDED = 512, 64, 0.85
 STRAIGHT = 3
 """Turns that a lopsided journey has of the kind `straight`, at least."""
-STEPS, BATCH, THOUGHTS, RATE = 60, 8, 8, 1e-4
+STEPS, BATCH, THOUGHTS, RATE = 24, 8, 8, 1e-4
 
 
 def is_straight(question: int) -> bool:
