@@ -13,6 +13,9 @@ from layouts import (
     LOOP_ARMS,
     LOOP_LAYOUT,
     MEASURES,
+    PRETRAINING,
+    PRETRAINING_ARMS,
+    PRETRAINING_LAYOUT,
     RESULTS,
     SET_LAYOUT,
     SUBSETS,
@@ -77,7 +80,7 @@ def interval(values: dict[int, float]) -> str:
 
 
 def less(difference: Difference) -> str:
-    """G-Vendi minus a measure: mean, interval, in how many seeds it is above, p unadjusted."""
+    """The reference minus the other: mean, interval, seeds in which it is above, p unadjusted."""
     above = sum(value > 0 for value in difference.differences)
     return (
         f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f});"
@@ -199,6 +202,35 @@ def subsets_table(results: Results) -> str:
     return markdown_table(titles, rows)
 
 
+def pretraining_table(results: Results) -> str:
+    """A line for each arm of D: means over seeds, and the selected ones against it."""
+    seeds = complete(results, PRETRAINING_ARMS)
+    by_arm = {
+        arm: {s: v for s, v in results.by_seed(arm, "accuracy").items() if s in seeds}
+        for arm in PRETRAINING_ARMS
+    }
+    ours = by_arm["selected"]
+    apart = {
+        one.arm: one
+        for one in compare(
+            ours, {arm: by_arm[arm] for arm in PRETRAINING_ARMS if arm != "selected"}
+        )
+    }
+    rows = []
+    for arm in PRETRAINING_ARMS:
+        lines = [line for line in results.where(arm=arm).lines if line["seed"] in seeds]
+        means = {
+            name: np.mean([line[name] for line in lines]) for name in PRETRAINING_LAYOUT.figures
+        }
+        rows.append(
+            [arm, f"{means['distinct']:.0f}", f"{means['straight']:.2f}"]
+            + [f"{means['flops']:.3g}", f"{means['before']:.3f}", f"{means['accuracy']:.3f}"]
+            + [less(apart[arm]) if arm in apart else ""]
+        )
+    titles = ["documents", "different", "straight", "FLOPs", "accuracy before", "after"]
+    return markdown_table([*titles, "selected minus it; seeds above"], rows)
+
+
 def draw(results: Results) -> None:
     """Each set of A: what three measures say, and the accuracy of its student."""
     import matplotlib
@@ -243,6 +275,7 @@ def parts() -> dict[str, str]:
         "claims": loop_claims(loop),
         "gsm8k": gsm8k_table(gsm8k),
         "subsets": subsets_table(gsm8k),
+        "pretraining": pretraining_table(read_results(PRETRAINING, PRETRAINING_LAYOUT)),
     }
 
 

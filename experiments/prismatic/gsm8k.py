@@ -22,10 +22,11 @@ from rlp.post.diversity_measures import tfidf, vendi
 from rlp.post.selection import g_vendi, gradient_features, sparse_clusters, unit_rows
 from rlp.post.selection_documents import document_of
 
-POOL, SUBSET, HELD_OUT, MOST_TOKENS = 160, 56, 128, 160
+POOL, SUBSET, HELD_OUT, MOST_TOKENS = 96, 32, 64, 128
+CLUSTERS = 12
 WORDS = 1500
 """Most frequent tokens of the train problems; a student knows no others."""
-STEPS, BATCH, RATE = 100, 8, 2e-3
+STEPS, BATCH, RATE = 60, 8, 2e-3
 
 
 def problems(path: Path, tokenizer, key: str, count: int) -> list[dict]:
@@ -78,7 +79,7 @@ def subset(name: str, pool: list[dict], features: np.ndarray, seed: int) -> list
         rows = tfidf(texts).toarray() if name == "words_near" else features
         near = np.argsort(-(rows @ rows[rng.choice(everyone)]), kind="stable")
         return near[:SUBSET].tolist()
-    found = sparse_clusters(features, 24, keep=1, seed=seed)
+    found = sparse_clusters(features, CLUSTERS, keep=1, seed=seed)
     if name == "gradients_sparse":
         return np.flatnonzero(found.first(SUBSET)).tolist()
     order = np.lexsort((-found.similarity, -found.size[found.label]))

@@ -52,10 +52,10 @@ those that were kept after the vote."""
 GSM8K = HERE / "gsm8k.jsonl"
 SUBSETS = (
     "random",
-    "repeated_5",
-    "repeated_10",
-    "repeated_20",
-    "repeated_40",
+    "repeated_2",
+    "repeated_4",
+    "repeated_8",
+    "repeated_16",
     "short",
     "long",
     "words_near",
