@@ -36,11 +36,13 @@ def problems(path: Path, tokenizer, key: str, count: int) -> list[dict]:
     random.Random(key).shuffle(rows)
     found = []
     for row in rows:
+        whole = row["prompt"] + row["answer"]
+        if len(tokenizer(whole)["input_ids"]) > MOST_TOKENS:
+            continue
         document = document_of(
-            row["prompt"], row["answer"], tokenizer, most_tokens=MOST_TOKENS + 1, vocabulary=2**20
+            row["prompt"], row["answer"], tokenizer, most_tokens=MOST_TOKENS, vocabulary=2**20
         )
-        if len(document.tokens) <= MOST_TOKENS:
-            found.append(row | {"document": document})
+        found.append(row | {"document": document})
         if len(found) == count:
             break
     return found
