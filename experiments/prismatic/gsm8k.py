@@ -12,15 +12,16 @@ import random
 import time
 from pathlib import Path
 
+from rlp.measure.results_file import add_result, read_results  # rlp before torch
+from rlp.post.diversity_measures import tfidf, vendi
+from rlp.post.selection import g_vendi, gradient_features, sparse_clusters, unit_rows
+from rlp.post.selection_documents import document_of
+
+# isort: split
 import numpy as np
 import torch
 from layouts import GSM8K, GSM8K_LAYOUT, SUBSETS
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
-
-from rlp.measure.results_file import add_result, read_results
-from rlp.post.diversity_measures import tfidf, vendi
-from rlp.post.selection import g_vendi, gradient_features, sparse_clusters, unit_rows
-from rlp.post.selection_documents import document_of
 
 POOL, SUBSET, HELD_OUT, MOST_TOKENS = 96, 32, 64, 128
 CLUSTERS = 12

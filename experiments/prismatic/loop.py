@@ -13,9 +13,9 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from layouts import LOOP, LOOP_ARMS, LOOP_LAYOUT
 from training import (
     accuracy,
@@ -31,6 +31,9 @@ from world import ALL_FILLERS, ID, SKILLS, SYMBOLS, Problem, World
 from rlp.measure.results_file import add_result, read_results
 from rlp.post.selection import g_vendi, unit_rows
 from rlp.post.selection_loop import Example, LoopRule, Round, grow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROXY = 1000
 """Added to the seed, as in run.py."""
@@ -103,7 +106,7 @@ def word_features(problems: list[Problem]) -> np.ndarray:
     return unit_rows(rows)
 
 
-def features_of(arm: str, stand: Stand, proxy: torch.nn.Module):
+def features_of(arm: str, stand: Stand, proxy: "PreTrainedModel"):
     """What an arm keeps by; None: at random."""
     if arm in ("random", "all"):
         return None
