@@ -79,11 +79,12 @@ def interval(values: dict[int, float]) -> str:
     return f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})"
 
 
-def less(difference: Difference) -> str:
+def less(difference: Difference, digits: int = 2) -> str:
     """The reference minus the other: mean, interval, seeds in which it is above, p unadjusted."""
     above = sum(value > 0 for value in difference.differences)
     return (
-        f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f});"
+        f"{difference.mean:+.{digits}f} ({difference.low:+.{digits}f} to"
+        f" {difference.high:+.{digits}f});"
         f" {above} of {len(difference.seeds)}; p {difference.p:.3f}"
     )
 
@@ -225,7 +226,7 @@ def pretraining_table(results: Results) -> str:
         rows.append(
             [arm, f"{means['distinct']:.0f}", f"{means['straight']:.2f}"]
             + [f"{means['flops']:.3g}", f"{means['before']:.3f}", f"{means['accuracy']:.3f}"]
-            + [less(apart[arm]) if arm in apart else ""]
+            + [less(apart[arm], 3) if arm in apart else ""]
         )
     titles = ["documents", "different", "straight", "FLOPs", "accuracy before", "after"]
     return markdown_table([*titles, "selected minus it; seeds above"], rows)

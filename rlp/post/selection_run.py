@@ -6,7 +6,7 @@ that hold none of it.
     2  gradients of what is left are projected and added to a file, a chunk at a time
     3  that file is measured and clustered; each row is written with what became of it
 
-Memory grows by some 40 bytes a row. What is larger is in the folder `OUT.selecting`, mapped from
+Memory grows by some 60 bytes a row. What is larger is in the folder `OUT.selecting`, mapped from
 disk, so that the system takes the pages back when it needs them; a selection that was stopped goes
 on from there: it begins the first pass anew, and adds to the gradients. At the end it is gone.
 
