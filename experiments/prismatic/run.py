@@ -1,7 +1,7 @@
 """Score every set under a proxy, train a student on it, and add a line to results.jsonl; goes on
 where it was stopped.
 
-    python experiments/prismatic/run.py --seeds 6
+    python experiments/prismatic/run.py --seeds 8
 """
 
 import argparse
@@ -23,7 +23,7 @@ untrained one a third."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--first", type=int, default=0, help="seed to begin with")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked_for = parser.parse_args()
