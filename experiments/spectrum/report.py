@@ -75,9 +75,10 @@ def make_parts(results: Results) -> dict[str, str]:
         "seeds": seeds_in_words(results),
         "tiny": main_table(chosen(results, "tiny"), arms_of("tiny")),
         "shots": shots_table(chosen(results, "tiny"), arms_of("tiny")),
-        "claims": claims(chosen(results, "tiny")),
+        "claims": claims(chosen(results, "tiny"), CLAIMS),
         "heat": heat_table(results),
         "single": main_table(chosen(results, "single"), arms_of("single")),
+        "single_claims": claims(chosen(results, "single"), CLAIMS[1:]),
         "single_shots": shots_table(chosen(results, "single"), arms_of("single")),
         "smollm2": main_table(chosen(results, "smollm2"), arms_of("smollm2")),
         "smollm2_shots": shots_table(chosen(results, "smollm2"), arms_of("smollm2"), (0, 2, 8)),
@@ -143,13 +144,13 @@ def heat_table(results: Results) -> str:
     return markdown_table(titles, rows)
 
 
-def claims(results: Results) -> str:
+def claims(results: Results, families: tuple = CLAIMS) -> str:
     """The sentences that the exact test allows, and how large each difference is."""
     if not results.lines:
         return "No seed has run to its end yet, so nothing is claimed."
     said = []
     for name, words in CLAIMED.items():
-        for reference, family in CLAIMS:
+        for reference, family in families:
             arms = {arm: WORDS[arm] for arm in (reference, *family)}
             said.append(f"- {words}: {results.claim(reference, arms, name)}")
             for one in results.compare(reference, family, name):
