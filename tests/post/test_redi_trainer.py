@@ -16,7 +16,7 @@ from rlp.data.errors import DataError
 from rlp.post.pipeline_config import RediStage
 from rlp.post.redi import CollapseError
 from rlp.post.redi_trainer import RediTrainer
-from rlp.post.stages.interface import StageError, Work
+from rlp.post.stages.interface import StageError, StageStopped, Work
 from rlp.post.stages.redi import contrast
 from rlp.post.stages.rows import read_rows
 from rlp.post.stages.trl_training import QUIET
@@ -193,11 +193,16 @@ def test_a_stage_that_is_interrupted_ends_as_one_that_is_not(model, tmp_path, mo
     expected = made_by(work_of(model, one, keep_steps=[1]))
     assert expected[0] == [1, 4] and len(expected[2].splitlines()) == 4
 
-    for fault in ("stage.after_step:3:raise", "stage.torn_steps:1:raise"):
+    for fault, error in (
+        ("stage.after_step:1:term", StageStopped),
+        ("stage.after_step:2:raise", InjectedFault),
+        ("stage.torn_steps:1:raise", InjectedFault),
+    ):
         forget_passages()
         monkeypatch.setenv(VARIABLE, fault)
-        with pytest.raises(InjectedFault):
+        with pytest.raises(error):
             contrast(work_of(model, other, keep_steps=[1]))
+        assert not (other / "work" / "steps.jsonl").exists()
     monkeypatch.delenv(VARIABLE)
     assert made_by(work_of(model, other, keep_steps=[1])) == expected
 

@@ -138,6 +138,8 @@ def _keep_log(work: Work) -> object:
 
     class Keep(TrainerCallback):
         def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
+            if state.global_step < state.max_steps:
+                return  # asked to stop: the rest follows
             told = [_finite(line) for line in state.log_history if "loss" in line]
             lines = "".join(
                 json.dumps(line, allow_nan=False, sort_keys=True) + "\n" for line in told
