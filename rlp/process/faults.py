@@ -123,6 +123,7 @@ COMMAND_POINTS: dict[str, str] = {
     "traces.before_rename": "The folder is written and does not have its name yet.",
     "spectrum.torn_rows": "`rlp spectrum rows`: its rows are written, and not on disk.",
     "spectrum.torn_json": "`rlp spectrum score`: half of its figures are on disk.",
+    "pluralism.torn_json": "`rlp pluralism`: half of its figures are on disk.",
     "select.torn_identity": "`rlp select`: half of what its gradients depend on is on disk.",
     "select.before_folder": "The folder that it works in does not have its name yet.",
     "select.torn_samples": "Checksums that stand for its rows are written, and not on disk.",
