@@ -21,6 +21,7 @@ from world import (
 from rlp import Trainer
 from rlp.config import load_config
 from rlp.post.language import language_reward
+from rlp.post.stages.trl_training import QUIET
 from rlp.process.exit_codes import DONE
 from rlp.process.ranks import Ranks
 from rlp.world.folder import make_model_config, make_tokenizer
@@ -33,16 +34,7 @@ RLVR_STEPS, RLVR_PROMPTS, RLVR_GENERATIONS, RLVR_RATE = 60, 8, 8, 3e-4
 SFT_STEPS, SFT_BATCH, SFT_RATE = 60, 16, 3e-4
 RLP_STEPS, RLP_DOCUMENTS, RLP_THOUGHTS, RLP_RATE = 60, 8, 8, 3e-4
 
-_QUIET = {
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "logging_steps": 1000,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "lr_scheduler_type": "constant",
-}
+_QUIET = {**QUIET, "use_cpu": True, "save_strategy": "no"}
 
 
 def make_base(out: Path, seed: int) -> None:

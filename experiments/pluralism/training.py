@@ -16,6 +16,7 @@ from experiments.pluralism.world import (
     prompt_of,
 )
 from rlp.post.spectrum_rows import NO_LOSS, Row, RowFormat, RowWriter, row_example
+from rlp.post.stages.trl_training import QUIET
 from rlp.world.folder import make_model_config, make_tokenizer
 
 BASE_STEPS, BASE_BATCH, BASE_RATE = 500, 128, 3e-3
@@ -45,16 +46,7 @@ SFT_ARMS = {
 }
 """Pairs of a row, and rows of a step."""
 
-_QUIET = {
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "logging_steps": 1000,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "lr_scheduler_type": "constant",
-}
+_QUIET = {**QUIET, "use_cpu": True, "save_strategy": "no"}
 
 
 def make_base(world: World, out: Path) -> None:

@@ -48,7 +48,7 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, DataError: something that is named is not there or can not be used.
     """
-    checkpoint, chosen_device, console = model_of(checkpoint), _device(device), _wide_console()
+    checkpoint, chosen_device, console = model_of(checkpoint), device_of(device), _wide_console()
     tasks = load_tasks(benchmarks)
     model = open_asked_model(checkpoint, device=chosen_device, dtype=dtype)
     for note in model.marker_notes():
@@ -196,13 +196,23 @@ def model_of(name: str) -> str:
     return str(export)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What `--device` names; of `auto` the GPU where there is one.
+
+    Raises:
+        ConfigError: torch knows no such device, or there is none here.
+    """
     has_gpu = torch.cuda.is_available()
     if name not in ("auto", "cpu") and not has_gpu:
         raise ConfigError(f"--device {name}: torch sees no GPU here. Write --device cpu.")
     if name == "auto":
         name = "cuda" if has_gpu else "cpu"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--device {name}: torch knows no such device. Write auto, cpu or cuda."
+        ) from error
 
 
 def _percent(mean: float, error: float | None) -> str:

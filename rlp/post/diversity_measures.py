@@ -26,6 +26,7 @@ import numpy as np
 from scipy import sparse
 
 from rlp.config import ConfigError
+from rlp.post.distributions import effective_number
 
 Embedding = Callable[[list[str]], np.ndarray]
 """Texts -> [n, D], one row each, of any length but 0."""
@@ -204,9 +205,7 @@ def vendi(rows: sparse.csr_array) -> float:
     """
     count = rows.shape[0]
     gram = rows @ rows.T if count <= rows.shape[1] else rows.T @ rows
-    value = np.linalg.eigvalsh(gram.toarray() / count)
-    value = value[value > 0]
-    return float(np.exp(-(value * np.log(value)).sum()))
+    return effective_number(gram.toarray() / count)
 
 
 def duplicates(texts: list[str]) -> float:

@@ -179,13 +179,9 @@ def drawing_of(arguments: argparse.Namespace, **counts: int) -> "Drawing":
     Args:
         counts: `open_samples` and `closed_samples`, or one of them.
     """
-    import torch
-
+    from rlp.compare.evaluate import device_of
     from rlp.post.diversity_drawing import FRAME, Drawing
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Drawing(
         **counts,
         temperature=arguments.temperature,
@@ -198,5 +194,5 @@ def drawing_of(arguments: argparse.Namespace, **counts: int) -> "Drawing":
         thought_tokens=arguments.thought_budget,
         rows=arguments.batch_size,
         dtype=arguments.dtype,
-        device=device,
+        device=str(device_of(arguments.device)),
     )

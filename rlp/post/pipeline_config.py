@@ -185,20 +185,27 @@ class TrlStage(StageConfig):
 
 
 @dataclass
-class SftStage(TrlStage):
-    """`sft`: supervised fine-tuning by TRL, on rows {"text"} or {"prompt", "completion"}."""
+class RowsStage(TrlStage):
+    """What those of them have in common that sample nothing, but read whole rows."""
 
     max_tokens: int = 1024
-    """A row is cut behind so many."""
+    """Of a row, or of a prompt with its trace: it is cut behind so many."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "must be at least 2")
 
 
 @dataclass
-class SpectrumStage(TrlStage):
-    """`spectrum`: Spectrum tuning (arXiv 2510.06084), on rows {"description", "pairs"}; no row is
-    read twice."""
+class SftStage(RowsStage):
+    """`sft`: supervised fine-tuning by TRL, on rows {"text"} or {"prompt", "completion"}."""
 
-    max_tokens: int = 1024
-    """Of a row at most; of pairs that do not fit, whole ones are left out."""
+
+@dataclass
+class SpectrumStage(RowsStage):
+    """`spectrum`: Spectrum tuning (arXiv 2510.06084), on rows {"description", "pairs"}; no row is
+    read twice, and of pairs that do not fit into `max_tokens`, whole ones are left out."""
+
     drop: float = 0.2
     """The probability that a row is without its description, and without a loss on its first
     output. With 0 and rows of one pair it is SFT on one draw at a time."""
@@ -207,12 +214,11 @@ class SpectrumStage(TrlStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
         require(0 <= self.drop < 1, "drop", self.drop, "must be from 0 on, below 1")
 
 
 @dataclass
-class RediStage(TrlStage):
+class RediStage(RowsStage):
     """`redi`: training on pairs, rows {"prompt", "chosen", "rejected"} of a right and a wrong
     trace."""
 
@@ -228,8 +234,6 @@ class RediStage(TrlStage):
     """Of `dpo` and `simpo`; SimPO's paper has 2."""
     margin: float = 0.5
     """Of `simpo`: gamma / beta, in nats a token."""
-    max_tokens: int = 1024
-    """A prompt with its trace is cut behind so many."""
     drop: float = 0.1
     """Nats a token that the right traces may lose in `redi` before it is a collapse."""
     stop_on_collapse: bool = True
@@ -243,7 +247,6 @@ class RediStage(TrlStage):
         for name in ("beta", "drop"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         require(self.margin >= 0, "margin", self.margin, "must be at least 0")
-        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "must be at least 2")
 
 
 @dataclass

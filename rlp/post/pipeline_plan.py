@@ -24,9 +24,7 @@ from rlp.post.pipeline_config import (
     MixedSftStage,
     Pipeline,
     PretrainingStage,
-    RediStage,
-    SftStage,
-    SpectrumStage,
+    RowsStage,
     TrlStage,
     fill,
     places,
@@ -152,7 +150,7 @@ class Costs:
 
     def _row_tokens(self, settings: TrlStage) -> int | None:
         """Tokens of the longest row, or prompt; None where the rows are not there yet."""
-        if isinstance(settings, SftStage | SpectrumStage | RediStage):
+        if isinstance(settings, RowsStage):
             return settings.max_tokens
         try:
             rows = read_rows(settings)

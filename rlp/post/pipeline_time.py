@@ -17,8 +17,7 @@ from rlp.post.pipeline_config import (
     GenerateStage,
     RediStage,
     RlvrStage,
-    SftStage,
-    SpectrumStage,
+    RowsStage,
     TrlStage,
 )
 from rlp.post.stages.generation import ROWS, parts
@@ -68,7 +67,7 @@ def work_of(
             prompt.
         prompts: of `generate`, how many there are.
     """
-    if isinstance(settings, SftStage | SpectrumStage | RediStage):
+    if isinstance(settings, RowsStage):
         rows, passes = settings.steps * settings.batch_size, 3
         if isinstance(settings, RediStage):
             rows *= 2

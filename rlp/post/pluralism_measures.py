@@ -1,16 +1,14 @@
 """How far answers are from what a population holds: pure functions of shares and of texts.
 
-    JSD(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2,  nats, at most ln 2
-
     Overton    share of the reasonable views that one answer holds; precision is the share of what
                the answer holds that is a reasonable view
     steerable  D(answers with the community's name, its shares) - D(answers without, its shares)
     moved      D(answers with the name, answers without)
 
-D is JSD, or its square root, which is a distance. Neither needs every option to have mass, so an
-option that nobody holds, or nobody answers, is no special case. A distribution of n draws is never
-quite that of which they were drawn: `floor_of` and `floor_between` say how far apart chance alone
-puts them.
+D is the Jensen-Shannon divergence in nats (`rlp.post.distributions`), or its square root, which is
+a distance. Neither needs every option to have mass, so an option that nobody holds, or nobody
+answers, is no special case. A distribution of n draws is never quite that of which they were drawn:
+`floor_of` and `floor_between` say how far apart chance alone puts them.
 
 Dimensions
     O  options of a question;  n  answers to it
@@ -23,6 +21,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from rlp.post.distributions import divergence
 from rlp.post.diversity_measures import same_text
 
 Distance = Literal["jensen_shannon_divergence_nats", "jensen_shannon_distance"]
@@ -40,16 +39,12 @@ def distance(p: np.ndarray, q: np.ndarray, by: Distance = DISTANCES[0]) -> np.nd
         p, q: [..., O], at least 0; each is divided by its sum.
         by: which of the two.
     """
-    from scipy.spatial.distance import jensenshannon
-
     p, q = np.broadcast_arrays(np.asarray(p, np.float64), np.asarray(q, np.float64))
     some = (p.sum(axis=-1) > 0) & (q.sum(axis=-1) > 0)
     even = np.full(p.shape[-1], 1 / p.shape[-1])  # stands for what is not measured
     p, q = (np.where(some[..., None], one, even) for one in (p, q))
-    found = np.asarray(jensenshannon(p, q, axis=-1))
-    # Rounding of equal distributions: a root of -1e-17.
-    found = np.nan_to_num(found, nan=0.0)
-    return np.where(some, found if by == "jensen_shannon_distance" else found**2, np.nan)
+    found = divergence(*(one / one.sum(axis=-1, keepdims=True) for one in (p, q)))
+    return np.where(some, np.sqrt(found) if by == "jensen_shannon_distance" else found, np.nan)
 
 
 def floor_of(shares: np.ndarray, draws: int, by: Distance = DISTANCES[0]) -> float:

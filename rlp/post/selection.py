@@ -25,6 +25,7 @@ import numpy as np
 
 from rlp.config import ConfigError
 from rlp.data.documents import Document
+from rlp.post.distributions import effective_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,9 +158,7 @@ def g_vendi(features: np.ndarray, among: np.ndarray | None = None) -> float:
         for rows in _pieces(features, among):
             rows = rows.astype(np.float64)
             gram += rows.T @ rows
-    values = np.linalg.eigvalsh(gram / count)
-    values = values[values > 0]
-    return float(np.exp(-(values * np.log(values)).sum()))
+    return effective_number(gram / count)
 
 
 def _pieces(features: np.ndarray, among: np.ndarray | None = None) -> Iterator[np.ndarray]:

@@ -90,9 +90,7 @@ def _add_scoring(select: argparse.ArgumentParser) -> None:
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from rlp.compare.evaluate import model_of
+    from rlp.compare.evaluate import device_of, model_of
     from rlp.config import ConfigError
     from rlp.post.selection import keep_share
     from rlp.post.selection_documents import Templates
@@ -102,9 +100,6 @@ def _select(arguments: argparse.Namespace) -> int:
         count = getattr(arguments, option)
         if count is not None and count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}.")
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     scoring = Scoring(
         corpus=arguments.corpus,
         proxy=model_of(arguments.proxy),
@@ -115,7 +110,7 @@ def _select(arguments: argparse.Namespace) -> int:
         tokens_per_batch=arguments.tokens_per_batch,
         same_share=arguments.same,
         benchmarks=tuple(arguments.decontaminate),
-        device=device,
+        device=str(device_of(arguments.device)),
         dtype=arguments.dtype,
     )
     choosing = Choosing(

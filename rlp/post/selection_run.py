@@ -111,6 +111,18 @@ class Choosing:
     under: str | None = None
     """Field of a row that gets what is said of it; None: the row itself."""
 
+    def __post_init__(self) -> None:
+        paths = {"--out": self.out, "--json": self.json, "--kept": self.kept}
+        named: dict[Path, str] = {}
+        for option, path in paths.items():
+            if path is None:
+                continue
+            if (first := named.setdefault(path.absolute(), option)) != option:
+                raise ConfigError(
+                    f"{first} and {option} both name {path}, and one would write over the other."
+                    " Write two names."
+                )
+
 
 class Corpus:
     """Rows, and why some of them are out."""

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from rlp.compare.asked_model import open_asked_model
-from rlp.config import ConfigError
+from rlp.compare.evaluate import device_of
 from rlp.post.spectrum_measures import DRAWS
 from rlp.post.spectrum_rows import RowFormat
 from rlp.post.spectrum_scoring import Asked, bayes, score_model, score_oracle, uniform
@@ -38,7 +37,7 @@ def tell_scores(
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.width = max(console.width, TABLE_COLUMNS)
-    model = open_asked_model(checkpoint, device=_device(device), dtype="float32")
+    model = open_asked_model(checkpoint, device=device_of(device), dtype="float32")
     found = score_model(model, asked, row_format, temperatures)
     told = {f"T {temperature:g}": figures for temperature, figures in found.items()}
     oracles = {name: score_oracle(scorer, asked) for name, scorer in ORACLES.items()}
@@ -98,11 +97,3 @@ def _hidden_table(told: dict[str, dict], asked: Asked) -> Table:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"--device must be auto, cpu or a cuda that is there, got {name!r}.")
-    return torch.device(name)

@@ -4,7 +4,7 @@ All of a model's log-probabilities [O] of the options, each with its end, which 
 what is missing went to outputs that are no option.
 
     mass   = sum_o p(o)
-    JSD    = H((p / mass + q) / 2) - (H(p / mass) + H(q)) / 2      divergence, nats, at most ln 2
+    JSD    of p / mass and the right one (`rlp.post.distributions.divergence`)
     yield  = E[different valid options among n draws] = sum_o 1 - (1 - p(o))^n
     excess = sum_o q(o) (ln q(o) - ln p(o))     nats over the truth's own; missing mass costs too
 
@@ -48,26 +48,6 @@ def renormalized(logprobs: np.ndarray) -> np.ndarray:
             " nothing can be renormalized. Look at the format and at the options."
         )
     return softmax(logprobs)
-
-
-def divergence(one: np.ndarray, other: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two distributions [O], nats: 0 where they are equal, ln 2 where
-    no option has a share in both.
-
-    Raises:
-        ValueError: one is no distribution.
-    """
-    from scipy.special import rel_entr
-
-    one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-    for given in (one, other):
-        if given.shape != one.shape or (given < 0).any() or not np.isclose(given.sum(), 1):
-            raise ValueError(
-                f"divergence expects two distributions of as many options, got {given}"
-            )
-    middle = (one + other) / 2
-    found = (rel_entr(one, middle).sum() + rel_entr(other, middle).sum()) / 2
-    return max(0.0, float(found))
 
 
 def excess_nats(truth: np.ndarray, logprobs: np.ndarray) -> float:

@@ -23,13 +23,8 @@ import torch
 from rlp.compare.asked_model import AskedModel
 from rlp.config import ConfigError
 from rlp.model.policy import Policy
-from rlp.post.spectrum_measures import (
-    divergence,
-    excess_nats,
-    expected_yield,
-    mass_of,
-    renormalized,
-)
+from rlp.post.distributions import divergence
+from rlp.post.spectrum_measures import excess_nats, expected_yield, mass_of, renormalized
 from rlp.post.spectrum_rows import RowFormat, RowWriter
 from rlp.post.spectrum_tasks import FAMILIES, Task, draw_tasks, require_families
 

@@ -92,6 +92,7 @@ def test_a_match_with_a_stage_that_no_arm_has_there_is_refused(tmp_path):
         (("kind: sft", "kind: stf"), "stages.sft.kind must be one of cpt, rlp, mixed_sft, sft"),
         (("learning_rate: 1e-3}", "learning_rat: 1e-3}"), "unknown key learning_rat. Did you mean"),
         (("keep_steps: [2]", "keep_steps: [8]"), "keep_steps ends at 4 steps, got [8]"),
+        (("kind: sft,", "kind: sft, max_tokens: 0,"), "max_tokens must be at least 2, got 0"),
         (("keep_steps: [2]", "hand_on: 3"), "hand_on must be one of keep_steps, [4], got 3"),
         (("config: unused.yaml", "ranks: 2"), "config or match has to be there, and not both"),
         (("{stage: rlp}", "{stage: rlp, by: watts}"), "match.by must be one of tokens, flops"),

@@ -244,6 +244,7 @@ def test_every_loss_of_the_stage_sees_both_traces_of_a_pair(model, tmp_path):
     [
         ({"rejected": "w3 w4 </think> w5"}, "jsonl:2: .* are equal, as in 1 of 2 rows"),
         ({"chosen": ""}, "chosen is"),
+        ({"chosen": 7}, "chosen is 7"),
         ({"first_wrong": "w6"}, "in every row or in none, got 'w6'"),
     ],
 )

@@ -230,6 +230,7 @@ def test_all_equal_documents_leave_one(tmp_path, model_folder, capsys):
         ([{"text": "w1 w2"}], ["--most", "0"], "--most must be at least 1"),
         ([{"text": "w1 w2"}], ["--dimensions", "0"], "--dimensions must be at least 1"),
         ([{"text": "w1 w2"}], ["--prompt", "{text}"], "--prompt needs --completion"),
+        ([{"text": "w1 w2"}], ["--device", "tpu3"], "--device tpu3: torch"),
         ([{"text": "w1"}] * 2, [], "has a gradient under"),
         ([{"text": ""}] * 2, [], "is left: empty text 2"),
         ([{"text": f"w{i} w2", "score": 1} for i in range(6)], [], "field 'score' of their own"),
@@ -242,6 +243,13 @@ def test_what_can_not_be_is_one_message(tmp_path, model_folder, capsys, rows, op
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_two_files_of_one_name_are_refused(tmp_path, model_folder, capsys):
+    corpus, out = write_rows(tmp_path / "corpus.jsonl", [{"text": "w1 w2"}]), tmp_path / "out"
+    assert main(command(corpus, model_folder, out, "--kept", str(out))) == 2
+    assert "--out and --kept both name" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_field_of_its_own_keeps_the_rows_fields(tmp_path, model_folder):

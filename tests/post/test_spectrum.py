@@ -17,10 +17,10 @@ from rlp.cli import main
 from rlp.compare.asked_model import AskedModel
 from rlp.config import ConfigError
 from rlp.data.errors import DataError
+from rlp.post.distributions import divergence
 from rlp.post.evaluations import EVALUATIONS, Reading, open_spectrum, read_spectrum
 from rlp.post.pipeline_config import SpectrumStage, load_pipeline
 from rlp.post.spectrum_measures import (
-    divergence,
     excess_nats,
     expected_yield,
     mass_of,

@@ -21,11 +21,12 @@ def read_rows(settings: TrlStage) -> list[dict]:
         return _of_tasks(read, rows, settings)
     if isinstance(settings, RediStage):
         return _pairs(read, rows)
-    needs = ["prompt"]
+    needs, answer = ["prompt"], None
     if settings.reward == "exact_match":
-        needs.append(settings.answer_field)
+        answer = settings.answer_field
+        needs.append(answer)
     for index, row in enumerate(read):
-        _refuse_lacking(row, needs, rows.where(index))
+        _refuse_lacking(row, needs, rows.where(index), answer)
     return read
 
 
@@ -73,10 +74,18 @@ def _pairs(read: list[dict], rows: object) -> list[dict]:
     return [{name: row[name] for name in [*needs, "first_wrong"]} for row in read]
 
 
-def _refuse_lacking(row: dict, needs: list[str], where: str) -> None:
+def _refuse_lacking(row: dict, needs: list[str], where: str, answer: str | None = None) -> None:
+    """
+    Args:
+        answer: the field that is only compared: it may be a number, or empty.
+
+    Raises:
+        DataError: one of the others is no text, or empty.
+    """
     for name in needs:
         value = row.get(name)
-        if not isinstance(value, str | int | float) or (name != "answer" and value == ""):
+        fits = isinstance(value, str | int | float) if name == answer else isinstance(value, str)
+        if not fits or (name != answer and not value):
             came = "none" if value is None else repr(value)[:60]
             raise DataError(
                 f"{where}: a row needs text in {' and '.join(needs)}, and {name} is {came}. It has"
