@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -37,7 +36,7 @@ PLACES = {
     ("rlp", "rlvr"): "RLP, SFT, RLVR",
     ("base", "rlvr"): "SFT, RLVR",
 }
-"""Arm and stage of a row of the table."""
+"""Arm and stage of a column of the table."""
 
 FIGURES = {
     "accuracy_with_thought": "two digits right, with a thought",
@@ -45,15 +44,15 @@ FIGURES = {
     "gain_over_no_think_nats": "gain of a thought, nats a token",
     "thought_duplicates_frac": "thoughts that are the same",
     "open_intra": "open answers: intra",
-    "open_floor": "its floor",
-    "open_vendi": "Vendi of 4",
-    "open_distinct_2": "distinct-2",
-    "open_words": "words",
+    "open_floor": "open answers: floor",
+    "open_vendi": "open answers: Vendi of 4",
+    "open_distinct_2": "open answers: distinct-2",
+    "open_words": "open answers: words",
     "closed_accuracy": "closed answers: right",
-    "closed_intra": "intra",
+    "closed_intra": "closed answers: intra",
     "language_script_frac": "letters in latin script",
     "language_mixed_frac": "answers of several scripts",
-    "language_letterless_frac": "without letters",
+    "language_letterless_frac": "answers without letters",
 }
 
 
@@ -123,19 +122,61 @@ def warmed(work: Work) -> Made:
 
 
 def table(results: Results) -> str:
-    """The way of both arms, means over seeds."""
+    """Every figure along the way of both arms, seed by seed."""
     rows = []
-    for (arm, stage), name in PLACES.items():
-        lines = results.where(arm=arm, stage=stage).lines
-        cells = [[line[key] for line in lines if line.get(key) is not None] for key in FIGURES]
-        told = [f"{fmean(values):.3f}" if values else "-" for values in cells]
-        rows.append([name, str(len(lines)), *told])
-    return markdown_table(["model", "seeds", *FIGURES.values()], rows)
+    for figure, name in FIGURES.items():
+        cells = []
+        for arm, stage in PLACES:
+            values = results.where(arm=arm, stage=stage).by_seed(arm, figure).values()
+            cells.append(" / ".join(f"{value:.2f}" for value in values) or "-")
+        rows.append([name, *cells])
+    return markdown_table(["", *PLACES.values()], rows)
 
 
 def parts(results: Results) -> dict[str, str]:
     """What stands between the marks of the page."""
     return {"table": table(results)}
+
+
+def draw(results: Results, path: Path) -> None:
+    """Three figures along the way, a line for each arm and seed."""
+    from matplotlib.figure import Figure
+
+    ways = {
+        "rlp": ("start", "warm", "rlp", "sft", "rlvr"),
+        "base": ("start", "warm", "sft", "rlvr"),
+    }
+    ticks = ["as it comes", "warm start", "RLP", "SFT", "RLVR"]
+    place = {"start": 0, "warm": 1, "rlp": 2, "sft": 3, "rlvr": 4}
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 3), DRAWN.items()):
+        for arm, color in (("rlp", "#0072b2"), ("base", "#d55e00")):
+            for seed in results.values("seed"):
+                points = [
+                    (place[stage], _figure(results, name, arm, stage, seed)) for stage in ways[arm]
+                ]
+                there = [point for point in points if point[1] is not None]
+                title = f"{'with' if arm == 'rlp' else 'without'} RLP" if seed == 0 else None
+                axis.plot(*zip(*there), marker="o", color=color, alpha=0.8, label=title)
+        axis.set_title(label, fontsize=10)
+        axis.set_xticks(range(5), ticks, fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _figure(results: Results, name: str, arm: str, stage: str, seed: int) -> float | None:
+    part = results.where(arm=arm, stage=stage, seed=seed)
+    values = [part.by_seed(arm, one).get(seed) for one in name.split(" - ")]
+    return None if None in values else values[0] - sum(values[1:])
+
+
+DRAWN = {
+    "accuracy_with_thought": "two digits right, with a thought",
+    "open_intra - open_floor": "open answers: intra above its floor",
+    "thought_duplicates_frac": "thoughts that are the same",
+}
 
 
 def main() -> int:
@@ -154,6 +195,7 @@ def main() -> int:
         return 2
     if options.show.resolve() != RESULTS:
         shutil.copy(options.show, RESULTS)
+    draw(results, PAGE.with_suffix(".png"))
     PAGE.write_text(fill_page(PAGE.read_text(), parts(results)))
     print(table(results))
     return 0

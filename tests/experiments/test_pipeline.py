@@ -13,6 +13,7 @@ from tests.experiments.scripts import script
 FOLDER = REPOSITORY / "experiments" / "pipeline"
 prepare = script("pipeline", "prepare.py")
 show = script("pipeline", "show.py")
+smollm2 = script("pipeline", "smollm2.py")
 
 
 def test_the_pipeline_of_the_experiment_can_be_planned():
@@ -43,3 +44,34 @@ def test_the_page_says_what_the_results_say():
     results = open_results(FOLDER / "results.jsonl")
     page = (FOLDER / "README.md").read_text()
     assert fill_page(page, show.sections(results, list(show.WORDS))) == page
+
+
+def test_lines_are_dealt_out_and_none_of_them_is_on_the_panel(tmp_path):
+    """Three lines of a problem of the arms go to RLP, SFT and RLVR; a held-out one to nobody."""
+    told = "Anna pays $4 + $6 + $8 = $<<4+6+8=18>>18.\n"
+    answers = [{"question": "", "answer": f"{3 * told}#### 18"} for _ in range(100)]
+    content = "".join(json.dumps(answer) + "\n" for answer in answers)
+    (tmp_path / "train.jsonl").write_text(content)
+    counts = smollm2.write_rows(str(tmp_path), tmp_path / "rows")
+    assert counts == {"rlp": 35, "sft": 35, "rlvr": 35, "prompts": 40}
+    first = {
+        name: json.loads((tmp_path / "rows" / f"{name}.jsonl").read_text().splitlines()[0])
+        for name in counts
+    }
+    before = "Anna pays $4 + $6 + $8 = "
+    assert first["rlp"] == {"text": f"{before}18.\n"}
+    assert first["rlvr"] == {"prompt": f"{before}<think>", "answer": "18"}
+    chain = {"prompt": f"{before}<think>", "completion": "4+6=10 10+8=18</think>18.\n"}
+    assert first["sft"] == chain
+
+
+def test_the_pipeline_of_the_real_model_can_be_planned():
+    pipeline = load_pipeline(FOLDER / "smollm2.yaml")
+    places = {(arm, stage) for arm, stages in pipeline.arms.items() for stage in stages}
+    assert set(smollm2.PLACES) <= places | {("base", "start")}
+
+
+def test_the_page_of_the_real_model_says_what_its_results_say():
+    results = open_results(FOLDER / "smollm2.jsonl")
+    page = (FOLDER / "smollm2.md").read_text()
+    assert fill_page(page, smollm2.parts(results)) == page
