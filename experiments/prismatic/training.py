@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from world import ANSWER, ID, VOCABULARY, Problem, World
 
-from rlp.post.diversity_measures import tfidf, vendi
+from rlp.post.diversity_measures import entropy, tfidf, vendi
 from rlp.post.selection import g_vendi, gradient_features, unit_rows
 from rlp.world.folder import make_model_config
 
@@ -109,15 +109,14 @@ def gradients(model: torch.nn.Module, problems: Sequence[Problem]) -> np.ndarray
 
 def skill_entropy(problems: Sequence[Problem]) -> float:
     """The number of equally frequent skills that a set amounts to."""
-    share = np.array(list(Counter(one.skill for one in problems).values())) / len(problems)
-    return math.exp(-(share * np.log(share)).sum())
+    counts = Counter(one.skill for one in problems)
+    return math.exp(entropy(np.array(list(counts.values()))))
 
 
 def entry_entropy(problems: Sequence[Problem]) -> float:
     """The same of entries, a skill with a symbol."""
     counts = Counter((one.skill, one.symbol) for one in problems)
-    share = np.array(list(counts.values())) / len(problems)
-    return math.exp(-(share * np.log(share)).sum())
+    return math.exp(entropy(np.array(list(counts.values()))))
 
 
 def measures(

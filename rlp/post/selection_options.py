@@ -10,9 +10,9 @@ def add_select(commands: argparse._SubParsersAction) -> None:
         "select",
         help="keep documents whose gradients stand where few others do",
         epilog=(
-            "A row of FILE is one of the corpus with its cluster, its score (nats, the rarer the"
+            "A row of --out is one of the corpus with its cluster, its score (nats, the rarer the"
             " higher), whether it is kept, and why not. A selection that was stopped goes on from"
-            " the folder FILE.selecting."
+            " the folder OUT.selecting."
         ),
     )
     select.add_argument(
@@ -35,8 +35,16 @@ def add_select(commands: argparse._SubParsersAction) -> None:
     select.add_argument(
         "--most", type=int, metavar="N", help="documents that are kept (any number)"
     )
-    select.add_argument("--out", type=Path, required=True, metavar="FILE", help="of all rows")
-    select.add_argument("--kept", type=Path, metavar="FILE", help="of the kept ones, as they were")
+    select.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="to make: every row, and why it is not kept",
+    )
+    select.add_argument(
+        "--kept", type=Path, metavar="FILE", help="to make: the kept rows alone, as they were"
+    )
     select.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
     _add_reading(select)
     _add_scoring(select)

@@ -168,10 +168,7 @@ class RowWriter:
         self._tokenizer, self._format = tokenizer, row_format or RowFormat()
         begin = tokenizer("").input_ids[:1]
         self._begin = begin if begin == [tokenizer.bos_token_id] else []
-        try:
-            self._lead, self._end = self._ids(self._format.output), self._ids(self._format.end)
-        except DataError as error:
-            raise ConfigError(f"format: {error}") from error
+        self._lead, self._end = self._frame("output"), self._frame("end")
 
     def begin(self, description: str | None) -> list[int]:
         """Before the first pair; None where the description is dropped."""
@@ -188,6 +185,12 @@ class RowWriter:
     def answer(self, output: str) -> list[int]:
         """An output and its end: the tokens with a loss."""
         return self._ids(f" {output}") + self._end
+
+    def _frame(self, name: str) -> list[int]:
+        try:
+            return self._ids(getattr(self._format, name))
+        except DataError as error:
+            raise ConfigError(f"format.{name}: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids

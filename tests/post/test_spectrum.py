@@ -263,8 +263,8 @@ def test_a_drop_that_leaves_a_row_without_a_loss_is_refused():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"end": "\n"}, "format: the tokenizer makes no token of"),
-        ({"end": " never"}, "format: the tokenizer makes <unk> of ' never'"),
+        ({"end": "\n"}, "format.end: the tokenizer makes no token of"),
+        ({"end": " never"}, "format.end: the tokenizer makes <unk> of ' never'"),
         ({"end": ""}, "format.end must not be empty"),
         ({"input": "in "}, "format.input needs %s"),
     ],
@@ -543,7 +543,7 @@ def test_the_command_tells_a_checkpoint_beside_the_oracles(tuned: Work, tmp_path
     assert [one["temperature"] for one in told["temperatures"]] == [1.0, 2.0]
     assert told["oracles"]["uniform"]["coin"]["shots_2_nll"] == pytest.approx(math.log(2))
     assert main([*score.split()]) == 2  # the usual end is no word of this tokenizer
-    assert "format: the tokenizer makes" in capsys.readouterr().err
+    assert "format.output: the tokenizer makes" in capsys.readouterr().err
 
 
 def test_rows_are_not_written_over(tuned: Work, tmp_path, capsys):
