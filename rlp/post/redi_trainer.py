@@ -260,7 +260,7 @@ class _Watch(TrainerCallback):
         if "redi/chosen_logprob" not in logs:
             return
         said = self.alarm.see(logs["redi/chosen_logprob"])
-        if not said or self.has_told:
+        if not said or (self.has_told and not self.stops):
             return
         said = f"collapse at step {state.global_step}: {said}"
         if "grad_norm" in logs:

@@ -13,8 +13,8 @@ def add_traces(commands: argparse._SubParsersAction) -> None:
         help="keep what is right, in one language, short enough and unique, for fine-tuning",
         epilog=(
             "FOLDER gets kept.jsonl, which TRL reads as it is, and dropped.jsonl with the reasons"
-            " of each. A line of a file of rollouts has prompt and text, and right, or answer and"
-            " expected."
+            " of each; with --pairs also pairs.jsonl. A line of a file of rollouts has prompt and"
+            " text, and right, or answer and expected."
         ),
     )
     traces.add_argument(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 from trl import DPOConfig
 
 from rlp.config import ConfigError
 from rlp.data.errors import DataError
 from rlp.post.pipeline_config import RediStage
-from rlp.post.redi import CollapseError
-from rlp.post.redi_trainer import RediTrainer
+from rlp.post.redi import CollapseAlarm, CollapseError
+from rlp.post.redi_trainer import RediTrainer, _Watch
 from rlp.post.stages.interface import StageError, StageStopped, Work
 from rlp.post.stages.redi import contrast
 from rlp.post.stages.rows import read_rows
@@ -205,6 +205,21 @@ def test_a_stage_that_is_interrupted_ends_as_one_that_is_not(model, tmp_path, mo
         assert not (other / "work" / "steps.jsonl").exists()
     monkeypatch.delenv(VARIABLE)
     assert made_by(work_of(model, other, keep_steps=[1])) == expected
+
+
+def test_a_collapse_that_was_told_of_before_a_resume_stops_where_that_is_asked_for():
+    state = TrainerState(log_history=[{"redi/chosen_logprob": float("nan")}])
+    told = {"redi/chosen_logprob": float("nan")}
+    watch = _Watch(CollapseAlarm(), True, print)
+    watch.on_train_begin(None, state, None)
+    with pytest.raises(CollapseError, match="is nan"):
+        watch.on_log(None, state, None, told)
+
+    said = []
+    watch = _Watch(CollapseAlarm(), False, said.append)
+    watch.on_train_begin(None, state, None)
+    watch.on_log(None, state, None, told)
+    assert not said  # once is enough
 
 
 def test_a_collapse_fails_the_stage_and_leaves_what_was_kept(model, tmp_path):
