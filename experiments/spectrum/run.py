@@ -14,12 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-import yaml
-
-from experiments.spectrum.report import FIGURES, LAYOUT, RESULTS, arms_of
-from experiments.spectrum.world import WORLDS, World, make_base, write_all_rows
-from rlp.compare.asked_model import open_asked_model
+from rlp.compare.asked_model import open_asked_model  # rlp before torch
 from rlp.measure.results_file import add_results, read_results
 from rlp.post.pipeline_config import load_pipeline
 from rlp.post.pipeline_results import open_results, results_path
@@ -27,6 +22,13 @@ from rlp.post.pipeline_run import run_pipeline
 from rlp.post.spectrum_scoring import Asked, bayes, score_model, score_oracle, uniform
 from rlp.process.exit_codes import DONE
 from rlp.process.files import make_folder, write_atomically
+
+# isort: split
+import torch
+import yaml
+
+from experiments.spectrum.report import FIGURES, LAYOUT, RESULTS, arms_of
+from experiments.spectrum.world import WORLDS, World, make_base, write_all_rows
 
 CHAINS = {
     "spectrum": ["spectrum"],

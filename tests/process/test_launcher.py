@@ -179,21 +179,38 @@ def until(holds, limit_s: float = LIMIT_S) -> None:
         time.sleep(0.02)
 
 
-def test_ctrl_c_during_the_imports_is_no_traceback():
-    """As soon as torch's library is being loaded."""
+WAITS_IN_AN_IMPORT = """
+import pathlib, sys, time
+
+class Waits:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            pathlib.Path({there!r}).touch()
+            try:
+                time.sleep({limit})
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Waits())
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "deepspeed", "rlp.trainer"])
+def test_ctrl_c_during_the_imports_is_no_traceback_and_is_not_lost(tmp_path, module):
+    """Where a library catches all that comes of an import that it tries."""
+    there = tmp_path / "there"
+    waits = WAITS_IN_AN_IMPORT.format(module=module, there=str(there), limit=LIMIT_S)
+    (tmp_path / "sitecustomize.py").write_text(waits)
     program = subprocess.Popen(
         [sys.executable, "train.py", "configs/quickstart.yaml", "--dry-run"],
         cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    until(
-        lambda: (
-            "libtorch" in Path(f"/proc/{program.pid}/maps").read_text()
-            or program.poll() is not None
-        )
-    )
+    until(lambda: there.exists() or program.poll() is not None)
     program.send_signal(signal.SIGINT)
     said, _ = program.communicate(timeout=LIMIT_S)
     assert (program.returncode, said) == (INTERRUPTED, "interrupted\n")
