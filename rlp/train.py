@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from rlp.process.command import ending_at_once, run_as_process
 from rlp.process.launcher import LauncherGone, launchers, watch_from_the_start
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ def start(program: Callable[[], int] | None = None) -> NoReturn:
         program: by default `main`, with the arguments of the process.
     """
     watch_from_the_start()  # what is imported after this line takes seconds
+    from rlp.process.command import run_as_process
+
     run_as_process(program or main)
 
 
@@ -38,12 +39,11 @@ def main(arguments: list[str] | None = None, *, name: str | None = None) -> int:
     options = parse(arguments, name)
 
     def work(start_ranks: Callable[[float], "Ranks"]) -> int:
-        with ending_at_once():
-            from rlp.config import load_config
-            from rlp.process.console import visible_text
-            from rlp.process.exit_codes import DONE
-            from rlp.process.ranks import stop_ranks
-            from rlp.trainer import Trainer
+        from rlp.config import load_config
+        from rlp.process.console import visible_text
+        from rlp.process.exit_codes import DONE
+        from rlp.process.ranks import stop_ranks
+        from rlp.trainer import Trainer
 
         config = load_config(options.config, options.overrides)
         trainer = Trainer(config, ranks=start_ranks(config.run.watchdog_s))
@@ -64,17 +64,16 @@ def run_program(work: Callable[[Callable[[float], "Ranks"]], int]) -> int:
         work: is given what starts the ranks, with the seconds of their watchdog; returns an exit
             code.
     """
-    with ending_at_once():
-        from rlp.config import ConfigError
-        from rlp.data.sources import DataError
-        from rlp.learn.checkpoint import CheckpointError
-        from rlp.learn.guard import NumericsError
-        from rlp.process import exit_codes
-        from rlp.process.console import visible_text
-        from rlp.process.files import FolderLostError, NotWrittenError
-        from rlp.process.json_files import DamagedFileError
-        from rlp.process.outside import PartError
-        from rlp.process.ranks import PeerLost, start_ranks
+    from rlp.config import ConfigError
+    from rlp.data.sources import DataError
+    from rlp.learn.checkpoint import CheckpointError
+    from rlp.learn.guard import NumericsError
+    from rlp.process import exit_codes
+    from rlp.process.console import visible_text
+    from rlp.process.files import FolderLostError, NotWrittenError
+    from rlp.process.json_files import DamagedFileError
+    from rlp.process.outside import PartError
+    from rlp.process.ranks import PeerLost, start_ranks
 
     ranks = None
 

@@ -7,12 +7,9 @@ Standard library only: it is there before anything that takes seconds to import.
 import io
 import os
 import select
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NoReturn
 
 from rlp.process.exit_codes import INTERRUPTED, PIPE_CLOSED
@@ -57,26 +54,6 @@ def _nobody_reads() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Around imports: Ctrl-C ends the process there and then. A KeyboardInterrupt would be lost
-    where a library tries an import and catches whatever comes of it."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        os.write(2, b"interrupted\n")
-        os._exit(INTERRUPTED)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # somebody else's handler, or none may be set here
-        return
-    signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_as_process(main: Callable[[], int]) -> NoReturn:

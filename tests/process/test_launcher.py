@@ -184,7 +184,7 @@ import pathlib, sys, time
 
 class Waits:
     def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
+        if name == "torch":
             sys.meta_path.remove(self)
             pathlib.Path({there!r}).touch()
             try:
@@ -196,11 +196,10 @@ sys.meta_path.insert(0, Waits())
 """
 
 
-@pytest.mark.parametrize("module", ["torch", "deepspeed", "rlp.trainer"])
-def test_ctrl_c_during_the_imports_is_no_traceback_and_is_not_lost(tmp_path, module):
+def test_ctrl_c_during_the_imports_is_no_traceback_and_is_not_lost(tmp_path):
     """Where a library catches all that comes of an import that it tries."""
     there = tmp_path / "there"
-    waits = WAITS_IN_AN_IMPORT.format(module=module, there=str(there), limit=LIMIT_S)
+    waits = WAITS_IN_AN_IMPORT.format(there=str(there), limit=LIMIT_S)
     (tmp_path / "sitecustomize.py").write_text(waits)
     program = subprocess.Popen(
         [sys.executable, "train.py", "configs/quickstart.yaml", "--dry-run"],
