@@ -3,7 +3,7 @@ time do as well?
 
     python -m experiments.spectrum.run --seeds 6                       # the tiny model
     python -m experiments.spectrum.run --seeds 8 --single              # one that read no two pairs
-    python -m experiments.spectrum.run --seeds 1 --model FOLDER        # SmolLM2-135M
+    python -m experiments.spectrum.run --seeds 3 --model FOLDER        # SmolLM2-135M
     python -m experiments.spectrum.report                              # the tables of README.md
 
 Seed by seed, one pipeline each; what is there is not made again, and a seed's lines are added once
