@@ -208,6 +208,8 @@ def test_ctrl_c_during_the_imports_is_no_traceback_and_is_not_lost(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Tests that a shell runs in the background have it ignored, and so would the program.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until(lambda: there.exists() or program.poll() is not None)
     program.send_signal(signal.SIGINT)
