@@ -1,7 +1,9 @@
 """`rlp select`: every row with what became of it, nothing held, and on from where it stopped."""
 
 import json
+import multiprocessing
 import os
+import signal
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -151,18 +153,25 @@ def _counted(function, made: list):
     return counted
 
 
+SERVER = multiprocessing.get_context("forkserver")
+"""A process of the tests itself may hold too much memory to be forked."""
+
+SERVER.set_forkserver_preload(["rlp.cli", "rlp.post.selection_run"])
+
+
 def _killed(arguments: list[str], fault: str) -> None:
     """Run a command in a process of its own that a signal ends."""
-    child = os.fork()
-    if child == 0:
-        os.environ[VARIABLE] = fault
-        forget_passages()
-        try:
-            main(arguments)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), fault
+    child = SERVER.Process(target=_with_fault, args=(arguments, fault))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, fault
+
+
+def _with_fault(arguments: list[str], fault: str) -> None:
+    os.environ[VARIABLE] = fault
+    selection_run.CHUNK = 8
+    forget_passages()
+    main(arguments)
 
 
 def test_a_selection_that_was_begun_otherwise_is_not_mixed_with(
