@@ -142,24 +142,16 @@ def draw(results: Results, path: Path) -> None:
     """Three figures along the way, a line for each arm and seed."""
     from matplotlib.figure import Figure
 
-    ways = {
-        "rlp": ("start", "warm", "rlp", "sft", "rlvr"),
-        "base": ("start", "warm", "sft", "rlvr"),
-    }
-    ticks = ["as it comes", "warm start", "RLP", "SFT", "RLVR"]
-    place = {"start": 0, "warm": 1, "rlp": 2, "sft": 3, "rlvr": 4}
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, 3), DRAWN.items()):
         for arm, color in (("rlp", "#0072b2"), ("base", "#d55e00")):
             for seed in results.values("seed"):
-                points = [
-                    (place[stage], _figure(results, name, arm, stage, seed)) for stage in ways[arm]
-                ]
-                there = [point for point in points if point[1] is not None]
+                values = [_figure(results, name, arm, stage, seed) for stage in STAGES]
+                there = [point for point in enumerate(values) if point[1] is not None]
                 title = f"{'with' if arm == 'rlp' else 'without'} RLP" if seed == 0 else None
                 axis.plot(*zip(*there), marker="o", color=color, alpha=0.8, label=title)
         axis.set_title(label, fontsize=10)
-        axis.set_xticks(range(5), ticks, fontsize=8)
+        axis.set_xticks(range(len(STAGES)), STAGES.values(), fontsize=8)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
@@ -171,6 +163,15 @@ def _figure(results: Results, name: str, arm: str, stage: str, seed: int) -> flo
     values = [part.by_seed(arm, one).get(seed) for one in name.split(" - ")]
     return None if None in values else values[0] - sum(values[1:])
 
+
+STAGES = {
+    "start": "as it comes",
+    "warm": "warm start",
+    "rlp": "RLP",
+    "sft": "SFT",
+    "rlvr": "RLVR",
+}
+"""Along the picture; an arm without RLP has nothing there."""
 
 DRAWN = {
     "accuracy_with_thought": "two digits right, with a thought",

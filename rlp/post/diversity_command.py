@@ -12,6 +12,7 @@ from rlp.post.diversity_measures import VERBATIM_WORDS, Embedding
 from rlp.post.diversity_samples import (
     KINDS,
     Kind,
+    Prompt,
     committed_panel,
     how_drawn,
     read_prompts,
@@ -71,15 +72,7 @@ def tell_diversity(asked: Asked, drawing: Drawing | None, embedding: Embedding |
     console.width = max(console.width, TABLE_COLUMNS)
     if drawing is not None:
         prompts = committed_panel() if asked.prompts is None else read_prompts(asked.prompts)
-        for checkpoint, name in asked.checkpoints:
-            draw_answers(
-                checkpoint,
-                prompts,
-                drawing,
-                asked.samples,
-                name=name,
-                tell=lambda text: console.print(visible_text(text)),
-            )
+        draw_all(asked.checkpoints, prompts, drawing, asked.samples, console)
 
     samples = read_samples(asked.samples, field=asked.field)
     found = measure(samples, embedding=embedding, first_words=asked.first_words)
@@ -97,6 +90,25 @@ def tell_diversity(asked: Asked, drawing: Drawing | None, embedding: Embedding |
         content = found | {"settings": settings}
         write_new(asked.json, json_bytes(content, asked.json.name), point="diversity.torn_json")
         console.print(visible_text(str(asked.json)))
+
+
+def draw_all(
+    checkpoints: list[tuple[str, str | None]],
+    prompts: list[Prompt],
+    drawing: Drawing,
+    samples: Path,
+    console: Console,
+) -> None:
+    """Add the answers of checkpoints, each with the name that it has there, to a samples file."""
+    for checkpoint, name in checkpoints:
+        draw_answers(
+            checkpoint,
+            prompts,
+            drawing,
+            samples,
+            name=name,
+            tell=lambda text: console.print(visible_text(text)),
+        )
 
 
 def _print(console: Console, found: dict, drawn: dict[str, dict], asked: Asked) -> None:

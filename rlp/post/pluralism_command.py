@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlp.post.diversity_drawing import Drawing, draw_answers
+from rlp.post.diversity_command import draw_all
+from rlp.post.diversity_drawing import Drawing
 from rlp.post.diversity_samples import how_drawn, read_samples
 from rlp.post.pluralism import Views, measure
 from rlp.post.pluralism_measures import Distance
-from rlp.post.pluralism_population import Question, read_population
+from rlp.post.pluralism_population import read_population
 from rlp.process.console import visible_text
 from rlp.process.files import write_new
 from rlp.process.json_files import json_bytes
@@ -82,7 +83,8 @@ def tell_pluralism(asked: Asked, drawing: Drawing | None, views: Views | None) -
     console.width = max(console.width, TABLE_COLUMNS)
     questions = read_population(asked.population)
     if drawing is not None:
-        _draw(asked, questions, drawing, console)
+        prompts = [prompt for question in questions for prompt in question.prompts()]
+        draw_all(asked.checkpoints, prompts, drawing, asked.samples, console)
     samples = read_samples(asked.samples)
     found = measure(samples, questions, by=asked.by, views=views)
     _print(console, found, asked)
@@ -96,19 +98,6 @@ def tell_pluralism(asked: Asked, drawing: Drawing | None, views: Views | None) -
         content = found | {"settings": settings}
         write_new(asked.json, json_bytes(content, asked.json.name), point="pluralism.torn_json")
         console.print(visible_text(str(asked.json)))
-
-
-def _draw(asked: Asked, questions: list[Question], drawing: Drawing, console: Console) -> None:
-    prompts = [prompt for question in questions for prompt in question.prompts()]
-    for checkpoint, name in asked.checkpoints:
-        draw_answers(
-            checkpoint,
-            prompts,
-            drawing,
-            asked.samples,
-            name=name,
-            tell=lambda text: console.print(visible_text(text)),
-        )
 
 
 def _print(console: Console, found: dict, asked: Asked) -> None:
